@@ -1,0 +1,144 @@
+"""Recipes: round trips, merging, where they are found, and clear errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from unipic_core.errors import CheckpointError
+from unipic_core.recipe import METADATA_KEY, RELEASED_BASE, RELEASED_FEW_STEP, Recipe, recipe_of, released_recipe
+
+
+def test_defaults_are_those_of_the_released_weights() -> None:
+    assert (RELEASED_BASE.steps, RELEASED_BASE.guidance, RELEASED_BASE.sampler, RELEASED_BASE.schedule) == (
+        *(50, 4.0, "euler", "base"),
+    )
+    assert (RELEASED_FEW_STEP.steps, RELEASED_FEW_STEP.guidance) == (8, 1.0)
+    assert (RELEASED_FEW_STEP.sampler, RELEASED_FEW_STEP.schedule) == ("consistency", "few_step")
+    assert {r.reference_budget for r in (RELEASED_BASE, RELEASED_FEW_STEP)} == {1024}
+    assert {r.output_budget for r in (RELEASED_BASE, RELEASED_FEW_STEP)} == {1024}
+
+
+def test_round_trip_keeps_unknown_fields_of_a_newer_version() -> None:
+    text = json.dumps({"version": 7, "steps": 4, "made": {"by": "sft", "loss": 0.1}, "colour": [1, 2], "later": {"a": None}})
+    recipe = Recipe.from_json(text)
+    assert recipe.version == 7
+    assert recipe.steps == 4
+    assert recipe.extra == {"colour": [1, 2], "later": {"a": None}}
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert json.loads(recipe.to_json())["colour"] == [1, 2]
+
+
+def test_absent_fields_are_none_and_written_as_absent() -> None:
+    assert Recipe.from_json({}) == Recipe()
+    assert json.loads(Recipe().to_json()) == {"version": 1, "attention_form": "full"}
+    assert Recipe.from_json({"steps": None, "guidance": 2}).guidance == 2.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("steps", v) for v in (0, -1, 2.5, "8", True, [], float("nan"), float("inf"))],
+        *[("guidance", v) for v in (-1, "4", True, float("nan"), float("inf"))],
+        *[("sampler", v) for v in ("heun", 3, ["euler"])],
+        ("schedule", "linear"),
+        ("version", 0),
+        ("made", "by hand"),
+        ("attention_form", 3),
+        ("reference_budget", "1024"),
+    ],
+)
+def test_wrong_values_name_the_field(field: str, value: object) -> None:
+    with pytest.raises(CheckpointError, match=f"{field} should be .*got"):
+        Recipe.from_json({field: value})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "null", '"euler"', "[" * 100_000])
+def test_what_is_no_table_is_a_clear_error(text: str) -> None:
+    with pytest.raises(CheckpointError, match="recipe"):
+        Recipe.from_json(text)
+
+
+def test_a_loras_set_fields_win() -> None:
+    base = Recipe(steps=50, guidance=4.0, sampler="euler", output_budget=512, made={"by": "sft"}, extra={"a": 1, "b": 1})
+    lora = Recipe(version=2, steps=8, sampler="consistency", made={"by": "dmd"}, extra={"b": 2})
+    merged = base.merge(lora)
+    assert (merged.steps, merged.guidance, merged.sampler, merged.output_budget) == (8, 4.0, "consistency", 512)
+    assert merged.made == {"base": {"by": "sft"}, "by": "dmd"}
+    assert merged.extra == {"a": 1, "b": 2}
+    assert merged.version == 2
+    assert base.merge(None) is base
+    assert base.merge(Recipe()) == base
+    assert Recipe(attention_form="cached").merge(Recipe()).attention_form == "cached"
+
+
+def write(path: Path, steps: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Recipe(steps=steps).to_json())
+
+
+def steps_at(path: Path) -> int | None:
+    recipe = Recipe.read(path)
+    return recipe and recipe.steps
+
+
+def test_read_finds_it_in_pipeline_and_transformer_folders(tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    assert Recipe.read(tmp_path) is None
+    write(tmp_path / "transformer" / "recipe.json", 3)
+    assert steps_at(tmp_path) == 3
+    write(tmp_path / "recipe.json", 5)
+    assert steps_at(tmp_path) == 5
+    assert steps_at(tmp_path / "transformer") == 3
+    (tmp_path / "transformer" / "recipe.json").unlink()
+    assert steps_at(tmp_path / "transformer") == 5
+    (tmp_path / "other").mkdir()
+    assert Recipe.read(tmp_path / "other") is None
+
+
+def test_read_finds_it_in_a_files_metadata_before_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {METADATA_KEY: Recipe(steps=6).to_json()})
+    assert steps_at(file) == 6
+    assert steps_at(tmp_path) == 6
+    write(tmp_path / "recipe.json", 7)
+    (tmp_path / "config.json").write_text("{}")
+    assert steps_at(file) == 6
+    assert steps_at(tmp_path) == 7
+    save_file({"a": torch.zeros(1)}, file)
+    assert steps_at(file) == 7
+
+
+def test_a_wrong_recipe_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text('{"steps": "many"}')
+    with pytest.raises(CheckpointError, match=r"recipe\.json: the recipe's steps"):
+        Recipe.read(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {METADATA_KEY: "{"})
+    with pytest.raises(CheckpointError, match="model.safetensors: the recipe is not JSON"):
+        Recipe.read(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Unipic3", RELEASED_BASE),
+        ("Unipic3-DMD", RELEASED_FEW_STEP),
+        ("models--Skywork--Unipic3-Consistency-Model/snapshots/0123/ema_transformer", RELEASED_FEW_STEP),
+        ("unipic3_dmd.safetensors", RELEASED_FEW_STEP),
+        ("Qwen-Image-Edit", None),
+    ],
+)
+def test_released_weights_are_known_by_name(tmp_path: Path, name: str, expected: Recipe | None) -> None:
+    assert released_recipe(tmp_path / name) == expected
+
+
+def test_recipe_of_fills_what_the_weights_leave_open(tmp_path: Path) -> None:
+    write(tmp_path / "recipe.json", 12)
+    assert recipe_of(tmp_path) == RELEASED_BASE.merge(Recipe(steps=12))
+    (tmp_path / "recipe.json").unlink()
+    (tmp_path / "ema_transformer").mkdir()
+    assert recipe_of(tmp_path) == RELEASED_FEW_STEP

@@ -1,0 +1,1 @@
+"""Trainers for UniPic checkpoints: one loop, one file per method."""

@@ -1,0 +1,308 @@
+"""From a scene to pictures: the references, the target, and where everything came to lie in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .backgrounds import Background, draw, soft_disc
+from .catalogue import Asset
+from .emoji import Bank
+from .scenes import COLOURS, Item, Look, Scene
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+Matrix = np.ndarray  # float64 [3, 3], applied to (r, g, b)
+
+HIDDEN_SALT = 7919
+HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.1, 0.2, 4.0  # relative, share, pixels of a picture of 128
+LUMA = np.array([0.299, 0.587, 0.114])
+# Rotation of the hue: the YIQ axes, in which it is a rotation of (i, q).
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+FROM_YIQ = np.linalg.inv(TO_YIQ)
+# Hats: width relative to the head, and how far down the head they reach, as a share of the head's width.
+HAT_FIT: dict[str, tuple[float, float]] = {
+    "1f451": (0.95, 0.16),
+    "1f452": (1.5, 0.3),
+    "1f3a9": (1.3, 0.22),
+    "1f393": (1.5, 0.36),
+    "1f9e2": (1.2, 0.36),
+    "1fa96": (1.2, 0.55),
+    "26d1": (1.2, 0.4),
+}
+
+ANY_FIT = (1.2, 0.3)  # for a control that puts something else on the head
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one item lies in the target.
+
+    ``reference``: index of the reference that shows it. ``box``: the item's own box, clipped to the picture.
+    ``mask``: float32 [H, W], the share of each pixel that is this item, after occlusion.
+    """
+
+    reference: int | None
+    asset: Asset
+    box: Box
+    mask: np.ndarray
+    z: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A drawn scene. ``background`` is the target without any item."""
+
+    references: tuple[Image.Image, ...]
+    instruction: str
+    target: Image.Image
+    background: Image.Image
+    placements: tuple[Placement, ...]
+    task: str
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """What the inputs do not determine about one item: relative scale, mirror image, offset in pixels of 128."""
+
+    scale: float = 1.0
+    flip: bool = False
+    dx: float = 0.0
+    dy: float = 0.0
+
+
+def draw_hidden(rng: np.random.Generator) -> Hidden:
+    dx, dy = rng.uniform(-HIDDEN_OFFSET, HIDDEN_OFFSET, 2)
+    scale = 1 + rng.uniform(-HIDDEN_SCALE, HIDDEN_SCALE)
+    return Hidden(float(scale), bool(rng.random() < HIDDEN_FLIP), float(dx), float(dy))
+
+
+def hidden_of(scene: Scene, hidden_seed: int | None) -> list[Hidden]:
+    """One per item. Edits hide nothing: what they keep is in their reference, so its seed is the scene's own."""
+    other = [] if hidden_seed is None or scene.edit else [hidden_seed]
+    rng = np.random.default_rng([HIDDEN_SALT, scene.seed, *other])
+    return [draw_hidden(rng) for _ in scene.items]
+
+
+def look_matrix(look: Look) -> Matrix:
+    """Hue, saturation and brightness as one linear map of (r, g, b)."""
+    angle = 2 * np.pi * look.hue
+    turn = look.saturation * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    yiq = np.eye(3)
+    yiq[1:, 1:] = turn
+    return look.brightness * FROM_YIQ @ yiq @ TO_YIQ
+
+
+def colour_matrix(colour: str) -> Matrix:
+    """Everything in shades of one colour: brightness times the colour, brightened a little."""
+    return 1.35 * np.outer(np.array(COLOURS[colour]) / 255, LUMA)
+
+
+def light_of(background: Image.Image) -> Matrix:
+    """The mild tint that a background's mean colour throws on what stands before it."""
+    mean = np.asarray(background.resize((1, 1), Image.Resampling.BOX))[0, 0] / 255.0
+    level = float(mean.mean())
+    cast = 1 + 0.22 * (mean / max(level, 0.05) - 1)
+    return np.diag(cast * (0.8 + 0.32 * level))
+
+
+def recolour(picture: Image.Image, matrix: Matrix) -> Image.Image:
+    """An RGB picture with the map applied to each pixel, clipped to 0..255."""
+    rows = np.concatenate([matrix, np.zeros((3, 1))], axis=1)
+    return picture.convert("RGB", tuple(rows.ravel().tolist()))
+
+
+@lru_cache(maxsize=64)
+def _backdrop(background: Background, shape: tuple[int, int], size: int) -> tuple[Image.Image, Image.Image]:
+    """The background's reference (longer side ``size``) and the square cut from its middle (side ``size``)."""
+    wide, high = shape
+    shorter = min(wide, high)
+    full = draw(background, size * wide // shorter, size * high // shorter)
+    left, top = (full.width - size) // 2, (full.height - size) // 2
+    square = full.crop((left, top, left + size, top + size)) if shape != (1, 1) else full
+    longer = max(wide, high)
+    reference = full.resize((size * wide // longer, size * high // longer), Image.Resampling.BILINEAR)
+    return reference, square
+
+
+def extent(item: Item, sprite: Image.Image, side: float) -> tuple[float, float]:
+    """Width and height in pixels: an object's longer side, or a person's height, becomes ``side``."""
+    width, height = sprite.width * item.look.stretch**0.5, sprite.height / item.look.stretch**0.5
+    longer = height if item.asset.kind == "person" else max(width, height)
+    scale = side / longer
+    return width * scale, height * scale
+
+
+def place(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> list[tuple[float, float, float, float]]:
+    """The box of every item (left, top, width, height in pixels), hosts before what follows them."""
+    boxes: list[tuple[float, float, float, float]] = []
+    for item, own in zip(scene.items, hidden, strict=True):
+        sprite = bank.sprite(item.asset)
+        anchor, unit = item.anchor, scene.size / 128
+        if anchor.host is not None:
+            host = scene.items[anchor.host]
+            boxes.append(_hosted(bank, item, host, boxes[anchor.host], own, hidden[anchor.host], scene.size))
+            continue
+        width, height = extent(item, sprite, anchor.size * scene.size * own.scale)
+        x = anchor.x * scene.size + own.dx * unit
+        y = anchor.y * scene.size + own.dy * unit
+        # Everything stays inside the picture, but for the busts, which leave it downwards.
+        left = min(max(x - width / 2, 0), max(scene.size - width, 0)) if width < scene.size else x - width / 2
+        top = y - height if anchor.y > 1 else min(y - height, scene.size - height)
+        boxes.append((left, max(top, 0), width, height))
+    return boxes
+
+
+def _hosted(
+    bank: Bank,
+    item: Item,
+    host: Item,
+    box: tuple[float, float, float, float],
+    own: Hidden,
+    hosts: Hidden,
+    size: int,
+) -> tuple[float, float, float, float]:
+    """The box of a hat, of a thing held at the chest, or of one standing on another."""
+    left, top, width, height = box
+    sprite = bank.sprite(item.asset)
+    if item.anchor.align == "head":
+        x, y, span = bank.head(host.asset)
+        x = 1 - x if hosts.flip else x
+        relative, depth = HAT_FIT.get(item.asset.key, ANY_FIT)
+        head = span * width
+        scale = 1 + (own.scale - 1) * 0.5  # a hat that fits varies less
+        hat_width, hat_height = extent(item, sprite, 1.0)
+        factor = relative * head * scale / hat_width
+        hat_width, hat_height = hat_width * factor, hat_height * factor
+        return left + x * width - hat_width / 2, top + y * height + depth * head - hat_height, hat_width, hat_height
+    wide, high = extent(item, sprite, item.anchor.size * size * own.scale)
+    if item.anchor.align == "chest":
+        x, y = left + width / 2 + own.dx * size / 256, top + height * 0.72 + own.dy * size / 256
+        return x - wide / 2, min(y - high / 2, size - high), wide, high
+    return left + (width - wide) / 2, top - high + 0.06 * high, wide, high
+
+
+def sprite_at(
+    bank: Bank, item: Item, flip: bool, size: tuple[float, float], matrix: Matrix
+) -> tuple[Image.Image, Image.Image]:
+    """The item's colours (RGB) and alpha (L) at a pixel size."""
+    whole = (max(1, round(size[0])), max(1, round(size[1])))
+    picture = bank.sprite(item.asset).resize(whole, Image.Resampling.BILINEAR)
+    if flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return recolour(picture.convert("RGB"), matrix), picture.getchannel("A")
+
+
+def cast_shadow(canvas: Image.Image, box: tuple[float, float, float, float]) -> None:
+    """A soft contact shadow under an item's foot."""
+    left, top, width, height = box
+    wide, high = max(2, round(width * 1.05)), max(2, round(width * 0.2))
+    spot = _shadow().resize((wide, high), Image.Resampling.BILINEAR)
+    canvas.paste((20, 16, 30), (round(left + (width - wide) / 2), round(top + height - high * 0.6)), spot)
+
+
+@lru_cache(maxsize=1)
+def _shadow() -> Image.Image:
+    return soft_disc().point(lambda value: value * 0.55)
+
+
+def assemble(
+    bank: Bank, scene: Scene, background: Image.Image, hidden: Sequence[Hidden], matrices: Sequence[Matrix]
+) -> tuple[Image.Image, tuple[Placement, ...]]:
+    """Put the items on the background from far to near; ``matrices``: the colour map of each item before the light."""
+    size = scene.size
+    canvas, light = background.copy(), light_of(background)
+    boxes = place(bank, scene, hidden)
+    by_depth = sorted(range(len(scene.items)), key=lambda index: scene.items[index].anchor.z)
+    masks: dict[int, np.ndarray] = {}
+    for index in by_depth:
+        item, (left, top, width, height) = scene.items[index], boxes[index]
+        if item.anchor.align == "foot" and item.anchor.y <= 1:
+            cast_shadow(canvas, boxes[index])
+        colours, alpha = sprite_at(bank, item, hidden[index].flip, (width, height), light @ matrices[index])
+        corner = (round(left), round(top))
+        canvas.paste(colours, corner, alpha)
+        layer = Image.new("L", (size, size))
+        layer.paste(alpha, corner)
+        cover = np.asarray(layer, np.float32) / 255
+        masks = {farther: mask * (1 - cover) for farther, mask in masks.items()} | {index: cover}
+    placements = tuple(
+        Placement(scene.reference_of(index), item.asset, clip(boxes[index], size), masks[index], item.anchor.z)
+        for index, item in enumerate(scene.items)
+    )
+    return canvas, placements
+
+
+def clip(box: tuple[float, float, float, float], size: int) -> Box:
+    """Left, top, right, bottom in whole pixels inside the picture."""
+    left, top = round(box[0]), round(box[1])
+    right, bottom = left + max(1, round(box[2])), top + max(1, round(box[3]))
+    return max(left, 0), max(top, 0), min(right, size), min(bottom, size)
+
+
+def reference_picture(bank: Bank, item: Item, size: int) -> Image.Image:
+    """The asset alone, centred on plain paper, in a square picture."""
+    sprite = bank.sprite(item.asset)
+    width, height = extent(item, sprite, 1.0)
+    scale = item.fill * size / max(width, height)
+    colours, alpha = sprite_at(bank, item, False, (width * scale, height * scale), look_matrix(item.look))
+    paper = Image.new("RGB", (size, size), item.paper)
+    paper.paste(colours, ((size - colours.width) // 2, (size - colours.height) // 2), alpha)
+    return paper
+
+
+def render(bank: Bank, scene: Scene, *, hidden_seed: int | None = None) -> Sample:
+    """Draw the scene. ``hidden_seed`` varies what the inputs do not determine; it leaves edits unchanged."""
+    return render_with(bank, scene, hidden_of(scene, hidden_seed))
+
+
+def render_with(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> Sample:
+    """Draw the scene with a given hidden variation, one per item."""
+    matrices = [look_matrix(item.look) for item in scene.items]
+    reference, backdrop = _backdrop(scene.background, scene.background_shape, scene.size)
+    if scene.edit:
+        before, _ = assemble(bank, scene, backdrop, hidden, matrices)
+        after, backdrop, matrices, kept = edited(scene, backdrop, matrices)
+        target, placements = assemble(bank, after, backdrop, [hidden[index] for index in kept], matrices)
+        return Sample((before,), scene.instruction, target, backdrop.copy(), placements, scene.task)
+    target, placements = assemble(bank, scene, backdrop, hidden, matrices)
+    sources = [reference_picture(bank, item, scene.size) for item in scene.items] + [reference.copy()]
+    references = tuple(sources[source] for source in scene.order)
+    return Sample(references, scene.instruction, target, backdrop.copy(), placements, scene.task)
+
+
+def edited(
+    scene: Scene, backdrop: Image.Image, matrices: list[Matrix]
+) -> tuple[Scene, Image.Image, list[Matrix], list[int]]:
+    """The scene after its edit, its background picture, its colour maps, and which items are left."""
+    edit, items = scene.edit, list(scene.items)
+    assert edit is not None
+    kept = list(range(len(items)))
+    if edit.background is not None:
+        backdrop = _backdrop(edit.background, (1, 1), scene.size)[1]
+    elif edit.item is not None and edit.kind == "remove":
+        kept.remove(edit.item)
+    elif edit.item is not None and edit.colour is not None:
+        matrices = [*matrices]
+        matrices[edit.item] = colour_matrix(edit.colour) @ matrices[edit.item]
+    elif edit.item is not None and edit.anchor is not None:
+        items[edit.item] = replace(items[edit.item], anchor=edit.anchor)
+    after = replace(scene, items=tuple(items[index] for index in kept))
+    return after, backdrop, [matrices[index] for index in kept], kept
+
+
+def contact_sheet(samples: Sequence[Sample], columns: int = 3) -> Image.Image:
+    """For looking at: each sample as its target, then its references, with the instruction below."""
+    side, line, slots = samples[0].target.width, 26, 7
+    rows = -(-len(samples) // columns)
+    sheet = Image.new("RGB", (columns * slots * side, rows * (side + line)), (40, 40, 44))
+    pen = ImageDraw.Draw(sheet)
+    for index, sample in enumerate(samples):
+        left, top = index % columns * slots * side, index // columns * (side + line)
+        for slot, picture in enumerate((sample.target, *sample.references)):
+            sheet.paste(picture, (left + slot * side + (side - picture.width) // 2, top))
+        pen.text((left + 3, top + side + 2), f"{sample.task}: {sample.instruction}", fill=(235, 235, 235))
+    return sheet

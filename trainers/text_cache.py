@@ -1,0 +1,77 @@
+"""The text side of cached samples: encoder inputs from cached pictures, and embeddings kept on disk while the encoder is frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from unipic_core.pipeline.text import EncoderInputs, TextEncoder
+from unipic_core.sequence import TextCond
+from unipic_core.vision import grid_thw, vision_patches, vision_tokens
+
+from .cache import Bucket
+
+BATCH = 64
+
+
+def encoder_inputs(text: TextEncoder, bucket: Bucket, rows: np.ndarray, prompts: Sequence[str]) -> EncoderInputs:
+    """What `TextEncoder.prepare` gives for the same pictures, from the cached uint8 arrays."""
+    index = torch.from_numpy(rows)
+    pictures = [v[index].permute(0, 3, 1, 2).float() / 255 for v in bucket.vision]
+    patches = [vision_patches(p) for p in pictures]
+    counts = [vision_tokens(*p.shape[-2:]) for p in pictures]
+    grid = torch.tensor([grid_thw(*p.shape[-2:]) for p in pictures] * len(rows), dtype=torch.long)
+    values = torch.cat([p[i] for i in range(len(rows)) for p in patches])
+    ids = [torch.tensor(text.prompt_ids(prompt, counts)) for prompt in prompts]
+    padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=text.pad_id)
+    lengths = torch.tensor([len(i) for i in ids])
+    mask = (torch.arange(padded.shape[1]) < lengths[:, None]).long()
+    return {"input_ids": padded, "attention_mask": mask, "pixel_values": values, "image_grid_thw": grid}
+
+
+def encode_bucket(
+    text: TextEncoder, name: str, bucket: Bucket, folder: Path, uncond_prompt: str
+) -> tuple[list[TextCond], list[TextCond]]:
+    """Embeddings of every sample with its prompt and without; read from `folder` if this encoder made them before."""
+    path = folder / f"text-{fingerprint(text)}-{name}-{len(bucket)}.safetensors"
+    if not path.exists():
+        tensors: dict[str, Tensor] = {}
+        for branch, prompts in (("cond", bucket.prompts), ("uncond", (uncond_prompt,) * len(bucket))):
+            cond = _encode_all(text, bucket, prompts, f"text {name} {branch}")
+            mask = cond.mask if cond.mask is not None else torch.ones(cond.embeds.shape[:2], dtype=torch.bool)
+            tensors |= {f"{branch}_embeds": cond.embeds.bfloat16(), f"{branch}_mask": mask}
+        aside = path.with_suffix(f".partial-{os.getpid()}")
+        save_file(tensors, aside)
+        os.replace(aside, path)
+    tensors = load_file(path)
+    cond, uncond = (_samples(tensors[f"{b}_embeds"], tensors[f"{b}_mask"]) for b in ("cond", "uncond"))
+    return cond, uncond
+
+
+def fingerprint(text: TextEncoder) -> str:
+    """Eight hex digits that change when the encoder's weights do."""
+    digest = hashlib.sha256()
+    for name, w in sorted(text.network.state_dict().items()):
+        digest.update(f"{name}{tuple(w.shape)}{w.double().sum().item():.12e}{w.double().norm().item():.12e}".encode())
+    return digest.hexdigest()[:8]
+
+
+@torch.no_grad()
+def _encode_all(text: TextEncoder, bucket: Bucket, prompts: Sequence[str], title: str) -> TextCond:
+    parts = []
+    for start in tqdm(range(0, len(bucket), BATCH), desc=title, leave=False):
+        rows = np.arange(start, min(start + BATCH, len(bucket)))
+        parts.append(text.forward(encoder_inputs(text, bucket, rows, [prompts[i] for i in rows])))
+    return TextCond.stack(parts)
+
+
+def _samples(embeds: Tensor, mask: Tensor) -> list[TextCond]:
+    return [TextCond(e[None, :n].float()) for e, n in zip(embeds, mask.sum(1).tolist(), strict=True)]

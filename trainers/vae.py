@@ -1,0 +1,139 @@
+"""Train a small Qwen-Image VAE on crops of collages; exported in diffusers' layout, with its latent statistics."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from unipic_core.image_vae import ImageVAE, VAEConfig, video_weights
+from unipic_core.images import to_images, to_tensor
+
+from .config import RunConfig, VAEMethod
+from .data.backgrounds import draw, sample_background
+from .data.catalogue import Split
+from .data.emoji import Bank
+from .grid import picture_grid
+from .losses import sample_generators, vae_loss
+from .loop import Metrics, TrainingError
+
+SIDE = 128
+STATISTICS_PICTURES = 512
+
+
+class VAETraining:
+    """Method `vae`. The network is the 2-D form, which is exact for single pictures; the export is the video layout."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.options: VAEMethod = config.options
+        self.seed, self.batch_size = config.seed, config.batch_size
+        self.loader_workers = self.options.loader_workers
+        self.bank = Bank.open()
+        torch.manual_seed(config.seed)
+        vae_config = VAEConfig(base_dim=self.options.base_dim, num_res_blocks=self.options.num_res_blocks)
+        self.model: nn.Module = ImageVAE(vae_config).to(memory_format=torch.channels_last)
+
+    @cached_property
+    def collages(self) -> Collages:
+        return Collages(self.bank, "train")
+
+    def batch(self, step: int) -> Tensor:
+        """[B, 3, crop, crop] in [-1, 1]."""
+        rng = np.random.default_rng([self.seed, step])
+        crops = [random_crop(self.collages.picture(rng), self.options.crop, rng) for _ in range(self.batch_size)]
+        return torch.stack([to_tensor(crop) for crop in crops])
+
+    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Metrics]:
+        pictures = batch.contiguous(memory_format=torch.channels_last)
+        decoded, mean, log_var = self.model(pictures, sample_generators(self.seed, step, 1)[0])
+        weights = {"l1_weight": self.options.l1_weight, "kl_weight": self.options.kl_weight}
+        return vae_loss(pictures, decoded, mean, log_var, **weights)
+
+    def preview(self, ema: nn.Module) -> Image.Image:
+        """Held-out pictures above their reconstructions."""
+        pictures = self._pictures("heldout", 8, seed=0)
+        decoded = vae_of(ema).decode_raw(vae_of(ema).posterior(pictures)[0])
+        return picture_grid([to_images(pictures), to_images(decoded.clamp(-1, 1))], ["input", "decoded"])
+
+    def export(self, ema: nn.Module, folder: Path) -> None:
+        """`vae/` of a diffusers pipeline folder, bfloat16."""
+        save_vae(vae_of(ema).eval(), self._pictures("train", STATISTICS_PICTURES, seed=1), folder / "vae")
+
+    def _pictures(self, split: Split, count: int, seed: int) -> Tensor:
+        rng, collages = np.random.default_rng([self.seed, seed, 7]), Collages(self.bank, split)
+        return torch.stack([to_tensor(collages.picture(rng)) for _ in range(count)])
+
+
+def vae_of(module: nn.Module) -> ImageVAE:
+    if not isinstance(module, ImageVAE):
+        raise TrainingError(f"expected an ImageVAE, got {type(module).__name__}")
+    return module
+
+
+class Collages:
+    """Pictures of the kind that the composition set holds: a few assets over a drawn background, or one on a plain colour."""
+
+    def __init__(self, bank: Bank, split: Split, backgrounds: int = 400) -> None:
+        self.bank, self.assets = bank, (*bank.objects(split), *bank.persons(split))
+        self.count = backgrounds
+        self.drawn: dict[int, Image.Image] = {}
+
+    def picture(self, rng: np.random.Generator) -> Image.Image:
+        """RGB, 128 x 128."""
+        if rng.random() < 0.3:
+            canvas = Image.new("RGB", (SIDE, SIDE), _pastel(rng) if rng.random() < 0.3 else (255, 255, 255))
+            self._paste(canvas, rng, 0.85)
+            return canvas
+        canvas = self._background(int(rng.integers(self.count))).copy()
+        for _ in range(int(rng.integers(1, 4))):
+            self._paste(canvas, rng, rng.uniform(0.3, 0.75))
+        return canvas
+
+    def _background(self, index: int) -> Image.Image:
+        if index not in self.drawn:
+            self.drawn[index] = draw(sample_background(np.random.default_rng([11, index])), SIDE, SIDE)
+        return self.drawn[index]
+
+    def _paste(self, canvas: Image.Image, rng: np.random.Generator, share: float) -> None:
+        sprite = self.bank.sprite(self.assets[int(rng.integers(len(self.assets)))])
+        scale = share * SIDE / max(sprite.size)
+        sprite = sprite.resize((max(round(sprite.width * scale), 1), max(round(sprite.height * scale), 1)), reducing_gap=2)
+        corner = (int(rng.integers(SIDE - sprite.width + 1)), int(rng.integers(SIDE - sprite.height + 1)))
+        canvas.paste(sprite, corner, sprite)
+
+
+def _pastel(rng: np.random.Generator) -> tuple[int, int, int]:
+    red, green, blue = rng.integers(170, 256, 3)
+    return int(red), int(green), int(blue)
+
+
+def random_crop(picture: Image.Image, side: int, rng: np.random.Generator) -> Image.Image:
+    left, top = rng.integers(0, picture.width - side + 1), rng.integers(0, picture.height - side + 1)
+    return picture.crop((left, top, left + side, top + side))
+
+
+def save_vae(vae: ImageVAE, pictures: Tensor, folder: Path) -> None:
+    """Write config.json and weights as diffusers reads them; the latent statistics are measured on `pictures`."""
+    from diffusers import AutoencoderKLQwenImage
+
+    with torch.no_grad():
+        z = torch.cat([vae.posterior(chunk)[0] for chunk in pictures.split(32)])
+    config: dict[str, Any] = {
+        **vae.config.to_dict(),
+        "latents_mean": [round(float(m), 4) for m in z.mean(dim=(0, 2, 3))],
+        "latents_std": [round(float(s), 4) for s in z.std(dim=(0, 2, 3))],
+    }
+    with torch.device("meta"):
+        video = AutoencoderKLQwenImage(**{k: v for k, v in config.items() if not k.startswith("_")})
+    shapes = {name: w.shape for name, w in video.state_dict().items()}
+    weights = {k: w.to(torch.bfloat16).contiguous() for k, w in video_weights(vae.state_dict(), shapes).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

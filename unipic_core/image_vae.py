@@ -1,0 +1,237 @@
+"""The Qwen-Image VAE for single pictures, in two dimensions.
+
+The VAE is a causal video model (Wan 2.1). One picture is one frame: every causal 3-D convolution then sees zeros before it,
+so only the last temporal slice of its kernel counts, and the temporal resamplers never run. What remains is this 2-D network:
+the same numbers from about a third of the arithmetic. Parameter names are diffusers' `AutoencoderKLQwenImage`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the VAE, and the statistics that its latents are normalised with; field names of diffusers' config.json."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)
+    latents_mean: tuple[float, ...] = (0.0,) * 16
+    latents_std: tuple[float, ...] = (1.0,) * 16
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> VAEConfig:
+        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What vae/config.json of a diffusers folder holds."""
+        fixed = {"_class_name": "AutoencoderKLQwenImage", "attn_scales": [], "dropout": 0.0, "input_channels": 3}
+        return {**fixed, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
+
+
+class ImageVAE(nn.Module):
+    """Pictures [B, 3, H, W] in [-1, 1] <-> normalised latents [B, z, 1, H/8, W/8]."""
+
+    def __init__(self, config: VAEConfig, *, operations: Any = nn, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        conv = _conv_factory(operations, dtype)
+        dims = [c.base_dim * m for m in (1, *c.dim_mult)]
+        self.encoder = Encoder(dims, c.num_res_blocks, 2 * c.z_dim, conv)
+        self.quant_conv = conv(2 * c.z_dim, 2 * c.z_dim, 1)
+        self.post_quant_conv = conv(c.z_dim, c.z_dim, 1)
+        self.decoder = Decoder([c.base_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], c, conv)
+
+    def forward(self, pictures: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: the decoded posterior sample, not clamped, and the posterior's mean and log variance."""
+        mean, log_var = self.posterior(pictures)
+        eps = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)
+        return self.decode_raw(mean + eps * (0.5 * log_var).exp()), mean, log_var
+
+    def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log variance [B, z, H/8, W/8], before normalisation."""
+        mean, log_var = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
+        return mean, log_var.clamp(-30, 20)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """The posterior's mode, normalised: (z - latents_mean) / latents_std."""
+        z, _ = self.posterior(pictures)
+        mean, std = self._statistics(z)
+        return ((z - mean) / std)[:, :, None]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, z, 1, h, w] -> pictures [B, 3, 8h, 8w], clamped to [-1, 1]."""
+        z = latents[:, :, 0]
+        mean, std = self._statistics(z)
+        return self.decode_raw(z * std + mean).clamp(-1, 1)
+
+    def decode_raw(self, z: Tensor) -> Tensor:
+        """Unnormalised latents [B, z, h, w] -> [B, 3, 8h, 8w], not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        stats = z.new_tensor([self.config.latents_mean, self.config.latents_std])[..., None, None]
+        return stats[0], stats[1]
+
+
+def image_weights(video: dict[str, Tensor]) -> dict[str, Tensor]:
+    """diffusers' weights -> ImageVAE's: the last temporal slice of every kernel; temporal resamplers are left out."""
+    return {k: _last_slice(w) for k, w in video.items() if ".time_conv." not in k}
+
+
+def _last_slice(w: Tensor) -> Tensor:
+    if w.ndim == 5:
+        return w[:, :, -1]
+    return w[..., 0] if w.ndim == 4 and w.shape[1:] == (1, 1, 1) else w
+
+
+def video_weights(image: dict[str, Tensor], video_shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """ImageVAE's weights -> diffusers': the kernel as the last temporal slice, zeros before it and in the resamplers."""
+    out = {}
+    for name, shape in video_shapes.items():
+        w = image.get(name)
+        if w is None:
+            if ".time_conv." not in name:
+                raise ValueError(f"the image VAE has no weight {name}")
+            out[name] = torch.zeros(shape)
+        elif len(shape) == 5:
+            out[name] = w.new_zeros(shape)
+            out[name][:, :, -1] = w
+        else:
+            out[name] = w.reshape(shape)
+    return out
+
+
+def _conv_factory(operations: Any, dtype: torch.dtype | None) -> Any:
+    def conv(in_dim: int, out_dim: int, kernel: int, stride: int = 1) -> nn.Module:
+        padding = kernel // 2 if stride == 1 else 0
+        return operations.Conv2d(in_dim, out_dim, kernel, stride=stride, padding=padding, dtype=dtype)
+
+    return conv
+
+
+class ChannelNorm(nn.Module):
+    """x / |x| over channels, times sqrt(dim) gamma; the norm in float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x.float(), dim=1).to(x.dtype) * (x.shape[1] ** 0.5 * self.gamma)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int, conv: Any) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = ChannelNorm(in_dim), conv(in_dim, out_dim, 3)
+        self.norm2, self.conv2 = ChannelNorm(out_dim), conv(out_dim, out_dim, 3)
+        self.conv_shortcut = conv(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + self.conv_shortcut(x)
+
+
+class AttentionBlock(nn.Module):
+    """Single-head attention over the pixels of the lowest resolution."""
+
+    def __init__(self, dim: int, conv: Any) -> None:
+        super().__init__()
+        self.norm, self.to_qkv, self.proj = ChannelNorm(dim), conv(dim, 3 * dim, 1), conv(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        qkv = self.to_qkv(self.norm(x)).reshape(b, 1, 3 * c, h * w).transpose(2, 3)
+        out = F.scaled_dot_product_attention(*(p.contiguous() for p in qkv.chunk(3, dim=-1)))
+        return x + self.proj(out.transpose(2, 3).reshape(b, c, h, w))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int, conv: Any) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(dim, conv)])
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim, conv), ResidualBlock(dim, dim, conv)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Downsample(nn.Module):
+    def __init__(self, dim: int, conv: Any) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(dim, dim, 3, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resample(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, dim: int, conv: Any) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv(dim, dim // 2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, dims: list[int], num_res_blocks: int, out_dim: int, conv: Any) -> None:
+        super().__init__()
+        self.conv_in = conv(3, dims[0], 3)
+        blocks: list[nn.Module] = []
+        for level, (dim, next_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+            for block in range(num_res_blocks):
+                blocks.append(ResidualBlock(next_dim if block else dim, next_dim, conv))
+            if level < len(dims) - 2:
+                blocks.append(Downsample(next_dim, conv))
+        self.down_blocks = nn.ModuleList(blocks)
+        self.mid_block = MidBlock(dims[-1], conv)
+        self.norm_out, self.conv_out = ChannelNorm(dims[-1]), conv(dims[-1], out_dim, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid_block(x))))
+
+
+class UpBlock(nn.Module):
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, upsample: bool, conv: Any) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(out_dim if i else in_dim, out_dim, conv) for i in range(num_blocks))
+        self.upsamplers = nn.ModuleList([Upsample(out_dim, conv)] if upsample else [])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.resnets, *self.upsamplers):
+            x = layer(x)
+        return x
+
+
+class Decoder(nn.Module):
+    def __init__(self, dims: list[int], config: VAEConfig, conv: Any) -> None:
+        super().__init__()
+        self.conv_in = conv(config.z_dim, dims[0], 3)
+        self.mid_block = MidBlock(dims[0], conv)
+        last = len(dims) - 2
+        self.up_blocks = nn.ModuleList(
+            UpBlock(dim if i == 0 else dim // 2, next_dim, config.num_res_blocks + 1, i < last, conv)
+            for i, (dim, next_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True))
+        )
+        self.norm_out, self.conv_out = ChannelNorm(dims[-1]), conv(dims[-1], 3, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

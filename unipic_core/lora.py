@@ -1,0 +1,277 @@
+"""LoRAs without peft: read every naming in use, say what matched, add to the weights; write files that all programs read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, LoRAError
+from .lora_layers import LoRALayer, Shape
+from .recipe import METADATA_KEY, Recipe
+from .saving import write_safetensors
+from .weights import PathLike, open_weights
+
+PREFIXES = (
+    *(
+        "base_model.model.",
+        "base_model.",
+        "model.diffusion_model.",
+        "diffusion_model.",
+        "transformer.",
+        "unet.",
+        "module.",
+    ),
+    *("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_", "lora_"),
+)
+"""What trainers put before a layer's name; they may be nested. Names behind the last row use _ for dots."""
+
+_LOW_RANK = re.compile(
+    r"(?P<layer>.+?)[._](?:lora_(?P<ab>A|B|down|up)|lora(?:_linear_layer)?\.(?P<du>down|up))(?:\.(?!bias$)[\w-]+)??(?:\.weight)?$"
+)
+_OTHER = re.compile(r"(?P<layer>.+)\.(?P<part>alpha|diff|diff_b|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])$")
+_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)\b")
+_SIDE = {"A": "down", "down": "down", "B": "up", "up": "up"}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A LoRA file. layers: name without prefix -> layer (names of some trainers have _ for dots; `fit` finds them).
+
+    unread: keys that belong to nothing this module knows, such as a text encoder's bias patches.
+    """
+
+    layers: dict[str, LoRALayer]
+    recipe: Recipe | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    name: str = "LoRA"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(sorted({r for layer in self.layers.values() if (r := layer.rank)}))
+
+    def fit(self, shapes: Mapping[str, Shape]) -> FittedLoRA:
+        """The layers under the parameters they change. shapes: every parameter's name and shape.
+
+        Raises LoRAError if no layer belongs to one of these parameters, or if one does and has another shape.
+        """
+        table: dict[str, list[tuple[LoRALayer, bool]]] = {}
+        unmatched, targets = list(self.unread), _aliases(shapes)
+        matched = 0
+        for name, layer in self.layers.items():
+            target = targets.get(name)
+            if target is None:
+                unmatched.append(name)
+                continue
+            matched += 1
+            for is_bias, got in ((False, self._shape(name, layer)), (True, layer.bias_shape)):
+                if got is not None:
+                    parameter = target + (".bias" if is_bias else ".weight")
+                    self._check(name, parameter, got, shapes)
+                    table.setdefault(parameter, []).append((layer, is_bias))
+        if not matched:
+            raise LoRAError(
+                f"none of the {len(self.layers)} layers of {self.name} belongs to this model (its first is "
+                f"{next(iter(unmatched), 'absent')!r}); it was made for another architecture"
+            )
+        return FittedLoRA(table, MergeReport(matched, tuple(unmatched)))
+
+    def _shape(self, name: str, layer: LoRALayer) -> Shape | None:
+        try:
+            return layer.weight_shape()
+        except LoRAError as error:
+            raise LoRAError(f"{self.name}: layer {name}: {error}") from error
+
+    def _check(self, name: str, parameter: str, got: Shape, shapes: Mapping[str, Shape]) -> None:
+        expected = shapes.get(parameter)
+        if expected is None or tuple(expected) != got:
+            wanted = list(expected) if expected is not None else "no such parameter"
+            raise LoRAError(
+                f"{self.name} does not fit: layer {name} changes {parameter} of shape {list(got)}, the model has {wanted}; "
+                "it was made for a model of other sizes"
+            )
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """matched: layers that were added. unmatched: names that belong to no parameter of the model."""
+
+    matched: int
+    unmatched: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FittedLoRA:
+    """A LoRA whose layers are known to fit: parameter name -> the layers that change it, and whether its bias part does."""
+
+    table: Mapping[str, list[tuple[LoRALayer, bool]]]
+    report: MergeReport
+
+    def apply(self, parameter: str, value: Tensor, strength: float = 1.0) -> Tensor:
+        """value + strength * deltas: added in float32, given back in value's type. Unchanged parameters come back as they are."""
+        if parameter not in self.table or not strength:
+            return value
+        total = value.float()
+        for layer, is_bias in self.table[parameter]:
+            delta = layer.bias_delta(total.device) if is_bias else layer.weight_delta(total.device)
+            total = total.add(delta, alpha=strength)
+        return total.to(value.dtype)
+
+
+def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
+    """A LoRA file or folder (a peft adapter folder too). Raises LoRAError if it is none, or one with DoRA magnitudes.
+
+    mapped: leave the tensors in the memory-mapped file until they are used, as a description needs.
+    """
+    path = Path(path)
+    try:
+        weights = open_weights(path)
+        text = weights.metadata.get(METADATA_KEY)
+        recipe = Recipe.read(path) if text is None else Recipe.from_json(text)
+    except CheckpointError as error:
+        raise LoRAError(str(error)) from error
+    if dora := next((name for name in weights if _DORA.search(name)), None):
+        raise LoRAError(
+            f"{path.name} is a DoRA ({dora}), which cannot be added to weights; save it merged, or as a plain LoRA"
+        )
+    parts: dict[str, dict[str, Tensor]] = {}
+    stored: dict[str, str] = {}
+    unread = []
+    for key in weights:
+        parsed = _parse(key)
+        if parsed is None:
+            unread.append(key)
+        else:
+            layer, part, outer = parsed
+            parts.setdefault(layer, {})[part] = weights.get(key, mapped=mapped)
+            stored[layer] = outer
+    alphas = _declared_alphas(path, weights.metadata)
+    layers = {}
+    for name, found in parts.items():
+        alpha = found.pop("alpha", None)
+        if alpha is not None and alpha.numel() != 1:
+            raise LoRAError(f"{path.name}: the alpha of {name} should be one number, got shape {list(alpha.shape)}")
+        declared, stabilised = alphas(stored[name], name) if alpha is None else (float(alpha), False)
+        layer_ = LoRALayer(found, declared, stabilised)
+        if layer_.kind:
+            layers[name] = layer_
+        else:
+            unread += [f"{stored[name]}.{part}" for part in found] or [f"{stored[name]}.alpha"]
+    if not layers:
+        raise LoRAError(f"{path.name} holds no LoRA layer among {len(weights)} tensors (first {next(iter(weights))!r})")
+    return LoRA(layers, recipe, weights.metadata, tuple(unread), path.name)
+
+
+def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:
+    """Add strength times the LoRA to the model's weights, in place; a negative strength takes it out again (to rounding).
+
+    Nothing is changed if any layer does not fit. Raises LoRAError as `LoRA.fit`.
+    """
+    parameters = dict(model.named_parameters())
+    fitted = lora.fit({name: tuple(p.shape) for name, p in parameters.items()})
+    with torch.no_grad():
+        for name in fitted.table:
+            parameters[name].copy_(fitted.apply(name, parameters[name], strength))
+    return fitted.report
+
+
+def apply_to_weights(
+    lora: LoRA, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Shape], strength: float = 1.0
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a stream with the LoRA added, one at a time. Raises LoRAError, as `LoRA.fit`, before the first."""
+    fitted = lora.fit(shapes)
+    return ((name, fitted.apply(name, tensor, strength)) for name, tensor in tensors)
+
+
+def save_lora(
+    path: PathLike,
+    layers: Mapping[str, tuple[Tensor, Tensor]],
+    *,
+    alpha: float | None = None,
+    recipe: Recipe | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write bf16 safetensors with diffusers' keys, which ComfyUI reads too. layers: module name -> (down [r, in], up [out, r]).
+
+    alpha (None = the rank) is multiplied into `up`, so that programs which ignore it and programs which assume the rank give
+    the same picture. Written aside and renamed. ValueError for parts that do not multiply.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, (down, up) in layers.items():
+        layer = LoRALayer({"down": down, "up": up}, alpha)
+        layer.weight_shape()
+        tensors[f"transformer.{name}.lora_A.weight"] = down.detach().to("cpu", torch.bfloat16).contiguous()
+        tensors[f"transformer.{name}.lora_B.weight"] = (
+            (up.detach().float() * layer.scale).to("cpu", torch.bfloat16).contiguous()
+        )
+    if not tensors:
+        raise LoRAError("a LoRA needs at least one layer, got none")
+    notes = {"format": "pt", **(metadata or {})}
+    if recipe is not None:
+        notes[METADATA_KEY] = recipe.to_json()
+    described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(Path(path), described, tensors.items(), notes)
+
+
+def _parse(key: str) -> tuple[str, str, str] | None:
+    """Key -> (layer without prefix, part, layer as stored)."""
+    if found := _LOW_RANK.match(key):
+        part = _SIDE[found["ab"] or found["du"]]
+    elif found := _OTHER.match(key):
+        part = found["part"]
+    else:
+        return None
+    layer = found["layer"].replace(".processor.", ".")
+    while prefix := next((p for p in PREFIXES if layer.startswith(p) and len(p) < len(layer)), None):
+        layer = layer[len(prefix) :]
+    return layer, part, found["layer"]
+
+
+def _aliases(shapes: Mapping[str, Shape]) -> dict[str, str]:
+    """Every spelling of a module's name -> the module: dots or underscores, `to_out` for `to_out.0`."""
+    modules = {n.rsplit(".", 1)[0] for n in shapes if n.endswith((".weight", ".bias"))}
+    table = {}
+    for module in modules:
+        spellings = {module, module.removesuffix(".0")} if module.endswith("to_out.0") else {module}
+        # "lora_transformer_blocks_0" loses "lora_transformer_" as a prefix
+        spellings |= {s.removeprefix("transformer_") for s in spellings}
+        for spelling in spellings:
+            table[spelling] = table[spelling.replace(".", "_")] = module
+    return table | {module: module for module in modules}
+
+
+def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Any:
+    """(name as stored, bare name) -> (alpha or None, rank-stabilised), from diffusers' metadata or peft's adapter_config.json."""
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    try:
+        if "lora_adapter_metadata" in metadata:
+            found = json.loads(metadata["lora_adapter_metadata"])
+            found = {key.removeprefix("transformer."): value for key, value in found.items()}
+        elif beside.is_file() and (path.is_dir() or path.stem == "adapter_model"):
+            found = json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return lambda stored, name: (None, False)
+        default, stabilised = found.get("lora_alpha"), bool(found.get("use_rslora"))
+        default = None if default is None else float(default)
+        patterns = {str(k): float(v) for k, v in (found.get("alpha_pattern") or {}).items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LoRAError(f"the adapter settings of {path.name} are not readable; the file is damaged") from error
+
+    def alpha_of(stored: str, name: str) -> tuple[float | None, bool]:
+        ends = [v for k, v in patterns.items() if name == k or name.endswith("." + k) or stored == k]
+        return (ends[0] if ends else default), stabilised
+
+    return alpha_of
+
+
+def common_targets(lora: LoRA) -> dict[str, int]:
+    """How many layers of each sort the LoRA has: {"attn.to_q": 60, ...}; for descriptions."""
+    return dict(Counter(re.sub(r"^.*?\d+[._]", "", name) for name in lora.layers).most_common())

@@ -1,0 +1,7 @@
+"""The whole pipeline: adds transformers (the condition encoder) and diffusers (the VAE) to the core."""
+
+from .pipeline import UniPicOutput, UniPicPipeline
+from .text import TextEncoder
+from .vae import VAE
+
+__all__ = ["TextEncoder", "UniPicOutput", "UniPicPipeline", "VAE"]

@@ -1,0 +1,115 @@
+"""From folders to the pipeline's parts, with a clear word about what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..checkpoints import expected_shapes, find_transformer, load_transformer, read_config
+from ..errors import CheckpointError
+from ..mmdit import MMDiT
+from ..recipe import Recipe, recipe_of
+from ..schedules import Shift
+from .offload import checked_device, needs_offload, readable_out_of_memory
+from .text import TextEncoder
+from .vae import VAE
+
+PARTS = {"text_encoder": "the condition encoder", "tokenizer": "its tokenizer", "vae": "the VAE"}
+"""Folders that a pipeline needs beside the network."""
+
+SOURCE = "Qwen/Qwen-Image-Edit (text_encoder, tokenizer, processor, vae and scheduler; about 17 GB)"
+
+_MEMORY_ADVICE = "the weights do not fit; close other programs, use torch.bfloat16, or a machine with more memory"
+
+
+@dataclass
+class Parts:
+    """What `UniPicPipeline` is made of."""
+
+    transformer: MMDiT
+    text_encoder: TextEncoder
+    vae: VAE
+    recipe: Recipe
+    shift: Shift
+    device: torch.device
+    offload: bool
+
+
+def load_parts(
+    folder: str | Path, transformer: str | Path | None, dtype: torch.dtype, device: torch.device | str
+) -> Parts:
+    """Load everything: the network from `transformer` if given, all else from `folder`. Raises CheckpointError."""
+    device = checked_device(device)
+    folder = Path(folder)
+    require_folder(folder, transformer)
+    source = Path(transformer) if transformer is not None else folder
+    find_transformer(source)
+    shift, recipe = read_shift(folder), recipe_of(source)
+    with readable_out_of_memory(_MEMORY_ADVICE):
+        encoder = TextEncoder.from_pretrained(folder, dtype)
+        vae = VAE.from_pretrained(folder / "vae", dtype)
+        network_bytes = sum(math.prod(s) for s in expected_shapes(read_config(source)).values()) * dtype.itemsize
+        modules = (encoder.network, vae.model)
+        part_bytes = [network_bytes, *(sum(p.nbytes for p in m.parameters()) for m in modules)]
+        offload = needs_offload(device, part_bytes)
+        network = load_transformer(source, dtype=dtype, device="cpu" if offload else device)
+        if not offload:
+            encoder.to(device)
+            vae.to(device)
+    network.requires_grad_(False)
+    check_fit(network, encoder, vae)
+    return Parts(network, encoder, vae, recipe, shift, device, offload)
+
+
+def require_folder(folder: Path, transformer: str | Path | None) -> None:
+    """CheckpointError naming the parts that a folder lacks and where to get them."""
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder} is one file, expected a pipeline folder; give the file as transformer=, and as the folder one "
+            f"with {', '.join(PARTS)}, from {SOURCE}"
+        )
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}; download one, or check the path")
+    missing = [name for name in PARTS if not (folder / name).is_dir()]
+    if missing:
+        held = "the network's weights only and " if transformer is None and _has_transformer(folder) else ""
+        hint = ", and give this folder as transformer=" if held else ", and put them into the folder"
+        raise CheckpointError(f"{folder} has {held}no {'/, '.join(missing)}/; download {SOURCE}{hint}")
+
+
+def _has_transformer(folder: Path) -> bool:
+    try:
+        find_transformer(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def read_shift(folder: Path) -> Shift:
+    """The time shift of scheduler/scheduler_config.json; the released one if there is no such file."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return Shift()
+    try:
+        return Shift.from_config(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:100]}; download it again") from error
+
+
+def check_fit(network: MMDiT, encoder: TextEncoder, vae: VAE) -> None:
+    """CheckpointError if the parts belong to models of different sizes."""
+    hidden = encoder.network.get_input_embeddings().weight.shape[1]
+    if network.config.joint_attention_dim != hidden:
+        raise CheckpointError(
+            f"the network takes text of width {network.config.joint_attention_dim}, the encoder gives {hidden}; the "
+            " transformer and the folder belong to different models"
+        )
+    if network.config.in_channels != 4 * vae.channels:
+        raise CheckpointError(
+            f"the network takes {network.config.in_channels} channels a token, the VAE gives {4 * vae.channels}; "
+            "the transformer and the folder belong to different models"
+        )

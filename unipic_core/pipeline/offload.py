@@ -1,0 +1,76 @@
+"""Where the parts lie: all on the device, or one at a time when its memory is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..errors import UniPicError
+
+WORKING_BYTES = 6 * 2**30
+"""Kept free for activations: a 1024x1024 output with six references in bfloat16 needs about this much."""
+
+MemoryInfo = Callable[[torch.device], tuple[int, int]]
+"""device -> (free, total) bytes, as torch.cuda.mem_get_info."""
+
+
+def needs_offload(
+    device: torch.device, part_bytes: Sequence[int], memory: MemoryInfo | None = None, working: int = WORKING_BYTES
+) -> bool:
+    """True if the parts and `working` bytes do not fit together in the device's free memory. Only CUDA is asked."""
+    if device.type != "cuda":
+        return False
+    free, _ = (memory or torch.cuda.mem_get_info)(device)
+    return sum(part_bytes) + working > free
+
+
+def checked_device(device: torch.device | str) -> torch.device:
+    """The device, or UniPicError if this machine has none of its kind."""
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise UniPicError(f"there is no device {str(device)!r}; use 'cuda', 'cuda:1' or 'cpu'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UniPicError('no CUDA GPU can be used here; pass device="cpu"')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UniPicError(f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA GPUs")
+    return device
+
+
+class Placement:
+    """Parts with a method .to(device). Offloading: only the part in use is on the device, the others on the CPU."""
+
+    def __init__(self, device: torch.device, offload: bool) -> None:
+        self.device = device
+        self.offload = offload
+
+    def place(self, parts: Mapping[str, Any], name: str) -> Any:
+        """The named part, on the device."""
+        if self.offload:
+            for other, part in parts.items():
+                if other != name:
+                    part.to("cpu")
+            empty_cache(self.device)
+        parts[name].to(self.device)
+        return parts[name]
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def readable_out_of_memory(advice: str) -> Iterator[None]:
+    """Turns running out of memory, on a GPU or on the CPU, into a UniPicError that says what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UniPicError(f"out of memory; {advice}") from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise UniPicError(f"out of memory; {advice}") from error

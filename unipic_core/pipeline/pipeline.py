@@ -1,0 +1,254 @@
+"""One to six images and a prompt in, a picture out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import UniPicError
+from ..guidance import apply_cfg
+from ..images import MAX_REFERENCES, output_size, resize_references, to_images, to_rgb, to_tensor
+from ..lora import MergeReport, merge_lora, read_lora
+from ..mmdit import MMDiT
+from ..recipe import Recipe
+from ..samplers import Callback, NoiseSource, sample_consistency, sample_euler, seeded_noise
+from ..schedules import Shift
+from ..sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
+from .cache import LRU, image_key, weights_key
+from .loading import load_parts
+from .offload import Placement, readable_out_of_memory
+from .settings import Settings, checked_seed, resolve
+from .text import TextEncoder
+from .vae import VAE
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+CACHED_REFERENCES = 32
+CACHED_TEXTS = 16
+
+
+@dataclass
+class UniPicOutput:
+    """images: a list of pictures; "pt": a tensor [B, 3, H, W] in [-1, 1]; "latent": packed latents [B, N_O, 4C].
+
+    seeds: image i can be made again alone with seeds[i]. settings: what None stood for.
+    """
+
+    images: Any
+    seeds: list[int]
+    settings: Settings
+
+
+class UniPicPipeline:
+    """The condition encoder, the VAE and the network, with what their weights say about how to use them."""
+
+    def __init__(
+        self,
+        transformer: MMDiT,
+        text_encoder: TextEncoder,
+        vae: VAE,
+        recipe: Recipe = Recipe(),
+        shift: Shift = Shift(),
+        device: torch.device | str = "cpu",
+        offload: bool = False,
+    ) -> None:
+        self.transformer = transformer
+        self.text_encoder = text_encoder
+        self.vae = vae
+        self.recipe = recipe
+        self.shift = shift
+        self.placement = Placement(torch.device(device), offload)
+        self._reference_cache: LRU[Tensor] = LRU(CACHED_REFERENCES)
+        self._text_cache: LRU[TextCond] = LRU(CACHED_TEXTS)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        transformer: str | Path | None = None,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+    ) -> UniPicPipeline:
+        """From a pipeline folder; `transformer` takes the network from another folder or file.
+
+        Raises UniPicError: missing parts are named with what to download; without a GPU pass device="cpu".
+        """
+        return cls(**vars(load_parts(folder, transformer, torch_dtype, device)))
+
+    @property
+    def device(self) -> torch.device:
+        return self.placement.device
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> MergeReport:
+        """Add a LoRA to the network's weights; its recipe, if it has one, goes over the checkpoint's.
+
+        Load it again with -strength to take it out. Raises LoRAError when nothing matches.
+        """
+        lora = read_lora(path)
+        report = merge_lora(self.transformer, lora, strength)
+        self.recipe = self.recipe.merge(lora.recipe)
+        if report.unmatched:
+            strange = f"{len(report.unmatched)} not known here ({', '.join(report.unmatched[:3])})"
+            warnings.warn(f"{lora.name}: {report.matched} layers added, {strange}", stacklevel=2)
+        return report
+
+    def clear_cache(self) -> None:
+        """Forget reference latents and text embeddings. Changed weights and other parts are noticed without it."""
+        self._reference_cache.clear()
+        self._text_cache.clear()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Sequence[Image.Image] | Image.Image = (),
+        prompt: str = "",
+        negative_prompt: str = " ",
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        true_cfg_scale: float | None = None,
+        sampler: str | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        reference_budget: int | None = None,
+        latents: Tensor | None = None,
+        step_noise: Sequence[Tensor] | None = None,
+        callback: Callback | None = None,
+        output_type: str = "pil",
+    ) -> UniPicOutput:
+        """Compose. None means: from the recipe, else MODEL's defaults.
+
+        images: 0 to 6 references in the order that the prompt counts them. height, width: multiples of 16 within the
+        output budget; by default the first reference's aspect. true_cfg_scale: 1 = no unconditional pass. sampler:
+        "consistency" or "euler". seed: image i of num_images uses seed + i. latents: packed start noise [B, N_O, 4C];
+        step_noise: the noises that the consistency sampler adds, one [B, N_O, 4C] per step but the last.
+        callback(step, t, x_t, x0) after each step. output_type: "pil", "pt" or "latent". Raises UniPicError.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise UniPicError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if not isinstance(text, str):
+                raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
+        settings = resolve(self.recipe, num_inference_steps, true_cfg_scale, sampler, reference_budget)
+        seed, num_images = checked_seed(seed, num_images)
+        originals = _checked_images(images)
+        size = output_size(originals[0].size if originals else None, settings.output_budget, width, height)
+        shape = LatentShape.of_pixels(*size)
+        times = settings.times(shape.num_tokens, self.shift)
+        start, noise = self._noise(shape, seed, num_images, settings.steps, latents, step_noise)
+        advice = _memory_advice(size, settings, len(originals), len(start))
+        with readable_out_of_memory(advice):
+            references = resize_references(originals, settings.reference_budget)
+            cond = self._encode_text(references, prompt)
+            uncond = self._encode_text(references, negative_prompt) if settings.guidance != 1 else None
+            packed = pack_with_references(start, shape, [self._encode_references(references)] * len(start))
+            velocity = self._velocity(packed, cond, uncond, settings.guidance)
+            if settings.sampler == "euler":
+                x0 = sample_euler(velocity, start, times.tolist(), callback)
+            else:
+                x0 = sample_consistency(velocity, start, times.tolist(), noise, callback)
+            made = x0 if output_type == "latent" else self._decode(x0, shape)
+        seeds = [seed + i for i in range(len(start))]
+        return UniPicOutput(to_images(made) if output_type == "pil" else made, seeds, settings)
+
+    def _use(self, name: str) -> Any:
+        """A part, on the device."""
+        parts = {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
+        return self.placement.place(parts, name)
+
+    def _encode_text(self, references: list[Image.Image], prompt: str) -> TextCond:
+        encoder = self.text_encoder
+        weights = weights_key(encoder.network)
+        key = (weights, encoder.positions, tuple(image_key(r) for r in references), prompt)
+        return self._text_cache.get(key, lambda: self._use("text_encoder").encode([references], [prompt]))
+
+    def _encode_references(self, references: list[Image.Image]) -> list[Tensor]:
+        """Latents [1, C, 1, h, w] of the resized references."""
+        weights = weights_key(self.vae.model)
+        return [
+            self._reference_cache.get((weights, image_key(r)), partial(self._encode_reference, r)) for r in references
+        ]
+
+    def _encode_reference(self, reference: Image.Image) -> Tensor:
+        return self._use("vae").encode(to_tensor(reference).to(self.device))
+
+    def _velocity(
+        self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, guidance: float
+    ) -> Callable[[Tensor, float], Tensor]:
+        """v(x_t, t) in float32, guided if there is an unconditional text."""
+        batch = packed.tokens.shape[0]
+        transformer = self._use("transformer")
+
+        def velocity(x_t: Tensor, t: float) -> Tensor:
+            latents = packed.with_target(x_t)
+            v = transformer(latents, t, cond.expand(batch)).float()
+            if uncond is None:
+                return v
+            return apply_cfg(v, transformer(latents, t, uncond.expand(batch)).float(), guidance)
+
+        return velocity
+
+    def _decode(self, x0: Tensor, shape: LatentShape) -> Tensor:
+        return self._use("vae").decode(unpack_latents(x0, shape)).cpu()
+
+    def _noise(
+        self,
+        shape: LatentShape,
+        seed: int,
+        num_images: int,
+        steps: int,
+        latents: Tensor | None,
+        step_noise: Sequence[Tensor] | None,
+    ) -> tuple[Tensor, NoiseSource]:
+        """Start noise [B, N_O, 4C] float32 on the device, and the source of the consistency sampler's noises."""
+        token = (shape.num_tokens, self.transformer.config.in_channels)
+        if latents is not None:
+            if latents.ndim != 3 or tuple(latents.shape[1:]) != token or num_images not in (1, latents.shape[0]):
+                expected = [num_images, *token]
+                raise UniPicError(f"latents must be packed start noise {expected}, got {list(latents.shape)}")
+            num_images = latents.shape[0]
+        sources = [seeded_noise(token, seed + i) for i in range(num_images)]
+
+        def noise(step: int) -> Tensor:
+            return torch.stack([source(step) for source in sources]).to(self.device)
+
+        start = noise(-1) if latents is None else latents.to(self.device, torch.float32)
+        if step_noise is None:
+            return start, noise
+        given, expected = [list(n.shape) for n in step_noise], [num_images, *token]
+        if len(given) < steps - 1 or any(shape != expected for shape in given):
+            raise UniPicError(f"step_noise must hold {steps - 1} tensors of {expected}, got {given}")
+        return start, lambda step: step_noise[step].to(self.device, torch.float32)
+
+
+def _checked_images(images: Sequence[Image.Image] | Image.Image) -> list[Image.Image]:
+    """0 to 6 pictures as RGB. None at all is allowed, with a warning."""
+    images = [images] if isinstance(images, Image.Image) else list(images)
+    if len(images) > MAX_REFERENCES:
+        raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(images)}; leave some out")
+    wrong = next((i for i in images if not isinstance(i, Image.Image)), None)
+    if wrong is not None:
+        raise UniPicError(
+            f"images must be Pillow pictures, got {type(wrong).__name__}; open files with unipic_core.images.load_image"
+        )
+    if not images:
+        warnings.warn("no pictures given: the model was tuned to compose pictures, not to make them", stacklevel=4)
+    return [to_rgb(image) for image in images]
+
+
+def _memory_advice(size: tuple[int, int], settings: Settings, references: int, batch: int) -> str:
+    """What to lower, given what this run asked for."""
+    steps = [f"lower the output size (now {size[0]}x{size[1]})"]
+    if references:
+        steps.append(f"the reference budget (now {settings.reference_budget})")
+    if batch > 1:
+        steps.append(f"the number of images (now {batch})")
+    return ", or ".join(steps)

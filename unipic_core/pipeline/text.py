@@ -1,0 +1,251 @@
+"""The condition encoder: transformers' Qwen2.5-VL reads references and prompt; its last hidden state is the text."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import CheckpointError, UniPicError
+from ..images import resize_for_vision
+from ..prompt import IMAGE_PAD, PREFIX, body_text
+from ..sequence import TextCond
+
+EncoderInputs = dict[str, Tensor]
+"""CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
+patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
+
+LONG_PROMPT = 1024
+"""Prompt tokens beyond which the released weights were not trained."""
+
+POSITIONS = ("multimodal", "sequential")
+"""How image tokens are numbered for the encoder's RoPE: (frame, row, column) as Qwen2.5-VL was trained, or one by one.
+transformers from 5.3 on numbers one by one unless it is told which tokens are images, and the Qwen-Image pipelines do
+not tell it (huggingface/diffusers#14194); so weights and numbers made with it want "sequential"."""
+
+_SEQUENTIAL_SINCE = (5, 3)
+
+
+class TextEncoder:
+    """References and prompts -> TextCond. Differentiable: callers decide about torch.no_grad.
+
+    positions: one of POSITIONS; None takes the model config's `unipic_positions`, else what the version of transformers
+    that wrote the config did (the released weights: multimodal).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, image_processor: Any = None, positions: str | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor if image_processor is not None else image_processor_class()()
+        self.positions = positions or positions_of(model.config)
+        if self.positions not in POSITIONS:
+            raise UniPicError(f"the encoder's positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        self.image_token = int(model.config.image_token_id)
+        known = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        if known != self.image_token:
+            raise CheckpointError(
+                f"the tokenizer's {IMAGE_PAD} is {known} but the encoder's config says {self.image_token}; "
+                "take tokenizer and text_encoder from the same folder"
+            )
+        self.prefix_ids: list[int] = self._token_ids(PREFIX)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    ) -> TextEncoder:
+        """From a pipeline folder's text_encoder/, tokenizer/ and processor/ (CheckpointError names what is missing)."""
+        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+        folder = Path(folder)
+        for part in ("text_encoder", "tokenizer"):
+            if not (folder / part).is_dir():
+                raise CheckpointError(
+                    f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
+                )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                folder / "text_encoder", dtype=dtype, local_files_only=True
+            )
+            processor = _image_processor(folder)
+        except Exception as error:  # transformers, tokenizers and safetensors raise their own kinds
+            raise CheckpointError(f"the encoder in {folder} cannot be loaded: {_first_line(error)}") from error
+        encoder = cls(model.eval().requires_grad_(False), tokenizer, processor)
+        encoder.to(device)
+        return encoder
+
+    @property
+    def network(self) -> Any:
+        """The part that makes hidden states, without the head over the vocabulary."""
+        return getattr(self.model, "model", self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.get_input_embeddings().weight.device
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move what computes hidden states; the unused head stays where it is."""
+        self.network.to(device)
+        return self
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of PREFIX, whose hidden states are dropped: 64 with the released tokenizer."""
+        return len(self.prefix_ids)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def encode(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> TextCond:
+        """embeds [B, L, D] and mask of B samples. images: each sample's references of `resize_references`."""
+        return self.forward(self.prepare(images, prompts))
+
+    def prepare(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
+        """What `forward` takes, on the CPU; can be cached, and put together by `collate`."""
+        if len(images) != len(prompts):
+            raise UniPicError(f"expected as many lists of images as prompts, got {len(images)} and {len(prompts)}")
+        return self.collate([self._prepare_one(i, p) for i, p in zip(images, prompts, strict=True)])
+
+    def collate(self, samples: Sequence[EncoderInputs]) -> EncoderInputs:
+        """Prepared inputs of several batches as one, padded right."""
+        rows = [r[m.bool()] for s in samples for r, m in zip(s["input_ids"], s["attention_mask"], strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        return {
+            "input_ids": ids,
+            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
+            "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
+            "image_grid_thw": torch.cat([s["image_grid_thw"] for s in samples]),
+        }
+
+    def forward(self, inputs: EncoderInputs) -> TextCond:
+        """Hidden states of prepared inputs after the dropped prefix; mask None if nothing is padded."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        grid = inputs["image_grid_thw"]
+        device = self.device
+        vision: dict[str, Tensor] = {}
+        if len(grid):
+            vision = {"pixel_values": inputs["pixel_values"].to(device), "image_grid_thw": grid.to(device)}
+        padded = not bool(mask.all())
+        hidden = self.network(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            position_ids=self.position_ids(ids, grid).to(device),
+            use_cache=False,
+            **vision,
+        ).last_hidden_state
+        kept = mask[:, self.dropped :].bool().to(device) if padded else None
+        return TextCond(hidden[:, self.dropped :], kept)
+
+    def position_ids(self, ids: Tensor, grid: Tensor) -> Tensor:
+        """[3, B, L] RoPE positions of right-padded ids [B, L]; padding goes on counting.
+
+        multimodal: text counts one by one on all three axes; an image of h x w tokens starting at p has (p, p + row,
+        p + column), and what follows starts at p + max(h, w) (Qwen2.5-VL, section 2.1.2).
+        """
+        batch, length = ids.shape
+        if self.positions == "sequential" or not len(grid):
+            return torch.arange(length).expand(3, batch, length)
+        merge = self.model.config.vision_config.spatial_merge_size
+        sizes = iter((grid[:, 1:] // merge).tolist())
+        return torch.stack([self._multimodal_positions(row.tolist(), sizes) for row in ids.cpu()], dim=1)
+
+    def _multimodal_positions(self, ids: list[int], sizes: Any) -> Tensor:
+        pieces, start, at = [], 0, 0
+        while at < len(ids):
+            if ids[at] == self.image_token:
+                h, w = next(sizes)
+                rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+                pieces.append(torch.stack([torch.zeros_like(rows), rows, columns]) + start)
+                start, at = start + max(h, w), at + h * w
+            else:
+                run = at
+                while at < len(ids) and ids[at] != self.image_token:
+                    at += 1
+                pieces.append((torch.arange(at - run) + start).expand(3, -1))
+                start += at - run
+        return torch.cat(pieces, dim=1)
+
+    def _prepare_one(self, images: Sequence[Image.Image], prompt: str) -> EncoderInputs:
+        pictures = [resize_for_vision(image) for image in images]
+        vision = self._patches(pictures)
+        merged = self.image_processor.merge_size**2
+        counts = (vision["image_grid_thw"].prod(-1) // merged).tolist()
+        ids = self.prompt_ids(prompt, counts)
+        mask = torch.ones(1, len(ids), dtype=torch.long)
+        return {"input_ids": torch.tensor([ids]), "attention_mask": mask, **vision}
+
+    def _patches(self, pictures: list[Image.Image]) -> EncoderInputs:
+        processor = self.image_processor
+        if not pictures:
+            values = 3 * processor.temporal_patch_size * processor.patch_size**2
+            return {"pixel_values": torch.empty(0, values), "image_grid_thw": torch.empty(0, 3, dtype=torch.long)}
+        features = processor(images=pictures, do_resize=False, return_tensors="pt")
+        return {k: features[k] for k in ("pixel_values", "image_grid_thw")}
+
+    def prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
+        """Prefix and body are tokenized apart: no token spans the cut. IMAGE_PAD is repeated for every image token."""
+        counts = iter(image_tokens)
+        body: list[int] = []
+        for token in self._token_ids(body_text(prompt, len(image_tokens))):
+            body.extend([token] * (next(counts) if token == self.image_token else 1))
+        self._check_length(len(body) - sum(image_tokens), sum(image_tokens))
+        return self.prefix_ids + body
+
+    def _check_length(self, words: int, images: int) -> None:
+        config = getattr(self.model.config, "text_config", self.model.config)
+        limit, total = config.max_position_embeddings, self.dropped + words + images
+        if total > limit:
+            raise UniPicError(
+                f"the prompt is too long: {words} tokens of text, with the references and the template {total}, "
+                f"of at most {limit}; shorten it"
+            )
+        if words > LONG_PROMPT:
+            warnings.warn(f"the prompt has {words} tokens; the model was trained up to {LONG_PROMPT}", stacklevel=2)
+
+    def _token_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def positions_of(config: Any) -> str:
+    """Which of POSITIONS an encoder's config asks for."""
+    asked = getattr(config, "unipic_positions", None)
+    if asked:
+        return str(asked)
+    numbers = str(getattr(config, "transformers_version", None) or "5.3").split(".")[:2]
+    made_with = tuple(int(n) for n in numbers if n.isdigit())
+    return "sequential" if made_with >= _SEQUENTIAL_SINCE else "multimodal"
+
+
+def image_processor_class() -> Any:
+    """transformers' Qwen2-VL image processor in the form that needs no torchvision, wherever this version keeps it."""
+    package = "transformers.models.qwen2_vl"
+    for module, name in (
+        (f"{package}.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil"),
+        (f"{package}.image_processing_qwen2_vl", "Qwen2VLImageProcessor"),
+    ):
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError("this version of transformers has no Qwen2-VL image processor; install transformers 5")
+
+
+def _image_processor(folder: Path) -> Any:
+    kind = image_processor_class()
+    for part in ("processor", "image_processor", "text_encoder"):
+        if (folder / part / "preprocessor_config.json").is_file():
+            return kind.from_pretrained(folder / part, local_files_only=True)
+    return kind()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,168 @@
+"""Packing of latents into the one sequence that the network sees.
+
+A picture's latent [B, C, 1, H', W'] becomes H'/2 * W'/2 tokens of 4C values (2x2 neighbourhoods). The sequence of a sample is
+[target | reference 1 | ... | reference K], and each piece keeps its shape in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PATCH = 2
+"""Side of the neighbourhood that becomes one token, in latent pixels."""
+
+VAE_SCALE = 8
+"""Pixels per latent pixel, each way (Qwen-Image VAE)."""
+
+PIXELS_PER_TOKEN = PATCH * VAE_SCALE
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Size of one picture in tokens. Frames are always 1 for UniPic; the field keeps diffusers' (f, h, w) order."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.height * self.width
+
+    @classmethod
+    def of_pixels(cls, width: int, height: int) -> LatentShape:
+        """Shape of a picture of width x height pixels; both must be multiples of 16 (ValueError)."""
+        if width <= 0 or height <= 0 or width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
+            raise ValueError(
+                f"picture size must be positive multiples of {PIXELS_PER_TOKEN}, got {width}x{height}; "
+                f"try {nearest_multiple(width, PIXELS_PER_TOKEN)}x{nearest_multiple(height, PIXELS_PER_TOKEN)}"
+            )
+        return cls(1, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
+
+
+SampleShapes = tuple[LatentShape, ...]
+"""Shapes of one sample's pictures: the target first, then its references."""
+
+
+def nearest_multiple(value: float, multiple: int) -> int:
+    """The multiple nearest to value, ties to even as Python rounds; never less than one multiple."""
+    return max(round(value / multiple), 1) * multiple
+
+
+def pack_latents(latents: Tensor) -> Tensor:
+    """[B, C, 1, H, W] or [B, C, H, W] -> [B, H/2 * W/2, 4C]. The inverse of `unpack_latents`, exactly."""
+    if latents.ndim == 5:
+        if latents.shape[2] != 1:
+            raise ValueError(f"expected one frame, got latents of shape {tuple(latents.shape)}")
+        latents = latents[:, :, 0]
+    b, c, h, w = latents.shape
+    if h % PATCH or w % PATCH:
+        raise ValueError(f"latent height and width must be even, got {h}x{w}")
+    x = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
+
+
+def unpack_latents(tokens: Tensor, shape: LatentShape) -> Tensor:
+    """[B, h*w, 4C] -> [B, C, 1, 2h, 2w]."""
+    b, n, values = tokens.shape
+    if n != shape.num_tokens:
+        raise ValueError(f"expected {shape.num_tokens} tokens for {shape.height}x{shape.width}, got {n}")
+    c = values // PATCH**2
+    x = tokens.reshape(b, shape.height, shape.width, c, PATCH, PATCH)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c, 1, shape.height * PATCH, shape.width * PATCH)
+
+
+@dataclass(frozen=True)
+class PackedLatents:
+    """A batch of packed sequences, frozen: adding a reference returns a new one.
+
+    tokens: [B, S, 4C], the target's tokens first; rows shorter than S are padded at the end.
+    shapes: one tuple per sample; samples may have different references, but equally many target tokens.
+    num_target_tokens: N_O, the tokens that the velocity is read from.
+    """
+
+    tokens: Tensor
+    shapes: tuple[SampleShapes, ...]
+    num_target_tokens: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample without padding."""
+        return tuple(sum(s.num_tokens for s in shapes) for shapes in self.shapes)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """[B, S] bool, True where there is a token; None if nothing is padded."""
+        seq = self.tokens.shape[1]
+        if all(n == seq for n in self.lengths):
+            return None
+        lengths = torch.tensor(self.lengths, device=self.tokens.device)
+        return torch.arange(seq, device=self.tokens.device) < lengths[:, None]
+
+    @property
+    def target(self) -> Tensor:
+        """[B, N_O, 4C]."""
+        return self.tokens[:, : self.num_target_tokens]
+
+    def with_target(self, x_t: Tensor) -> PackedLatents:
+        """The same references behind another target [B, N_O, 4C]; a sampler calls this every step."""
+        if x_t.shape[1] != self.num_target_tokens:
+            raise ValueError(f"expected {self.num_target_tokens} target tokens, got {x_t.shape[1]}")
+        return replace(self, tokens=torch.cat([x_t, self.tokens[:, self.num_target_tokens :].to(x_t)], dim=1))
+
+
+def pack_with_references(
+    x_t: Tensor, target: LatentShape | Sequence[LatentShape], references: Sequence[Sequence[Tensor]] = ()
+) -> PackedLatents:
+    """Pack targets x_t [B, N_O, 4C] with each sample's reference latents.
+
+    references: for each sample the list of its latents [C, 1, H, W] or [1, C, 1, H, W]; empty = no references at all.
+    target: the targets' shape, or one per sample (all with N_O tokens).
+    """
+    batch = x_t.shape[0]
+    targets = [target] * batch if isinstance(target, LatentShape) else list(target)
+    samples = list(references) or [[] for _ in range(batch)]
+    if len(samples) != batch or len(targets) != batch:
+        raise ValueError(f"expected references and shapes for {batch} samples, got {len(samples)} and {len(targets)}")
+    if any(s.num_tokens != x_t.shape[1] for s in targets):
+        raise ValueError(f"target shapes {targets} do not hold {x_t.shape[1]} tokens")
+    rows, shapes = [], []
+    for row, shape, latents in zip(x_t, targets, samples, strict=True):
+        packed = [pack_latents(z if z.ndim == 5 else z[None])[0].to(row) for z in latents]
+        rows.append(torch.cat([row, *packed]))
+        shapes.append((shape, *(LatentShape(1, z.shape[-2] // PATCH, z.shape[-1] // PATCH) for z in latents)))
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return PackedLatents(tokens, tuple(shapes), x_t.shape[1])
+
+
+@dataclass(frozen=True)
+class TextCond:
+    """The condition encoder's output. embeds: [B, L, D]; mask: [B, L] bool, True = a token, or None if nothing is padded."""
+
+    embeds: Tensor
+    mask: Tensor | None = None
+
+    @classmethod
+    def stack(cls, conds: Sequence[TextCond]) -> TextCond:
+        """Samples of different lengths in one batch, padded at the end."""
+        rows = [e if c.mask is None else e[m] for c in conds for e, m in zip(c.embeds, _masks(c), strict=True)]
+        lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+        embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        if bool((lengths == embeds.shape[1]).all()):
+            return cls(embeds)
+        return cls(embeds, torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None])
+
+    def expand(self, batch: int) -> TextCond:
+        """One condition for a batch of pictures."""
+        mask = None if self.mask is None else self.mask.expand(batch, -1)
+        return TextCond(self.embeds.expand(batch, -1, -1), mask)
+
+
+def _masks(cond: TextCond) -> Tensor:
+    if cond.mask is not None:
+        return cond.mask
+    return torch.ones(cond.embeds.shape[:2], dtype=torch.bool, device=cond.embeds.device)
