@@ -138,7 +138,7 @@ def check_loss(loss: Tensor, step: int, output: Path) -> None:
     if not bool(torch.isfinite(loss)):
         last = newest_checkpoint(output)
         raise TrainingError(
-            f"the loss became {float(loss)} in step {step + 1}; the last good checkpoint is {last or 'none'}. "
+            f"the loss became {float(loss.detach())} in step {step + 1}; the last good checkpoint is {last or 'none'}. "
             "Lower optimizer.lr, or set precision: 'no', and start again: the run resumes from there"
         )
 

@@ -146,13 +146,13 @@ def init_network(network: MMDiT, generator: torch.Generator) -> None:
                 nn.init.zeros_(module.weight)
 
 
-def write_folder(vae: Path, out: Path, seed: int) -> None:
+def write_folder(vae: Path, out: Path, seed: int, corpus_size: int = 20000) -> None:
     """The whole untrained pipeline folder."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     bank = Bank.open()
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(captions(bank, 20000, seed))
+    tokenizer = make_tokenizer(captions(bank, corpus_size, seed))
     for folder in ("tokenizer", "processor"):
         tokenizer.save_pretrained(out / folder)
     write_json(out / "processor" / "preprocessor_config.json", image_processor_config())

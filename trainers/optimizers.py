@@ -12,8 +12,8 @@ from torch.optim import AdamW, Optimizer
 
 from .config import OptimizerConfig
 
-FIRST_AND_LAST = ("img_in", "txt_in", "proj_out", "conv_in", "conv_out", "embed", "quant_conv", "norm")
-"""Layers whose inputs or outputs are data, not features: Muon's orthogonal updates do not suit them."""
+NOT_HIDDEN = ("img_in", "txt_in", "proj_out", "conv_in", "conv_out", "embed", "quant_conv", "norm", "_mod.")
+"""Layers whose inputs or outputs are data or modulations, not features: Muon's orthogonal updates do not suit them."""
 
 
 class Muon(Optimizer):
@@ -55,7 +55,7 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    return p.ndim > 1 and min(p.shape[0], p[0].numel()) > 1 and not any(part in name for part in FIRST_AND_LAST)
+    return p.ndim > 1 and min(p.shape[0], p[0].numel()) > 1 and not any(part in name for part in NOT_HIDDEN)
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:

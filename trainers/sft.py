@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from .config import RunConfig, SFTMethod
 from .grid import picture_grid
 from .losses import flow_matching_loss, logit_normal_times, sample_generators
 from .loop import Metrics
-from .nano import save_network, write_json
+from .nano import save_network
 from .text_cache import encode_bucket, encoder_inputs
 
 UNCOND_PROMPT = " "
@@ -125,7 +125,7 @@ class SFTTraining:
             text.model.bfloat16().save_pretrained(folder / "text_encoder")
         recipe = Recipe.read(folder) or Recipe()
         made = {**recipe.made, "method": "sft", "steps": self.config.steps, "seed": self.config.seed}
-        write_json(folder / "recipe.json", recipe.merge(Recipe(made=made)).to_dict())
+        (folder / "recipe.json").write_text(replace(recipe, made=made).to_json() + "\n")
 
     def _text(self, name: str, bucket: Bucket, rows: np.ndarray, drop: np.ndarray) -> EncoderInputs | TextCond:
         if self.frozen_text is not None:

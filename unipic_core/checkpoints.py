@@ -1,4 +1,4 @@
-"""From a path to the network: which file, which sizes, do the keys fit, and the weights in place without a second copy."""
+"""From a path to the network: which file, which sizes, do the keys fit; and the weights, without a second copy."""
 
 from __future__ import annotations
 
@@ -51,8 +51,11 @@ def looks_like(names: Mapping[str, Any] | list[str]) -> str:
 
 
 def find_transformer(path: PathLike) -> Path:
-    """The transformer's folder or file: of a released folder its `transformer/` (or the `ema_transformer/` that is all a repository
-    holds), a bare transformer folder itself, a single file itself. CheckpointError if there is none."""
+    """The transformer's folder or file, or CheckpointError.
+
+    Of a released folder its `transformer/`, else its `ema_transformer/`; a bare transformer folder or a single file is
+    itself the answer.
+    """
     path = Path(path)
     if path.is_file():
         return path
@@ -64,7 +67,8 @@ def find_transformer(path: PathLike) -> Path:
     names = sorted(p.name for p in path.iterdir())
     held = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     raise CheckpointError(
-        f"no transformer in {path}: expected transformer/, ema_transformer/, or a .safetensors or .bin file, found {held}"
+        f"no transformer in {path}: expected transformer/, ema_transformer/, or a .safetensors or .bin file, "
+        f"found {held}"
     )
 
 
@@ -208,7 +212,7 @@ def expected_shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def require_keys(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """CheckpointError that counts and names what is missing, unexpected or of wrong shape. weights: under bare names."""
+    """CheckpointError that counts and names what is missing, unexpected or wrongly shaped. weights: bare names."""
     report = check_keys(expected, weights.shapes())
     if not report.fits:
         raise CheckpointError(
@@ -230,7 +234,7 @@ def open_transformer(path: PathLike) -> tuple[Weights, MMDiTConfig]:
 
 
 def stored_dtype(weights: Weights) -> torch.dtype:
-    """The type to compute in: that of most stored bytes; bfloat16 for fp8 and float16, which the network cannot compute in."""
+    """The type to compute in: that of most parameters; bfloat16 for fp8 and for float16, which overflows here."""
     sizes: dict[torch.dtype, int] = {}
     for name in weights:
         dtype = torch.bfloat16 if weights.dtype(name) in (*FP8, torch.float16) else weights.dtype(name)

@@ -1,4 +1,4 @@
-"""Any form of a UniPic transformer to one safetensors file, streaming: about one tensor in memory, whatever the size."""
+"""Any form of a UniPic transformer to one safetensors file, with about one tensor in memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ FP8_MAX = 448.0
 """Largest number of float8_e4m3fn."""
 
 FP8_LAYER = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-"""What `X.comfy_quant` says. Without the second entry ComfyUI rounds activations to fp8 too, with scale 1; this architecture's
-activations exceed fp8's range, so products stay in bf16."""
+"""What `X.comfy_quant` says. Without the second entry ComfyUI rounds activations to fp8 too, with scale 1;
+those of this architecture exceed fp8's range, so products stay in bf16."""
 
 Described = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -41,13 +41,15 @@ def convert(
     strength: float = 1.0,
     progress: Progress | None = None,
 ) -> Path:
-    """Write the transformer at `src` (any form that `load_transformer` takes) as one safetensors file `dst`; returns its path.
+    """Write the transformer at `src` (any form that `load_transformer` takes) as one safetensors file.
 
-    Keys are the network's own, which ComfyUI recognises; metadata holds the config, the recipe and how the file was made.
-    dtype: "bf16", "fp32", or "fp8_scaled": the blocks' matrices in float8_e4m3fn with one scale each as ComfyUI 0.33
-    reads them, all else in bf16. lora: added at `strength` on the way, its recipe over the base's.
-    progress: called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure, Ctrl-C
-    included, nothing is left behind and an older `dst` stays.
+    Keys are the network's own, which ComfyUI recognises; metadata holds the config, the recipe and how the file
+    was made. Returns the path written.
+
+    dtype: "bf16", "fp32", or "fp8_scaled": the blocks' matrices in float8_e4m3fn with one scale each, as ComfyUI 0.33
+    reads them, all else in bf16. lora: added at `strength` on the way, its recipe over the base's. progress: called
+    with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure, Ctrl-C included, nothing
+    is left behind and an older `dst` stays.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -79,9 +81,10 @@ def describe_output(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, 
 
 
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight -> (float8_e4m3fn of the same shape, scale [] in float32) with weight ~ values * scale, the largest near 448.
+    """weight -> (values of its shape in float8_e4m3fn, scale [] in float32), with weight ~ values * scale.
 
-    The scale is a number that bf16 holds exactly, rounded up: ComfyUI multiplies by it in bf16.
+    The largest value comes near 448. The scale is a number that bf16 holds exactly, rounded up, because ComfyUI
+    multiplies by it in bf16.
     """
     largest = weight.abs().amax().float() if weight.numel() else torch.zeros(())
     if not torch.isfinite(largest):

@@ -35,10 +35,10 @@ _KINDS = {
 def describe(path: PathLike) -> dict[str, Any]:
     """What is at `path`; a table that JSON can hold.
 
-    Always: path, kind ("pipeline", "transformer", "lora", "vae", "text encoder" or "unknown"). Weights add format, tensors,
-    parameters, bytes, dtypes (name -> parameters stored so), recipe (a table or None) and recipe_source ("file", "name" or
-    None); transformers their sizes; a LoRA ranks, layers and targets; a pipeline folder `parts`, each described or None
-    if missing. Raises CheckpointError if there is nothing readable.
+    Always: path, kind ("pipeline", "transformer", "lora", "vae", "text encoder" or "unknown"). Weights add format,
+    tensors, parameters, bytes, dtypes (name -> parameters stored so), recipe (a table or None) and recipe_source
+    ("file", "name" or None); transformers their sizes; a LoRA ranks, layers and targets; a pipeline folder `parts`,
+    each described or None if missing. Raises CheckpointError if there is nothing readable.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""LoRAs without peft: read every naming in use, say what matched, add to the weights; write files that all programs read."""
+"""LoRAs without peft: read every naming in use, say what matched, merge; write files that all programs read."""
 
 from __future__ import annotations
 
@@ -20,21 +20,15 @@ from .saving import write_safetensors
 from .weights import PathLike, open_weights
 
 PREFIXES = (
-    *(
-        "base_model.model.",
-        "base_model.",
-        "model.diffusion_model.",
-        "diffusion_model.",
-        "transformer.",
-        "unet.",
-        "module.",
-    ),
+    *("base_model.model.", "base_model.", "model.diffusion_model.", "diffusion_model.", "transformer."),
+    *("unet.", "module."),
     *("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_", "lora_"),
 )
-"""What trainers put before a layer's name; they may be nested. Names behind the last row use _ for dots."""
+"""What trainers put before a layer's name; they may be nested. Names behind those of the last row use _ for dots."""
 
 _LOW_RANK = re.compile(
-    r"(?P<layer>.+?)[._](?:lora_(?P<ab>A|B|down|up)|lora(?:_linear_layer)?\.(?P<du>down|up))(?:\.(?!bias$)[\w-]+)??(?:\.weight)?$"
+    r"(?P<layer>.+?)[._](?:lora_(?P<ab>A|B|down|up)|lora(?:_linear_layer)?\.(?P<du>down|up))"
+    r"(?:\.(?!bias$)[\w-]+)??(?:\.weight)?$"  # an adapter's name may stand before .weight
 )
 _OTHER = re.compile(r"(?P<layer>.+)\.(?P<part>alpha|diff|diff_b|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])$")
 _DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)\b")
@@ -95,8 +89,8 @@ class LoRA:
         if expected is None or tuple(expected) != got:
             wanted = list(expected) if expected is not None else "no such parameter"
             raise LoRAError(
-                f"{self.name} does not fit: layer {name} changes {parameter} of shape {list(got)}, the model has {wanted}; "
-                "it was made for a model of other sizes"
+                f"{self.name} does not fit: layer {name} changes {parameter} of shape {list(got)}, "
+                f"the model has {wanted}; it was made for a model of other sizes"
             )
 
 
@@ -110,13 +104,13 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class FittedLoRA:
-    """A LoRA whose layers are known to fit: parameter name -> the layers that change it, and whether its bias part does."""
+    """A LoRA that is known to fit. table: parameter -> layers that change it, and whether by their bias part."""
 
     table: Mapping[str, list[tuple[LoRALayer, bool]]]
     report: MergeReport
 
     def apply(self, parameter: str, value: Tensor, strength: float = 1.0) -> Tensor:
-        """value + strength * deltas: added in float32, given back in value's type. Unchanged parameters come back as they are."""
+        """value + strength * deltas, added in float32, in value's type; a parameter without deltas as it is."""
         if parameter not in self.table or not strength:
             return value
         total = value.float()
@@ -171,9 +165,10 @@ def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
 
 
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:
-    """Add strength times the LoRA to the model's weights, in place; a negative strength takes it out again (to rounding).
+    """Add strength times the LoRA to the model's weights, in place.
 
-    Nothing is changed if any layer does not fit. Raises LoRAError as `LoRA.fit`.
+    A negative strength takes it out again, up to rounding in the weights' type. Nothing is changed if any layer does
+    not fit. Raises LoRAError as `LoRA.fit`.
     """
     parameters = dict(model.named_parameters())
     fitted = lora.fit({name: tuple(p.shape) for name, p in parameters.items()})
@@ -199,10 +194,11 @@ def save_lora(
     recipe: Recipe | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write bf16 safetensors with diffusers' keys, which ComfyUI reads too. layers: module name -> (down [r, in], up [out, r]).
+    """Write bf16 safetensors with diffusers' keys, which ComfyUI reads too.
 
-    alpha (None = the rank) is multiplied into `up`, so that programs which ignore it and programs which assume the rank give
-    the same picture. Written aside and renamed. ValueError for parts that do not multiply.
+    layers: module name -> (down [r, in], up [out, r]). alpha (None = the rank) is multiplied into `up`, so that programs
+    which ignore it and programs which assume the rank give the same picture. Written aside and renamed. Raises
+    LoRAError for parts that do not multiply.
     """
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in layers.items():
@@ -249,7 +245,7 @@ def _aliases(shapes: Mapping[str, Shape]) -> dict[str, str]:
 
 
 def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Any:
-    """(name as stored, bare name) -> (alpha or None, rank-stabilised), from diffusers' metadata or peft's adapter_config.json."""
+    """Function of (stored name, bare name): (alpha or None, rank-stabilised), from diffusers or peft."""
     beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
     try:
         if "lora_adapter_metadata" in metadata:

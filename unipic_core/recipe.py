@@ -30,9 +30,9 @@ _COUNTS = ("steps", "reference_budget", "output_budget")
 class Recipe:
     """How weights want to be used. None = not said.
 
-    guidance: scale s of v = u + s (c - u); 1 = no unconditional pass. reference_budget, output_budget: side in pixels of the
-    square that all references together, or the output, may fill. attention_form: "full", or the form the weights were
-    trained with. made: how they were made, free form. extra: fields of newer versions.
+    guidance: scale s of v = u + s (c - u); 1 = no unconditional pass. reference_budget, output_budget: side in pixels
+    of the square that all references together, or the output, may fill. attention_form: "full", or the form the
+    weights were trained with. made: how they were made, free form. extra: fields of newer versions.
     """
 
     version: int = 1
@@ -113,7 +113,7 @@ RELEASED_BASE = Recipe(
 RELEASED_FEW_STEP = Recipe(
     steps=8, guidance=1.0, sampler="consistency", schedule="few_step", reference_budget=1024, output_budget=1024
 )
-"""Skywork/Unipic3-Consistency-Model and Skywork/Unipic3-DMD: guidance was distilled in, so 1.0 costs half and looks as meant."""
+"""Skywork/Unipic3-Consistency-Model and Skywork/Unipic3-DMD: guidance was distilled in, and 1.0 costs half."""
 
 
 def released_recipe(path: PathLike) -> Recipe | None:
@@ -133,7 +133,7 @@ def recipe_of(path: PathLike) -> Recipe:
 
 
 def _folders(path: Path) -> list[Path]:
-    """Where a recipe.json may lie for this path, nearest first; a single file's folder counts only as a model's own folder."""
+    """Where a recipe.json may lie for this path, nearest first; beside a file only if a config.json is there too."""
     if path.is_file():
         return [path.parent] if (path.parent / "config.json").is_file() else []
     folders = [path, *(path / name for name in TRANSFORMER_FOLDERS)]

@@ -28,8 +28,8 @@ def write_safetensors(
 ) -> None:
     """Write the announced tensors, given in any order and one at a time, so that one is in memory.
 
-    Raises CheckpointError in one sentence when the disk is full or the folder cannot be written; whatever happens, Ctrl-C
-    included, the half-written file is removed and an older file at `path` stays.
+    Raises CheckpointError in one sentence when the disk is full or the folder cannot be written; whatever happens,
+    Ctrl-C included, the half-written file is removed and an older file at `path` stays.
     """
     header, starts, size = safetensors_header(tensors, metadata)
     done = len(header)

@@ -1,7 +1,8 @@
 """Tensor files as tables: where each tensor lies, read without loading any of them.
 
-A safetensors header is parsed and checked here, byte by byte, because it may come from anyone. A pickled `.bin` is walked by
-`torch.load(weights_only=True)`, which never runs code from the file; its tensors are then read from their places in the zip.
+A safetensors header is parsed and checked here, byte by byte, because it may come from anyone. A pickled `.bin` is
+walked by `torch.load(weights_only=True)`, which never runs code from the file; its tensors are then read from their
+places in the zip.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class TensorSpec:
         return self._shaped(buffer.view(self.dtype))
 
     def mapped(self, area: mmap.mmap) -> Tensor:
-        """The tensor as a view of its mapped file: no memory until touched; what is written to it stays out of the file."""
+        """The tensor as a view of its mapped file: no memory until touched; writing to it does not reach the file."""
         start = self.offset + self.first * self.dtype.itemsize
         if self.loaded is not None or not self.extent or start % self.dtype.itemsize:
             return self.read()
@@ -111,7 +112,7 @@ Table = dict[str, TensorSpec]
 
 
 def read_table(path: Path) -> tuple[Table, dict[str, str]]:
-    """Tensors and metadata of one `.safetensors`, `.sft`, `.bin`, `.pt`, `.pth` or `.ckpt` file. CheckpointError if it is not one."""
+    """Tensors and metadata of one `.safetensors`, `.sft`, `.bin`, `.pt`, `.pth` or `.ckpt` file, or CheckpointError."""
     _check_file(path)
     if path.suffix in (".safetensors", ".sft"):
         return read_safetensors(path)
@@ -149,8 +150,8 @@ def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
         if not 2 <= length <= min(MAX_HEADER, size - 8):
             raise CheckpointError(
-                f"{path} is not a whole safetensors file: its header should be {length} bytes long, the file has {size}; "
-                "fetch it again"
+                f"{path} is not a whole safetensors file: its header should be {length} bytes long, "
+                f"the file has {size}; fetch it again"
             )
         text = f.read(length)
     try:
@@ -227,8 +228,8 @@ def safetensors_header(
 def read_pickle(path: Path) -> Table:
     """Table of a pickled state dict; nested ones ("state_dict", or one key around all) are unwrapped.
 
-    Only tensors and plain containers are unpickled: a file that names any other function is refused before anything of it
-    is called (`weights_only=True`).
+    Only tensors and plain containers are unpickled: a file that names any other function is refused before anything of
+    it is called (`weights_only=True`).
     """
     try:
         if zipfile.is_zipfile(path):
@@ -239,7 +240,9 @@ def read_pickle(path: Path) -> Table:
             tensors = _tensors(_torch_load(path, map_location="cpu", mmap=True))
         elif tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
             # the old format could run code in spite of weights_only (CVE-2025-32434)
-            raise CheckpointError(f"{path} is in PyTorch's old format, safe to open from PyTorch 2.6 on; update PyTorch")
+            raise CheckpointError(
+                f"{path} is in PyTorch's old format, safe to open from PyTorch 2.6 on; update PyTorch"
+            )
         else:
             tensors = _tensors(_torch_load(path, map_location="cpu"))
     except pickle.UnpicklingError as error:
@@ -310,7 +313,8 @@ def _refusal(path: Path, error: Exception) -> str:
     """torch's long message as one sentence."""
     asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     if asked:
-        return f"{path} asks to run code when opened ({asked[1]}) and was refused; use a .safetensors version of these weights"
+        what = f"asks to run code when opened ({asked[1]})"
+        return f"{path} {what} and was refused; use a .safetensors version of these weights"
     return f"{path} is not a pickle of plain tensors and was refused; use a .safetensors version of these weights"
 
 

@@ -1,4 +1,4 @@
-"""Weights on disk as a mapping from names to tensors, whatever the files: one safetensors file, shards with an index, a pickle.
+"""Weights on disk as a mapping from names to tensors: one safetensors file, shards with an index, or a pickle.
 
 Nothing is loaded until it is asked for. Layers stored as scaled fp8 (ComfyUI's `X.weight` + `X.weight_scale` +
 `X.comfy_quant`, or the older `X.scale_weight`) show as one weight, which is multiplied out when read.
@@ -119,7 +119,7 @@ def strip_prefix(name: str) -> str:
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Network's own name -> stored name. If the network's names have one prefix, names without it are dropped (other parts).
+    """Network's own name -> stored name. If the network's names have one prefix, names without it are dropped.
 
     Raises CheckpointError if two names become the same.
     """
@@ -137,8 +137,8 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
 def open_weights(path: PathLike) -> Weights:
     """Weights of a file, of an index json, or of a folder that holds one of them.
 
-    Raises CheckpointError for everything that is not readable weights: wrong or empty folder, truncated or hostile file,
-    an index whose paths leave its folder, a quantisation that is not fp8.
+    Raises CheckpointError for all that is not readable weights: wrong or empty folder, truncated or hostile file, an
+    index whose paths leave its folder, a quantisation that is not fp8.
     """
     path = Path(path)
     file = weight_file(path) if path.is_dir() else path
@@ -153,7 +153,10 @@ def open_weights(path: PathLike) -> Weights:
 
 
 def find_weight_file(folder: Path) -> Path | None:
-    """The weight file or index of a folder, safetensors before pickles; None if there is none. Two or more of a kind: error."""
+    """The weight file or index of a folder, safetensors before pickles; None if there is none.
+
+    CheckpointError if there are two or more and none has a usual name.
+    """
     if not folder.is_dir():
         return None
     for ending in _ENDINGS:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from unipic_core import saving
+
 from unipic_core.checkpoints import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, load_transformer, read_config
 from unipic_core.convert import convert, quantise_fp8
 from unipic_core.errors import CheckpointError, LoRAError
@@ -184,7 +184,9 @@ def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
     assert out.read_bytes() == content
 
 
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), ValueError()])
+@pytest.mark.parametrize(
+    "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), ValueError()]
+)
 def test_nothing_half_written_is_left_and_the_older_file_stays(failure: BaseException, tmp_path: Path) -> None:
     (tmp_path / "o.safetensors").write_text("older")
 
@@ -203,7 +205,7 @@ def test_nothing_half_written_is_left_and_the_older_file_stays(failure: BaseExce
 
 def test_a_full_disk_is_known_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(CheckpointError, match=r"not enough room for .*GB needed, 0\.0 GB free"):
         convert(TINY, tmp_path / "o.safetensors")
     assert list(tmp_path.iterdir()) == []
@@ -225,6 +227,7 @@ def test_a_source_cut_short_while_reading(tmp_path: Path) -> None:
 
 MEASURE = """
 import sys
+import torch
 from unipic_core.convert import convert
 from unipic_core.weights import open_weights
 
@@ -239,6 +242,7 @@ def peak(work):
     work()
     return status("VmHWM") - before
 
+torch.set_num_threads(1)
 tiny, out, *sources = sys.argv[1:]
 convert(tiny, out, dtype="fp8_scaled")
 for source in sources:
@@ -255,19 +259,18 @@ def big_tensors(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_conversion_needs_about_one_tensor_of_memory(tmp_path: Path) -> None:
-    config = MMDiTConfig(num_layers=6, num_attention_heads=4, joint_attention_dim=512)
+    config = MMDiTConfig(num_layers=4, num_attention_heads=4, joint_attention_dim=512)
     shapes = expected_shapes(config)
     source, pickled = tmp_path / "big.safetensors", tmp_path / "big.bin"
     described = {n: (torch.bfloat16, s) for n, s in shapes.items()}
     write_safetensors(source, described, big_tensors(shapes), {})
     torch.save(dict(big_tensors(shapes)), pickled)
     size = source.stat().st_size
-    assert size > 110e6
+    assert size > 70e6
     command = [sys.executable, "-c", MEASURE, str(TINY), str(tmp_path / "o.safetensors"), str(source), str(pickled)]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=root)
-    print(done.stdout)
     streamed, streamed_pickle, whole = map(int, done.stdout.split())
-    assert whole > 0.9 * size, "the measurement does not see memory"
-    assert streamed < 40e6
-    assert streamed_pickle < 40e6
+    assert whole > 0.6 * size, "the measurement does not see memory"
+    assert streamed < 30e6
+    assert streamed_pickle < 30e6

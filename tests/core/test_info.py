@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from unipic_core.convert import convert
 from unipic_core.errors import CheckpointError
 from unipic_core.inspect import describe, format_description
@@ -37,9 +38,8 @@ def test_a_pipeline_folder() -> None:
     assert info["kind"] == "pipeline"
     assert info["missing"] == []
     transformer = info["parts"]["transformer"]
-    assert (transformer["kind"], transformer["layers"], transformer["width"], transformer["heads"]) == (
-        *("transformer", 2, 64, 2),
-    )
+    assert transformer["kind"] == "transformer"
+    assert (transformer["layers"], transformer["width"], transformer["heads"]) == (2, 64, 2)
     assert info["parts"]["vae"]["kind"] == "vae"
     assert info["parts"]["vae"]["class"] == "AutoencoderKLQwenImage"
     assert info["parts"]["text_encoder"]["kind"] == "text encoder"

@@ -1,4 +1,4 @@
-"""LoRAs: every naming in use reads the same, merging is exact, what does not fit is named; other programs read what we write."""
+"""LoRAs: every naming reads the same, merging is exact, what does not fit is named, others read what we write."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
 from unipic_core.checkpoints import load_transformer
 from unipic_core.errors import LoRAError
 from unipic_core.lora import apply_to_weights, common_targets, merge_lora, read_lora, save_lora
@@ -95,8 +96,10 @@ STYLES: dict[str, Callable[[str], tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_every_naming_reads_the_same(style: str, tmp_path: Path, model: MMDiT, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-    tensors = {}
+def test_every_naming_reads_the_same(
+    style: str, tmp_path: Path, model: MMDiT, pairs: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    tensors: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
         for key, tensor in zip(STYLES[style](name), (down, up), strict=True):
             tensors[key] = tensor
@@ -109,10 +112,14 @@ def test_every_naming_reads_the_same(style: str, tmp_path: Path, model: MMDiT, p
 
 
 def save_kohya(path: Path, pairs: dict[str, tuple[Tensor, Tensor]], alpha: float) -> None:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (down, up) in pairs.items():
         stem = "lora_unet_" + name.replace(".", "_")
-        tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(alpha)}
+        tensors |= {
+            f"{stem}.lora_down.weight": down,
+            f"{stem}.lora_up.weight": up,
+            f"{stem}.alpha": torch.tensor(alpha),
+        }
     save_file(tensors, path)
 
 
@@ -138,7 +145,9 @@ def test_the_sum_is_rounded_once_to_the_weights_type(tmp_path: Path, pairs: dict
         torch.testing.assert_close(parameter.detach(), expected[name].bfloat16(), atol=1e-3, rtol=8e-3)
 
 
-def test_metadata_of_diffusers_gives_the_alpha(tmp_path: Path, model: MMDiT, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+def test_metadata_of_diffusers_gives_the_alpha(
+    tmp_path: Path, model: MMDiT, pairs: dict[str, tuple[Tensor, Tensor]]
+) -> None:
     tensors = {k: t for n, p in pairs.items() for k, t in zip(STYLES["transformer."](n), p, strict=True)}
     declared = {
         "transformer.lora_alpha": 8,
@@ -154,13 +163,15 @@ def test_metadata_of_diffusers_gives_the_alpha(tmp_path: Path, model: MMDiT, pai
     assert_same(model, expected, 1e-5)
 
 
-def one_layer(tmp_path: Path, tensors: dict[str, Tensor], prefix: str = "lycoris_transformer_blocks_0_attn_to_q.") -> Path:
+def one_layer(
+    tmp_path: Path, tensors: dict[str, Tensor], prefix: str = "lycoris_transformer_blocks_0_attn_to_q."
+) -> Path:
     save_file({prefix + n: t for n, t in tensors.items()}, tmp_path / "l.safetensors")
     return tmp_path / "l.safetensors"
 
 
 def test_lokr_and_loha_and_differences(tmp_path: Path, model: MMDiT) -> None:
-    """Against the definitions of LyCORIS: kron(w1, w2), (a b) * (c d), scaled by alpha / rank where a factor has a rank."""
+    """Against LyCORIS's definitions: kron(w1, w2), (a b) * (c d), times alpha / rank where a factor has a rank."""
     name = "transformer_blocks.0.attn.to_q"
     base = weights_of(model)[f"{name}.weight"]
     g = torch.Generator().manual_seed(1)
@@ -256,7 +267,9 @@ def test_parts_that_do_not_multiply(tmp_path: Path, model: MMDiT) -> None:
     with pytest.raises(LoRAError, match=r"to_q: its low-rank parts down \[4, 64\], up \[64, 5\] do not multiply"):
         merge_lora(model, read_lora(one_layer(tmp_path, down_up)))
     with pytest.raises(LoRAError, match="LoKr parts"):
-        merge_lora(model, read_lora(one_layer(tmp_path, {"lokr_w1_a": torch.zeros(8, 2), "lokr_w2": torch.zeros(8, 8)})))
+        merge_lora(
+            model, read_lora(one_layer(tmp_path, {"lokr_w1_a": torch.zeros(8, 2), "lokr_w2": torch.zeros(8, 8)}))
+        )
 
 
 def test_a_layer_that_does_not_fit_leaves_the_others_alone(

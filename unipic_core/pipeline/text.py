@@ -16,6 +16,7 @@ from ..errors import CheckpointError, UniPicError
 from ..images import resize_for_vision
 from ..prompt import IMAGE_PAD, PREFIX, body_text
 from ..sequence import TextCond
+from ..weights import open_weights
 
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
@@ -60,7 +61,7 @@ class TextEncoder:
         cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> TextEncoder:
         """From a pipeline folder's text_encoder/, tokenizer/ and processor/ (CheckpointError names what is missing)."""
-        from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+        from transformers import AutoTokenizer
 
         folder = Path(folder)
         for part in ("text_encoder", "tokenizer"):
@@ -68,17 +69,16 @@ class TextEncoder:
                 raise CheckpointError(
                     f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
                 )
+        open_weights(folder / "text_encoder")  # checks the files: truncated, hostile, leaving the folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                folder / "text_encoder", dtype=dtype, local_files_only=True
-            )
+            model = _load_model(folder / "text_encoder", dtype)
             processor = _image_processor(folder)
+        except CheckpointError:
+            raise
         except Exception as error:  # transformers, tokenizers and safetensors raise their own kinds
             raise CheckpointError(f"the encoder in {folder} cannot be loaded: {_first_line(error)}") from error
-        encoder = cls(model.eval().requires_grad_(False), tokenizer, processor)
-        encoder.to(device)
-        return encoder
+        return cls(model.eval().requires_grad_(False), tokenizer, processor).to(device)
 
     @property
     def network(self) -> Any:
@@ -237,6 +237,21 @@ def image_processor_class() -> Any:
         except (ImportError, AttributeError):
             continue
     raise ImportError("this version of transformers has no Qwen2-VL image processor; install transformers 5")
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model, or CheckpointError naming weights that transformers would have made up."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+    )
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head."))
+    if missing:
+        raise CheckpointError(
+            f"{folder} does not fit Qwen2.5-VL: {len(missing)} missing ({', '.join(missing[:3])}); download it again"
+        )
+    return model
 
 
 def _image_processor(folder: Path) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..weights import open_weights
@@ -52,7 +52,8 @@ class VAE:
         except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             detail = " ".join(str(error).split())[:300]
             raise CheckpointError(f"the VAE in {folder} cannot be loaded: {detail}") from error
-        return cls(model.to(device=device, dtype=dtype).eval().requires_grad_(False))
+        model = nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own warns about modules it does not have
+        return cls(model.eval().requires_grad_(False))
 
     @property
     def channels(self) -> int:

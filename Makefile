@@ -1,0 +1,33 @@
+# make demo: compose three bundled pictures with the bundled model into demo.png. make test: everything CI runs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/pipeline.stamp
+	$(BIN)/unipic compose examples/astronaut.png examples/guitar.png examples/beach.png \
+	  --prompt "Put the guitar from image 2 in the hands of the astronaut from image 1, on the beach of image 3." \
+	  --seed 7 --out demo.png
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/pipeline.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[pipeline]"
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo.png

@@ -1,0 +1,50 @@
+"""Small array tools that the judges share. Pictures are float32 [H, W, 3] in 0..1."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+MAX_PSNR = 50.0  # dB that equal pictures get: about what rounding to 8 bits leaves
+
+
+def to_array(picture: Image.Image) -> np.ndarray:
+    """float32 [H, W, 3] in 0..1."""
+    return np.asarray(picture.convert("RGB"), np.float32) / 255
+
+
+def box_blur(values: np.ndarray, radius: int) -> np.ndarray:
+    """Mean over a square of side ``2 radius + 1`` of [H, W] or [H, W, C]; the border is repeated outwards."""
+    for axis in (0, 1):
+        pad = [(0, 0)] * values.ndim
+        pad[axis] = (radius + 1, radius)
+        sums = np.cumsum(np.pad(values, pad, mode="edge"), axis=axis, dtype=np.float64)
+        width = 2 * radius + 1
+        high, low = np.arange(width, sums.shape[axis]), np.arange(sums.shape[axis] - width)
+        values = (sums.take(high, axis) - sums.take(low, axis)) / width
+    return values.astype(np.float32)
+
+
+def psnr(error: float) -> float:
+    """Decibels of a mean squared error of values in 0..1, at most ``MAX_PSNR``."""
+    return min(MAX_PSNR, float(-10 * np.log10(max(error, 1e-12))))
+
+
+def weighted_psnr(picture: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> float:
+    """PSNR over the pixels of ``weight`` [H, W]; NaN where it is empty."""
+    total = float(weight.sum())
+    if total <= 0:
+        return float("nan")
+    return psnr(float((((picture - truth) ** 2).mean(axis=2) * weight).sum()) / total)
+
+
+def area_matrix(start: float, stop: float, cells: int, length: int) -> np.ndarray:
+    """float32 [cells, length]: how much of each pixel lies in each of the equal cells of the interval, per cell size.
+
+    A row sums to 1 when its cell lies inside 0..length, to less outside, so that ``M @ x`` is the mean over the cell
+    with zeros around the picture.
+    """
+    edges = np.linspace(start, stop, cells + 1)
+    pixels = np.arange(length)
+    overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    return (np.clip(overlap, 0, None) / ((stop - start) / cells)).astype(np.float32)

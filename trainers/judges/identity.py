@@ -1,0 +1,92 @@
+"""Who or what stands in a box? The nearest asset of the whole bank, by colours at 12 x 12 cells.
+
+Every asset is drawn into the box (stretched to fill it, also mirrored), in the light of the place and over its true
+background, and compared with the picture there. Pixels that show other items, or lie outside the picture, do not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .arrays import area_matrix
+
+CELLS = 12
+SHIFTS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # pixels of a picture of 128 that the box may be off, in each direction
+Rect = tuple[float, float, float, float]  # left, top, width, height in pixels; may leave the picture
+
+
+class Sprites(Protocol):
+    """What an index needs of a bank."""
+
+    def image(self, asset, /) -> np.ndarray: ...  # type: ignore[no-untyped-def]
+
+
+def describe(rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Premultiplied colours [P, 3] and cover [P] in 0..1 of a uint8 RGBA picture, as means over P = 12 x 12 cells."""
+    height, width = rgba.shape[:2]
+    down, across = area_matrix(0, height, CELLS, height), area_matrix(0, width, CELLS, width)
+    values = rgba.astype(np.float32) / 255
+    values[..., :3] *= values[..., 3:]
+    cells = np.einsum("ph,hwc,qw->pqc", down, values, across, optimize=True).reshape(-1, 4)
+    return cells[:, :3], cells[:, 3]
+
+
+class IdentityIndex:
+    """Descriptors of N assets and their mirror images, made once: ``colours`` [2N, P, 3], ``cover`` [2N, P]."""
+
+    def __init__(self, rgba: Sequence[np.ndarray]) -> None:
+        described = [describe(one) for one in rgba]
+        described += [describe(one[:, ::-1]) for one in rgba]
+        self.size = len(rgba)
+        self.colours = np.stack([colours for colours, _ in described])
+        self.cover = np.stack([cover for _, cover in described])
+
+    def drawn(self, background: np.ndarray, tint: np.ndarray) -> np.ndarray:
+        """float32 [2N, 3P]: each asset over ``background`` [P, 3] minus that background, its colours mapped by ``tint``."""
+        lit = np.clip(self.colours @ tint.T.astype(np.float32), 0, self.cover[..., None])
+        return (lit - self.cover[..., None] * background).reshape(2 * self.size, -1)
+
+    def distances(
+        self, pictures: np.ndarray, background: np.ndarray, weight: np.ndarray, box: Rect, tint: np.ndarray
+    ) -> np.ndarray:
+        """Mean squared colour distances [V, N] of V pictures [V, H, W, 3] in 0..1 to each asset, at the best shift and flip.
+
+        ``background``: [H, W, 3]; ``weight``: [H, W] in 0..1, what counts; ``tint``: [3, 3], the light on (r, g, b).
+        """
+        scale = pictures.shape[2] / 128
+        differences = (pictures - background) * weight[..., None]
+        columns, weights = [], []
+        for dy in SHIFTS:
+            for dx in SHIFTS:
+                values, share = _cells(differences, weight, box, dx * scale, dy * scale)
+                columns.append(values)
+                weights.append(np.repeat(share / max(float(share.sum()), 1e-6), 3))
+        seen = np.stack(columns, axis=1)  # [V, S, 3P]: differences from the background
+        share = np.stack(weights)  # [S, 3P], each row sums to 3
+        here, _ = _cells((background * weight[..., None])[None], weight, box, 0, 0)
+        drawn = self.drawn(here[0].reshape(-1, 3), tint)
+        # |seen - drawn|^2 in the weighted norm, expanded into matrix products over all assets
+        cross = np.einsum("vsp,ap->vsa", seen * share, drawn, optimize=True)
+        squares = (seen**2 * share).sum(axis=2)[..., None] - 2 * cross + share @ (drawn**2).T
+        return squares.min(axis=1).reshape(len(pictures), 2, self.size).min(axis=1) / 3
+
+    def nearest(
+        self, pictures: np.ndarray, background: np.ndarray, weight: np.ndarray, box: Rect, tint: np.ndarray
+    ) -> np.ndarray:
+        """int [V]: the index of the nearest asset for each picture. See ``distances``."""
+        return self.distances(pictures, background, weight, box, tint).argmin(axis=1)
+
+
+def _cells(values: np.ndarray, weight: np.ndarray, box: Rect, dx: float, dy: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted means of already weighted values [V, H, W, 3] over the cells of the shifted box, [V, 3P], and the weights [P]."""
+    left, top, width, height = box
+    down = area_matrix(top + dy, top + dy + height, CELLS, weight.shape[0])
+    across = area_matrix(left + dx, left + dx + width, CELLS, weight.shape[1])
+    share = (down @ weight @ across.T).reshape(-1)
+    rows = np.tensordot(down, values, axes=(1, 1))  # [p, V, W, 3]
+    sums = np.tensordot(rows, across, axes=(2, 1))  # [p, V, 3, q]
+    sums = sums.transpose(1, 0, 3, 2).reshape(len(values), -1, 3)
+    return (sums / np.maximum(share, 1e-3)[:, None]).reshape(len(values), -1), share

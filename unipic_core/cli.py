@@ -1,0 +1,312 @@
+"""The command line: compose pictures, say what a checkpoint is, convert one. `unipic --help` explains itself.
+
+Exit codes: 0 done; 2 bad input, with one line on stderr; 1 an unforeseen error; 130 interrupted. --debug shows
+tracebacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import UniPicError
+
+DEFAULT_MODEL = Path(__file__).parent / "models" / "unipic-nano"
+ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+EXAMPLES = """examples:
+  unipic compose person.png guitar.png --prompt "Put the guitar from image 2 in the hands of the person from image 1"
+  unipic compose a.png b.png c.png --prompt "..." --model Unipic3-DMD --size 1024x768 --steps 8 --cfg 1 --seed 7
+  unipic info Unipic3-DMD
+  unipic convert Unipic3-Consistency-Model unipic3.safetensors --dtype fp8_scaled"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        with readable_warnings(args.debug):
+            args.run(args)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        expected = isinstance(error, (ValueError, OSError))
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not expected:
+            text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
+        print(f"unipic: {text}", file=sys.stderr)
+        return 2 if expected else 1
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(
+        prog="unipic",
+        description="Compose one to six pictures and a prompt into a new picture with UniPic 3.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"unipic {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="compose | info | convert")
+    _compose_arguments(commands.add_parser("compose", help="pictures and a prompt in, a picture out"))
+    info = commands.add_parser("info", help="what a checkpoint, a LoRA or a model folder is, without loading it")
+    info.add_argument("path", type=Path, help="folder or file")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=run_info)
+    convert = commands.add_parser("convert", help="write a transformer as one safetensors file that ComfyUI reads")
+    convert.add_argument("src", type=Path, help="pipeline folder, transformer folder, or a .safetensors or .bin file")
+    convert.add_argument("dst", type=Path, help="the file to write")
+    convert.add_argument("--dtype", choices=["bf16", "fp32", "fp8_scaled"], default="bf16", help="default: %(default)s")
+    convert.add_argument("--lora", type=lora_argument, metavar="PATH[:STRENGTH]", help="merge a LoRA on the way")
+    convert.set_defaults(run=run_convert)
+    for command in (*commands.choices.values(),):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return top
+
+
+def _compose_arguments(p: argparse.ArgumentParser) -> None:
+    p.description = "Pictures and a prompt in, a picture out. The prompt counts the pictures: image 1, image 2, ..."
+    p.set_defaults(run=run_compose)
+    p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="one to six pictures, in order")
+    p.add_argument("--prompt", "-p", required=True, help="what to make of them")
+    p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
+    p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
+    p.add_argument(
+        "--size", type=size_argument, metavar="WxH", help="multiples of 16 (default: the first picture's aspect)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument(
+        "--num-images", type=int, default=1, help="this many, with seeds SEED, SEED+1, ...; named OUT-SEED.png"
+    )
+    weights = p.add_argument_group("weights")
+    weights.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
+    )
+    weights.add_argument("--transformer", type=Path, help="take the network from here and all else from --model")
+    weights.add_argument(
+        "--lora", type=lora_argument, action="append", default=[], metavar="PATH[:STRENGTH]", help="may be given again"
+    )
+    sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
+    sampling.add_argument("--steps", type=int, help="number of steps")
+    sampling.add_argument("--cfg", type=float, help="guidance scale; 1 switches it off and halves the time")
+    sampling.add_argument("--sampler", choices=["consistency", "euler"], help="few-step weights want consistency")
+    sampling.add_argument(
+        "--reference-budget", type=int, metavar="PIXELS", help="side of the square all pictures share"
+    )
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
+    machine.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+
+
+def size_argument(text: str) -> tuple[int, int]:
+    """ "1024x768" -> (1024, 768)."""
+    try:
+        width, height = (int(part) for part in text.lower().replace("×", "x").split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1024x768, got {text!r}") from None
+    return width, height
+
+
+def lora_argument(text: str) -> tuple[Path, float]:
+    """ "PATH" or "PATH:STRENGTH" -> (path, strength)."""
+    head, colon, tail = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(head), float(tail)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def output_argument(text: str) -> Path:
+    """A file that can be written: its ending known and its folder there."""
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} should end in {', '.join(ENDINGS)}")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder; name a file in it" if path.is_dir() else f"cannot be written: no folder {path.parent}"
+        raise argparse.ArgumentTypeError(f"{text!r} {what}")
+    return path
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+
+
+def run_compose(args: argparse.Namespace) -> None:
+    """Load, compose with a progress bar, write."""
+    from .images import load_image
+
+    images = [load_image(path) for path in args.images]
+    if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
+        raise UniPicError("the bundled model is not installed; name a model folder with --model")
+    pipe = load_pipeline(args)
+    width, height = args.size or (None, None)
+    choices = {
+        "num_inference_steps": args.steps,
+        "true_cfg_scale": args.cfg,
+        "sampler": args.sampler,
+        "reference_budget": args.reference_budget,
+    }
+    with progress_bar("composing") as advance:
+        out = pipe(
+            images,
+            args.prompt,
+            args.negative,
+            height=height,
+            width=width,
+            seed=args.seed,
+            num_images=args.num_images,
+            callback=lambda step, *_: advance(step + 1, out_steps(pipe, args)),
+            **choices,
+        )
+    for image, seed in zip(out.images, out.seeds, strict=True):
+        path = args.out if len(out.images) == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
+        save_image(image, path, record(args, seed, image.size, out.settings))
+        print(path)
+
+
+def load_pipeline(args: argparse.Namespace) -> Any:
+    """The pipeline with its LoRAs, on the device asked for."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from .pipeline import UniPicPipeline
+
+    for logging in (diffusers_logging, transformers_logging):
+        if not args.debug:
+            logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    name = ("fp32" if device == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
+    dtype = getattr(torch, DTYPES[name])
+    print(f"loading {args.model.name} on {device} in {name}", file=sys.stderr)
+    pipe = UniPicPipeline.from_pretrained(args.model, args.transformer, torch_dtype=dtype, device=device)
+    for path, strength in args.lora:
+        report = pipe.load_lora(path, strength)
+        print(f"{path.name}: {report.matched} layers added at strength {strength:g}", file=sys.stderr)
+    return pipe
+
+
+def out_steps(pipe: Any, args: argparse.Namespace) -> int:
+    """How many steps the run will take."""
+    from .pipeline.settings import resolve
+
+    return resolve(pipe.recipe, args.steps, args.cfg, args.sampler).steps
+
+
+def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings: Any) -> dict[str, Any]:
+    """What made a picture, for its file."""
+    return {
+        "prompt": args.prompt,
+        "negative_prompt": args.negative,
+        "images": [path.name for path in args.images],
+        "seed": seed,
+        "size": list(size),
+        "model": args.model.resolve().name,
+        "transformer": args.transformer and args.transformer.name,
+        "lora": [[path.name, strength] for path, strength in args.lora],
+        "recipe": vars(settings),
+        "version": __version__,
+    }
+
+
+def save_image(image: Any, path: Path, made_by: dict[str, Any]) -> None:
+    """Write aside and rename: no half-written file is ever seen. PNG keeps `made_by` in its text chunk "unipic"."""
+    from PIL.PngImagePlugin import PngInfo
+
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    kind = {"png": "PNG", "webp": "WEBP"}.get(path.suffix.lower()[1:], "JPEG")
+    options: dict[str, Any] = {"quality": 95}
+    if kind == "PNG":
+        info = PngInfo()
+        info.add_text("unipic", json.dumps(made_by))
+        options = {"pnginfo": info}
+    try:
+        image.save(partial, format=kind, **options)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UniPicError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """Print what a path holds."""
+    from .inspect import describe, format_description
+
+    table = describe(args.path)
+    print(json.dumps(table, indent=2) if args.json else format_description(table))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Write one safetensors file."""
+    from .convert import convert
+
+    lora, strength = args.lora or (None, 1.0)
+    with progress_bar("converting", unit="B") as advance:
+        path = convert(args.src, args.dst, dtype=args.dtype, lora=lora, strength=strength, progress=advance)
+    print(path)
+
+
+# --- the terminal --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress_bar(what: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
+    """advance(done, total) on a bar that appears at the first call."""
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", total=0, delay=0, leave=True, file=sys.stderr)
+
+    def advance(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    try:
+        yield advance
+    finally:
+        bar.close()
+
+
+@contextmanager
+def readable_warnings(debug: bool) -> Iterator[None]:
+    """Warnings for users in one line each; other libraries' deprecations only with --debug."""
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", category=UserWarning)
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
