@@ -91,12 +91,12 @@ class Compositions(Dataset):
         )
 
 
-def load_image_vae(folder: Path) -> ImageVAE:
-    """The 2-D form of a diffusers `vae/` folder, float32."""
+def load_image_vae(folder: Path, dtype: torch.dtype = torch.float32) -> ImageVAE:
+    """The 2-D form of a diffusers `vae/` folder."""
     vae = ImageVAE(VAEConfig.from_dict(json.loads((folder / "config.json").read_text())))
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     vae.load_state_dict({k: w.float() for k, w in image_weights(weights).items()})
-    return vae.eval().to(memory_format=torch.channels_last)
+    return vae.eval().to(dtype=dtype, memory_format=torch.channels_last)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -153,9 +153,9 @@ def encode_rows(vae: ImageVAE, rows: Sequence[Row]) -> dict[str, Bucket]:
 @torch.no_grad()
 def encode_pictures(vae: ImageVAE, pictures: Sequence[np.ndarray]) -> Tensor:
     """uint8 [H, W, 3] each -> normalised latents [n, C, h, w], bfloat16."""
-    out = []
+    out, dtype = [], vae.quant_conv.weight.dtype
     for i in range(0, len(pictures), ENCODE_BATCH):
-        batch = torch.stack([to_tensor(Image.fromarray(p)) for p in pictures[i : i + ENCODE_BATCH]])
+        batch = torch.stack([to_tensor(Image.fromarray(p)) for p in pictures[i : i + ENCODE_BATCH]]).to(dtype)
         out.append(vae.encode(batch.contiguous(memory_format=torch.channels_last))[:, :, 0].bfloat16().contiguous())
     return torch.cat(out)
 
@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        build(data_of(config), load_image_vae(Path(config.options.model) / "vae"))
+        build(data_of(config), load_image_vae(Path(config.options.model) / "vae", torch.bfloat16))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

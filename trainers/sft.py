@@ -79,6 +79,7 @@ class SFTTraining:
         self.model: nn.Module = Student(network.requires_grad_(True).train(), encoder)
         if encoder is not None:
             encoder.requires_grad_(True)
+            self.text.model.set_attn_implementation({"text_config": "eager"})  # padded and short: faster than the fused kernel
         self.buckets = read_cache(Path(self.options.data.folder))
         sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
         self.order = BucketOrder(sizes, config.batch_size, config.seed)

@@ -129,7 +129,7 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
 def size_argument(text: str) -> tuple[int, int]:
     """ "1024x768" -> (1024, 768)."""
     try:
-        width, height = (int(part) for part in text.lower().replace("×", "x").split("x"))
+        width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1024x768, got {text!r}") from None
     return width, height
@@ -285,16 +285,19 @@ def progress_bar(what: str, unit: str = "step") -> Iterator[Callable[[int, int],
     """advance(done, total) on a bar that appears at the first call."""
     from tqdm import tqdm
 
-    bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", total=0, delay=0, leave=True, file=sys.stderr)
+    bar: Any = None
 
     def advance(done: int, total: int) -> None:
-        bar.total = total
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", total=total, file=sys.stderr)
         bar.update(done - bar.n)
 
     try:
         yield advance
     finally:
-        bar.close()
+        if bar is not None:
+            bar.close()
 
 
 @contextmanager

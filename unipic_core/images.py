@@ -91,11 +91,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode in _DEEP_MODES:
         return _from_deep_grey(image).convert("RGB")
-    if image.has_transparency_data:
+    if _has_transparency(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _has_transparency(image: Image.Image) -> bool:
+    palette = image.palette if image.mode == "P" else None
+    return image.mode.endswith(("A", "a")) or "transparency" in image.info or bool(palette and palette.mode == "RGBA")
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
@@ -180,7 +185,8 @@ def output_size(
         width = nearest_multiple(max(height, 1) * aspect, PIXELS_PER_TOKEN)
     elif height is None and width is not None:
         height = nearest_multiple(max(width, 1) / aspect, PIXELS_PER_TOKEN)
-    assert width is not None and height is not None
+    assert width is not None
+    assert height is not None
     return _checked_size(width, height, budget)
 
 

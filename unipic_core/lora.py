@@ -196,8 +196,8 @@ def save_lora(
 ) -> None:
     """Write bf16 safetensors with diffusers' keys, which ComfyUI reads too.
 
-    layers: module name -> (down [r, in], up [out, r]). alpha (None = the rank) is multiplied into `up`, so that programs
-    which ignore it and programs which assume the rank give the same picture. Written aside and renamed. Raises
+    layers: module name -> (down [r, in], up [out, r]). alpha (None = the rank) is multiplied into `up`, so that
+    programs which ignore it and programs which assume the rank give the same picture. Written aside and renamed. Raises
     LoRAError for parts that do not multiply.
     """
     tensors: dict[str, Tensor] = {}

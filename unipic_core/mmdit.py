@@ -114,13 +114,14 @@ class MMDiT(nn.Module):
             reference=reference_tokens(latents) if self.config.zero_cond_t else None,
             attention=self.attention,
         )
+        last = self.transformer_blocks[-1]
         for block in self.transformer_blocks:
+            keep = latents.num_target_tokens if block is last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                img, txt = checkpoint(block, img, txt, temb, state, use_reentrant=False)
+                img, txt = checkpoint(block, img, txt, temb, state, keep, use_reentrant=False)
             else:
-                img, txt = block(img, txt, temb, state)
-        target = img[:, : latents.num_target_tokens]
-        return self.proj_out(self.norm_out(target, temb[:batch]))
+                img, txt = block(img, txt, temb, state, keep)
+        return self.proj_out(self.norm_out(img, temb[:batch]))
 
     def embed_text(self, embeds: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, width]."""
@@ -207,21 +208,31 @@ class Block(nn.Module):
         self.txt_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
         self.txt_mlp = FeedForward(width, operations, kw)
 
-    def forward(self, img: Tensor, txt: Tensor, temb: Tensor, state: JointState) -> tuple[Tensor, Tensor]:
-        """img [B, S, width], txt [B, L, width], temb [B or 2B, width] -> the same shapes."""
+    def forward(
+        self, img: Tensor, txt: Tensor, temb: Tensor, state: JointState, keep: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """img [B, S, width], txt [B, L, width], temb [B or 2B, width] -> the same shapes.
+
+        keep: only the first `keep` image tokens are wanted, as after the last block; the text then comes back as it was.
+        """
         batch = img.shape[0]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self._per_token(self.img_mod(temb), batch, state.reference)
+        shift1, scale1, gate1, *mod2 = self._per_token(self.img_mod(temb), batch, state.reference)
         txt_mod = self.txt_mod(temb[:batch])[:, None].chunk(6, dim=-1)
         t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = txt_mod
 
         img_in = torch.addcmul(shift1, self.img_norm1(img), 1 + scale1)
         txt_in = torch.addcmul(t_shift1, self.txt_norm1(txt), 1 + t_scale1)
-        img_out, txt_out = self.attn(img_in, txt_in, state)
-        img, txt = torch.addcmul(img, gate1, img_out), torch.addcmul(txt, t_gate1, txt_out)
-
-        img_in = torch.addcmul(shift2, self.img_norm2(img), 1 + scale2)
+        img_out, txt_out = self.attn(img_in, txt_in, state, keep)
+        if keep is not None:
+            img, gate1, *mod2 = (x[:, :keep] for x in (img, gate1, *mod2))
+        shift2, scale2, gate2 = mod2
+        img = torch.addcmul(img, gate1, img_out)
+        img = torch.addcmul(img, gate2, self.img_mlp(torch.addcmul(shift2, self.img_norm2(img), 1 + scale2)))
+        if keep is not None:
+            return img, txt
+        txt = torch.addcmul(txt, t_gate1, txt_out)
         txt_in = torch.addcmul(t_shift2, self.txt_norm2(txt), 1 + t_scale2)
-        return torch.addcmul(img, gate2, self.img_mlp(img_in)), torch.addcmul(txt, t_gate2, self.txt_mlp(txt_in))
+        return img, torch.addcmul(txt, t_gate2, self.txt_mlp(txt_in))
 
     @staticmethod
     def _per_token(mod: Tensor, batch: int, reference: Tensor | None) -> tuple[Tensor, ...]:
@@ -245,15 +256,23 @@ class JointAttention(nn.Module):
             setattr(self, name, operations.RMSNorm(head_dim, eps=1e-6, **kw))
         self.to_out = nn.ModuleList([operations.Linear(width, width, **kw)])
 
-    def forward(self, img: Tensor, txt: Tensor, state: JointState) -> tuple[Tensor, Tensor]:
-        text_tokens = txt.shape[1]
-        q = self._joint(self.norm_added_q, self.add_q_proj(txt), self.norm_q, self.to_q(img))
-        k = self._joint(self.norm_added_k, self.add_k_proj(txt), self.norm_k, self.to_k(img))
-        v = torch.cat([self.add_v_proj(txt), self.to_v(img)], dim=1).unflatten(-1, (-1, self.head_dim))
-        q, k = rotate(q, state.rope), rotate(k, state.rope)
+    def forward(
+        self, img: Tensor, txt: Tensor, state: JointState, keep: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Outputs for images and text; with `keep` for the first image tokens alone."""
+        words, heads = txt.shape[1], (-1, self.head_dim)
+        k = rotate(self._joint(self.norm_added_k, self.add_k_proj(txt), self.norm_k, self.to_k(img)), state.rope)
+        v = torch.cat([self.add_v_proj(txt), self.to_v(img)], dim=1).unflatten(-1, heads)
+        if keep is None:
+            q = rotate(self._joint(self.norm_added_q, self.add_q_proj(txt), self.norm_q, self.to_q(img)), state.rope)
+        else:
+            cos, sin = (r[:, words : words + keep] for r in state.rope)
+            q = rotate(self.norm_q(self.to_q(img[:, :keep]).unflatten(-1, heads)), (cos, sin))
         out = state.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), state.mask)
         out = out.transpose(1, 2).flatten(2).to(v.dtype)
-        return self.to_out[0](out[:, text_tokens:]), self.to_add_out(out[:, :text_tokens])
+        if keep is not None:
+            return self.to_out[0](out), None
+        return self.to_out[0](out[:, words:]), self.to_add_out(out[:, :words])
 
     def _joint(self, txt_norm: nn.Module, txt: Tensor, img_norm: nn.Module, img: Tensor) -> Tensor:
         heads = (-1, self.head_dim)

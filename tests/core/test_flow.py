@@ -47,6 +47,8 @@ def test_guidance() -> None:
     guided = apply_cfg(c, u, 4.0)
     torch.testing.assert_close(guided.norm(dim=-1), c.norm(dim=-1))  # per token
     direction = u + 4 * (c - u)
-    torch.testing.assert_close(guided / guided.norm(dim=-1, keepdim=True), direction / direction.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(
+        guided / guided.norm(dim=-1, keepdim=True), direction / direction.norm(dim=-1, keepdim=True)
+    )
     zero = torch.zeros(1, 4, 6)
     assert torch.equal(apply_cfg(zero, zero, 4.0), zero)  # the denominator is clamped

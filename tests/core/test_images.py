@@ -62,7 +62,8 @@ def test_32_bit_and_float() -> None:
 
 def test_cmyk() -> None:
     red = load_image(saved(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
-    assert red.getpixel((4, 4))[0] > 200 and max(red.getpixel((4, 4))[1:]) < 60
+    assert red.getpixel((4, 4))[0] > 200
+    assert max(red.getpixel((4, 4))[1:]) < 60
 
 
 def test_palette_with_and_without_transparency() -> None:
@@ -78,7 +79,8 @@ def test_palette_with_and_without_transparency() -> None:
 def test_alpha_is_composited_on_white() -> None:
     assert colour(load_image(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 0))))) == (255,) * 3
     half = colour(load_image(saved(Image.new("RGBA", (2, 2), (255, 0, 0, 128)))))
-    assert half[0] == 255 and half[1] == pytest.approx(127, abs=1)
+    assert half[0] == 255
+    assert half[1] == pytest.approx(127, abs=1)
     assert colour(load_image(saved(Image.new("LA", (2, 2), (0, 0))))) == (255,) * 3
     assert colour(load_image(saved(Image.new("RGB", (2, 2), (9, 9, 9)), transparency=(9, 9, 9)))) == (255,) * 3
 
@@ -90,7 +92,8 @@ def test_exif_rotation() -> None:
     exif[0x0112] = 6  # turn a quarter clockwise
     upright = load_image(saved(picture, "PNG", exif=exif))
     assert upright.size == (2, 4)
-    assert colour(upright, (0, 0)) == (255,) * 3 and colour(upright, (0, 3)) == (0,) * 3
+    assert colour(upright, (0, 0)) == (255,) * 3
+    assert colour(upright, (0, 3)) == (0,) * 3
 
 
 def test_animation_gives_its_first_frame_with_a_warning() -> None:
@@ -109,7 +112,7 @@ def test_truncated_files(tmp_path: Path, kind: str, kept: float) -> None:
     path.write_bytes(content[: int(kept if kept >= 1 else kept * len(content))])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(UniPicError, match="cut.img is (damaged or truncated|not a picture)") as caught:
+        with pytest.raises(UniPicError, match=r"cut.img is (damaged or truncated|not a picture)") as caught:
             load_image(path)
     assert "\n" not in str(caught.value)
 
@@ -117,7 +120,7 @@ def test_truncated_files(tmp_path: Path, kind: str, kept: float) -> None:
 def test_not_pictures(tmp_path: Path) -> None:
     text = tmp_path / "words.png"
     text.write_text("these are words")
-    with pytest.raises(UniPicError, match="words.png is not a picture"):
+    with pytest.raises(UniPicError, match=r"words.png is not a picture"):
         load_image(text)
     with pytest.raises(UniPicError, match="no such picture"):
         load_image(tmp_path / "absent.png")
@@ -153,7 +156,10 @@ def test_extreme_shapes(size: tuple[int, int]) -> None:
 # --- sizes ---
 
 
-@given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=6), st.sampled_from([128, 1024]))
+@given(
+    st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=6),
+    st.sampled_from([128, 1024]),
+)
 def test_reference_sizes_are_multiples_of_32(sizes: list[tuple[int, int]], budget: int) -> None:
     assert all(w % 32 == 0 and h % 32 == 0 and w >= 32 and h >= 32 for w, h in reference_sizes(sizes, budget))
 
@@ -164,7 +170,7 @@ def test_references_share_one_budget() -> None:
     assert sum(w * h for w, h in one) == pytest.approx(1024**2, rel=0.05)
     assert sum(w * h for w, h in six) == pytest.approx(1024**2, rel=0.05)
     assert reference_sizes([]) == []
-    with pytest.raises(UniPicError, match="at most 6 pictures.*got 7"):
+    with pytest.raises(UniPicError, match=r"at most 6 pictures.*got 7"):
         reference_sizes([(10, 10)] * 7)
     with pytest.raises(UniPicError, match="at least 32 pixels, got 16"):
         reference_sizes([(10, 10)], 16)
@@ -226,7 +232,9 @@ def test_tensors_and_back() -> None:
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     picture = Image.fromarray(np.stack([values, values.T, 255 - values], -1))
     tensor = to_tensor(picture)
-    assert tensor.shape == (3, 16, 16) and tensor.min() == -1 and tensor.max() == 1
+    assert tensor.shape == (3, 16, 16)
+    assert tensor.min() == -1
+    assert tensor.max() == 1
     (back,) = to_images(tensor[None])
     assert np.array_equal(np.asarray(back), np.asarray(picture))
     assert colour(to_images(torch.full((1, 3, 2, 2), 7.0))[0]) == (255,) * 3

@@ -1,4 +1,4 @@
-"""The network against diffusers' class on random sizes, mixed batches against their samples alone, checkpointing, attention."""
+"""The network against diffusers' class on random sizes, and mixed batches against their samples alone."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_references_and_prompt_change_the_velocity() -> None:
 def test_config_errors() -> None:
     with pytest.raises(ValueError, match="another architecture"):
         MMDiTConfig.from_dict({"guidance_embeds": True})
-    with pytest.raises(ValueError, match="unknown keys.*depth"):
+    with pytest.raises(ValueError, match=r"unknown keys.*depth"):
         MMDiTConfig.from_dict({"depth": 3})
     with pytest.raises(ValueError, match="add up"):
         MMDiTConfig(axes_dims_rope=(8, 8, 8))

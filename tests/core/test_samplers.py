@@ -108,7 +108,7 @@ def test_non_finite_latent_names_the_step() -> None:
         lambda: sample_euler(broken, start(2), [1.0, 0.75, 0.5, 0.0]),
         lambda: sample_consistency(broken, start(2), [1.0, 0.75, 0.5, 0.0], seeded_noise((1, 2, 4), 0)),
     ):
-        with pytest.raises(NonFiniteLatent, match="step 3.*bfloat16 or float32"):
+        with pytest.raises(NonFiniteLatent, match=r"step 3.*bfloat16 or float32"):
             run()
 
 
@@ -117,7 +117,8 @@ def test_non_finite_latent_names_the_step() -> None:
 def test_schedules_run_from_one_to_zero(make, steps: int) -> None:
     times = make(steps, 1024)
     assert len(times) == steps + 1
-    assert times[0] == 1 and times[-1] == 0
+    assert times[0] == 1
+    assert times[-1] == 0
     assert (times[1:] < times[:-1]).all()
 
 

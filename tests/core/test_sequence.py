@@ -57,10 +57,12 @@ def test_sequence_with_references() -> None:
     assert packed.tokens.shape == (2, 6 + 8 + 8, 8)
     assert packed.lengths == (22, 6)
     assert packed.shapes == ((target, LatentShape(1, 2, 4), LatentShape(1, 2, 4)), (target,))
-    assert packed.mask is not None and packed.mask.sum(1).tolist() == [22, 6]
+    assert packed.mask is not None
+    assert packed.mask.sum(1).tolist() == [22, 6]
     assert torch.equal(packed.tokens[0, 6:14], pack_latents(ref)[0])
     moved = packed.with_target(torch.ones(2, 6, 8))
-    assert bool((moved.target == 1).all()) and bool((packed.target == 0).all())
+    assert bool((moved.target == 1).all())
+    assert bool((packed.target == 0).all())
     assert torch.equal(moved.tokens[:, 6:], packed.tokens[:, 6:])
     with pytest.raises(ValueError, match="expected 6 target tokens, got 5"):
         packed.with_target(torch.ones(2, 5, 8))
@@ -78,7 +80,8 @@ def test_sequence_errors() -> None:
 def test_text_conditions() -> None:
     a, b = TextCond(torch.ones(1, 3, 4)), TextCond(torch.full((1, 5, 4), 2.0))
     both = TextCond.stack([a, b])
-    assert both.mask is not None and both.mask.sum(1).tolist() == [3, 5]
+    assert both.mask is not None
+    assert both.mask.sum(1).tolist() == [3, 5]
     assert TextCond.stack([both]).embeds.shape == (2, 5, 4)
     assert TextCond.stack([a, a]).mask is None
     assert a.expand(3).embeds.shape == (3, 3, 4)

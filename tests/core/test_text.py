@@ -61,7 +61,8 @@ def test_cached_inputs_can_be_put_together(encoder: TextEncoder) -> None:
     assert at_once.keys() == apart.keys()
     for name in at_once:
         assert torch.equal(at_once[name], apart[name])
-    assert at_once["pixel_values"].shape[1] == 1176 and at_once["image_grid_thw"].tolist()[0] == [1, 6, 4]
+    assert at_once["pixel_values"].shape[1] == 1176
+    assert at_once["image_grid_thw"].tolist()[0] == [1, 6, 4]
 
 
 def test_multimodal_positions_are_those_of_transformers(encoder: TextEncoder) -> None:
@@ -104,13 +105,15 @@ def test_long_prompts(encoder: TextEncoder) -> None:
     with pytest.warns(UserWarning, match="trained up to 1024"):
         inputs = encoder.prepare([[]], ["word " * 5000])
     assert inputs["input_ids"].shape[1] > 25000
-    with pytest.raises(UniPicError, match="prompt is too long.*of at most 32768; shorten it"):
+    with pytest.raises(UniPicError, match=r"prompt is too long.*of at most 32768; shorten it"):
         encoder.prepare([[]], ["word " * 8000])
 
 
 def test_wrong_use(encoder: TextEncoder) -> None:
     with pytest.raises(UniPicError, match="as many lists of images as prompts, got 1 and 2"):
         encoder.prepare([[]], ["a", "b"])
+    with pytest.raises(UniPicError, match="pictures from `resize_references`, got one of 33x32"):
+        encoder.prepare([[picture(33, 32)]], ["a"])
     with pytest.raises(UniPicError, match="positions must be one of"):
         TextEncoder(encoder.model, encoder.tokenizer, positions="other")
 
@@ -128,14 +131,16 @@ def test_damaged_folders(golden: Path, tmp_path: Path) -> None:
     config.write_text(json.dumps({**values, "image_token_id": 262}))
     with pytest.raises(CheckpointError, match="from the same folder"):
         TextEncoder.from_pretrained(folder)
-    config.write_text(json.dumps({**values, "vocab_size": 10, "text_config": {**values["text_config"], "hidden_size": 64}}))
-    with pytest.raises(CheckpointError, match="encoder in .* cannot be loaded"):
+    config.write_text(
+        json.dumps({**values, "vocab_size": 10, "text_config": {**values["text_config"], "hidden_size": 64}})
+    )
+    with pytest.raises(CheckpointError, match=r"encoder in .* cannot be loaded"):
         TextEncoder.from_pretrained(folder)
     config.write_text(json.dumps(values))
     weights = folder / "text_encoder" / "model.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model.safetensors"):
         TextEncoder.from_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(CheckpointError, match="has no tokenizer/ folder"):
@@ -150,7 +155,7 @@ def test_weights_that_are_missing_are_an_error(golden: Path, tmp_path: Path) -> 
     tensors = load_file(path)
     name = next(n for n in tensors if "q_proj" in n)
     save_file({n: t for n, t in tensors.items() if n != name}, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="1 missing.*q_proj"):
+    with pytest.raises(CheckpointError, match=r"1 missing.*q_proj"):
         TextEncoder.from_pretrained(folder)
 
 

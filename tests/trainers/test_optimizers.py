@@ -10,7 +10,7 @@ from trainers.optimizers import Muon, is_hidden_matrix, lr_factor, make_optimize
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 6), (5, 40)])
 def test_orthogonalise_brings_singular_values_near_one(shape):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     singular = torch.linalg.svdvals(orthogonalise(x))
     assert singular.min() > 0.5 and singular.max() < 1.4
 

@@ -16,7 +16,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @dataclass(frozen=True)
 class Appearance:
-    """``psnr``: dB. ``ssim``: at most 1. ``colour``: distance of the mean colours, 0..255 per channel, as root mean square."""
+    """``psnr``: dB. ``ssim``: at most 1. ``colour``: root mean square difference of the mean colours, 0..255."""
 
     psnr: float
     ssim: float
@@ -30,24 +30,33 @@ def shifted(picture: np.ndarray, dy: int, dx: int) -> np.ndarray:
     return picture[rows[:, None], columns]
 
 
-def best_shift(picture: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance: int = TOLERANCE) -> tuple[int, int]:
-    """The shift (dy, dx) within the tolerance that matches best inside the mask: every second one, then its neighbours."""
-    rows, columns = np.flatnonzero(mask.max(axis=1) > 0), np.flatnonzero(mask.max(axis=0) > 0)
-    if not len(rows):
-        return 0, 0
-    window = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    wanted, weight = target[window], mask[window][..., None]
+def best_shift(
+    picture: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance: int = TOLERANCE
+) -> tuple[int, int]:
+    """The shift (dy, dx) that matches best inside the mask: every second one, then the best one's neighbours."""
+    (height, width), weight = mask.shape, mask.ravel()
     padded = np.pad(picture, ((tolerance, tolerance), (tolerance, tolerance), (0, 0)), mode="edge")
 
     def error(shift: tuple[int, int]) -> float:
-        top, left = window[0].start + tolerance - shift[0], window[1].start + tolerance - shift[1]
-        there = padded[top : top + wanted.shape[0], left : left + wanted.shape[1]]
-        return float(((there - wanted) ** 2 * weight).sum())
+        top, left = tolerance - shift[0], tolerance - shift[1]
+        difference = padded[top : top + height, left : left + width] - target
+        return float(np.einsum("pc,pc,p->", *[difference.reshape(-1, 3)] * 2, weight))
 
     coarse = range(-tolerance, tolerance + 1, 2)
     dy, dx = min(((dy, dx) for dy in coarse for dx in coarse), key=error)
     near = [(dy + y, dx + x) for y in (0, -1, 1) for x in (0, -1, 1)]
     return min((one for one in near if max(map(abs, one)) <= tolerance), key=error)
+
+
+def around(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """The rows and columns of what the mask covers and ``margin`` pixels around it."""
+    rows, columns = np.flatnonzero(mask.max(axis=1) > 0), np.flatnonzero(mask.max(axis=0) > 0)
+    if not len(rows):
+        return slice(0, 1), slice(0, 1)
+    return (
+        slice(max(int(rows[0]) - margin, 0), int(rows[-1]) + 1 + margin),
+        slice(max(int(columns[0]) - margin, 0), int(columns[-1]) + 1 + margin),
+    )
 
 
 def ssim_map(picture: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -72,6 +81,8 @@ def colour_difference(picture: np.ndarray, target: np.ndarray, mask: np.ndarray)
 
 def appearance(picture: np.ndarray, target: np.ndarray, mask: np.ndarray) -> Appearance:
     """All three inside ``mask`` [H, W], after the best shift of at most ``TOLERANCE`` pixels; NaN for an empty mask."""
+    window = around(mask, TOLERANCE + WINDOW)  # nothing farther away plays a part
+    picture, target, mask = picture[window], target[window], mask[window]
     there = shifted(picture, *best_shift(picture, target, mask))
     total = float(mask.sum())
     similarity = float((ssim_map(there, target) * mask).sum() / total) if total > 0 else float("nan")

@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import area_matrix
 
 CELLS = 12
-SHIFTS = (-4.0, -2.0, 0.0, 2.0, 4.0)  # pixels of a picture of 128 that the box may be off, in each direction
+SHIFTS = np.array([-4.0, -2.0, 0.0, 2.0, 4.0])  # pixels of a picture of 128 that the box may be off, in each direction
 Rect = tuple[float, float, float, float]  # left, top, width, height in pixels; may leave the picture
 
 
@@ -45,29 +45,23 @@ class IdentityIndex:
         self.cover = np.stack([cover for _, cover in described])
 
     def drawn(self, background: np.ndarray, tint: np.ndarray) -> np.ndarray:
-        """float32 [2N, 3P]: each asset over ``background`` [P, 3] minus that background, its colours mapped by ``tint``."""
+        """float32 [2N, 3P]: each asset, mapped by ``tint``, over ``background`` [P, 3], minus the background."""
         lit = np.clip(self.colours @ tint.T.astype(np.float32), 0, self.cover[..., None])
         return (lit - self.cover[..., None] * background).reshape(2 * self.size, -1)
 
     def distances(
         self, pictures: np.ndarray, background: np.ndarray, weight: np.ndarray, box: Rect, tint: np.ndarray
     ) -> np.ndarray:
-        """Mean squared colour distances [V, N] of V pictures [V, H, W, 3] in 0..1 to each asset, at the best shift and flip.
+        """Mean squared distances [V, N] of pictures [V, H, W, 3] in 0..1 to N assets, at the best shift and flip.
 
         ``background``: [H, W, 3]; ``weight``: [H, W] in 0..1, what counts; ``tint``: [3, 3], the light on (r, g, b).
         """
-        scale = pictures.shape[2] / 128
-        differences = (pictures - background) * weight[..., None]
-        columns, weights = [], []
-        for dy in SHIFTS:
-            for dx in SHIFTS:
-                values, share = _cells(differences, weight, box, dx * scale, dy * scale)
-                columns.append(values)
-                weights.append(np.repeat(share / max(float(share.sum()), 1e-6), 3))
-        seen = np.stack(columns, axis=1)  # [V, S, 3P]: differences from the background
-        share = np.stack(weights)  # [S, 3P], each row sums to 3
-        here, _ = _cells((background * weight[..., None])[None], weight, box, 0, 0)
-        drawn = self.drawn(here[0].reshape(-1, 3), tint)
+        pixels = SHIFTS * (pictures.shape[2] / 128)
+        stack = np.concatenate([pictures - background, background[None]])
+        cells, share = _cells(stack, weight, box, pixels)
+        seen, here = cells[:-1], cells[-1, len(pixels) ** 2 // 2]  # the background is taken where the box should be
+        share = np.repeat(share / np.maximum(share.sum(axis=1, keepdims=True), 1e-6), 3, axis=1)  # [S, 3P], sums 3
+        drawn = self.drawn(here.reshape(-1, 3), tint)
         # |seen - drawn|^2 in the weighted norm, expanded into matrix products over all assets
         cross = np.einsum("vsp,ap->vsa", seen * share, drawn, optimize=True)
         squares = (seen**2 * share).sum(axis=2)[..., None] - 2 * cross + share @ (drawn**2).T
@@ -80,13 +74,17 @@ class IdentityIndex:
         return self.distances(pictures, background, weight, box, tint).argmin(axis=1)
 
 
-def _cells(values: np.ndarray, weight: np.ndarray, box: Rect, dx: float, dy: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted means of already weighted values [V, H, W, 3] over the cells of the shifted box, [V, 3P], and the weights [P]."""
+def _cells(values: np.ndarray, weight: np.ndarray, box: Rect, shifts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted means of [V, H, W, 3] over the cells of the shifted box, [V, S, 3P], and the cells' weights [S, P].
+
+    S: all pairs of a vertical and a horizontal shift.
+    """
     left, top, width, height = box
-    down = area_matrix(top + dy, top + dy + height, CELLS, weight.shape[0])
-    across = area_matrix(left + dx, left + dx + width, CELLS, weight.shape[1])
-    share = (down @ weight @ across.T).reshape(-1)
-    rows = np.tensordot(down, values, axes=(1, 1))  # [p, V, W, 3]
-    sums = np.tensordot(rows, across, axes=(2, 1))  # [p, V, 3, q]
-    sums = sums.transpose(1, 0, 3, 2).reshape(len(values), -1, 3)
-    return (sums / np.maximum(share, 1e-3)[:, None]).reshape(len(values), -1), share
+    down = np.concatenate([area_matrix(top + s, top + s + height, CELLS, weight.shape[0]) for s in shifts])
+    across = np.concatenate([area_matrix(left + s, left + s + width, CELLS, weight.shape[1]) for s in shifts])
+    grid = (len(shifts), CELLS, len(shifts), CELLS)
+    share = (down @ weight @ across.T).reshape(grid).transpose(0, 2, 1, 3).reshape(len(shifts) ** 2, -1)
+    rows = np.tensordot(down, values * weight[..., None], axes=(1, 1))  # [s p, V, W, 3]
+    sums = np.tensordot(rows, across, axes=(2, 1)).transpose(1, 2, 0, 3)  # [V, 3, s p, s q]
+    cells = sums.reshape(len(values), 3, *grid).transpose(0, 2, 4, 3, 5, 1).reshape(len(values), *share.shape, 3)
+    return (cells / np.maximum(share, 1e-3)[..., None]).reshape(len(values), len(share), -1), share

@@ -34,13 +34,13 @@ def union(masks: Sequence[np.ndarray]) -> np.ndarray:
     return np.clip(np.sum(masks, axis=0), 0, 1)
 
 
-def placement_iou(picture: np.ndarray, background: np.ndarray, masks: Sequence[np.ndarray]) -> float:
+def placement_iou(found: np.ndarray, masks: Sequence[np.ndarray]) -> float:
     """Intersection over union of what changed and what the items cover together. 1 is best.
 
-    Of edits: ``background`` and ``masks`` are those after the edit, so a thing that was not removed, or left behind
-    when it was moved, costs as much as one that is missing.
+    Of edits: the background of ``changed`` and ``masks`` are those after the edit, so a thing that was not removed, or
+    left behind when it was moved, costs as much as one that is missing.
     """
-    found, wanted = changed(picture, background), union(masks) > SOLID
+    wanted = union(masks) > SOLID
     return float((found & wanted).sum() / max((found | wanted).sum(), 1))
 
 
@@ -77,12 +77,12 @@ def spread(mask: np.ndarray) -> tuple[float, float]:
     return max(float(high) ** 0.5, 1.0), max(float(wide) ** 0.5, 1.0)
 
 
-def centre_errors(picture: np.ndarray, background: np.ndarray, masks: Sequence[np.ndarray]) -> list[float]:
-    """Per item: the distance between the centre of its mask and of the change counted to it, in sides of the picture.
+def centre_errors(found: np.ndarray, masks: Sequence[np.ndarray]) -> list[float]:
+    """Per item: the distance, in sides of the picture, from the centre of its mask to that of the change counted to it.
 
     ``MISSING`` when nothing was found of it, and at most that.
     """
-    found, owner = changed(picture, background), owners(masks)
+    owner = owners(masks)
     errors = []
     for index, mask in enumerate(masks):
         own = (found & (owner == index)).astype(np.float32)

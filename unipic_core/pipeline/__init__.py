@@ -4,4 +4,4 @@ from .pipeline import UniPicOutput, UniPicPipeline
 from .text import TextEncoder
 from .vae import VAE
 
-__all__ = ["TextEncoder", "UniPicOutput", "UniPicPipeline", "VAE"]
+__all__ = ["VAE", "TextEncoder", "UniPicOutput", "UniPicPipeline"]

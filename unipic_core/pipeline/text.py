@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import CheckpointError, UniPicError
-from ..images import resize_for_vision
+from ..images import REFERENCE_MULTIPLE, resize_for_vision
 from ..prompt import IMAGE_PAD, PREFIX, body_text
 from ..sequence import TextCond
 from ..weights import open_weights
@@ -175,6 +175,9 @@ class TextEncoder:
         return torch.cat(pieces, dim=1)
 
     def _prepare_one(self, images: Sequence[Image.Image], prompt: str) -> EncoderInputs:
+        wrong = next((i.size for i in images if i.width % REFERENCE_MULTIPLE or i.height % REFERENCE_MULTIPLE), None)
+        if wrong:
+            raise UniPicError(f"the encoder takes pictures from `resize_references`, got one of {wrong[0]}x{wrong[1]}")
         pictures = [resize_for_vision(image) for image in images]
         vision = self._patches(pictures)
         merged = self.image_processor.merge_size**2
@@ -243,9 +246,10 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model, or CheckpointError naming weights that transformers would have made up."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         folder, dtype=dtype, local_files_only=True, output_loading_info=True
     )
+    model, found = loaded
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head."))
     if missing:
         raise CheckpointError(

@@ -24,7 +24,7 @@ class VAE:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.tile_above = TILE_ABOVE
+        self.tile_above, self.tile, self.stride = TILE_ABOVE, TILE, STRIDE
         shape = (1, -1, 1, 1, 1)
         self._mean = torch.tensor(model.config.latents_mean, dtype=torch.float32).reshape(shape)
         self._std = torch.tensor(model.config.latents_std, dtype=torch.float32).reshape(shape)
@@ -81,6 +81,6 @@ class VAE:
     def _tile(self, height: int, width: int) -> None:
         """Switch tiling on for large pictures; the seams are blended, so small ones are left exact."""
         if height * width > self.tile_above:
-            self.model.enable_tiling(TILE, TILE, STRIDE, STRIDE)
+            self.model.enable_tiling(self.tile, self.tile, self.stride, self.stride)
         else:
             self.model.use_tiling = False

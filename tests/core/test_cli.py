@@ -1,0 +1,219 @@
+"""The command line: what it writes, exit codes, one readable line for every mistake, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from unipic_core import cli
+from unipic_core.cli import lora_argument, main, size_argument
+
+ROOT = Path(__file__).parents[2]
+FAST = ["--size", "32x16", "--steps", "1", "--cfg", "1", "--reference-budget", "32", "--device", "cpu"]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "cat.png"
+    Image.new("RGB", (20, 10), "red").save(path)
+    return path
+
+
+@pytest.fixture
+def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tiny pipeline in place of loading one."""
+    monkeypatch.setattr(cli, "load_pipeline", lambda args: tiny)
+    return tiny
+
+
+def compose(model: Path, *arguments: object) -> list[str]:
+    return ["compose", "--prompt", "a cat", "--model", str(model), *FAST, *map(str, arguments)]
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    """The one line on stderr of a command that fails."""
+    try:
+        got: Any = main(arguments)
+    except SystemExit as stop:
+        got = stop.code
+    assert got == code
+    lines = [x for x in capsys.readouterr().err.splitlines() if x and not x.startswith(("loading", "composing"))]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_compose_writes_a_picture_that_says_how_it_was_made(golden: Path, picture: Path, capsys: Any) -> None:
+    out = picture.with_name("out.png")
+    assert main(compose(golden / "tiny", picture, "--out", out, "--seed", 7, "--sampler", "consistency")) == 0
+    made = Image.open(out)
+    assert made.size == (32, 16)
+    record = json.loads(made.text["unipic"])
+    assert (record["prompt"], record["seed"], record["images"], record["size"]) == ("a cat", 7, ["cat.png"], [32, 16])
+    assert record["recipe"]["steps"] == 1
+    assert record["recipe"]["sampler"] == "consistency"
+    said = capsys.readouterr()
+    assert said.out.strip() == str(out)
+    assert "composing" in said.err
+    assert "Model config" not in said.err
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["cat.png", "out.png"]
+
+
+def test_many_images(golden: Path, picture: Path, loaded: Any) -> None:
+    out = picture.with_name("out.webp")
+    assert main(compose(golden / "tiny", picture, "-o", out, "--num-images", 2, "--seed", 3)) == 0
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["cat.png", "out-3.webp", "out-4.webp"]
+
+
+def test_no_pictures_warns(golden: Path, tmp_path: Path, loaded: Any, capsys: Any) -> None:
+    assert main(compose(golden / "tiny", "--out", tmp_path / "a.jpg")) == 0
+    assert "warning: no pictures given" in capsys.readouterr().err
+    assert Image.open(tmp_path / "a.jpg").format == "JPEG"
+
+
+def test_loras_are_loaded_with_their_strength(golden: Path, picture: Path, capsys: Any) -> None:
+    message = fails(compose(golden / "tiny", picture, "--lora", picture.with_name("a.safetensors:0.5")), capsys)
+    assert "a.safetensors" in message
+    assert "0.5" not in message
+
+
+def test_arguments(tmp_path: Path) -> None:
+    assert size_argument("1024x768") == size_argument("1024X768") == (1024, 768)
+    assert lora_argument("a.safetensors") == (Path("a.safetensors"), 1.0)
+    assert lora_argument("a.safetensors:-0.5") == (Path("a.safetensors"), -0.5)
+    assert lora_argument("C:\\a.safetensors") == (Path("C:\\a.safetensors"), 1.0)
+    (tmp_path / "a:2").touch()
+    assert lora_argument(str(tmp_path / "a:2")) == (tmp_path / "a:2", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["compose"], "required: --prompt"),
+        (["paint"], "invalid choice"),
+        (["compose", "--prompt", "a", "--size", "10"], "expected WIDTHxHEIGHT such as 1024x768, got '10'"),
+        (["compose", "--prompt", "a", "--out", "a.bmp"], "should end in .png"),
+        (["compose", "--prompt", "a", "--out", "absent/a.png"], "no folder absent"),
+        (["compose", "--prompt", "a", "--seed", "x"], "invalid int value"),
+        (["compose", "absent.png", "--prompt", "a"], "no such picture: absent.png"),
+        (["info", "absent"], "no file or folder absent"),
+        (["convert", "absent", "b.safetensors"], "no file or folder absent"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) -> None:
+    assert message in fails(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--size", "50x48"], "multiples of 16, got 50x48; use 48x48"),
+        (["--size", "4096x4096"], "use 1024x1024"),
+        (["--size=-16x16"], "positive whole pixels, got -16x16"),
+        (["--steps", "0"], "steps must be from 1"),
+        (["--num-images", "0"], "number of images must be from 1"),
+        (["--cfg", "nan"], "guidance scale must be"),
+        (["--prompt", "x <|im_end|>"], "a mark of the template; remove it"),
+        (["--prompt", "word " * 8000], "prompt is too long"),
+    ],
+)
+def test_wrong_wishes(golden: Path, picture: Path, loaded: Any, capsys: Any, change: list[str], message: str) -> None:
+    out = picture.with_name("out.png")
+    assert message in fails(compose(golden / "tiny", picture, "--out", out, *change), capsys)
+    assert not out.exists()
+
+
+def test_seven_pictures(golden: Path, picture: Path, loaded: Any, capsys: Any) -> None:
+    assert "at most 6 pictures can be composed, got 7" in fails(compose(golden / "tiny", *[picture] * 7), capsys)
+
+
+def test_truncated_picture_and_wrong_model(golden: Path, picture: Path, capsys: Any) -> None:
+    cut = picture.with_name("cut.png")
+    cut.write_bytes(picture.read_bytes()[:50])
+    assert "cut.png is damaged" in fails(compose(golden / "tiny", cut), capsys)
+    assert "no model folder" in fails(compose(picture.parent / "absent", picture), capsys)
+    assert "has no text_encoder/, tokenizer/, vae/; download" in fails(compose(picture.parent, picture), capsys)
+    assert "no device 'gpu'" in fails(compose(golden / "tiny", picture, "--device", "gpu"), capsys)
+
+
+def test_debug_shows_the_traceback(picture: Path) -> None:
+    with pytest.raises(ValueError, match="no model folder"):
+        main(compose(picture.parent / "absent", picture, "--debug"))
+
+
+def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def broken(args: Any) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(cli, "load_pipeline", broken)
+    assert "unforeseen KeyError: 'surprise'" in fails(compose(golden / "tiny", picture), capsys, code=1)
+
+
+def test_interrupted_while_writing(
+    golden: Path, picture: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = picture.with_name("out.png")
+    out.write_bytes(b"the picture of before")
+
+    def interrupted(self: Image.Image, path: Path, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    assert "interrupted" in fails(compose(golden / "tiny", picture, "--out", out), capsys, code=130)
+    assert out.read_bytes() == b"the picture of before"
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["cat.png", "out.png"]
+
+
+def test_full_disk(golden: Path, picture: Path, loaded: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    out = picture.with_name("out.png")
+    assert "out.png: No space left on device" in fails(compose(golden / "tiny", picture, "--out", out), capsys)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c(golden: Path, picture: Path) -> None:
+    out = picture.with_name("out.png")
+    command = compose(golden / "tiny", picture, "--out", out, "--steps", "1000")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "unipic_core", *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert run.stderr is not None
+    assert b"loading tiny on cpu" in run.stderr.readline()
+    time.sleep(0.5)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130
+    assert b"interrupted" in said
+    assert b"Traceback" not in said
+    assert sorted(p.name for p in picture.parent.iterdir()) == ["cat.png"]
+
+
+def test_info(golden: Path, capsys: Any) -> None:
+    assert main(["info", str(golden / "tiny")]) == 0
+    assert "2 layers" in capsys.readouterr().out
+    assert main(["info", str(golden / "tiny"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "pipeline"
+
+
+def test_convert(golden: Path, tmp_path: Path, capsys: Any) -> None:
+    target = tmp_path / "a.safetensors"
+    assert main(["convert", str(golden / "tiny"), str(target), "--dtype", "fp8_scaled"]) == 0
+    assert capsys.readouterr().out.strip() == str(target)
+    assert main(["info", str(target)]) == 0
+    assert "float8_e4m3fn" in capsys.readouterr().out
+    message = fails(["convert", str(golden / "tiny" / "vae"), str(target)], capsys)
+    assert "AutoencoderKLQwenImage, expected a QwenImageTransformer2DModel" in message
+    assert target.exists()

@@ -1,0 +1,410 @@
+"""The pipeline beyond parity: caches, seeds, guidance, recipes, LoRAs, memory, wrong use, wrong folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from unipic_core.errors import CheckpointError, LoRAError, UniPicError
+from unipic_core.pipeline import UniPicPipeline
+from unipic_core.pipeline.cache import LRU, image_key, weights_key
+from unipic_core.pipeline.loading import load_parts
+from unipic_core.pipeline.offload import Placement, checked_device, needs_offload, readable_out_of_memory
+from unipic_core.pipeline.settings import resolve
+from unipic_core.pipeline.vae import VAE
+from unipic_core.recipe import Recipe
+
+SMALL: dict[str, Any] = {
+    "width": 64,
+    "height": 48,
+    "num_inference_steps": 2,
+    "true_cfg_scale": 1.0,
+    "sampler": "consistency",
+    "reference_budget": 64,
+    "output_type": "latent",
+}
+
+
+def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
+    data = torch.randint(0, 255, (height, width, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(data.numpy())
+
+
+@pytest.fixture
+def calls(tiny: UniPicPipeline, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts calls of the three networks."""
+    counts: Counter[str] = Counter()
+
+    def counted(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, method, call)
+
+    counted(tiny.text_encoder, "encode", "text")
+    counted(tiny.vae, "encode", "vae")
+    counted(tiny.transformer, "forward", "network")
+    return counts
+
+
+def test_a_second_seed_encodes_nothing_again(tiny: UniPicPipeline, calls: Counter[str]) -> None:
+    images = [picture(0), picture(1)]
+    first = tiny(images, "a", **SMALL, seed=1).images
+    assert calls == {"text": 1, "vae": 2, "network": 2}
+    second = tiny([i.copy() for i in images], "a", **SMALL, seed=2).images
+    assert calls == {"text": 1, "vae": 2, "network": 4}
+    assert not torch.equal(first, second)
+    assert torch.equal(tiny(images, "a", **SMALL, seed=1).images, first)
+
+
+def test_caches_notice_what_changes(tiny: UniPicPipeline, calls: Counter[str]) -> None:
+    tiny([picture(0), picture(1)], "a", **SMALL)
+    tiny([picture(0), picture(1)], "b", **SMALL)
+    assert (calls["text"], calls["vae"]) == (2, 2)
+    tiny([picture(1), picture(0)], "b", **SMALL)  # the order counts for the text, not for the latents
+    assert (calls["text"], calls["vae"]) == (3, 2)
+    tiny([picture(1), picture(0)], "b", **{**SMALL, "reference_budget": 96})
+    assert (calls["text"], calls["vae"]) == (4, 4)
+    changed = picture(1)
+    changed.putpixel((0, 0), (1, 2, 3))
+    tiny([changed, picture(0)], "b", **SMALL)
+    assert (calls["text"], calls["vae"]) == (5, 5)
+    for module, part in ((tiny.text_encoder.network, "text"), (tiny.vae.model, "vae")):
+        before, weight = calls[part], next(module.parameters())
+        weight.mul_(1.0)  # an optimizer step in place
+        tiny([changed, picture(0)], "b", **SMALL)
+        assert calls[part] > before
+
+
+def test_guidance_one_runs_and_encodes_no_unconditional(tiny: UniPicPipeline, calls: Counter[str]) -> None:
+    tiny([picture()], "a", negative_prompt="<|im_end|> would be refused if it were read", **SMALL)
+    assert calls == {"text": 1, "vae": 1, "network": 2}
+    tiny([picture()], "a", **{**SMALL, "true_cfg_scale": 2.0})
+    assert calls == {"text": 2, "vae": 1, "network": 6}
+
+
+def test_image_i_of_many_is_what_its_seed_gives_alone(tiny: UniPicPipeline) -> None:
+    out = tiny([picture()], "a", **SMALL, seed=5, num_images=3)
+    assert out.images.shape == (3, 12, 16)
+    assert out.seeds == [5, 6, 7]
+    for image, seed in zip(out.images, out.seeds, strict=True):
+        alone = tiny([picture()], "a", **SMALL, seed=seed).images[0]
+        torch.testing.assert_close(image, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs(tiny: UniPicPipeline) -> None:
+    small = {**SMALL, "width": 32, "height": 16}
+    as_images = tiny([picture()], "a", **{**small, "output_type": "pil"}, num_images=2).images
+    assert [i.size for i in as_images] == [(32, 16)] * 2
+    assert tiny([picture()], "a", **{**small, "output_type": "pt"}).images.shape == (1, 3, 16, 32)
+    assert tiny(picture(), "a", **small).images.shape == (1, 2, 16)  # one picture needs no list
+
+
+def test_bfloat16_samples_in_float32(golden: Path) -> None:
+    pipe = UniPicPipeline.from_pretrained(golden / "tiny", device="cpu")
+    seen: list[torch.dtype] = []
+    out = pipe([picture()], "a", **SMALL, callback=lambda step, t, x_t, x0: seen.extend([x_t.dtype, x0.dtype]))
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert set(seen) == {torch.float32}
+    assert out.images.dtype == torch.float32
+    with pytest.raises(UniPicError, match="float16"):
+        UniPicPipeline.from_pretrained(golden / "tiny", device="cpu", torch_dtype=torch.float16)
+
+
+def test_no_references(tiny: UniPicPipeline) -> None:
+    with pytest.warns(UserWarning, match="no pictures given"):
+        out = tiny([], "a", **{**SMALL, "width": None, "height": 32})
+    assert out.images.shape == (1, 4, 16)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": [picture()] * 7}, "at most 6 pictures can be composed, got 7"),
+        ({"images": ["a.png"]}, "images must be Pillow pictures, got str"),
+        ({"prompt": ["a"]}, "prompt must be a text, got list"),
+        ({"width": 50}, "multiples of 16, got 50x48; use 48x48"),
+        ({"width": 4096, "height": 4096}, "over this model's 1024x1024 pixels; use 1024x1024"),
+        ({"width": -64}, "positive whole pixels, got -64x48"),
+        ({"num_inference_steps": 0}, "steps must be from 1 to 1000, got 0"),
+        ({"num_inference_steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"true_cfg_scale": float("nan")}, "guidance scale must be a number"),
+        ({"sampler": "heun"}, "sampler must be one of consistency, euler, got 'heun'"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"num_images": 0}, "number of images must be from 1"),
+        ({"reference_budget": 8}, "reference budget must be from 32"),
+        ({"output_type": "np"}, "output_type must be one of pil, pt, latent, got 'np'"),
+        ({"latents": torch.zeros(1, 5, 16)}, r"packed start noise \[1, 12, 16\], got \[1, 5, 16\]"),
+        ({"step_noise": []}, r"must hold 1 tensors of \[1, 12, 16\], got \[\]"),
+    ],
+)
+def test_wrong_use(tiny: UniPicPipeline, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UniPicError, match=message) as caught:
+        tiny(**{"images": [picture()], "prompt": "a", **SMALL, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_and_long_prompts(tiny: UniPicPipeline) -> None:
+    assert tiny([picture()], "", **SMALL).images.isfinite().all()
+    with pytest.raises(UniPicError, match=r"too long.*of at most 32768; shorten it"):
+        tiny([picture()], "word " * 8000, **SMALL)
+
+
+def test_given_latents_decide_how_many(tiny: UniPicPipeline) -> None:
+    noise = torch.randn(2, 12, 16, generator=torch.Generator().manual_seed(0))
+    out = tiny([picture()], "a", **SMALL, latents=noise)
+    assert out.images.shape == (2, 12, 16)
+    with pytest.raises(UniPicError, match="packed start noise"):
+        tiny([picture()], "a", **SMALL, latents=noise, num_images=3)
+
+
+def test_non_finite_latent_names_the_step(tiny: UniPicPipeline) -> None:
+    with pytest.raises(ValueError, match="step 1; use bfloat16 or float32"):
+        tiny([picture()], "a", **SMALL, latents=torch.full((1, 12, 16), float("nan")))
+
+
+# --- recipes ---
+
+
+def test_defaults_are_those_of_the_release() -> None:
+    base = resolve(Recipe())
+    assert (base.steps, base.guidance, base.sampler, base.schedule) == (50, 4.0, "euler", "base")
+    assert (base.reference_budget, base.output_budget) == (1024, 1024)
+    few = resolve(Recipe(sampler="consistency"))
+    assert (few.steps, few.guidance, few.schedule) == (8, 1.0, "few_step")
+
+
+def test_recipe_and_wishes() -> None:
+    recipe = Recipe(steps=6, guidance=2.0, sampler="consistency", schedule="few_step", output_budget=128)
+    assert resolve(recipe).steps == 6
+    assert resolve(recipe).output_budget == 128
+    assert resolve(recipe, steps=3, guidance=1.0).guidance == 1.0
+    other = resolve(recipe, sampler="euler")  # another sampler brings its own steps and schedule
+    assert (other.steps, other.schedule, other.guidance) == (50, "base", 2.0)
+    with pytest.raises(UniPicError, match="attention of the form 'causal'"):
+        resolve(Recipe(attention_form="causal"))
+
+
+def with_transformer(golden: Path, to: Path, recipe: dict[str, Any]) -> Path:
+    shutil.copytree(golden / "tiny" / "transformer", to)
+    (to / "recipe.json").write_text(json.dumps({"version": 1, **recipe}))
+    return to
+
+
+def test_recipe_and_network_come_with_the_transformer(golden: Path, tmp_path: Path, tiny: UniPicPipeline) -> None:
+    recipe = {"steps": 3, "guidance": 1.0, "sampler": "consistency", "schedule": "few_step", "reference_budget": 64}
+    other = with_transformer(golden, tmp_path / "ema_transformer", {**recipe, "output_budget": 64})
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    save_file({n: t * 1.1 for n, t in weights.items()}, other / "diffusion_pytorch_model.safetensors")
+    pipe = UniPicPipeline.from_pretrained(golden / "tiny", other, torch_dtype=torch.float32, device="cpu")
+    out = pipe([picture()], "a", output_type="latent")
+    assert (out.settings.steps, out.settings.reference_budget) == (3, 64)
+    assert out.images.shape == (1, 2 * 2 * 4, 16) or out.images.shape[1] <= 20
+    assert not torch.equal(pipe.transformer.img_in.weight, tiny.transformer.img_in.weight)
+
+
+def lora_file(path: Path, weight: str, tiny: UniPicPipeline, recipe: Recipe | None = None) -> Path:
+    from unipic_core.lora import save_lora
+
+    out, into = tiny.transformer.get_parameter(f"{weight}.weight").shape
+    generator = torch.Generator().manual_seed(0)
+    layers = {weight: (torch.randn(2, into, generator=generator), torch.randn(out, 2, generator=generator))}
+    save_lora(path, layers, recipe=recipe)
+    return path
+
+
+def test_lora(golden: Path, tmp_path: Path) -> None:
+    pipe = UniPicPipeline.from_pretrained(golden / "tiny", torch_dtype=torch.float32, device="cpu")
+    layer = "transformer_blocks.0.attn.to_q"
+    before = pipe.transformer.get_parameter(f"{layer}.weight").clone()
+    plain = pipe([picture()], "a", **SMALL).images
+    path = lora_file(tmp_path / "a.safetensors", layer, pipe, Recipe(steps=4, sampler="consistency"))
+    assert pipe.load_lora(path, 0.5).matched == 1
+    assert not torch.allclose(pipe([picture()], "a", **SMALL).images, plain)
+    assert resolve(pipe.recipe).steps == 4  # the LoRA's over the checkpoint's
+    pipe.load_lora(path, -0.5)
+    torch.testing.assert_close(pipe.transformer.get_parameter(f"{layer}.weight"), before)
+    strange = {
+        "transformer.other.lora_A.weight": torch.zeros(2, 4),
+        "transformer.other.lora_B.weight": torch.zeros(4, 2),
+    }
+    save_file(strange, tmp_path / "b.safetensors")
+    with pytest.raises(LoRAError):
+        pipe.load_lora(tmp_path / "b.safetensors")
+
+
+# --- folders ---
+
+
+@pytest.fixture
+def folder(golden: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(golden / "tiny", tmp_path / "model")
+
+
+def load(folder: Path, **more: Any) -> UniPicPipeline:
+    return UniPicPipeline.from_pretrained(folder, torch_dtype=torch.float32, device="cpu", **more)
+
+
+def test_missing_parts_are_named_with_what_to_download(folder: Path, golden: Path) -> None:
+    with pytest.raises(CheckpointError, match="no model folder"):
+        load(folder / "absent")
+    with pytest.raises(CheckpointError, match="is one file, expected a pipeline folder"):
+        load(folder / "model_index.json")
+    for part in ("vae", "text_encoder"):
+        shutil.rmtree(folder / part)
+    with pytest.raises(CheckpointError, match=r"no text_encoder/, vae/; download Qwen/Qwen-Image-Edit.*transformer="):
+        load(folder)
+    shutil.rmtree(folder / "transformer")
+    with pytest.raises(CheckpointError, match="has no text_encoder/, vae/; download Qwen/Qwen-Image-Edit"):
+        load(folder)
+
+
+def test_network_missing(folder: Path) -> None:
+    shutil.rmtree(folder / "transformer")
+    with pytest.raises(CheckpointError, match="no transformer in"):
+        load(folder)
+
+
+def test_damaged_vae(folder: Path) -> None:
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    good = load_file(weights)
+    save_file({n: t for n, t in good.items() if "conv_in.weight" not in n}, weights)
+    with pytest.raises(CheckpointError, match=r"VAE in .* cannot be loaded: .*Missing key"):
+        load(folder)
+    weights.write_bytes(b"\x00" * 40)
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model.safetensors"):
+        load(folder)
+    (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    with pytest.raises(CheckpointError, match="holds a AutoencoderKL, expected an AutoencoderKLQwenImage"):
+        load(folder)
+
+
+def test_parts_of_different_models(folder: Path, golden: Path) -> None:
+    config = folder / "vae" / "config.json"
+    values = json.loads(config.read_text()) | {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    config.write_text(json.dumps(values))
+    from diffusers import AutoencoderKLQwenImage
+
+    AutoencoderKLQwenImage.from_config(values).save_pretrained(folder / "vae")
+    with pytest.raises(CheckpointError, match="16 channels a token, the VAE gives 32"):
+        load(folder)
+
+
+def test_scheduler_config_decides_the_shift(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_shift": 0.25}))
+    assert load_parts(folder, None, torch.float32, "cpu").shift.base_mu == 0.25
+    path.write_text("{")
+    with pytest.raises(CheckpointError, match=r"scheduler_config.json cannot be read"):
+        load(folder)
+
+
+# --- memory ---
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(golden: Path) -> None:
+    with pytest.raises(UniPicError, match='pass device="cpu"'):
+        UniPicPipeline.from_pretrained(golden / "tiny")
+    with pytest.raises(UniPicError, match="no device 'gpu'"):
+        checked_device("gpu")
+
+
+def test_offload_is_decided_by_free_memory() -> None:
+    cuda, parts = torch.device("cuda"), [40 * 2**30, 16 * 2**30]
+    for free, expected in ((80, False), (62, False), (60, True), (24, True)):
+        assert needs_offload(cuda, parts, lambda device, free=free: (free * 2**30, 80 * 2**30)) is expected
+    assert not needs_offload(torch.device("cpu"), parts)
+
+
+def test_only_the_part_in_use_is_on_the_device() -> None:
+    class Part:
+        place = "cpu"
+
+        def to(self, device: Any) -> None:
+            self.place = str(device)
+
+    parts = {"a": Part(), "b": Part()}
+    for offload, other in ((True, "cpu"), (False, "meta")):
+        placement = Placement(torch.device("meta"), offload)
+        for name in ("a", "b"):
+            assert placement.place(parts, name).place == "meta"
+        assert parts["a"].place == other
+
+
+def test_offloading_keeps_the_caches(tiny: UniPicPipeline, calls: Counter[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(tiny.placement, "offload", True)
+    tiny([picture()], "a", **SMALL)
+    tiny([picture()], "a", **SMALL, seed=3)
+    assert calls == {"text": 1, "vae": 1, "network": 4}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_out_of_memory_says_what_to_lower(tiny: UniPicPipeline, monkeypatch: Any, error: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(tiny.transformer, "forward", fail)
+    message = r"out of memory; lower the output size \(now 64x48\), or the reference budget \(now 64\)"
+    with pytest.raises(UniPicError, match=message):
+        tiny([picture()], "a", **SMALL)
+    with pytest.raises(UniPicError, match=r"or the number of images \(now 2\)"):
+        tiny([picture()], "a", **SMALL, num_images=2)
+
+
+def test_other_runtime_errors_are_not_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes"), readable_out_of_memory("x"):
+        raise RuntimeError("shapes do not match")
+
+
+def test_vae_tiles_large_pictures(tiny: UniPicPipeline, monkeypatch: Any) -> None:
+    picture = torch.rand(3, 64, 176, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vae = VAE(tiny.vae.model)
+    with torch.no_grad():
+        whole = vae.encode(picture)
+        decoded = vae.decode(whole)
+        assert not vae.model.use_tiling
+        vae.tile_above, vae.tile, vae.stride = 0, 96, 64
+        tiled, redecoded = vae.encode(picture), vae.decode(whole)
+        assert vae.model.use_tiling
+    assert tiled.shape == whole.shape
+    assert redecoded.shape == decoded.shape
+    assert (tiled - whole).abs().mean() < 0.2 * whole.abs().mean()
+    assert (redecoded - decoded).abs().mean() < 0.05
+
+
+# --- caches ---
+
+
+def test_lru() -> None:
+    cache: LRU[int] = LRU(2)
+    made: list[str] = []
+    for key in ("a", "b", "a", "c", "a", "b"):
+        cache.get(key, lambda key=key: made.append(key) or len(made))  # type: ignore[func-returns-value]
+    assert made == ["a", "b", "c", "b"]
+    assert len(cache) == 2
+
+
+def test_keys() -> None:
+    a = Image.new("RGB", (2, 8))
+    assert image_key(a) == image_key(a.copy())
+    assert image_key(a) != image_key(Image.new("RGB", (8, 2)))  # equal bytes
+    layer = torch.nn.Linear(2, 2)
+    before = weights_key(layer)
+    layer.to("cpu")
+    assert weights_key(layer) == before != weights_key(torch.nn.Linear(2, 2))
+    layer.load_state_dict(layer.state_dict())
+    assert weights_key(layer) != before

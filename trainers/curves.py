@@ -1,0 +1,53 @@
+"""`python -m trainers.curves RUN [RUN ...] --out FILE.png`: the curves of runs, from their metrics.jsonl."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+NOT_DRAWN = ("step", "lr", "grad_norm", "seconds_per_step")
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 10) -> None:
+    """One panel per metric, one line per run; a running mean over `smooth` records above the raw values."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    records = {run.stem if run.is_file() else run.name: read_metrics(run) for run in runs}
+    names = list(dict.fromkeys(k for rows in records.values() for k in rows[0] if k not in NOT_DRAWN))
+    figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False, layout="constrained")
+    for panel, name in zip(panels[0], names, strict=True):
+        for label, rows in records.items():
+            points = [(r["step"], r[name]) for r in rows if name in r]
+            steps, values = zip(*points, strict=True)
+            means = [sum(values[max(0, i - smooth) : i + 1]) / (i + 1 - max(0, i - smooth)) for i in range(len(values))]
+            (line,) = panel.plot(steps, means, label=label)
+            panel.plot(steps, values, alpha=0.2, color=line.get_color())
+        panel.set(title=name, xlabel="step")
+        panel.grid(alpha=0.3)
+        if name in ("loss", "l1"):
+            panel.set_yscale("log")
+    panels[0][0].legend()
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="trainers.curves", description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="output folders, or metrics.jsonl files")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    draw_curves(args.runs, args.out)
+
+
+if __name__ == "__main__":
+    main()

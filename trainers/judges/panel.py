@@ -1,0 +1,158 @@
+"""The list of judges, and all of them applied to the pictures made for one scene."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from ..data.catalogue import Asset
+from ..data.controls import CONTROLS, can_swap_references
+from ..data.emoji import Bank
+from ..data.render import Sample, edited, hidden_of, light_of, look_matrix, place, render
+from ..data.scenes import Scene
+from . import appearance, identity, placement
+from .arrays import to_array
+
+MAX_ITEMS = 5
+LEAST_VISIBLE = 0.005  # share of the picture that an item must show to be judged alone
+TRUTH = "truth"
+PLACES = ("background_alone", "positions_shuffled")
+SWAPS = ("object_swapped", "references_swapped")
+CONTROL_NAMES = (TRUTH, *CONTROLS)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One number per sample or item. ``separates``: the controls that it must tell from the truth to be reported.
+
+    ``whole``: of the whole picture, in the first column of its scores. ``share``: 0 or 1, shown in percent.
+    """
+
+    name: str
+    title: str
+    separates: tuple[str, ...]
+    higher_is_better: bool = True
+    whole: bool = False
+    share: bool = False
+    digits: int = 3
+
+
+JUDGES: tuple[Judge, ...] = (
+    Judge("placement_iou", "placement: IoU with the items' mask", PLACES, whole=True),
+    Judge("placement_centre_error", "placement: centre error, sides", PLACES, higher_is_better=False),
+    Judge("background_psnr", "background: PSNR outside, dB", ("positions_shuffled",), whole=True, digits=2),
+    Judge("masked_psnr", "appearance: PSNR inside, dB", SWAPS, digits=2),
+    Judge("masked_ssim", "appearance: SSIM inside", SWAPS),
+    Judge("colour_difference", "appearance: colour error, 0-255", SWAPS, higher_is_better=False, digits=1),
+    Judge("object_retrieval_top1", "identity: object found", SWAPS, share=True),
+    Judge("person_retrieval_top1", "identity: person found (exact)", SWAPS, share=True),
+    Judge("person_design_top1", "identity: person's design", SWAPS, share=True),
+    Judge("person_tone_top1", "identity: skin tone", SWAPS, share=True),
+    Judge("person_gender_top1", "identity: man or woman", SWAPS, share=True),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scene with what the judges need: ``boxes`` not clipped to the picture, ``tints`` the light on each item."""
+
+    scene: Scene
+    sample: Sample
+    boxes: tuple[identity.Rect, ...]
+    tints: tuple[np.ndarray, ...]
+
+    @classmethod
+    def of(cls, bank: Bank, scene: Scene) -> Case:
+        """Draw the truth. Of edits, items are those that are left after it."""
+        sample, hidden = render(bank, scene), hidden_of(scene, None)
+        looks = [look_matrix(item.look) for item in scene.items]
+        kept = list(range(len(scene.items)))
+        if scene.edit:
+            scene, _, looks, kept = edited(scene, sample.background, looks)
+        light = light_of(sample.background)
+        boxes = tuple(place(bank, scene, [hidden[index] for index in kept]))
+        return cls(scene, sample, boxes, tuple(light @ look for look in looks))
+
+    @property
+    def assets(self) -> tuple[Asset, ...]:
+        return tuple(item.asset for item in self.sample.placements)
+
+
+def control_pictures(bank: Bank, scene: Scene, truth: Sample) -> dict[str, tuple[Image.Image, np.ndarray]]:
+    """The truth and each control that the scene has: its picture, and which items [MAX_ITEMS] it is judged on.
+
+    The swaps are judged on the items that they replace, everything else on all of them.
+    """
+    everything = np.ones(MAX_ITEMS, bool)
+    pictures = {TRUTH: (truth.target, everything)}
+    for name, control in CONTROLS.items():
+        if name == "references_swapped" and not can_swap_references(scene):
+            continue
+        sample = control(bank, scene)
+        replaced = np.zeros(MAX_ITEMS, bool)
+        for index, (old, new) in enumerate(zip(truth.placements, sample.placements, strict=True)):
+            replaced[index] = old.asset != new.asset
+        pictures[name] = (sample.target, replaced if name in SWAPS else everything)
+    return pictures
+
+
+class Panel:
+    """All judges over one bank. The identity descriptors are made once, when it is opened."""
+
+    def __init__(self, bank: Bank) -> None:
+        self.assets = {"object": bank.objects("all"), "person": bank.persons("all")}
+        self.indices = {
+            kind: identity.IdentityIndex([bank.image(asset) for asset in assets])
+            for kind, assets in self.assets.items()
+        }
+
+    def judge(self, case: Case, pictures: list[Image.Image]) -> dict[str, np.ndarray]:
+        """Scores [V, MAX_ITEMS] by judge of V pictures of the target's size, NaN where there is nothing to score.
+
+        The judges of a whole picture use the first column, those of items one column per item.
+        """
+        scores = {judge.name: np.full((len(pictures), MAX_ITEMS), np.nan) for judge in JUDGES}
+        target, background = to_array(case.sample.target), to_array(case.sample.background)
+        masks = [item.mask for item in case.sample.placements]
+        seen = [index for index, mask in enumerate(masks) if mask.mean() >= LEAST_VISIBLE]
+        arrays = np.stack([to_array(picture) for picture in pictures])
+        for v, picture in enumerate(arrays):
+            found = placement.changed(picture, background)
+            scores["placement_iou"][v, 0] = placement.placement_iou(found, masks)
+            scores["background_psnr"][v, 0] = placement.background_psnr(picture, target, masks)
+            errors = placement.centre_errors(found, masks)
+            for index in seen:
+                scores["placement_centre_error"][v, index] = errors[index]
+                looks = appearance.appearance(picture, target, masks[index])
+                scores["masked_psnr"][v, index] = looks.psnr
+                scores["masked_ssim"][v, index] = looks.ssim
+                scores["colour_difference"][v, index] = looks.colour
+        for index in seen:
+            others = placement.union([mask for other, mask in enumerate(masks) if other != index] or [0 * masks[0]])
+            self._identify(case, index, arrays, background, 1 - others, scores)
+        return scores
+
+    def _identify(
+        self,
+        case: Case,
+        index: int,
+        arrays: np.ndarray,
+        background: np.ndarray,
+        weight: np.ndarray,
+        scores: dict[str, np.ndarray],
+    ) -> None:
+        """Fill the identity scores of one item: 1 where the nearest asset is the right one, else 0."""
+        asset = case.assets[index]
+        nearest = self.indices[asset.kind].nearest(arrays, background, weight, case.boxes[index], case.tints[index])
+        found = [self.assets[asset.kind][one] for one in nearest]
+        exact = [one.key == asset.key for one in found]
+        if asset.kind == "object":
+            scores["object_retrieval_top1"][:, index] = exact
+            return
+        scores["person_retrieval_top1"][:, index] = exact
+        scores["person_design_top1"][:, index] = [one.design == asset.design for one in found]
+        scores["person_tone_top1"][:, index] = [one.tone == asset.tone for one in found]
+        if asset.gender is not None:
+            scores["person_gender_top1"][:, index] = [one.gender == asset.gender for one in found]

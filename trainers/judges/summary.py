@@ -1,0 +1,174 @@
+"""From scores to what is reported: means with intervals, margins over the controls, what is left out and why.
+
+Scores are float [n, MAX_ITEMS] per judge, NaN where there is nothing to score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .panel import CONTROL_NAMES, JUDGES, MAX_ITEMS, TRUTH, Judge
+from .statistics import Bootstrap, Estimate
+
+ByJudge = dict[str, np.ndarray]
+SHORT = {
+    TRUTH: "truth",
+    "recomposed": "redrawn",
+    "background_alone": "empty",
+    "positions_shuffled": "shuffled",
+    "object_swapped": "swapped",
+    "references_swapped": "exchanged",
+}
+
+
+def empty(n: int) -> ByJudge:
+    return {judge.name: np.full((n, MAX_ITEMS), np.nan) for judge in JUDGES}
+
+
+@dataclass
+class Scores:
+    """All that was measured on n samples: their tasks, each system (in order) and each control."""
+
+    tasks: list[str]
+    systems: dict[str, ByJudge] = field(default_factory=dict)
+    controls: dict[str, ByJudge] = field(default_factory=dict)
+
+
+def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """One report per system: ``model``, ``judges`` and ``by_task``. Without systems one, of the controls alone."""
+    if not scores.systems:
+        return [
+            {"model": None, "judges": {judge.name: entry(judge, None, scores.controls, bootstrap) for judge in JUDGES}}
+        ]
+    first = next(iter(scores.systems))
+    reports = []
+    for label, measured in scores.systems.items():
+        judges = {judge.name: entry(judge, measured, scores.controls, bootstrap) for judge in JUDGES}
+        if label != first:
+            for name, values in judges.items():
+                values["versus_first"] = margin(measured[name], scores.systems[first][name], bootstrap)
+        reports.append(
+            {"model": {"label": label}, "judges": judges, "by_task": by_task(scores.tasks, measured, judges)}
+        )
+    return reports
+
+
+def entry(
+    judge: Judge, measured: ByJudge | None, controls: Mapping[str, ByJudge], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """One judge: the model's mean, the controls' means on the items they are judged on, and the paired margins.
+
+    ``beats`` of a margin: the 95% interval of the difference lies on the better side of zero.
+    """
+    values = {name: scores[judge.name] for name, scores in controls.items()}
+    note = why_not(judge, values, bootstrap)
+    result: dict[str, Any] = {
+        "title": judge.title,
+        "better": "higher" if judge.higher_is_better else "lower",
+        "valid": not note,
+        "model": None,
+        "ci95": None,
+        "controls": {name: rounded(bootstrap.mean(array)) for name, array in values.items()},
+    }
+    if note:
+        result["note"] = note
+    if measured is None or note:
+        return result
+    own = measured[judge.name]
+    estimate = bootstrap.mean(own)
+    if estimate:
+        result |= {"model": rounded(estimate), "ci95": interval(estimate), "items": int(np.isfinite(own).sum())}
+    result["margins"] = {}
+    for name, array in values.items():
+        against = margin(own, array, bootstrap)
+        if against:
+            low, high = against["ci95"]
+            against["beats"] = low > 0 if judge.higher_is_better else high < 0
+            result["margins"][name] = against
+    return result
+
+
+def why_not(judge: Judge, controls: Mapping[str, np.ndarray], bootstrap: Bootstrap) -> str:
+    """Empty, or why the judge is not reported: it must score the truth better than each control it has to separate."""
+    sign = 1 if judge.higher_is_better else -1
+    compared = False
+    for name in judge.separates:
+        gap = bootstrap.difference(sign * controls[TRUTH], sign * controls[name])
+        if gap is None:
+            continue
+        compared = True
+        if gap.low <= 0:
+            return f"not reported: cannot separate the truth from {name}"
+    return "" if compared else "not reported: nothing to judge"
+
+
+def margin(first: np.ndarray, second: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """first - second, paired on the items that both score, and the ratio of their means; None without such items."""
+    difference, ratio = bootstrap.difference(first, second), bootstrap.ratio(first, second)
+    if difference is None:
+        return None
+    return {
+        "difference": rounded(difference),
+        "ci95": interval(difference),
+        "ratio": rounded(ratio),
+        "ratio_ci95": interval(ratio) if ratio else None,
+    }
+
+
+def by_task(tasks: Sequence[str], measured: ByJudge, judges: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The model's means of each task, for the judges that are reported."""
+    result: dict[str, dict[str, Any]] = {}
+    for task in sorted(set(tasks)):
+        rows = np.array([one == task for one in tasks])
+        result[task] = {"n": int(rows.sum())}
+        for name, values in measured.items():
+            scored = values[rows][np.isfinite(values[rows])]
+            if judges[name]["valid"] and len(scored):
+                result[task][name] = round(float(scored.mean()), 5)
+    return result
+
+
+def rounded(estimate: Estimate | None) -> float | None:
+    return None if estimate is None else round(estimate.value, 5)
+
+
+def interval(estimate: Estimate) -> list[float]:
+    return [round(estimate.low, 5), round(estimate.high, 5)]
+
+
+def shown(judge: Judge, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{100 * value:.1f}%" if judge.share else f"{value:.{judge.digits}f}"
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The judges as lines of text: the model with its interval, then the controls; * marks one that it does not beat.
+
+    The columns: truth; redrawn with other hidden scale, flip and offset (the fair ceiling); the empty background;
+    positions shuffled; the last item swapped for another; the first two items exchanged.
+    """
+    label = report["model"]["label"] if report["model"] else ""
+    width = 22 if label else 0
+    head = f"{'':32}" + f"{label[:21]:>{width}}" + "".join(f"{SHORT[c]:>11}" for c in CONTROL_NAMES)
+    lines = [head, "-" * len(head)]
+    for judge in JUDGES:
+        found = report["judges"][judge.name]
+        if not found["valid"]:
+            lines.append(f"{judge.title:32}  {found['note']}")
+            continue
+        own = ""
+        if label:
+            low, high = (shown(judge, bound) for bound in found["ci95"] or (None, None))
+            own = f"{shown(judge, found['model'])} [{low}, {high}]"
+        cells = ""
+        for name in CONTROL_NAMES:
+            against = found.get("margins", {}).get(name)
+            star = "*" if against and name in judge.separates and not against["beats"] else " "
+            cells += f"{shown(judge, found['controls'].get(name)):>10}{star}"
+        lines.append(f"{judge.title:32}{own:>{width}}{cells}")
+    return "\n".join(lines)
