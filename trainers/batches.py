@@ -11,7 +11,7 @@ Batch = tuple[str, np.ndarray]
 
 
 class BucketOrder:
-    """Every epoch visits every sample once, in batches of one bucket each; a bucket's last batch is filled from its start."""
+    """Every epoch visits every sample once, in batches of one bucket; its last batch is filled from its start."""
 
     def __init__(self, sizes: dict[str, int], batch_size: int, seed: int) -> None:
         self.sizes = {name: n for name, n in sorted(sizes.items()) if n}
@@ -22,7 +22,7 @@ class BucketOrder:
         epoch, position = divmod(step, self.batches_per_epoch)
         return self._epoch(epoch)[position]
 
-    @lru_cache(maxsize=2)  # noqa: B019 - the order lives as long as the run
+    @lru_cache(maxsize=2)  # noqa: B019 - there is one order, and it lives as long as the run
     def _epoch(self, epoch: int) -> list[Batch]:
         rng = np.random.default_rng([self.seed, epoch])
         batches: list[Batch] = []

@@ -1,8 +1,9 @@
 """`python -m trainers.cache CONFIG`: encode a composition set once, so that no VAE and no renderer runs while training.
 
-A shard holds `samples_per_shard` samples, grouped into buckets of equal shapes; it is written aside and renamed, and a shard
-that exists is not made again. Tensors of a bucket: `target` [n, C, h, w]; per reference j `reference_j` [n, C, h, w] (both
-normalised latents, bfloat16) and `vision_j` [n, H, W, 3] (uint8, what the vision encoder sees). Prompts are in the metadata.
+A shard holds `samples_per_shard` samples, grouped into buckets of equal shapes; it is written aside and renamed, and a
+shard that exists is not made again. Tensors of a bucket: `target` [n, C, h, w]; per reference j `reference_j`
+[n, C, h, w] (both normalised latents, bfloat16) and `vision_j` [n, H, W, 3] (uint8, what the vision encoder sees).
+Prompts are in the metadata.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from unipic_core.image_vae import ImageVAE, VAEConfig, image_weights
+from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, image_weights
 from unipic_core.images import resize_for_vision, resize_references, to_tensor
 
 from .config import CacheConfig, ConfigError, RunConfig, load_config
@@ -96,7 +97,7 @@ def load_image_vae(folder: Path, dtype: torch.dtype = torch.float32) -> ImageVAE
     vae = ImageVAE(VAEConfig.from_dict(json.loads((folder / "config.json").read_text())))
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     vae.load_state_dict({k: w.float() for k, w in image_weights(weights).items()})
-    return vae.eval().to(dtype=dtype, memory_format=torch.channels_last)
+    return channels_last(vae.eval().to(dtype))
 
 
 def shard_path(folder: Path, index: int) -> Path:

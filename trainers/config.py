@@ -129,7 +129,8 @@ def parse(cls: type, data: dict[str, Any], where: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in data:
         if key not in known:
-            raise ConfigError(f"unknown key {key!r} (= {data[key]!r}) in {where}; known keys: {', '.join(sorted(known))}")
+            names = ", ".join(sorted(known))
+            raise ConfigError(f"unknown key {key!r} (= {data[key]!r}) in {where}; known keys: {names}")
     values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
     needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING and n not in values]
     if needed:

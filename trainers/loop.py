@@ -38,7 +38,7 @@ class Method(Protocol):
     loader_workers: int
 
     def batch(self, step: int) -> Any:
-        """The batch of a micro step: a pure function of the step, so that a resumed run sees what an unbroken one sees."""
+        """The batch of a micro step: a pure function of it, so that a resumed run sees what an unbroken one sees."""
 
     def loss(self, batch: Any, step: int) -> tuple[Tensor, Metrics]: ...
 
@@ -95,7 +95,7 @@ def train(config: RunConfig, method: Method) -> Path:
             scheduler.step()
         ema.update_parameters(accelerator.unwrap_model(method.model))
         done = step + 1
-        log.add(done, {**metrics, "loss": float(loss.detach()), "lr": schedulers[0].get_last_lr()[0]})
+        log.add(done, {**metrics, "loss": float(loss.detach()), "lr": float(schedulers[0].get_last_lr()[0])})
         bar.update()
         bar.set_postfix(loss=f"{log.mean_loss:.4f}", refresh=False)
         if done % config.save_every == 0 or done == config.steps:
@@ -206,7 +206,7 @@ class MetricLog:
         self.since = time.perf_counter()
         path = output / "metrics.jsonl"
         kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]  # a resumed run repeats no step
-        self.file = path.open("w") if accelerator.is_main_process else open(os.devnull, "w")
+        self.file = Path(path if accelerator.is_main_process else os.devnull).open("w")  # noqa: SIM115 - closed by close
         self.file.writelines(kept)
 
     def add(self, step: int, metrics: Metrics) -> None:

@@ -1,7 +1,7 @@
 """`python -m trainers.nano --vae FOLDER --out FOLDER`: an untrained unipic-nano in the released folder layout.
 
-Everything below is small on purpose, and shaped so that ComfyUI's own VAE and text-encoder classes can hold it. The whole
-folder stays under 25 MB in bfloat16, with room for a few-step LoRA.
+Everything below is small on purpose, and shaped so that ComfyUI's own VAE and text-encoder classes can hold it. The
+whole folder stays under 25 MB in bfloat16, with room for a few-step LoRA.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def make_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY) -> Any:
     model = json.loads(blank.to_str())["model"]
     vocab = {token: i for token, i in model["vocab"].items() if token not in SPECIAL_TOKENS}
     vocab = {token: i for i, token in enumerate(sorted(vocab, key=vocab.__getitem__))}
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in model["merges"]]
+    merges: Any = [tuple(m) for m in model["merges"]]
     return Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=list(SPECIAL_TOKENS[1:]))
 
 
@@ -102,6 +102,7 @@ def text_encoder_config(tokenizer: Any) -> Any:
     """A small Qwen2.5-VL: 3 layers of 128 for text, 2 of 96 for vision, the last of them with full attention."""
     from transformers import Qwen2_5_VLConfig
 
+    make: Any = Qwen2_5_VLConfig
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
     text = {
         "vocab_size": len(tokenizer),
@@ -124,7 +125,7 @@ def text_encoder_config(tokenizer: Any) -> Any:
         "out_hidden_size": 128,
         "fullatt_block_indexes": [1],
     }
-    return Qwen2_5_VLConfig(
+    return make(
         text_config=text,
         vision_config=vision,
         image_token_id=ids["<|image_pad|>"],
@@ -137,7 +138,7 @@ def text_encoder_config(tokenizer: Any) -> Any:
 
 
 def init_network(network: MMDiT, generator: torch.Generator) -> None:
-    """DiT's initialisation: Xavier everywhere, zeros in modulations and in the last layer, so every block starts as identity."""
+    """DiT's initialisation: Xavier, but zeros in modulations and in the last layer: every block starts as identity."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)

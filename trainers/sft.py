@@ -22,14 +22,22 @@ from unipic_core.pipeline.text import EncoderInputs, TextEncoder
 from unipic_core.recipe import Recipe
 from unipic_core.samplers import sample_euler, seeded_noise
 from unipic_core.schedules import base_times
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond, pack_latents, pack_with_references, unpack_latents
+from unipic_core.sequence import (
+    LatentShape,
+    PackedLatents,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
 
 from .batches import BucketOrder
 from .cache import Bucket, Compositions, encode_rows, load_image_vae, read_cache
 from .config import RunConfig, SFTMethod
+from .data.catalogue import Split
 from .grid import picture_grid
-from .losses import flow_matching_loss, logit_normal_times, sample_generators
 from .loop import Metrics
+from .losses import flow_matching_loss, logit_normal_times, sample_generators
 from .nano import save_network
 from .text_cache import encode_bucket, encoder_inputs
 
@@ -38,7 +46,7 @@ UNCOND_PROMPT = " "
 
 @dataclass(frozen=True)
 class Inputs:
-    """One batch as the network takes it. x0 [B, N, 4C]; references: latents [B, C, h, w] each; text: encoder inputs or embeddings."""
+    """One batch as the network takes it. x0 [B, N, 4C]; references: latents [B, C, h, w]; text: inputs or embeds."""
 
     x0: Tensor
     target: LatentShape
@@ -79,7 +87,8 @@ class SFTTraining:
         self.model: nn.Module = Student(network.requires_grad_(True).train(), encoder)
         if encoder is not None:
             encoder.requires_grad_(True)
-            self.text.model.set_attn_implementation({"text_config": "eager"})  # padded and short: faster than the fused kernel
+            # padded and short sequences: faster than the fused kernel
+            self.text.model.set_attn_implementation({"text_config": "eager"})
         self.buckets = read_cache(Path(self.options.data.folder))
         sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
         self.order = BucketOrder(sizes, config.batch_size, config.seed)
@@ -94,7 +103,8 @@ class SFTTraining:
     def loss(self, batch: Inputs, step: int) -> tuple[Tensor, Metrics]:
         text = batch.text if isinstance(batch.text, TextCond) else self.text.forward(batch.text)
         generators = sample_generators(self.config.seed, step, len(batch.x0))
-        t = logit_normal_times(generators, batch.x0.shape[1], self.options.t_mean, self.options.t_std).to(batch.x0.device)
+        t = logit_normal_times(generators, batch.x0.shape[1], self.options.t_mean, self.options.t_std)
+        t = t.to(batch.x0.device)
         eps = torch.stack([torch.randn(x.shape, generator=g) for x, g in zip(batch.x0, generators, strict=True)])
         eps = eps.to(batch.x0)
         v = self.model(batch.pack(add_noise(batch.x0, eps, t)), t, text)
@@ -105,14 +115,16 @@ class SFTTraining:
         network, text = self._ema_parts(ema)
         vae = load_image_vae(self.folder / "vae")
         rows: list[list[Image.Image]] = [[], [], []]
-        for split, seed in (("train", 3), ("heldout", 4)):
+        splits: tuple[tuple[Split, int], ...] = (("train", 3), ("heldout", 4))
+        for split, seed in splits:
             scenes = Compositions(self.options.data, 0, self.options.preview_samples // 2, split, seed)
             for i in range(len(scenes)):
                 row = scenes[i]
                 (bucket,) = encode_rows(vae, [row]).values()
-                x0 = sample_bucket(network, text, bucket, self.options.preview_steps, self.options.preview_guidance, seed=i)
-                picture = to_images(vae.decode(x0))[0]
-                for cells, cell in zip(rows, (_strip(row.references), Image.fromarray(row.target), picture), strict=True):
+                options = self.options
+                x0 = sample_bucket(network, text, bucket, options.preview_steps, options.preview_guidance, seed=i)
+                column = (_strip(row.references), Image.fromarray(row.target), to_images(vae.decode(x0))[0])
+                for cells, cell in zip(rows, column, strict=True):
                     cells.append(cell)
         return picture_grid(rows, ["references", "truth", "sample"])
 
@@ -137,7 +149,8 @@ class SFTTraining:
 
     def _encode_prompts(self) -> dict[str, tuple[list[TextCond], list[TextCond]]]:
         folder = Path(self.options.data.folder)
-        return {name: encode_bucket(self.text, name, bucket, folder, UNCOND_PROMPT) for name, bucket in self.buckets.items()}
+        buckets = self.buckets.items()
+        return {name: encode_bucket(self.text, name, bucket, folder, UNCOND_PROMPT) for name, bucket in buckets}
 
     def _ema_parts(self, ema: nn.Module) -> tuple[MMDiT, TextEncoder]:
         assert isinstance(ema, Student)
@@ -157,9 +170,7 @@ def make_inputs(bucket: Bucket, rows: np.ndarray, text: EncoderInputs | TextCond
     return Inputs(pack_latents(target), shape, tuple(r[index].float() for r in bucket.references), text)
 
 
-def sample_bucket(
-    network: MMDiT, text: TextEncoder, bucket: Bucket, steps: int, guidance: float, seed: int
-) -> Tensor:
+def sample_bucket(network: MMDiT, text: TextEncoder, bucket: Bucket, steps: int, guidance: float, seed: int) -> Tensor:
     """Latents [B, C, 1, h, w] of all samples of a bucket, by the base sampler from seeded noise."""
     rows = np.arange(len(bucket))
     inputs = make_inputs(bucket, rows, text.forward(encoder_inputs(text, bucket, rows, bucket.prompts)))

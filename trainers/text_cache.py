@@ -1,4 +1,4 @@
-"""The text side of cached samples: encoder inputs from cached pictures, and embeddings kept on disk while the encoder is frozen."""
+"""The text side of cached samples: encoder inputs from cached pictures, and embeddings of a frozen encoder on disk."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def encode_bucket(
     if not path.exists():
         tensors: dict[str, Tensor] = {}
         for branch, prompts in (("cond", bucket.prompts), ("uncond", (uncond_prompt,) * len(bucket))):
-            cond = _encode_all(text, bucket, prompts, f"text {name} {branch}")
-            mask = cond.mask if cond.mask is not None else torch.ones(cond.embeds.shape[:2], dtype=torch.bool)
-            tensors |= {f"{branch}_embeds": cond.embeds.bfloat16(), f"{branch}_mask": mask}
+            made = _encode_all(text, bucket, prompts, f"text {name} {branch}")
+            mask = made.mask if made.mask is not None else torch.ones(made.embeds.shape[:2], dtype=torch.bool)
+            tensors |= {f"{branch}_embeds": made.embeds.bfloat16(), f"{branch}_mask": mask}
         aside = path.with_suffix(f".partial-{os.getpid()}")
         save_file(tensors, aside)
         os.replace(aside, path)
@@ -69,7 +69,7 @@ def _encode_all(text: TextEncoder, bucket: Bucket, prompts: Sequence[str], title
     parts = []
     for start in tqdm(range(0, len(bucket), BATCH), desc=title, leave=False):
         rows = np.arange(start, min(start + BATCH, len(bucket)))
-        parts.append(text.forward(encoder_inputs(text, bucket, rows, [prompts[i] for i in rows])))
+        parts.append(text.forward(encoder_inputs(text, bucket, rows, [prompts[int(i)] for i in rows])))
     return TextCond.stack(parts)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unipic_core.image_vae import ImageVAE, VAEConfig, video_weights
+from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, video_weights
 from unipic_core.images import to_images, to_tensor
 
 from .config import RunConfig, VAEMethod
@@ -21,8 +21,8 @@ from .data.backgrounds import draw, sample_background
 from .data.catalogue import Split
 from .data.emoji import Bank
 from .grid import picture_grid
-from .losses import sample_generators, vae_loss
 from .loop import Metrics, TrainingError
+from .losses import sample_generators, vae_loss
 
 SIDE = 128
 STATISTICS_PICTURES = 512
@@ -38,7 +38,7 @@ class VAETraining:
         self.bank = Bank.open()
         torch.manual_seed(config.seed)
         vae_config = VAEConfig(base_dim=self.options.base_dim, num_res_blocks=self.options.num_res_blocks)
-        self.model: nn.Module = ImageVAE(vae_config).to(memory_format=torch.channels_last)
+        self.model: nn.Module = channels_last(ImageVAE(vae_config))
 
     @cached_property
     def collages(self) -> Collages:
@@ -78,7 +78,7 @@ def vae_of(module: nn.Module) -> ImageVAE:
 
 
 class Collages:
-    """Pictures of the kind that the composition set holds: a few assets over a drawn background, or one on a plain colour."""
+    """Pictures of the composition set's kind: a few assets over a drawn background, or one on a plain colour."""
 
     def __init__(self, bank: Bank, split: Split, backgrounds: int = 400) -> None:
         self.bank, self.assets = bank, (*bank.objects(split), *bank.persons(split))
@@ -104,7 +104,8 @@ class Collages:
     def _paste(self, canvas: Image.Image, rng: np.random.Generator, share: float) -> None:
         sprite = self.bank.sprite(self.assets[int(rng.integers(len(self.assets)))])
         scale = share * SIDE / max(sprite.size)
-        sprite = sprite.resize((max(round(sprite.width * scale), 1), max(round(sprite.height * scale), 1)), reducing_gap=2)
+        size = max(round(sprite.width * scale), 1), max(round(sprite.height * scale), 1)
+        sprite = sprite.resize(size, reducing_gap=2)
         corner = (int(rng.integers(SIDE - sprite.width + 1)), int(rng.integers(SIDE - sprite.height + 1)))
         canvas.paste(sprite, corner, sprite)
 
@@ -115,7 +116,7 @@ def _pastel(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def random_crop(picture: Image.Image, side: int, rng: np.random.Generator) -> Image.Image:
-    left, top = rng.integers(0, picture.width - side + 1), rng.integers(0, picture.height - side + 1)
+    left, top = int(rng.integers(picture.width - side + 1)), int(rng.integers(picture.height - side + 1))
     return picture.crop((left, top, left + side, top + side))
 
 
@@ -131,7 +132,7 @@ def save_vae(vae: ImageVAE, pictures: Tensor, folder: Path) -> None:
         "latents_std": [round(float(s), 4) for s in z.std(dim=(0, 2, 3))],
     }
     with torch.device("meta"):
-        video = AutoencoderKLQwenImage(**{k: v for k, v in config.items() if not k.startswith("_")})
+        video: Any = AutoencoderKLQwenImage(**{k: v for k, v in config.items() if not k.startswith("_")})
     shapes = {name: w.shape for name, w in video.state_dict().items()}
     weights = {k: w.to(torch.bfloat16).contiguous() for k, w in video_weights(vae.state_dict(), shapes).items()}
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention as two matrix products: in bfloat16 on a CPU about 2.5 times faster than the fused kernel for short sequences."""
+    """Attention as two matrix products: for short sequences in bfloat16 on a CPU twice as fast as the fused kernel."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))

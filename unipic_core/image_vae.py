@@ -1,13 +1,15 @@
 """The Qwen-Image VAE for single pictures, in two dimensions.
 
-The VAE is a causal video model (Wan 2.1). One picture is one frame: every causal 3-D convolution then sees zeros before it,
-so only the last temporal slice of its kernel counts, and the temporal resamplers never run. What remains is this 2-D network:
-the same numbers from about a third of the arithmetic. Parameter names are diffusers' `AutoencoderKLQwenImage`'s.
+The VAE is a causal video model (Wan 2.1). One picture is one frame: every causal 3-D convolution then sees zeros before
+it, so only the last temporal slice of its kernel counts, and the temporal resamplers never run. What remains is this
+2-D network: the same numbers from about a third of the arithmetic. Parameter names are those of diffusers'
+`AutoencoderKLQwenImage`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE, and the statistics that its latents are normalised with; field names of diffusers' config.json."""
+    """Sizes of the VAE and the statistics that its latents are normalised with; names of diffusers' config.json."""
 
     base_dim: int = 96
     z_dim: int = 16
@@ -29,8 +31,9 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VAEConfig:
-        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """What vae/config.json of a diffusers folder holds."""
@@ -85,7 +88,7 @@ class ImageVAE(nn.Module):
 
 
 def image_weights(video: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' weights -> ImageVAE's: the last temporal slice of every kernel; temporal resamplers are left out."""
+    """diffusers' weights -> ImageVAE's: every kernel's last temporal slice; temporal resamplers are left out."""
     return {k: _last_slice(w) for k, w in video.items() if ".time_conv." not in k}
 
 
@@ -96,7 +99,7 @@ def _last_slice(w: Tensor) -> Tensor:
 
 
 def video_weights(image: dict[str, Tensor], video_shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """ImageVAE's weights -> diffusers': the kernel as the last temporal slice, zeros before it and in the resamplers."""
+    """ImageVAE's weights -> diffusers': the kernel as last temporal slice, zeros before it and in the resamplers."""
     out = {}
     for name, shape in video_shapes.items():
         w = image.get(name)
@@ -110,6 +113,14 @@ def video_weights(image: dict[str, Tensor], video_shapes: dict[str, torch.Size])
         else:
             out[name] = w.reshape(shape)
     return out
+
+
+def channels_last(vae: ImageVAE) -> ImageVAE:
+    """Weights in the memory format in which CPUs convolve fastest; give the pictures in it too."""
+    for p in vae.parameters():
+        if p.ndim == 4:
+            p.data = p.data.contiguous(memory_format=torch.channels_last)
+    return vae
 
 
 def _conv_factory(operations: Any, dtype: torch.dtype | None) -> Any:
@@ -190,7 +201,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.conv_in = conv(3, dims[0], 3)
         blocks: list[nn.Module] = []
-        for level, (dim, next_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True)):
+        for level, (dim, next_dim) in enumerate(pairwise(dims)):
             for block in range(num_res_blocks):
                 blocks.append(ResidualBlock(next_dim if block else dim, next_dim, conv))
             if level < len(dims) - 2:
@@ -226,7 +237,7 @@ class Decoder(nn.Module):
         last = len(dims) - 2
         self.up_blocks = nn.ModuleList(
             UpBlock(dim if i == 0 else dim // 2, next_dim, config.num_res_blocks + 1, i < last, conv)
-            for i, (dim, next_dim) in enumerate(zip(dims[:-1], dims[1:], strict=True))
+            for i, (dim, next_dim) in enumerate(pairwise(dims))
         )
         self.norm_out, self.conv_out = ChannelNorm(dims[-1]), conv(dims[-1], 3, 3)
 

@@ -22,7 +22,7 @@ from .sequence import PackedLatents, TextCond
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """All sizes of the network; the defaults are the released 20B weights'. Field names as in diffusers' config.json."""
+    """All sizes of the network; the defaults are the released 20B weights'. Names as in diffusers' config.json."""
 
     patch_size: int = 2
     in_channels: int = 64
@@ -103,7 +103,7 @@ class MMDiT(nn.Module):
 
         Samples may differ in references and in text; each gives what it gives alone.
         """
-        batch, seq, _ = latents.tokens.shape
+        batch = latents.tokens.shape[0]
         if text.embeds.shape[0] != batch:
             raise ValueError(f"expected {batch} text conditions, got {text.embeds.shape[0]}")
         img, txt = self.img_in(latents.tokens.to(self.dtype)), self.embed_text(text.embeds)
@@ -142,7 +142,7 @@ class MMDiT(nn.Module):
 
 @dataclass(frozen=True)
 class JointState:
-    """What every block of one forward shares. mask: [B, 1, 1, L + S] or None; reference: [B or 1, S, 1] bool or None."""
+    """What the blocks of one forward share. mask: [B, 1, 1, L + S] or None; reference: [1, S, 1] bool or None."""
 
     rope: Rotation
     mask: Tensor | None
@@ -174,9 +174,8 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int, additional: bool, operations: Any, kw: dict[str, Any]) -> None:
         super().__init__()
-        self.timestep_embedder = nn.Module()
-        self.timestep_embedder.linear_1 = operations.Linear(256, width, **kw)
-        self.timestep_embedder.linear_2 = operations.Linear(width, width, **kw)
+        layers = {"linear_1": operations.Linear(256, width, **kw), "linear_2": operations.Linear(width, width, **kw)}
+        self.timestep_embedder = nn.ModuleDict(layers)
         if additional:
             self.addition_t_embedding = operations.Embedding(2, width, **kw)
 
@@ -184,7 +183,7 @@ class TimeEmbedding(nn.Module):
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
         angles = 1000 * (t.float()[:, None] * frequencies)
         x = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-        x = self.timestep_embedder.linear_2(F.silu(self.timestep_embedder.linear_1(x)))
+        x = self.timestep_embedder["linear_2"](F.silu(self.timestep_embedder["linear_1"](x)))
         if hasattr(self, "addition_t_embedding"):
             if additional is None:
                 raise ValueError("this network needs additional_t_cond (its config has use_additional_t_cond)")
@@ -213,7 +212,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """img [B, S, width], txt [B, L, width], temb [B or 2B, width] -> the same shapes.
 
-        keep: only the first `keep` image tokens are wanted, as after the last block; the text then comes back as it was.
+        keep: only the first `keep` image tokens are wanted, as after the last block; the text comes back as it was.
         """
         batch = img.shape[0]
         shift1, scale1, gate1, *mod2 = self._per_token(self.img_mod(temb), batch, state.reference)
@@ -250,11 +249,17 @@ class JointAttention(nn.Module):
     def __init__(self, width: int, head_dim: int, operations: Any, kw: dict[str, Any]) -> None:
         super().__init__()
         self.head_dim = head_dim
-        for name in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"):
-            setattr(self, name, operations.Linear(width, width, **kw))
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            setattr(self, name, operations.RMSNorm(head_dim, eps=1e-6, **kw))
-        self.to_out = nn.ModuleList([operations.Linear(width, width, **kw)])
+
+        def linear() -> nn.Module:
+            return operations.Linear(width, width, **kw)
+
+        def norm() -> nn.Module:
+            return operations.RMSNorm(head_dim, eps=1e-6, **kw)
+
+        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
+        self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
+        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norm(), norm(), norm(), norm()
+        self.to_out, self.to_add_out = nn.ModuleList([linear()]), linear()
 
     def forward(
         self, img: Tensor, txt: Tensor, state: JointState, keep: int | None = None
@@ -280,16 +285,15 @@ class JointAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), Linear; fourfold inner width. The odd nesting is diffusers' parameter naming."""
+    """Linear, GELU (tanh form), Linear; fourfold inner width. The odd nesting gives diffusers' parameter names."""
 
     def __init__(self, width: int, operations: Any, kw: dict[str, Any]) -> None:
         super().__init__()
-        inner = nn.Module()
-        inner.proj = operations.Linear(width, 4 * width, **kw)
+        inner = nn.ModuleDict({"proj": operations.Linear(width, 4 * width, **kw)})
         self.net = nn.ModuleList([inner, nn.Identity(), operations.Linear(4 * width, width, **kw)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net[2](F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
 
 
 class OutputNorm(nn.Module):

@@ -25,7 +25,7 @@ class NonFiniteLatent(ValueError):
 
 
 def sample_euler(velocity: Velocity, x_t: Tensor, times: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """Euler's method on dx/dt = v from times[0] to times[-1]. x_t: [B, N, 4C] at times[0]; arithmetic in x_t's dtype."""
+    """Euler's method on dx/dt = v from times[0] to times[-1]. x_t: [B, N, 4C] at times[0]; computed in x_t's dtype."""
     for step, (t, t_next) in enumerate(pairwise(_floats(times))):
         v = velocity(x_t, t).to(x_t)
         x0 = velocity_to_x0(x_t, v, t)

@@ -1,7 +1,7 @@
 """Packing of latents into the one sequence that the network sees.
 
-A picture's latent [B, C, 1, H', W'] becomes H'/2 * W'/2 tokens of 4C values (2x2 neighbourhoods). The sequence of a sample is
-[target | reference 1 | ... | reference K], and each piece keeps its shape in tokens.
+A picture's latent [B, C, 1, H', W'] becomes H'/2 * W'/2 tokens of 4C values (2x2 neighbourhoods). The sequence of a
+sample is [target | reference 1 | ... | reference K], and each piece keeps its shape in tokens.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def pack_with_references(
 
 @dataclass(frozen=True)
 class TextCond:
-    """The condition encoder's output. embeds: [B, L, D]; mask: [B, L] bool, True = a token, or None if nothing is padded."""
+    """The condition encoder's output. embeds: [B, L, D]; mask: [B, L] bool, True = token; None = nothing is padded."""
 
     embeds: Tensor
     mask: Tensor | None = None

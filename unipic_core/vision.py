@@ -1,8 +1,7 @@
-"""Pictures to the patches that Qwen2.5-VL's vision tower takes: its image processor without transformers or torchvision."""
+"""Pictures to the patches that Qwen2.5-VL's vision tower takes: its image processor, without transformers."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 PATCH, MERGE, FRAMES = 14, 2, 2

@@ -256,8 +256,8 @@ def test_wrong_shapes_name_the_layer_and_both_shapes(tmp_path: Path, model: MMDi
     before = weights_of(model)
     with pytest.raises(LoRAError, match=r"transformer_blocks_0_attn_to_q.*\[3072, 3072\], the model has \[64, 64\]"):
         merge_lora(model, read_lora(one_layer(tmp_path, down_up)))
+    tensors = {"diff": torch.zeros(64)}
     with pytest.raises(LoRAError, match=r"norm1.*no such parameter|none of"):
-        tensors = {"diff": torch.zeros(64)}
         merge_lora(model, read_lora(one_layer(tmp_path, tensors, "transformer_blocks.0.img_norm1.")))
     assert_same(model, before, 0)
 

@@ -1,4 +1,4 @@
-"""The loop on a toy: resuming gives the numbers of a run that never stopped; bad numbers and full disks are reported."""
+"""The loop on a toy: resuming gives the numbers of an unbroken run; bad numbers and full disks are reported."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The SFT trainer end to end in miniature: cache, joint training, resume, frozen text, export that the pipeline opens."""
+"""The SFT trainer end to end in miniature: cache, joint training, resume, frozen text, export for the pipeline."""
 
 import json
 from pathlib import Path

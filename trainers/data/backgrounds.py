@@ -7,7 +7,7 @@ Everything is drawn at twice the size and averaged down, which is the anti-alias
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -112,7 +112,7 @@ class Canvas:
         spot = soft_disc().resize(size, Image.Resampling.BILINEAR).point(lambda value: value * strength)
         self.image.paste(colour, (self._x(x) - size[0] // 2, self._y(y) - size[1] // 2), spot)
 
-    def ridge(self, base: float, height: float, phases: Sequence[float], fill: Colour) -> None:
+    def ridge(self, base: float, height: float, phases: Iterable[float], fill: Colour) -> None:
         """Rolling hills: a sum of sines, filled down to the bottom edge."""
         x = np.linspace(0, 1, 33)
         waves = sum(np.sin(2 * np.pi * ((i + 1) * 0.8 * x + phase)) / (i + 1) for i, phase in enumerate(phases))

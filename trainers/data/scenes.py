@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -291,7 +291,7 @@ def make_scene(bank: Bank, split: Split, seed: int, index: int, *, task: str | N
     task = task or drawn
     background = sample_background(rng)
     generic = bool(rng.random() < GENERIC_SHARE)
-    common = {"task": task, "size": size, "seed": int(state[0])}
+    common: dict[str, Any] = {"task": task, "size": size, "seed": int(state[0])}
     if task in EDITS:
         items = edit_items(draw, task)
         edit = draw_edit(draw, task, items, background)

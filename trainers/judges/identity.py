@@ -21,7 +21,7 @@ Rect = tuple[float, float, float, float]  # left, top, width, height in pixels; 
 class Sprites(Protocol):
     """What an index needs of a bank."""
 
-    def image(self, asset, /) -> np.ndarray: ...  # type: ignore[no-untyped-def]
+    def image(self, asset, /) -> np.ndarray: ...
 
 
 def describe(rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

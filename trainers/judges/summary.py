@@ -23,6 +23,7 @@ SHORT = {
     "object_swapped": "swapped",
     "references_swapped": "exchanged",
 }
+TITLE, OWN = 36, 26  # widths of the table's first columns
 
 
 def empty(n: int) -> ByJudge:
@@ -146,29 +147,40 @@ def shown(judge: Judge, value: float | None) -> str:
     return f"{100 * value:.1f}%" if judge.share else f"{value:.{judge.digits}f}"
 
 
+def with_interval(judge: Judge, value: float | None, bounds: Sequence[float] | None) -> str:
+    low, high = bounds or (None, None)
+    return f"{shown(judge, value)} [{shown(judge, low)}, {shown(judge, high)}]"
+
+
 def table(report: Mapping[str, Any]) -> str:
     """The judges as lines of text: the model with its interval, then the controls; * marks one that it does not beat.
 
-    The columns: truth; redrawn with other hidden scale, flip and offset (the fair ceiling); the empty background;
-    positions shuffled; the last item swapped for another; the first two items exchanged.
+    A later system also has its difference from the first. The controls: truth; redrawn with other hidden scale, flip
+    and offset (the fair ceiling); the empty background; positions shuffled; the last item swapped for another; the
+    first two items exchanged.
     """
     label = report["model"]["label"] if report["model"] else ""
-    width = 22 if label else 0
-    head = f"{'':32}" + f"{label[:21]:>{width}}" + "".join(f"{SHORT[c]:>11}" for c in CONTROL_NAMES)
-    lines = [head, "-" * len(head)]
+    against_first = any("versus_first" in found for found in report["judges"].values())
+    head = f"{'':{TITLE}}" + (f"{label[: OWN - 2]:>{OWN}}" if label else "")
+    head += f"{'minus the first':>{OWN}}" if against_first else ""
+    head += "".join(f"{SHORT[name]:>10} " for name in CONTROL_NAMES)
+    lines = [head.rstrip(), "-" * len(head)]
     for judge in JUDGES:
         found = report["judges"][judge.name]
+        line = f"{judge.title:{TITLE}}"
         if not found["valid"]:
-            lines.append(f"{judge.title:32}  {found['note']}")
+            lines.append(f"{line}  {found['note']}")
             continue
-        own = ""
         if label:
-            low, high = (shown(judge, bound) for bound in found["ci95"] or (None, None))
-            own = f"{shown(judge, found['model'])} [{low}, {high}]"
-        cells = ""
-        for name in CONTROL_NAMES:
-            against = found.get("margins", {}).get(name)
-            star = "*" if against and name in judge.separates and not against["beats"] else " "
-            cells += f"{shown(judge, found['controls'].get(name)):>10}{star}"
-        lines.append(f"{judge.title:32}{own:>{width}}{cells}")
+            line += f"{with_interval(judge, found['model'], found['ci95']):>{OWN}}"
+        if against_first:
+            gap = found["versus_first"] or {"difference": None, "ci95": None}
+            line += f"{with_interval(judge, gap['difference'], gap['ci95']):>{OWN}}"
+        lines.append((line + "".join(_control_cell(judge, found, name) for name in CONTROL_NAMES)).rstrip())
     return "\n".join(lines)
+
+
+def _control_cell(judge: Judge, found: Mapping[str, Any], name: str) -> str:
+    against = found.get("margins", {}).get(name)
+    unbeaten = against and name in judge.separates and not against["beats"]
+    return f"{shown(judge, found['controls'].get(name)):>10}{'*' if unbeaten else ' '}"
