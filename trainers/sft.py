@@ -141,16 +141,19 @@ class SFTTraining:
         (folder / "recipe.json").write_text(replace(recipe, made=made).to_json() + "\n")
 
     def _text(self, name: str, bucket: Bucket, rows: np.ndarray, drop: np.ndarray) -> EncoderInputs | TextCond:
-        if self.frozen_text is not None:
-            cond, uncond = self.frozen_text[name]
-            return TextCond.stack([(uncond if d else cond)[i] for i, d in zip(rows, drop, strict=True)])
-        prompts = [UNCOND_PROMPT if d else bucket.prompts[i] for i, d in zip(rows, drop, strict=True)]
-        return encoder_inputs(self.text, bucket, rows, prompts)
+        """Encoder inputs, or the frozen encoder's embeddings; those of dropped prompts are few and made when needed."""
+        if self.frozen_text is None:
+            prompts = [UNCOND_PROMPT if d else bucket.prompts[i] for i, d in zip(rows, drop, strict=True)]
+            return encoder_inputs(self.text, bucket, rows, prompts)
+        conds = [self.frozen_text[name][i] for i in rows]
+        for i in np.flatnonzero(drop):
+            with torch.no_grad():
+                conds[i] = self.text.forward(encoder_inputs(self.text, bucket, rows[i : i + 1], [UNCOND_PROMPT]))
+        return TextCond.stack(conds)
 
-    def _encode_prompts(self) -> dict[str, tuple[list[TextCond], list[TextCond]]]:
+    def _encode_prompts(self) -> dict[str, list[TextCond]]:
         folder = Path(self.options.data.folder)
-        buckets = self.buckets.items()
-        return {name: encode_bucket(self.text, name, bucket, folder, UNCOND_PROMPT) for name, bucket in buckets}
+        return {name: encode_bucket(self.text, name, bucket, folder) for name, bucket in self.buckets.items()}
 
     def _ema_parts(self, ema: nn.Module) -> tuple[MMDiT, TextEncoder]:
         assert isinstance(ema, Student)

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from tqdm import tqdm
 
 from unipic_core.pipeline.text import EncoderInputs, TextEncoder
@@ -37,23 +36,18 @@ def encoder_inputs(text: TextEncoder, bucket: Bucket, rows: np.ndarray, prompts:
     return {"input_ids": padded, "attention_mask": mask, "pixel_values": values, "image_grid_thw": grid}
 
 
-def encode_bucket(
-    text: TextEncoder, name: str, bucket: Bucket, folder: Path, uncond_prompt: str
-) -> tuple[list[TextCond], list[TextCond]]:
-    """Embeddings of every sample with its prompt and without; read from `folder` if this encoder made them before."""
+def encode_bucket(text: TextEncoder, name: str, bucket: Bucket, folder: Path) -> list[TextCond]:
+    """Embeddings of every sample with its prompt; read from `folder` if this encoder made them before."""
     path = folder / f"text-{fingerprint(text)}-{name}-{len(bucket)}.safetensors"
     if not path.exists():
-        tensors: dict[str, Tensor] = {}
-        for branch, prompts in (("cond", bucket.prompts), ("uncond", (uncond_prompt,) * len(bucket))):
-            made = _encode_all(text, bucket, prompts, f"text {name} {branch}")
-            mask = made.mask if made.mask is not None else torch.ones(made.embeds.shape[:2], dtype=torch.bool)
-            tensors |= {f"{branch}_embeds": made.embeds.bfloat16(), f"{branch}_mask": mask}
+        made = _encode_all(text, bucket, f"text {name}")
+        mask = made.mask if made.mask is not None else torch.ones(made.embeds.shape[:2], dtype=torch.bool)
         aside = path.with_suffix(f".partial-{os.getpid()}")
-        save_file(tensors, aside)
+        save_file({"embeds": made.embeds.bfloat16(), "mask": mask}, aside)
         os.replace(aside, path)
-    tensors = load_file(path)
-    cond, uncond = (_samples(tensors[f"{b}_embeds"], tensors[f"{b}_mask"]) for b in ("cond", "uncond"))
-    return cond, uncond
+    kept = load_file(path)
+    lengths = kept["mask"].sum(1).tolist()
+    return [TextCond(e[None, :n].float()) for e, n in zip(kept["embeds"], lengths, strict=True)]
 
 
 def fingerprint(text: TextEncoder) -> str:
@@ -65,13 +59,9 @@ def fingerprint(text: TextEncoder) -> str:
 
 
 @torch.no_grad()
-def _encode_all(text: TextEncoder, bucket: Bucket, prompts: Sequence[str], title: str) -> TextCond:
+def _encode_all(text: TextEncoder, bucket: Bucket, title: str) -> TextCond:
     parts = []
     for start in tqdm(range(0, len(bucket), BATCH), desc=title, leave=False):
         rows = np.arange(start, min(start + BATCH, len(bucket)))
-        parts.append(text.forward(encoder_inputs(text, bucket, rows, [prompts[int(i)] for i in rows])))
+        parts.append(text.forward(encoder_inputs(text, bucket, rows, [bucket.prompts[int(i)] for i in rows])))
     return TextCond.stack(parts)
-
-
-def _samples(embeds: Tensor, mask: Tensor) -> list[TextCond]:
-    return [TextCond(e[None, :n].float()) for e, n in zip(embeds, mask.sum(1).tolist(), strict=True)]

@@ -1,0 +1,138 @@
+"""The whole evaluation, on the vendored subset of assets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from trainers.data.emoji import SUBSET, Bank
+from trainers.data.render import Sample
+from trainers.evaluate import Plan, compare, evaluate, main, parser, systems_of
+
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
+N = 14
+
+
+def truth(sample: Sample, seed: int) -> Image.Image:
+    return sample.target
+
+
+def nothing(sample: Sample, seed: int) -> Image.Image:
+    return sample.background
+
+
+@pytest.fixture(scope="module")
+def subset() -> Bank:
+    return Bank.open(SUBSET)
+
+
+@pytest.fixture(scope="module")
+def measured(subset: Bank) -> dict:
+    systems = {"truth": lambda: truth, "nothing": lambda: nothing}
+    return compare(systems, subset, Plan(N, seed=3, progress=False), sheet_rows=1).report
+
+
+def test_the_truth_as_a_model_scores_as_the_truth(measured: dict) -> None:
+    assert (measured["n"], measured["seed"], measured["model"]["label"]) == (N, 3, "truth")
+    for name, judge in measured["judges"].items():
+        if judge["valid"]:
+            assert judge["model"] == judge["controls"]["truth"], name
+            assert judge["margins"]["truth"]["difference"] == 0
+    assert sum(task["n"] for task in measured["by_task"].values()) == N
+
+
+def test_the_judges_separate_and_the_truth_beats_what_it_must(measured: dict) -> None:
+    judges = measured["judges"]
+    for name in ("placement_iou", "placement_centre_error"):
+        assert judges[name]["valid"]
+        assert all(judges[name]["margins"][control]["beats"] for control in ("background_alone", "positions_shuffled"))
+    for name in ("masked_psnr", "object_retrieval_top1"):
+        assert judges[name]["margins"]["object_swapped"]["beats"]
+    assert judges["placement_iou"]["model"] > 0.8
+    assert judges["object_retrieval_top1"]["model"] > 0.9
+    assert judges["person_retrieval_top1"]["controls"]["truth"] > 0.9
+
+
+def test_an_empty_picture_finds_nothing(measured: dict) -> None:
+    judges = measured["others"][0]["judges"]
+    assert judges["placement_iou"]["model"] == 0
+    assert judges["placement_centre_error"]["model"] == 0.5
+    assert judges["object_retrieval_top1"]["model"] < 0.2
+    assert judges["masked_psnr"]["versus_first"]["ci95"][1] < 0
+    assert not judges["placement_iou"]["margins"]["background_alone"]["beats"]
+
+
+def test_the_report_is_plain_json(measured: dict) -> None:
+    assert json.loads(json.dumps(measured, allow_nan=False)) == measured
+    low, high = measured["judges"]["masked_psnr"]["ci95"]
+    assert low <= measured["judges"]["masked_psnr"]["model"] <= high
+
+
+def test_sample_i_is_scene_i_with_seed_plus_i_and_pictures_come_to_its_size(subset: Bank) -> None:
+    seen: list[tuple[str, int]] = []
+
+    def large(sample: Sample, seed: int) -> Image.Image:
+        seen.append((sample.instruction, seed))
+        return sample.target.resize((256, 256))
+
+    result = evaluate(large, subset, 3, seed=40, tasks=["pair", "move"])
+    again = list(seen)
+    evaluate(large, subset, 2, seed=40, tasks=["pair", "move"])
+    assert [seed for _, seed in again] == [40, 41, 42]
+    assert seen[3:] == again[:2]
+    assert {task: row["n"] for task, row in result.report["by_task"].items()} == {"pair": 2, "move": 1}
+    assert result.rows[0].outputs["model"].size == result.rows[0].sample.target.size
+
+
+def test_options_make_one_system_each() -> None:
+    args = parser().parse_args(
+        ["--model", "a/nano", "--steps", "8", "--steps", "2", "--lora", "none", "--lora", "x.safetensors"]
+    )
+    first, second = systems_of(args)
+    assert (first.label, first.lora, first.steps) == ("nano, 8 steps", None, 8)
+    assert (second.label, second.model, second.steps) == ("nano + x, 2 steps", "a/nano", 2)
+
+
+def test_controls_only_writes_numbers_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    numbers, sheet = tmp_path / "c.json", tmp_path / "c.png"
+    options = ["--controls-only", "--n", "3", "--data", str(SUBSET), "--sheet-rows", "2"]
+    assert main([*options, "--json", str(numbers), "--sheet", str(sheet)]) == 0
+    report = json.loads(numbers.read_text(encoding="utf-8"))
+    assert report["model"] is None
+    assert report["judges"]["placement_iou"]["controls"]["background_alone"] == 0
+    assert Image.open(sheet).height > 300
+    assert "truth" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"c.json", "c.png"}
+
+
+def test_a_pipeline_folder_is_measured(tmp_path: Path) -> None:
+    numbers = tmp_path / "tiny.json"
+    options = ["--model", str(TINY), "--steps", "1", "--cfg", "1", "--sampler", "consistency", "--device", "cpu"]
+    assert main([*options, "--n", "2", "--task", "compose2", "--data", str(SUBSET), "--json", str(numbers)]) == 0
+    report = json.loads(numbers.read_text(encoding="utf-8"))
+    assert report["model"]["steps"] == 1
+    assert report["model"]["seconds_per_picture"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--controls-only", "--n", "1"], "n must be at least 2"),
+        (["--n", "5"], "--model is missing"),
+        (["--model", "no/such/model", "--n", "2"], "no/such/model"),
+        (["--controls-only", "--task", "dance"], "dance"),
+        (["--controls-only", "--json", "no/such/folder/a.json"], "cannot write"),
+        (["--controls-only", "--sheet", "sheet.txt"], ".png"),
+        (["--model", "a", "--steps", "1", "--steps", "2", "--cfg", "1", "--cfg", "2", "--cfg", "3"], "--steps"),
+        (["--controls-only", "--data", "no/such/pictures"], "no pictures"),
+    ],
+)
+def test_bad_input_is_one_sentence(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    data = [] if "--data" in options else ["--data", str(SUBSET)]
+    assert main([*options, *data]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error
+    assert len(error.splitlines()) == 1
