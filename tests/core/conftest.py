@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from unipic_core.errors import CheckpointError, LoRAError, UniPicError
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.pipeline.cache import LRU, image_key, weights_key
 from unipic_core.pipeline.loading import load_parts
 from unipic_core.pipeline.offload import Placement, checked_device, needs_offload, readable_out_of_memory
 from unipic_core.pipeline.settings import resolve
@@ -384,27 +383,3 @@ def test_vae_tiles_large_pictures(tiny: UniPicPipeline, monkeypatch: Any) -> Non
     assert redecoded.shape == decoded.shape
     assert (tiled - whole).abs().mean() < 0.2 * whole.abs().mean()
     assert (redecoded - decoded).abs().mean() < 0.05
-
-
-# --- caches ---
-
-
-def test_lru() -> None:
-    cache: LRU[int] = LRU(2)
-    made: list[str] = []
-    for key in ("a", "b", "a", "c", "a", "b"):
-        cache.get(key, lambda key=key: made.append(key) or len(made))  # type: ignore[func-returns-value]
-    assert made == ["a", "b", "c", "b"]
-    assert len(cache) == 2
-
-
-def test_keys() -> None:
-    a = Image.new("RGB", (2, 8))
-    assert image_key(a) == image_key(a.copy())
-    assert image_key(a) != image_key(Image.new("RGB", (8, 2)))  # equal bytes
-    layer = torch.nn.Linear(2, 2)
-    before = weights_key(layer)
-    layer.to("cpu")
-    assert weights_key(layer) == before != weights_key(torch.nn.Linear(2, 2))
-    layer.load_state_dict(layer.state_dict())
-    assert weights_key(layer) != before

@@ -1,0 +1,56 @@
+"""The bundled model: small enough, whole, and it composes what it has never seen better than the controls."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainers.data.emoji import SUBSET, Bank
+from trainers.evaluate import System, evaluate
+from unipic_core.cli import DEFAULT_MODEL
+from unipic_core.inspect import describe
+from unipic_core.pipeline import UniPicPipeline
+
+
+def test_it_is_whole_and_at_most_25_mb():
+    assert sum(f.stat().st_size for f in DEFAULT_MODEL.rglob("*") if f.is_file()) <= 25e6
+    about = describe(DEFAULT_MODEL)
+    assert about["kind"] == "pipeline"
+    assert about["recipe"]["reference_budget"] == 160
+
+
+def test_comfyui_can_hold_it():
+    """z 16, dim_mult [1, 2, 4, 4], and a vision tower that ends in full attention."""
+    vae = json.loads((DEFAULT_MODEL / "vae" / "config.json").read_text())
+    assert (vae["z_dim"], vae["dim_mult"]) == (16, [1, 2, 4, 4])
+    vision = json.loads((DEFAULT_MODEL / "text_encoder" / "config.json").read_text())["vision_config"]
+    assert vision["depth"] - 1 in vision["fullatt_block_indexes"]
+
+
+def test_same_seed_same_picture_and_other_seeds_differ():
+    pipe = UniPicPipeline.from_pretrained(DEFAULT_MODEL, torch_dtype=torch.float32, device="cpu")
+    from unipic_core.images import load_image
+
+    examples = Path(__file__).parents[1] / "examples"
+    images = [load_image(examples / f"{name}.png") for name in ("astronaut", "guitar", "beach")]
+    prompt = "Put the guitar from image 2 left of the astronaut from image 1, on the beach of image 3."
+    first, second, other = (
+        pipe(images, prompt, num_inference_steps=3, seed=seed, output_type="pt").images for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert (first - other).abs().mean() > 0.005
+
+
+@pytest.mark.parametrize("n", [16])
+def test_it_beats_the_controls_on_held_out_assets(n):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate = System("nano", str(DEFAULT_MODEL), steps=12, cfg=1.0).open("cpu")
+        judges = evaluate(generate, Bank.open(SUBSET), n, seed=5, progress=False).report["judges"]
+    iou, psnr = judges["placement_iou"], judges["masked_psnr"]
+    assert iou["model"] > iou["controls"]["background_alone"] + 0.2
+    assert iou["model"] > iou["controls"]["positions_shuffled"]
+    assert psnr["model"] > psnr["controls"]["object_swapped"]
+    assert psnr["model"] > psnr["controls"]["references_swapped"]
