@@ -9,6 +9,7 @@ Prompts are in the metadata.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -23,12 +24,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, image_weights
 from unipic_core.images import resize_for_vision, resize_references, to_tensor
+from unipic_core.sequence import PATCH
 
 from .config import CacheConfig, ConfigError, RunConfig, load_config
 from .data.catalogue import Split
@@ -50,6 +52,10 @@ class Bucket:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def num_target_tokens(self) -> int:
+        return self.target.shape[-2] * self.target.shape[-1] // PATCH**2
 
 
 @dataclass(frozen=True)
@@ -108,24 +114,37 @@ def build(data: CacheConfig, vae: ImageVAE) -> None:
     """Write every shard that is missing."""
     folder = Path(data.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    check_same_set(folder, data)
-    shards = range((data.samples + data.samples_per_shard - 1) // data.samples_per_shard)
-    missing = [i for i in shards if not shard_path(folder, i).exists()]
+    bank = Bank.open()
+    print(bank.note)
+    check_same_set(folder, data, fingerprint(vae), len(bank.by_key))
+    missing = [i for i in range(data.shards) if not shard_path(folder, i).exists()]
     with tqdm(total=len(missing) * data.samples_per_shard, unit=" samples") as bar:
         for index in missing:
             start = index * data.samples_per_shard
-            rows = Compositions(data, start, min(start + data.samples_per_shard, data.samples))
+            rows = Compositions(data, start, start + data.samples_per_shard)
             loader = DataLoader(rows, batch_size=None, num_workers=data.workers)
             write_shard(shard_path(folder, index), encode_rows(vae, list(_counted(loader, bar))))
 
 
-def check_same_set(folder: Path, data: CacheConfig) -> None:
-    """Shards of another set must not be mixed in."""
+def check_same_set(folder: Path, data: CacheConfig, vae: str, assets: int) -> None:
+    """Shards of another set, of another VAE or of fewer assets must not be mixed in."""
     record = {k: getattr(data, k) for k in ("seed", "size", "reference_budget", "samples_per_shard")}
+    record |= {"vae": vae, "assets": assets}
     path = folder / "set.json"
     if path.exists() and (found := json.loads(path.read_text())) != record:
-        raise ConfigError(f"{folder} holds another set ({found}); choose another data.folder or remove it")
+        raise ConfigError(
+            f"{folder} holds another set ({found}, not {record}); choose another data.folder or remove it"
+        )
     path.write_text(json.dumps(record))
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Twelve hex digits of the weights, whatever type they are computed in."""
+    digest = hashlib.sha256()
+    for name, w in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(w.detach().cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def _counted(rows: Any, bar: tqdm) -> Iterator[Row]:
@@ -172,11 +191,15 @@ def write_shard(path: Path, buckets: dict[str, Bucket]) -> None:
     os.replace(aside, path)
 
 
-def read_cache(folder: Path) -> dict[str, Bucket]:
-    """Every shard, joined by bucket."""
-    paths = sorted(folder.glob("shard-*.safetensors"))
-    if not paths:
-        raise ConfigError(f"no shards in {folder}; run python -m trainers.cache with the same config first")
+def read_cache(data: CacheConfig) -> dict[str, Bucket]:
+    """The shards that the config asks for, joined by bucket."""
+    paths = [shard_path(Path(data.folder), i) for i in range(data.shards)]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of {data.shards} shards are missing in {data.folder}, first {missing[0]}; "
+            "run python -m trainers.cache with the same config"
+        )
     parts: dict[str, list[Bucket]] = defaultdict(list)
     for path in paths:
         for shapes, bucket in read_shard(path).items():
@@ -225,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         build(data_of(config), load_image_vae(Path(config.options.model) / "vae", torch.bfloat16))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from unipic_core.attention import BACKENDS
+
 
 class ConfigError(ValueError):
     """A config file says something that no trainer understands."""
@@ -44,6 +46,11 @@ class VAEMethod:
     kl_weight: float = 1e-3
     loader_workers: int = 1
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "base_dim", "num_res_blocks")
+        if self.crop not in range(16, 129, 8):
+            raise ConfigError(f"vae.crop must be a multiple of 8 from 16 to 128, got {self.crop}")
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -56,6 +63,17 @@ class CacheConfig:
     reference_budget: int = 160
     samples_per_shard: int = 1024
     workers: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "samples", "samples_per_shard")
+        if self.samples % self.samples_per_shard:
+            raise ConfigError(
+                f"data.samples must be a multiple of samples_per_shard ({self.samples_per_shard}), got {self.samples}"
+            )
+
+    @property
+    def shards(self) -> int:
+        return self.samples // self.samples_per_shard
 
 
 @dataclass(frozen=True)
@@ -76,6 +94,11 @@ class SFTMethod:
     preview_samples: int = 6
     preview_steps: int = 20
     preview_guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 2, "preview_samples")
+        _at_least(self, 1, "preview_steps")
+        _one_of(self, "attention", BACKENDS)
 
 
 METHODS: dict[str, type] = {"vae": VAEMethod, "sft": SFTMethod}
@@ -100,6 +123,22 @@ class RunConfig:
     keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
+        _at_least(self, 1, *counts)
+        _one_of(self, "precision", ("no", "bf16"))
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name} must be at least {least}, got {getattr(config, name)}")
+
+
+def _one_of(config: Any, name: str, choices: typing.Collection[str]) -> None:
+    if getattr(config, name) not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
+
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a YAML config; overrides are `key=value` or `section.key=value`."""
@@ -119,7 +158,10 @@ def parse_run(data: dict[str, Any]) -> RunConfig:
     if method not in METHODS:
         raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     data = dict(data)
-    options = parse(METHODS[method], data.pop(method, {}), method)
+    section = data.pop(method, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"the section {method} must hold keys and values, got {section!r}")
+    options = parse(METHODS[method], section, method)
     return parse(RunConfig, {**data, "options": options}, "config")
 
 
@@ -170,6 +212,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     *sections, key = path.split(".")
     for section in sections:
         data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"{section} in the override {override!r} is a value, not a section")
     data[key] = yaml.safe_load(text)
 
 

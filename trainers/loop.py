@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, send_to_device
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
@@ -36,6 +37,9 @@ class Method(Protocol):
     """Everything that trains, as one module; its EMA is kept by the loop."""
 
     loader_workers: int
+
+    def to(self, device: torch.device) -> None:
+        """Move what does not train."""
 
     def batch(self, step: int) -> Any:
         """The batch of a micro step: a pure function of it, so that a resumed run sees what an unbroken one sees."""
@@ -60,8 +64,11 @@ class Steps(Dataset):
         return self.batch(self.start + i)
 
 
-def train(config: RunConfig, method: Method) -> Path:
-    """Run, or resume, a training; returns the folder of the export."""
+def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -> Path:
+    """Run, or resume, a training; returns the folder of the export.
+
+    A resumed run must have the config that it was started with, but for the keys named in `allow_change`.
+    """
     output = Path(config.output)
     accelerator = make_accelerator(config, output)
     optimizers = make_optimizers(method.model, config.optimizer)
@@ -70,24 +77,27 @@ def train(config: RunConfig, method: Method) -> Path:
     method.model, *optimizers = accelerator.prepare(method.model, *optimizers)
     ema = AveragedModel(accelerator.unwrap_model(method.model), multi_avg_fn=warm_ema(config.ema_decay))
     accelerator.register_for_checkpointing(*schedulers, ema)
-    start = resume(accelerator, output, config)
+    method.to(accelerator.device)
+    start = resume(accelerator, output, config, allow_change)
     micro = config.accumulation
     loader = DataLoader(
         Steps(method.batch, start * micro, config.steps * micro), batch_size=None, num_workers=method.loader_workers
     )
     batches = iter(loader)
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
-    log = MetricLog(accelerator, output, start, config.log_every)
+    log = MetricLog(accelerator, output, start)
     for step in range(start, config.steps):
         for i in range(micro):
+            batch = send_to_device(next(batches), accelerator.device)
             with accelerator.accumulate(method.model):
-                loss, metrics = method.loss(next(batches), step * micro + i)
+                with accelerator.autocast():
+                    loss, metrics = method.loss(batch, step * micro + i)
                 check_loss(loss, step, output)
+                log.add({**metrics, "loss": float(loss.detach())}, 1 / micro)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    metrics["grad_norm"] = float(
-                        accelerator.clip_grad_norm_(method.model.parameters(), config.optimizer.max_grad_norm)
-                    )
+                    parameters, limit = method.model.parameters(), config.optimizer.max_grad_norm
+                    log.add({"grad_norm": float(accelerator.clip_grad_norm_(parameters, limit))})
                 for optimizer in optimizers:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -95,7 +105,9 @@ def train(config: RunConfig, method: Method) -> Path:
             scheduler.step()
         ema.update_parameters(accelerator.unwrap_model(method.model))
         done = step + 1
-        log.add(done, {**metrics, "loss": float(loss.detach()), "lr": float(schedulers[0].get_last_lr()[0])})
+        log.add({"lr": float(schedulers[0].get_last_lr()[0])})
+        if done % config.log_every == 0 or done % config.save_every == 0:  # so a resumed run averages the same steps
+            log.write(done)
         bar.update()
         bar.set_postfix(loss=f"{log.mean_loss:.4f}", refresh=False)
         if done % config.save_every == 0 or done == config.steps:
@@ -120,6 +132,10 @@ def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes > 1:
+        raise TrainingError(
+            f"this version trains in one process, not {accelerator.num_processes}; start without launch"
+        )
     accelerator.init_trackers("tensorboard")
     return accelerator
 
@@ -149,15 +165,37 @@ def newest_checkpoint(output: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def resume(accelerator: Accelerator, output: Path, config: RunConfig) -> int:
+def resume(accelerator: Accelerator, output: Path, config: RunConfig, allow_change: Sequence[str] = ()) -> int:
     """Load the newest checkpoint of this output folder, if any; returns the step to go on from."""
     path = newest_checkpoint(output)
     if path is None:
         return 0
+    run = json.loads((path / "run.json").read_text())
+    now = json.loads(json.dumps(to_dict(config)))
+    changed = [key for key in changed_keys(run["config"], now) if key not in (*NO_CHANGE, *allow_change)]
+    if changed:
+        raise TrainingError(
+            f"{output} was started with other values of {', '.join(changed)}; choose another output, or allow it with "
+            f"--allow-config-change {' '.join(changed)}"
+        )
+    if run["step"] > config.steps:
+        raise TrainingError(f"{output} has already trained {run['step']} steps, more than the {config.steps} asked for")
     accelerator.load_state(str(path))
-    step = json.loads((path / "run.json").read_text())["step"]
-    accelerator.print(f"resuming {output} at step {step} of {config.steps}")
-    return step
+    accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
+    return run["step"]
+
+
+NO_CHANGE = ("output", "sample_every", "keep_checkpoints")
+"""Config keys that change no number of a run."""
+
+
+def changed_keys(before: Any, now: Any, where: str = "") -> list[str]:
+    """Dotted names of the values that differ between two nested tables."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [where]
+    keys = sorted({*before, *now})
+    inner = [changed_keys(before.get(k), now.get(k), f"{where}.{k}" if where else k) for k in keys]
+    return [name for names in inner for name in names]
 
 
 def save(accelerator: Accelerator, output: Path, step: int, config: RunConfig) -> None:
@@ -180,7 +218,7 @@ def replace_folder(path: Path, write: Callable[[Path], None]) -> None:
     aside.mkdir()
     try:
         write(aside)
-    except OSError as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # what a full disk becomes in torch and safetensors
         shutil.rmtree(aside, ignore_errors=True)
         raise TrainingError(f"could not write {path}: {error}; what was saved before is untouched") from error
     if path.exists():
@@ -196,29 +234,31 @@ def save_preview(method: Method, ema: nn.Module, folder: Path, step: int) -> Non
 
 
 class MetricLog:
-    """TensorBoard and `metrics.jsonl`: the mean of each metric over `every` steps, and seconds per step."""
+    """TensorBoard and `metrics.jsonl`: the mean of each metric since the last record, and seconds per step."""
 
-    def __init__(self, accelerator: Accelerator, output: Path, start: int, every: int) -> None:
-        self.accelerator, self.every = accelerator, every
+    def __init__(self, accelerator: Accelerator, output: Path, start: int) -> None:
+        self.accelerator, self.written = accelerator, start
         self.sums: Metrics = {}
-        self.count = 0
         self.mean_loss = float("nan")
         self.since = time.perf_counter()
         path = output / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]  # a resumed run repeats no step
+        kept = [
+            line for line in _whole_lines(path) if json.loads(line)["step"] <= start
+        ]  # a resumed run repeats no step
         self.file = Path(path if accelerator.is_main_process else os.devnull).open("w")  # noqa: SIM115 - closed by close
         self.file.writelines(kept)
 
-    def add(self, step: int, metrics: Metrics) -> None:
+    def add(self, metrics: Metrics, weight: float = 1.0) -> None:
+        """Values of one step, or of a share of one."""
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.count += 1
-        if step % self.every:
-            return
-        means = {name: value / self.count for name, value in self.sums.items()}
-        now = time.perf_counter()
-        means["seconds_per_step"] = (now - self.since) / self.count
-        self.mean_loss, self.since, self.sums, self.count = means["loss"], now, {}, 0
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
+
+    def write(self, step: int) -> None:
+        """Record the means of the steps since the last record."""
+        steps, now = step - self.written, time.perf_counter()
+        means = {name: value / steps for name, value in self.sums.items()}
+        means["seconds_per_step"] = (now - self.since) / steps
+        self.mean_loss, self.since, self.sums, self.written = means["loss"], now, {}, step
         self.accelerator.log(means, step=step)
         self.file.write(json.dumps({"step": step, **means}) + "\n")
         self.file.flush()
@@ -227,5 +267,7 @@ class MetricLog:
         self.file.close()
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.exists() else []
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end; a killed run may leave half of one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]

@@ -20,6 +20,7 @@ from torch import nn
 from unipic_core.mmdit import MMDiT, MMDiTConfig
 from unipic_core.prompt import prompt_text
 from unipic_core.recipe import Recipe
+from unipic_core.schedules import Shift
 from unipic_core.vision import MEAN, STD
 
 from .data.emoji import Bank
@@ -47,17 +48,18 @@ RECIPE = Recipe(
     output_budget=128,
     made={"by": "trainers/recipes/nano"},
 )
+SHIFT = Shift()
 SCHEDULER: dict[str, Any] = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
     "shift": 1.0,
     "use_dynamic_shifting": True,
     "time_shift_type": "exponential",
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 8192,
-    "base_shift": 0.5,
-    "max_shift": 0.9,
-    "shift_terminal": 0.02,
+    "base_image_seq_len": SHIFT.base_tokens,
+    "max_image_seq_len": SHIFT.max_tokens,
+    "base_shift": SHIFT.base_mu,
+    "max_shift": SHIFT.max_mu,
+    "shift_terminal": SHIFT.terminal,
 }
 MODEL_INDEX: dict[str, Any] = {
     "_class_name": "QwenImageEditPipeline",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from unipic_core.flow import add_noise
 from unipic_core.guidance import apply_cfg
 from unipic_core.images import to_images
 from unipic_core.mmdit import MMDiT
+from unipic_core.pipeline.loading import read_shift
 from unipic_core.pipeline.text import EncoderInputs, TextEncoder
 from unipic_core.recipe import Recipe
 from unipic_core.samplers import sample_euler, seeded_noise
@@ -52,6 +54,10 @@ class Inputs:
     target: LatentShape
     references: tuple[Tensor, ...]
     text: EncoderInputs | TextCond
+
+    def to(self, device: torch.device | str) -> Inputs:
+        moved = {k: v.to(device) for k, v in self.text.items()} if isinstance(self.text, dict) else self.text.to(device)
+        return replace(self, x0=self.x0.to(device), references=tuple(r.to(device) for r in self.references), text=moved)
 
     def pack(self, x_t: Tensor) -> PackedLatents:
         """The sequence with x_t [B, N, 4C] as its target."""
@@ -89,10 +95,14 @@ class SFTTraining:
             encoder.requires_grad_(True)
             # padded and short sequences: faster than the fused kernel
             self.text.model.set_attn_implementation({"text_config": "eager"})
-        self.buckets = read_cache(Path(self.options.data.folder))
+        self.shift = read_shift(self.folder)
+        self.buckets = read_cache(self.options.data)
         sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
         self.order = BucketOrder(sizes, config.batch_size, config.seed)
         self.frozen_text = None if self.options.train_text_encoder else self._encode_prompts()
+
+    def to(self, device: torch.device) -> None:
+        self.text.to(device)
 
     def batch(self, step: int) -> Inputs:
         name, rows = self.order[step]
@@ -103,8 +113,8 @@ class SFTTraining:
     def loss(self, batch: Inputs, step: int) -> tuple[Tensor, Metrics]:
         text = batch.text if isinstance(batch.text, TextCond) else self.text.forward(batch.text)
         generators = sample_generators(self.config.seed, step, len(batch.x0))
-        t = logit_normal_times(generators, batch.x0.shape[1], self.options.t_mean, self.options.t_std)
-        t = t.to(batch.x0.device)
+        options, tokens = self.options, batch.x0.shape[1]
+        t = logit_normal_times(generators, tokens, options.t_mean, options.t_std, self.shift).to(batch.x0.device)
         eps = torch.stack([torch.randn(x.shape, generator=g) for x, g in zip(batch.x0, generators, strict=True)])
         eps = eps.to(batch.x0)
         v = self.model(batch.pack(add_noise(batch.x0, eps, t)), t, text)
@@ -122,7 +132,8 @@ class SFTTraining:
                 row = scenes[i]
                 (bucket,) = encode_rows(vae, [row]).values()
                 options = self.options
-                x0 = sample_bucket(network, text, bucket, options.preview_steps, options.preview_guidance, seed=i)
+                times = base_times(options.preview_steps, bucket.num_target_tokens, self.shift)
+                x0 = sample_bucket(network, text, bucket, times.tolist(), options.preview_guidance, seed=i)
                 column = (_strip(row.references), Image.fromarray(row.target), to_images(vae.decode(x0))[0])
                 for cells, cell in zip(rows, column, strict=True):
                     cells.append(cell)
@@ -135,6 +146,7 @@ class SFTTraining:
         save_network(network, folder / "transformer", torch.bfloat16)
         if self.options.train_text_encoder:
             shutil.rmtree(folder / "text_encoder")
+            text.model.config.unipic_positions = text.positions
             text.model.bfloat16().save_pretrained(folder / "text_encoder")
         recipe = Recipe.read(folder) or Recipe()
         made = {**recipe.made, "method": "sft", "steps": self.config.steps, "seed": self.config.seed}
@@ -148,7 +160,8 @@ class SFTTraining:
         conds = [self.frozen_text[name][i] for i in rows]
         for i in np.flatnonzero(drop):
             with torch.no_grad():
-                conds[i] = self.text.forward(encoder_inputs(self.text, bucket, rows[i : i + 1], [UNCOND_PROMPT]))
+                inputs = encoder_inputs(self.text, bucket, rows[i : i + 1], [UNCOND_PROMPT])
+                conds[i] = self.text.forward(inputs).to("cpu")
         return TextCond.stack(conds)
 
     def _encode_prompts(self) -> dict[str, list[TextCond]]:
@@ -173,10 +186,13 @@ def make_inputs(bucket: Bucket, rows: np.ndarray, text: EncoderInputs | TextCond
     return Inputs(pack_latents(target), shape, tuple(r[index].float() for r in bucket.references), text)
 
 
-def sample_bucket(network: MMDiT, text: TextEncoder, bucket: Bucket, steps: int, guidance: float, seed: int) -> Tensor:
+def sample_bucket(
+    network: MMDiT, text: TextEncoder, bucket: Bucket, times: Sequence[float], guidance: float, seed: int
+) -> Tensor:
     """Latents [B, C, 1, h, w] of all samples of a bucket, by the base sampler from seeded noise."""
     rows = np.arange(len(bucket))
     inputs = make_inputs(bucket, rows, text.forward(encoder_inputs(text, bucket, rows, bucket.prompts)))
+    inputs = inputs.to(next(network.parameters()).device)
     uncond = text.forward(encoder_inputs(text, bucket, rows, [UNCOND_PROMPT] * len(rows)))
     cond = inputs.text
 
@@ -185,9 +201,8 @@ def sample_bucket(network: MMDiT, text: TextEncoder, bucket: Bucket, steps: int,
         v = network(latents, t, cond)
         return apply_cfg(v, network(latents, t, uncond), guidance) if guidance != 1 else v
 
-    noise = seeded_noise(inputs.x0.shape, seed)(0)
-    x0 = sample_euler(velocity, noise, base_times(steps, inputs.x0.shape[1]).tolist())
-    return unpack_latents(x0, inputs.target)
+    noise = seeded_noise(inputs.x0.shape, seed)(0).to(inputs.x0)
+    return unpack_latents(sample_euler(velocity, noise, times), inputs.target).cpu()
 
 
 def _strip(pictures: tuple[np.ndarray, ...], side: int = 128) -> Image.Image:

@@ -16,7 +16,7 @@ from unipic_core.pipeline.text import EncoderInputs, TextEncoder
 from unipic_core.sequence import TextCond
 from unipic_core.vision import grid_thw, vision_patches, vision_tokens
 
-from .cache import Bucket
+from .cache import Bucket, fingerprint
 
 BATCH = 64
 
@@ -38,7 +38,7 @@ def encoder_inputs(text: TextEncoder, bucket: Bucket, rows: np.ndarray, prompts:
 
 def encode_bucket(text: TextEncoder, name: str, bucket: Bucket, folder: Path) -> list[TextCond]:
     """Embeddings of every sample with its prompt; read from `folder` if this encoder made them before."""
-    path = folder / f"text-{fingerprint(text)}-{name}-{len(bucket)}.safetensors"
+    path = folder / f"text-{_key(text, name, bucket)}.safetensors"
     if not path.exists():
         made = _encode_all(text, bucket, f"text {name}")
         mask = made.mask if made.mask is not None else torch.ones(made.embeds.shape[:2], dtype=torch.bool)
@@ -50,12 +50,14 @@ def encode_bucket(text: TextEncoder, name: str, bucket: Bucket, folder: Path) ->
     return [TextCond(e[None, :n].float()) for e, n in zip(kept["embeds"], lengths, strict=True)]
 
 
-def fingerprint(text: TextEncoder) -> str:
-    """Eight hex digits that change when the encoder's weights do."""
-    digest = hashlib.sha256()
-    for name, w in sorted(text.network.state_dict().items()):
-        digest.update(f"{name}{tuple(w.shape)}{w.double().sum().item():.12e}{w.double().norm().item():.12e}".encode())
-    return digest.hexdigest()[:8]
+def _key(text: TextEncoder, name: str, bucket: Bucket) -> str:
+    """Sixteen digits of all that the embeddings depend on: encoder, positions, prompts and pictures."""
+    digest = hashlib.sha256(f"{fingerprint(text.network)} {text.positions} {name}".encode())
+    for prompt in bucket.prompts:
+        digest.update(repr(text.prompt_ids(prompt, [1] * len(bucket.vision))).encode())
+    for pictures in bucket.vision:
+        digest.update(pictures.sum(dim=(1, 2, 3), dtype=torch.int64).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

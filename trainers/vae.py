@@ -36,9 +36,13 @@ class VAETraining:
         self.seed, self.batch_size = config.seed, config.batch_size
         self.loader_workers = self.options.loader_workers
         self.bank = Bank.open()
+        print(self.bank.note)
         torch.manual_seed(config.seed)
         vae_config = VAEConfig(base_dim=self.options.base_dim, num_res_blocks=self.options.num_res_blocks)
         self.model: nn.Module = channels_last(ImageVAE(vae_config))
+
+    def to(self, device: torch.device) -> None:
+        """Nothing here but the VAE itself, which trains."""
 
     @cached_property
     def collages(self) -> Collages:
@@ -58,13 +62,14 @@ class VAETraining:
 
     def preview(self, ema: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""
-        pictures = self._pictures("heldout", 8, seed=0)
-        decoded = vae_of(ema).decode_raw(vae_of(ema).posterior(pictures)[0])
+        vae = vae_of(ema)
+        pictures = self._pictures("heldout", 8, seed=0).to(vae.quant_conv.weight)
+        decoded = vae.decode_raw(vae.posterior(pictures)[0])
         return picture_grid([to_images(pictures), to_images(decoded.clamp(-1, 1))], ["input", "decoded"])
 
     def export(self, ema: nn.Module, folder: Path) -> None:
         """`vae/` of a diffusers pipeline folder, bfloat16."""
-        save_vae(vae_of(ema).eval(), self._pictures("train", STATISTICS_PICTURES, seed=1), folder / "vae")
+        save_vae(vae_of(ema).cpu().eval(), self._pictures("train", STATISTICS_PICTURES, seed=1), folder / "vae")
 
     def _pictures(self, split: Split, count: int, seed: int) -> Tensor:
         rng, collages = np.random.default_rng([self.seed, seed, 7]), Collages(self.bank, split)

@@ -58,7 +58,7 @@ class ImageVAE(nn.Module):
     def forward(self, pictures: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """For training: the decoded posterior sample, not clamped, and the posterior's mean and log variance."""
         mean, log_var = self.posterior(pictures)
-        eps = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)
+        eps = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)  # drawn on the CPU
         return self.decode_raw(mean + eps * (0.5 * log_var).exp()), mean, log_var
 
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention, scaled_dot_product_attention
-from .rope import Rotation, rotate, rotation
+from .rope import Rotation, joint_positions, rotate, rotation
 from .sequence import PackedLatents, TextCond
 
 
@@ -54,6 +54,8 @@ class MMDiTConfig:
         if unknown:
             raise ValueError(f"unknown keys in the network's config: {', '.join(sorted(unknown))}")
         values = {k: v for k, v in config.items() if k in known and v is not None}
+        if "out_channels" in config and config["out_channels"] is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)  # as diffusers reads null
         if "axes_dims_rope" in values:
             values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
         return cls(**values)
@@ -67,7 +69,11 @@ _IGNORED = {"guidance_embeds", "pooled_projection_dim"}
 
 
 class MMDiT(nn.Module):
-    """The velocity network. `operations` makes its layers; `attention` may be replaced at any time."""
+    """The velocity network. `operations` makes its layers; `attention` may be replaced at any time.
+
+    dtype: that of the weights. compute_dtype: that of the activations, where `operations` store weights in a form that
+    they alone can compute with (fp8, quantised); None = the weights' own.
+    """
 
     def __init__(
         self,
@@ -77,11 +83,13 @@ class MMDiT(nn.Module):
         attention: Attention = scaled_dot_product_attention,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         kw: dict[str, Any] = {"dtype": dtype, "device": device}
         self.config = config
         self.attention = attention
+        self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
         width = config.width
         self.time_text_embed = TimeEmbedding(width, config.use_additional_t_cond, operations, kw)
@@ -94,7 +102,8 @@ class MMDiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.img_in.weight.dtype
+        """What activations are computed in."""
+        return self.compute_dtype or self.img_in.weight.dtype
 
     def forward(
         self, latents: PackedLatents, t: Tensor | float, text: TextCond, additional_t_cond: Tensor | None = None
@@ -132,12 +141,12 @@ class MMDiT(nn.Module):
         t = torch.as_tensor(t, dtype=torch.float32, device=like.device).reshape(-1).expand(batch)
         if self.config.zero_cond_t:
             t = torch.cat([t, torch.zeros_like(t)])
+            additional = None if additional is None else additional.reshape(-1).expand(batch).repeat(2)
         return self.time_text_embed(t, like.dtype, additional)
 
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
-        c = self.config
-        axes = c.axes_dims_rope
-        return rotation(latents.shapes, text_tokens, axes, 10000.0, c.use_layer3d_rope, device)
+        positions = joint_positions(latents.shapes, text_tokens, self.config.use_layer3d_rope)
+        return rotation(positions.to(device), self.config.axes_dims_rope)
 
 
 @dataclass(frozen=True)

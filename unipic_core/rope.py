@@ -35,27 +35,26 @@ def text_start(shapes: SampleShapes, layered: bool = False) -> int:
 
 
 @lru_cache(maxsize=64)
-def rotation(
-    batch_shapes: tuple[SampleShapes, ...],
-    text_tokens: int,
-    axes_dims: tuple[int, int, int],
-    theta: float,
-    layered: bool,
-    device: torch.device,
-) -> Rotation:
-    """cos and sin for a batch; computed once for equal samples, rows padded at the end with position 0."""
+def joint_positions(batch_shapes: tuple[SampleShapes, ...], text_tokens: int, layered: bool = False) -> Tensor:
+    """[1 or B, L + S, 3] float32 on the CPU: text first, then the pictures; one row for equal samples, else padded."""
     samples = batch_shapes[:1] if len(set(batch_shapes)) == 1 else batch_shapes
     rows = []
-    for shapes in samples:
-        text = text_start(shapes, layered) + torch.arange(text_tokens)
-        rows.append(torch.cat([text[:, None].expand(-1, 3), image_positions(shapes, layered)]))
-    positions = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
-    angles = torch.cat([positions[..., i, None] * _frequencies(dim, theta) for i, dim in enumerate(axes_dims)], dim=-1)
-    return angles.cos()[:, :, None].to(device), angles.sin()[:, :, None].to(device)
+    with torch.inference_mode(False):  # what is kept must serve training too
+        for shapes in samples:
+            text = text_start(shapes, layered) + torch.arange(text_tokens)
+            rows.append(torch.cat([text[:, None].expand(-1, 3), image_positions(shapes, layered)]))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
 
 
-def _frequencies(dim: int, theta: float) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, dim, 2).float() / dim)
+def rotation(positions: Tensor, axes_dims: tuple[int, int, int], theta: float = 10000.0) -> Rotation:
+    """cos and sin of positions [.., N, 3]; each axis turns its own share of the head's pairs."""
+    parts = [positions[..., i, None] * _frequencies(dim, theta, positions) for i, dim in enumerate(axes_dims)]
+    angles = torch.cat(parts, dim=-1)[:, :, None]
+    return angles.cos(), angles.sin()
+
+
+def _frequencies(dim: int, theta: float, like: Tensor) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device=like.device).float() / dim)
 
 
 def rotate(x: Tensor, cos_sin: Rotation) -> Tensor:

@@ -156,6 +156,9 @@ class TextCond:
             return cls(embeds)
         return cls(embeds, torch.arange(embeds.shape[1], device=embeds.device) < lengths[:, None])
 
+    def to(self, device: torch.device | str) -> TextCond:
+        return TextCond(self.embeds.to(device), None if self.mask is None else self.mask.to(device))
+
     def expand(self, batch: int) -> TextCond:
         """One condition for a batch of pictures."""
         mask = None if self.mask is None else self.mask.expand(batch, -1)

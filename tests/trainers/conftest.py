@@ -29,7 +29,7 @@ def run(tmp_path_factory, subset_only) -> RunConfig:
     vae = ImageVAE(VAEConfig(base_dim=4, num_res_blocks=1)).eval()
     save_vae(vae, torch.randn(4, 3, 64, 64), folder / "vae")
     write_folder(folder / "vae", folder / "init", seed=0, corpus_size=300)
-    data = CacheConfig(folder=str(folder / "cache"), samples=40, samples_per_shard=24, workers=0)
+    data = CacheConfig(folder=str(folder / "cache"), samples=48, samples_per_shard=24, workers=0)
     build(data, load_image_vae(folder / "init" / "vae"))
     model = str(folder / "init")
     options = SFTMethod(model=model, data=data, train_text_encoder=True, preview_samples=2, preview_steps=2)

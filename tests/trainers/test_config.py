@@ -30,11 +30,21 @@ def test_overrides():
         ({"vae": {"crop": True}}, r"vae\.crop must be int"),
         ({"method": "sgd"}, "method must be one of"),
         ({"output": None}, r"config\.output must be str"),
+        ({"steps": -5}, "steps must be at least 1, got -5"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"precision": "fp16"}, "precision must be one of no, bf16"),
+        ({"vae": {"crop": 200}}, "crop must be a multiple of 8"),
+        ({"vae": None}, "section vae must hold keys"),
     ],
 )
 def test_wrong_configs(change, message):
     with pytest.raises(ConfigError, match=message):
         parse_run({"method": "vae", "output": "x", **change})
+
+
+def test_an_override_into_a_value_is_an_error():
+    with pytest.raises(ConfigError, match="is a value, not a section"):
+        load_config(CONFIGS[0], ["output.x=1"])
 
 
 def test_missing_keys_are_named():

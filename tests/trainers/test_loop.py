@@ -1,7 +1,6 @@
 """The loop on a toy: resuming gives the numbers of an unbroken run; bad numbers and full disks are reported."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from trainers import loop
-from trainers.config import OptimizerConfig, RunConfig
+from trainers.config import OptimizerConfig, RunConfig, VAEMethod
 from trainers.loop import TrainingError, newest_checkpoint, replace_folder, train
 
 
@@ -23,6 +21,9 @@ class Toy:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
         self.fail_at, self.bad_loss_at = fail_at, bad_loss_at
+
+    def to(self, device):
+        pass
 
     def batch(self, step):
         if step == self.fail_at:
@@ -44,7 +45,7 @@ def config(output, **changes):
     values = {
         "method": "vae",
         "output": str(output),
-        "options": None,
+        "options": VAEMethod(),
         "steps": 12,
         "accumulation": 2,
         "save_every": 4,
@@ -55,22 +56,19 @@ def config(output, **changes):
     return RunConfig(**{**values, **changes})
 
 
-@pytest.fixture(autouse=True)
-def plain_config_record(monkeypatch):
-    monkeypatch.setattr(loop, "to_dict", lambda c: {"seed": c.seed})
-
-
 def metrics(output):
     lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds_per_step"} for line in lines]
 
 
+@pytest.mark.parametrize("log_every", [1, 3])
 @pytest.mark.parametrize("fail_at", [9, 13, 23])
-def test_resume_is_exact(tmp_path, fail_at):
-    whole = train(config(tmp_path / "whole"), Toy())
+def test_resume_is_exact(tmp_path, fail_at, log_every):
+    """Log windows need not divide the checkpoints' interval."""
+    whole = train(config(tmp_path / "whole", log_every=log_every), Toy())
     with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "broken"), Toy(fail_at=fail_at))
-    resumed = train(config(tmp_path / "broken"), Toy())
+        train(config(tmp_path / "broken", log_every=log_every), Toy(fail_at=fail_at))
+    resumed = train(config(tmp_path / "broken", log_every=log_every), Toy())
     assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
     a, b = (torch.load(folder / "ema.pt", weights_only=True) for folder in (whole, resumed))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -111,8 +109,30 @@ def test_a_failed_write_leaves_the_old_folder(tmp_path):
     assert (tmp_path / "a" / "x").read_text() == "1"
 
 
-def test_another_seed_gives_other_metrics_only_where_it_should(tmp_path):
-    """The toy ignores the seed; so this pins that nothing else in the loop is random."""
-    train(config(tmp_path / "a"), Toy())
-    train(replace(config(tmp_path / "b"), seed=5), Toy())
-    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+def test_another_config_is_refused_unless_allowed(tmp_path):
+    train(config(tmp_path), Toy())
+    other = config(tmp_path, steps=14, optimizer=OptimizerConfig(lr=2e-2, muon_lr=1e-2, warmup_steps=3))
+    with pytest.raises(TrainingError, match=r"other values of optimizer\.lr, steps; .*--allow-config-change"):
+        train(other, Toy())
+    train(other, Toy(), allow_change=["optimizer.lr", "steps"])
+    assert metrics(tmp_path)[-1]["step"] == 14
+
+
+def test_fewer_steps_than_done_is_an_error(tmp_path):
+    train(config(tmp_path), Toy())
+    with pytest.raises(TrainingError, match="already trained 12 steps"):
+        train(config(tmp_path, steps=5), Toy(), allow_change=["steps"])
+
+
+def test_a_half_written_last_line_does_not_block_resuming(tmp_path):
+    train(config(tmp_path), Toy())
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    train(config(tmp_path, steps=14), Toy(), allow_change=["steps"])
+    assert [m["step"] for m in metrics(tmp_path)][-2:] == [13, 14]
+
+
+def test_accumulated_losses_are_averaged(tmp_path):
+    """Two micro batches: the record is their mean, and `half` is half of it."""
+    train(config(tmp_path), Toy())
+    assert all(m["half"] == pytest.approx(m["loss"] / 2) for m in metrics(tmp_path))

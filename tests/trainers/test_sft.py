@@ -1,6 +1,7 @@
 """The SFT trainer end to end in miniature: cache, joint training, resume, frozen text, export for the pipeline."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.cache import Compositions, build, check_same_set, encode_rows, load_image_vae, read_cache
+from trainers import text_cache
+from trainers.cache import Compositions, build, encode_rows, load_image_vae, read_cache
 from trainers.config import ConfigError
 from trainers.loop import train
 from trainers.sft import SFTTraining, make_inputs
@@ -36,27 +38,43 @@ def test_cached_inputs_are_what_the_pipeline_would_feed(run):
 
 def test_cache_is_complete_and_not_mixed(run):
     data = run.options.data
-    assert sum(len(b) for b in read_cache(Path(data.folder)).values()) == data.samples
+    assert sum(len(b) for b in read_cache(data).values()) == data.samples
     shard = Path(data.folder) / "shard-00001.safetensors"
     before, stamp = shard.read_bytes(), shard.stat().st_mtime_ns
     vae = load_image_vae(Path(run.options.model) / "vae")
     build(data, vae)
     assert shard.stat().st_mtime_ns == stamp
     shard.unlink()
+    with pytest.raises(ConfigError, match="1 of 2 shards are missing"):
+        read_cache(data)
     build(data, vae)
     assert shard.read_bytes() == before
     with pytest.raises(ConfigError, match="holds another set"):
-        check_same_set(Path(data.folder), type(data)(folder=data.folder, samples=40, seed=9))
-    with pytest.raises(ConfigError, match="no shards"):
-        read_cache(Path(data.folder).parent)
+        build(replace(data, seed=9), vae)
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(2)
+    with pytest.raises(ConfigError, match="holds another set"):
+        build(data, vae)
+
+
+def test_text_cache_notices_other_prompts_positions_and_weights(run):
+    text = TextEncoder.from_pretrained(run.options.model, dtype=torch.float32)
+    name, bucket = next(iter(read_cache(run.options.data).items()))
+    keys = {text_cache._key(text, name, bucket)}
+    keys.add(text_cache._key(text, name, replace(bucket, prompts=(*bucket.prompts[:-1], "another"))))
+    text.positions = "sequential"
+    keys.add(text_cache._key(text, name, bucket))
+    with torch.no_grad():
+        text.network.get_input_embeddings().weight.copy_(text.network.get_input_embeddings().weight.flip(0))
+    keys.add(text_cache._key(text, name, bucket))
+    assert len(keys) == 4
 
 
 def test_training_resumes_exactly_and_exports_a_pipeline(changed, tmp_path, monkeypatch):
     whole = train(changed(), SFTTraining(changed()))
     expected = metrics(whole.parent)
 
-    config = changed()
-    config = type(config)(**{**config.__dict__, "output": str(tmp_path / "broken")})
+    config = replace(changed(), output=str(tmp_path / "broken"))
     method = SFTTraining(config)
     batch = method.batch
 
@@ -73,6 +91,7 @@ def test_training_resumes_exactly_and_exports_a_pipeline(changed, tmp_path, monk
     for part in ("transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
         assert (resumed / part).read_bytes() == (whole / part).read_bytes()
 
+    assert json.loads((resumed / "text_encoder" / "config.json").read_text())["unipic_positions"] == "multimodal"
     pipe = UniPicPipeline.from_pretrained(resumed, torch_dtype=torch.float32, device="cpu")
     red = Image.new("RGB", (96, 64), "red")
     out = pipe(images=[red, red], prompt="the object from image 1", num_inference_steps=2, true_cfg_scale=1.0)
@@ -110,7 +129,7 @@ def test_learns_one_batch(changed):
 
 
 def test_inputs_pack_target_and_references(run):
-    buckets = read_cache(Path(run.options.data.folder))
+    buckets = read_cache(run.options.data)
     bucket = next(b for b in buckets.values() if len(b.references) > 1)
     inputs = make_inputs(bucket, np.array([0]), None)
     packed = inputs.pack(inputs.x0)
