@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from unipic_core import mmdit
 from unipic_core.attention import BACKENDS
 from unipic_core.mmdit import MMDiT, MMDiTConfig
+from unipic_core.rope import joint_positions
 from unipic_core.sequence import LatentShape, PackedLatents, TextCond
 
 SMALL: dict[str, Any] = {
@@ -110,19 +113,78 @@ def sample(batch: int = 2) -> tuple[PackedLatents, TextCond]:
     return PackedLatents(random_tokens(generator, batch, 22, 8), (shapes,) * batch, 12), text
 
 
-def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+@pytest.mark.parametrize("zero_cond_t", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(zero_cond_t: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, text = sample()
+    calls, real = [], mmdit.checkpoint
+    monkeypatch.setattr(mmdit, "checkpoint", lambda *args, **kw: calls.append(1) or real(*args, **kw))
     gradients = []
     for checkpointing in (False, True):
-        model = MMDiT(MMDiTConfig(**SMALL))
+        model = MMDiT(MMDiTConfig(**SMALL, zero_cond_t=zero_cond_t))
         model.load_state_dict(pair()[0].state_dict())
         model.gradient_checkpointing = checkpointing
         model(packed, torch.tensor([0.2, 0.9]), text).square().mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters()})
+    assert len(calls) == SMALL["num_layers"]
     used = [n for n, g in gradients[0].items() if g is not None]
     assert len(used) > 50
     for name in used:
         torch.testing.assert_close(gradients[1][name], gradients[0][name])
+
+
+class Fp8Linear(nn.Linear):
+    """A host's layer: the weight is stored in fp8 and cast where it is used."""
+
+    def __init__(self, *args: Any, **kw: Any) -> None:
+        super().__init__(*args, **kw)
+        self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def test_layers_come_from_operations_and_activations_keep_their_type() -> None:
+    class Operations:
+        Linear, LayerNorm, RMSNorm, Embedding = Fp8Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding
+
+    packed, text = sample()
+    stored = MMDiT(MMDiTConfig(**SMALL), operations=Operations, compute_dtype=torch.float32)
+    made = [n for n, m in stored.named_modules() if isinstance(m, nn.Linear)]
+    assert all(isinstance(stored.get_submodule(n), Fp8Linear) for n in made)
+    plain = MMDiT(MMDiTConfig(**SMALL))
+    plain.load_state_dict({n: w.float() for n, w in stored.state_dict().items()})
+    with torch.no_grad():
+        torch.testing.assert_close(stored(packed, 0.5, text), plain(packed, 0.5, text))
+    assert stored.dtype == torch.float32
+
+
+def test_positions_kept_in_inference_mode_serve_training() -> None:
+    packed, text = sample()
+    joint_positions.cache_clear()
+    model = MMDiT(MMDiTConfig(**SMALL))
+    with torch.inference_mode():
+        model(packed, 0.5, text)
+    model(packed, 0.5, text).sum().backward()
+    assert model.img_in.weight.grad is not None
+
+
+def test_all_options_together_in_a_batch() -> None:
+    """Each sample of a batch gives what it gives alone, with every option of diffusers' class on at once."""
+    options = {"zero_cond_t": True, "use_layer3d_rope": True, "use_additional_t_cond": True}
+    model = MMDiT(MMDiTConfig(**SMALL, **options)).eval()
+    packed, text = sample()
+    t, kind = torch.tensor([0.2, 0.9]), torch.tensor([0, 1])
+    with torch.no_grad():
+        whole = model(packed, t, text, kind)
+        for i in range(2):
+            one = PackedLatents(packed.tokens[i : i + 1], packed.shapes[i : i + 1], packed.num_target_tokens)
+            words = TextCond(text.embeds[i : i + 1], None if text.mask is None else text.mask[i : i + 1])
+            alone = model(one, t[i], words, kind[i : i + 1])
+            torch.testing.assert_close(whole[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_null_out_channels_means_as_many_as_come_in() -> None:
+    assert MMDiTConfig.from_dict({**SMALL, "out_channels": None}).out_channels == SMALL["in_channels"]
 
 
 def test_attention_is_replaceable() -> None:

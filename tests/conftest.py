@@ -46,6 +46,12 @@ def run(tmp_path_factory, subset_only) -> RunConfig:
     )
 
 
+@pytest.fixture(scope="session")
+def examples() -> Path:
+    """The bundled pictures."""
+    return Path(__file__).parents[1] / "examples"
+
+
 @pytest.fixture
 def changed(run, tmp_path):
     """The run with other values, in an output folder of its own."""
