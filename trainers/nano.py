@@ -40,8 +40,8 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 RECIPE = Recipe(
-    steps=30,
-    guidance=2.0,
+    steps=20,
+    guidance=1.0,
     sampler="euler",
     schedule="base",
     reference_budget=160,

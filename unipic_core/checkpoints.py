@@ -23,6 +23,16 @@ CONFIG_KEY = "unipic_config"
 ZERO_COND_MARKER = "__index_timestep_zero__"
 """A tensor of this name says zero_cond_t in single files (Qwen-Image-Edit-2511), as ComfyUI reads them."""
 
+PARTS = {
+    "transformer": TRANSFORMER_FOLDERS,
+    "text_encoder": ("text_encoder",),
+    "tokenizer": ("tokenizer",),
+    "vae": ("vae",),
+    "processor": ("processor",),
+    "scheduler": ("scheduler",),
+}
+"""Parts of a pipeline folder and the names of their folders."""
+
 _CLASS = "QwenImageTransformer2DModel"
 _MOST_LAYERS = 1000
 _LARGEST = 1 << 20
@@ -243,6 +253,12 @@ def stored_dtype(weights: Weights) -> torch.dtype:
     return torch.float32 if most is torch.float64 else most
 
 
+def checked_dtype(dtype: torch.dtype | None) -> None:
+    """CheckpointError for types that the network cannot compute in."""
+    if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
+        raise CheckpointError(f"{dtype} overflows in this network; use torch.bfloat16 or torch.float32")
+
+
 def load_transformer(
     path: PathLike,
     *,
@@ -256,8 +272,7 @@ def load_transformer(
     Built without memory, then filled tensor by tensor in its final type and place, so there is never a second copy.
     dtype: bfloat16 or float32; None = as stored (`stored_dtype`). Raises CheckpointError.
     """
-    if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
-        raise CheckpointError(f"{dtype} overflows in this network; use torch.bfloat16 or torch.float32")
+    checked_dtype(dtype)
     weights, config = open_transformer(path)
     model = MMDiT(config, operations=operations, attention=attention, device="meta")
     dtype = dtype or stored_dtype(weights)

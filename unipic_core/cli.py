@@ -54,11 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         expected = isinstance(error, (ValueError, OSError))
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = with_flags(" ".join(str(error).split())) or type(error).__name__
         if not expected:
             text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
         print(f"unipic: {text}", file=sys.stderr)
         return 2 if expected else 1
+
+
+FLAGS = {
+    "transformer=": "--transformer",
+    'device="cpu"': "--device cpu",
+    "torch.bfloat16": "--dtype bf16",
+    "torch.float32": "--dtype fp32",
+}
+"""How the errors of the Python API name what the command line has flags for."""
+
+
+def with_flags(text: str) -> str:
+    """An error of the Python API in the words of the command line."""
+    for python, flag in FLAGS.items():
+        text = text.replace(python, flag)
+    return text
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -115,7 +131,7 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
     sampling.add_argument("--steps", type=int, help="number of steps")
     sampling.add_argument("--cfg", type=float, help="guidance scale; 1 switches it off and halves the time")
-    sampling.add_argument("--sampler", choices=["consistency", "euler"], help="few-step weights want consistency")
+    sampling.add_argument("--sampler", metavar="NAME", help="consistency, which few-step weights want, or euler")
     sampling.add_argument(
         "--reference-budget", type=int, metavar="PIXELS", help="side of the square all pictures share"
     )
@@ -151,9 +167,16 @@ def output_argument(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in ENDINGS:
         raise argparse.ArgumentTypeError(f"{text!r} should end in {', '.join(ENDINGS)}")
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder; name a file in it" if path.is_dir() else f"cannot be written: no folder {path.parent}"
-        raise argparse.ArgumentTypeError(f"{text!r} {what}")
+    try:
+        what = "is a folder; name a file in it" if path.is_dir() else ""
+        if not path.parent.is_dir():
+            what = f"cannot be written: no folder {path.parent}"
+        elif not what and not os.access(path if path.exists() else path.parent, os.W_OK):
+            what = "may not be written; choose another place"
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+    if what:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} {what}")
     return path
 
 
@@ -167,30 +190,40 @@ def run_compose(args: argparse.Namespace) -> None:
     images = [load_image(path) for path in args.images]
     if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UniPicError("the bundled model is not installed; name a model folder with --model")
-    pipe = load_pipeline(args)
     width, height = args.size or (None, None)
-    choices = {
+    wishes = {
+        "height": height,
+        "width": width,
         "num_inference_steps": args.steps,
         "true_cfg_scale": args.cfg,
         "sampler": args.sampler,
+        "seed": args.seed,
+        "num_images": args.num_images,
         "reference_budget": args.reference_budget,
     }
+    steps = check_wishes(args, [image.size for image in images], wishes)
+    pipe = load_pipeline(args)
     with progress_bar("composing") as advance:
-        out = pipe(
-            images,
-            args.prompt,
-            args.negative,
-            height=height,
-            width=width,
-            seed=args.seed,
-            num_images=args.num_images,
-            callback=lambda step, *_: advance(step + 1, out_steps(pipe, args)),
-            **choices,
-        )
+        out = pipe(images, args.prompt, args.negative, callback=lambda step, *_: advance(step + 1, steps), **wishes)
     for image, seed in zip(out.images, out.seeds, strict=True):
         path = args.out if len(out.images) == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
         save_image(image, path, record(args, seed, image.size, out.settings))
         print(path)
+
+
+def check_wishes(args: argparse.Namespace, sizes: list[tuple[int, int]], wishes: dict[str, Any]) -> int:
+    """The number of steps, after checking all that can be checked before gigabytes are read."""
+    from .lora import read_lora
+    from .pipeline.loading import find_recipe
+    from .pipeline.offload import checked_device
+    from .pipeline.settings import plan
+
+    _, recipe = find_recipe(args.model, args.transformer)
+    for path, _ in args.lora:
+        recipe = recipe.merge(read_lora(path, mapped=True).recipe)
+    if args.device != "auto":
+        checked_device(args.device)
+    return plan(recipe, sizes, args.prompt, args.negative, **wishes).settings.steps
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:
@@ -214,13 +247,6 @@ def load_pipeline(args: argparse.Namespace) -> Any:
         report = pipe.load_lora(path, strength)
         print(f"{path.name}: {report.matched} layers added at strength {strength:g}", file=sys.stderr)
     return pipe
-
-
-def out_steps(pipe: Any, args: argparse.Namespace) -> int:
-    """How many steps the run will take."""
-    from .pipeline.settings import resolve
-
-    return resolve(pipe.recipe, args.steps, args.cfg, args.sampler).steps
 
 
 def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings: Any) -> dict[str, Any]:

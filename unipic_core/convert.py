@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from .checkpoints import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, open_tra
 from .errors import CheckpointError
 from .lora import FittedLoRA, LoRA, read_lora
 from .mmdit import MMDiTConfig
-from .recipe import METADATA_KEY, Recipe, released_recipe
+from .recipe import METADATA_KEY, RECIPE_FROM, Recipe, released_recipe
 from .saving import Progress, write_safetensors
 from .weights import PathLike, Weights
 
@@ -56,6 +56,7 @@ def convert(
     target = _target(Path(src), Path(dst))
     weights, config = open_transformer(src)
     adapter = lora if isinstance(lora, LoRA) or lora is None else read_lora(lora)
+    _keep_sources(target, [*weights.files, *([] if isinstance(lora, LoRA) or lora is None else [Path(lora)])])
     fitted = adapter.fit(weights.shapes()) if adapter else None
     described = describe_output(expected_shapes(config), config, dtype)
     metadata = _metadata(Path(src), config, dtype, adapter, strength)
@@ -137,9 +138,19 @@ def _target(src: Path, dst: Path) -> Path:
         raise CheckpointError(f"{dst} is a folder; name the file to write, such as {dst / 'unipic.safetensors'}")
     if dst.suffix != ".safetensors":
         raise CheckpointError(f"the destination should end in .safetensors, got {dst.name}")
-    if dst.exists() and src.exists() and dst.samefile(src):
-        raise CheckpointError(f"source and destination are the same file {dst}; choose another name")
+    _keep_sources(dst, [src])
     return dst
+
+
+def _keep_sources(dst: Path, sources: Iterable[Path]) -> None:
+    """CheckpointError if writing `dst` would replace one of these files, or any file in one of these folders."""
+    if not dst.exists():
+        return
+    for source in sources:
+        if source.is_dir() and dst.resolve().is_relative_to(source.resolve()):
+            raise CheckpointError(f"{dst} is there already, as a part of the source; choose another name")
+        if source.exists() and dst.samefile(source):
+            raise CheckpointError(f"source and destination are the same file {dst}; choose another name")
 
 
 def _metadata(src: Path, config: MMDiTConfig, dtype: str, lora: LoRA | None, strength: float) -> dict[str, str]:
@@ -147,7 +158,9 @@ def _metadata(src: Path, config: MMDiTConfig, dtype: str, lora: LoRA | None, str
     how: dict[str, Any] = {"source": src.absolute().name, "dtype": dtype}
     if lora is not None:
         how |= {"lora": lora.name, "strength": strength}
-    recipe = Recipe.read(src) or released_recipe(src)
+    recipe = Recipe.read(src)
+    if recipe is None and (guess := released_recipe(src)):
+        recipe = replace(guess, made={RECIPE_FROM: "name"})
     if lora is not None and lora.recipe is not None:
         recipe = (recipe or Recipe()).merge(lora.recipe)
     recipe = recipe or Recipe()

@@ -28,6 +28,9 @@ REFERENCE_MULTIPLE = 32
 DEFAULT_BUDGET = 1024
 """Side of the square whose pixels all references share."""
 
+MAX_ASPECT = 8.0
+"""The default output is at most this many times as long as it is wide, whatever the first reference."""
+
 MAX_PIXELS = 178_956_970
 """Pictures of more pixels are refused (Pillow's own limit against decompression bombs)."""
 
@@ -172,12 +175,13 @@ def output_size(
 ) -> Size:
     """(width, height) of the output: as asked, checked; by default the first reference's aspect at the budget.
 
-    first_reference: (w, h) of the first picture as given, or None for a square.
+    first_reference: (w, h) of the first picture as given, or None for a square; its aspect is taken up to MAX_ASPECT.
     budget: side of the largest square. A default side is rounded to 32, so a default may be a little over the budget;
     such sizes are accepted when asked for. One side given alone takes the other from the aspect.
     Raises UniPicError naming a size to use.
     """
-    aspect = first_reference[0] / first_reference[1] if first_reference else 1.0
+    widest = _widest(budget)
+    aspect = min(max(first_reference[0] / first_reference[1], 1 / widest), widest) if first_reference else 1.0
     if width is None and height is None:
         root = math.sqrt(aspect)
         return _to_multiple((round(budget * root), round(budget / root)))
@@ -219,9 +223,18 @@ def _within_budget(width: int, height: int, budget: int) -> bool:
     """At most budget^2 pixels, or a size that rounding an aspect at the budget to 32 can give."""
     if width * height <= budget**2:
         return True
-    half = REFERENCE_MULTIPLE // 2
-    rounded = width % REFERENCE_MULTIPLE == 0 and height % REFERENCE_MULTIPLE == 0
-    return rounded and (width - half) * (height - half) < budget**2
+    if width % REFERENCE_MULTIPLE or height % REFERENCE_MULTIPLE:
+        return False
+    # a default is (budget r, budget / r), rounded to pixels and then to 32; is there such an r?
+    most = REFERENCE_MULTIPLE / 2 + 0.5
+    root = math.sqrt(_widest(budget))
+    least_r, most_r = max((width - most) / budget, 1 / root), min(budget / (height - most), root)
+    return least_r <= most_r * (1 + 1e-9)
+
+
+def _widest(budget: int) -> float:
+    """The largest aspect of a default output: MAX_ASPECT, or where the short side would fall below 32."""
+    return max(min(MAX_ASPECT, (budget / REFERENCE_MULTIPLE) ** 2), 1.0)
 
 
 # --- tensors -------------------------------------------------------------------------------------------------------

@@ -8,21 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .checkpoints import find_transformer, looks_like, read_config
+from .checkpoints import PARTS, find_transformer, looks_like, read_config
 from .errors import CheckpointError
 from .lora import common_targets, read_lora
-from .recipe import TRANSFORMER_FOLDERS, Recipe, released_recipe
+from .recipe import RECIPE_FROM, Recipe, released_recipe
 from .weights import FP8, PathLike, Weights, find_weight_file, open_weights
-
-PARTS = {
-    "transformer": TRANSFORMER_FOLDERS,
-    "vae": ("vae",),
-    "text_encoder": ("text_encoder",),
-    "tokenizer": ("tokenizer",),
-    "processor": ("processor",),
-    "scheduler": ("scheduler",),
-}
-"""Parts of a pipeline folder and the names of their folders."""
 
 _KINDS = {
     "a LoRA": "lora",
@@ -136,7 +126,8 @@ def _lora(path: Path) -> dict[str, Any]:
 
 
 def _recipe(path: Path) -> dict[str, Any]:
-    recipe, source = Recipe.read(path), "file"
+    recipe = Recipe.read(path)
+    source = "name" if recipe and recipe.made.get(RECIPE_FROM) == "name" else "file"
     if recipe is None:
         recipe, source = released_recipe(path), "name"
     return {"recipe": json.loads(recipe.to_json()) if recipe else None, "recipe_source": source if recipe else None}
@@ -200,7 +191,9 @@ def _recipe_line(info: dict[str, Any]) -> str:
     said = ", ".join(f"{name} {value}" for name, value in recipe.items() if name not in skipped)
     if recipe.get("attention_form", "full") != "full":
         said += f", attention {recipe['attention_form']}"
-    return (said or "says nothing") + (" (known by the folder's name)" if info["recipe_source"] == "name" else "")
+    return (said or "says nothing") + (
+        " (known by the name of the folder or file)" if info["recipe_source"] == "name" else ""
+    )
 
 
 def _count(number: int) -> str:

@@ -17,11 +17,11 @@ from .errors import CheckpointError, LoRAError
 from .lora_layers import LoRALayer, Shape
 from .recipe import METADATA_KEY, Recipe
 from .saving import write_safetensors
+from .weights import PREFIXES as NETWORK_PREFIXES
 from .weights import PathLike, open_weights
 
 PREFIXES = (
-    *("base_model.model.", "base_model.", "model.diffusion_model.", "diffusion_model.", "transformer."),
-    *("unet.", "module."),
+    *("base_model.model.", "base_model.", *NETWORK_PREFIXES, "unet."),
     *("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_", "lora_"),
 )
 """What trainers put before a layer's name; they may be nested. Names behind those of the last row use _ for dots."""
@@ -173,7 +173,7 @@ def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRepo
     parameters = dict(model.named_parameters())
     fitted = lora.fit({name: tuple(p.shape) for name, p in parameters.items()})
     with torch.no_grad():
-        for name in fitted.table:
+        for name in fitted.table if strength else ():
             parameters[name].copy_(fitted.apply(name, parameters[name], strength))
     return fitted.report
 

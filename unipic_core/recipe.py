@@ -7,11 +7,10 @@ absent; fields that this version does not know are kept and written back.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import CheckpointError
 from .tensor_files import read_safetensors
@@ -19,11 +18,22 @@ from .weights import PathLike, find_weight_file
 
 METADATA_KEY = "unipic_recipe"
 FILE_NAME = "recipe.json"
+RECIPE_FROM = "recipe_from"
+"""Key of `made` that says "name" where a recipe is no more than a guess by the weights' name (`released_recipe`)."""
+
 TRANSFORMER_FOLDERS = ("transformer", "ema_transformer")
 """Where a released repository keeps the network, in the order of preference."""
 
-_CHOICES = {"sampler": ("consistency", "euler"), "schedule": ("few_step", "base")}
-_COUNTS = ("steps", "reference_budget", "output_budget")
+Sampler = Literal["consistency", "euler"]
+Schedule = Literal["few_step", "base"]
+SAMPLERS: tuple[str, ...] = get_args(Sampler)
+
+LIMITS = {"steps": (1, 1000), "reference_budget": (32, 8192), "output_budget": (32, 8192), "version": (1, 1_000_000)}
+"""Least and most of the whole numbers: steps, and sides in pixels."""
+
+MAX_GUIDANCE = 1000.0
+
+_CHOICES = {"sampler": SAMPLERS, "schedule": get_args(Schedule)}
 
 
 @dataclass(frozen=True)
@@ -38,8 +48,8 @@ class Recipe:
     version: int = 1
     steps: int | None = None
     guidance: float | None = None
-    sampler: Literal["consistency", "euler"] | None = None
-    schedule: Literal["few_step", "base"] | None = None
+    sampler: Sampler | None = None
+    schedule: Schedule | None = None
     reference_budget: int | None = None
     output_budget: int | None = None
     attention_form: str = "full"
@@ -117,8 +127,11 @@ RELEASED_FEW_STEP = Recipe(
 
 
 def released_recipe(path: PathLike) -> Recipe | None:
-    """The recipe of the released weights, known by the names of their folders or files; None for other weights."""
-    names = [part.lower().replace("_", "-") for part in Path(path).absolute().parts[-5:]]
+    """The recipe of the released weights, known by the name of their folder or file; None for other weights.
+
+    A guess: anyone may give a folder that name. A recipe that the weights bring themselves goes before it.
+    """
+    names = [name.lower().replace("_", "-") for name in _own_names(Path(path).absolute())]
     if any("unipic3-dmd" in n or "unipic3-consistency" in n or n == "ema-transformer" for n in names):
         return RELEASED_FEW_STEP
     if Path(path).is_dir() and not (Path(path) / "transformer").is_dir() and (Path(path) / "ema_transformer").is_dir():
@@ -126,10 +139,25 @@ def released_recipe(path: PathLike) -> Recipe | None:
     return RELEASED_BASE if any("unipic3" in n for n in names) else None
 
 
+def _own_names(path: Path) -> list[str]:
+    """What weights are called: the path's own name, and the repository's where the path is a part of one.
+
+    Parts are the transformer's folder or a file in it, and a snapshot in the Hugging Face cache
+    (models--OWNER--NAME/snapshots/HASH).
+    """
+    names = [path.name]
+    for _ in range(2):
+        if path.name in TRANSFORMER_FOLDERS or path.parent.name in TRANSFORMER_FOLDERS:
+            path = path.parent
+            names.append(path.name)
+    if path.parent.name == "snapshots":
+        names.append(path.parent.parent.name)
+    return names
+
+
 def recipe_of(path: PathLike) -> Recipe:
-    """What weights say of themselves, else what is known of them, else the base's; every field but `made` is set."""
-    known = released_recipe(path) or RELEASED_BASE
-    return known.merge(Recipe.read(path))
+    """What weights say of themselves, over what is known of them by name; None where neither says anything."""
+    return (released_recipe(path) or Recipe()).merge(Recipe.read(path))
 
 
 def _folders(path: Path) -> list[Path]:
@@ -149,19 +177,23 @@ def _recipe_text(place: Path) -> str | None:
 
 def _checked(name: str, value: Any) -> Any:
     """The value of a field, or CheckpointError."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in _CHOICES:
         good, expected = value in _CHOICES[name], " or ".join(map(repr, _CHOICES[name]))
-    elif name in _COUNTS or name == "version":
-        good, expected = number and value == int(value) and value >= 1, "a whole number of at least 1"
+    elif name in LIMITS:
+        least, most = LIMITS[name]
+        good, expected = (
+            number and least <= value <= most and value == int(value),
+            f"a whole number from {least} to {most}",
+        )
         value = int(value) if good else value
     elif name == "guidance":
-        good, expected = number and value >= 0, "a number of at least 0"
+        good, expected = number and 0 <= value <= MAX_GUIDANCE, f"a number from 0 to {MAX_GUIDANCE:g}"
         value = float(value) if good else value
     elif name == "made":
         good, expected = isinstance(value, dict), "a table"
     else:
         good, expected = isinstance(value, str) and bool(value), "a text"
     if not good:
-        raise CheckpointError(f"the recipe's {name} should be {expected}, got {value!r}")
+        raise CheckpointError(f"the recipe's {name} should be {expected}, got {repr(value)[:60]}")
     return value

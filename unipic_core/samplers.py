@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .errors import UniPicError
 from .flow import add_noise, velocity_to_x0
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -20,7 +21,7 @@ NoiseSource = Callable[[int], Tensor]
 """Step -> fresh eps [B, N, 4C]."""
 
 
-class NonFiniteLatent(ValueError):
+class NonFiniteLatent(UniPicError):
     """A latent became NaN or infinite."""
 
 
@@ -50,11 +51,11 @@ def sample_consistency(
     return x_t
 
 
-def seeded_noise(shape: Sequence[int], seed: int, first: int = 0) -> NoiseSource:
+def seeded_noise(shape: Sequence[int], seed: int) -> NoiseSource:
     """Noise that depends on (seed, step) alone: drawn on the CPU in float32, so every device gives the same picture."""
 
     def noise(step: int) -> Tensor:
-        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + first + step + 1) % 2**63)
+        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + step + 1) % 2**63)
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
     return noise

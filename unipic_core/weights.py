@@ -70,6 +70,11 @@ class Weights:
         return prod(self.shape(name))
 
     @property
+    def files(self) -> set[Path]:
+        """Every file that a tensor lies in."""
+        return {spec.file for spec in (*self._table.values(), *self._scales.values())}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
         return sum(spec.nbytes for spec in (*self._table.values(), *self._scales.values()))

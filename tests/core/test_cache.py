@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from unipic_core.pipeline.cache import LRU, image_key, weights_key
+from unipic_core.pipeline.cache import LRU, WeightsKey, image_key
 
 
 def test_lru() -> None:
@@ -22,8 +22,21 @@ def test_keys() -> None:
     assert image_key(a) == image_key(a.copy())
     assert image_key(a) != image_key(Image.new("RGB", (8, 2)))  # equal bytes
     layer = torch.nn.Linear(2, 2)
-    before = weights_key(layer)
+    before = WeightsKey(layer)
     layer.to("cpu")
-    assert weights_key(layer) == before != weights_key(torch.nn.Linear(2, 2))
+    assert WeightsKey(layer) == before != WeightsKey(torch.nn.Linear(2, 2))
     layer.load_state_dict(layer.state_dict())
-    assert weights_key(layer) != before
+    assert WeightsKey(layer) != before
+
+
+def test_moved_weights_keep_their_key_and_others_never_get_it() -> None:
+    layer = torch.nn.Linear(2, 2)
+    before = WeightsKey(layer)
+    layer.weight.data = layer.weight.data.clone()  # what Module.to another device does
+    assert WeightsKey(layer) == before
+    assert hash(WeightsKey(layer)) == hash(before)
+    state = before._state
+    layer.weight = torch.nn.Parameter(layer.weight.detach())  # the same values at the same address
+    after = WeightsKey(layer)
+    after._state = state  # even if the new parameter got the old one's id
+    assert after != before

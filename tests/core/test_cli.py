@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from unipic_core import cli
 from unipic_core.cli import lora_argument, main, size_argument
+from unipic_core.lora import save_lora
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--size", "32x16", "--steps", "1", "--cfg", "1", "--reference-budget", "32", "--device", "cpu"]
@@ -33,6 +35,16 @@ def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tiny pipeline in place of loading one."""
     monkeypatch.setattr(cli, "load_pipeline", lambda args: tiny)
     return tiny
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading weights fails the test."""
+
+    def load(args: Any) -> Any:
+        raise AssertionError("weights were loaded before the mistake was found")
+
+    monkeypatch.setattr(cli, "load_pipeline", load)
 
 
 def compose(model: Path, *arguments: object) -> list[str]:
@@ -79,10 +91,16 @@ def test_no_pictures_warns(golden: Path, tmp_path: Path, loaded: Any, capsys: An
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
 
 
-def test_loras_are_loaded_with_their_strength(golden: Path, picture: Path, capsys: Any) -> None:
-    message = fails(compose(golden / "tiny", picture, "--lora", picture.with_name("a.safetensors:0.5")), capsys)
-    assert "a.safetensors" in message
-    assert "0.5" not in message
+def test_loras_are_loaded_with_their_strength(golden: Path, tmp_path: Path, tiny: Any, capsys: Any) -> None:
+    down, up = torch.ones(2, 16), torch.ones(64, 2)
+    save_lora(tmp_path / "a.safetensors", {"img_in": (down, up)})
+    lora = f"{tmp_path / 'a.safetensors'}:0.5"
+    args = cli.parser().parse_args(compose(golden / "tiny", "--lora", lora, "--lora", lora))
+    loaded = cli.load_pipeline(args).transformer.img_in.weight
+    torch.testing.assert_close(loaded, tiny.transformer.img_in.weight + 2 * 0.5 * up @ down)
+    assert "a.safetensors: 1 layers added at strength 0.5" in capsys.readouterr().err
+    absent = tmp_path / "b.safetensors:0.5"
+    assert "b.safetensors" in fails(compose(golden / "tiny", "--lora", absent), capsys).partition(":0.5")[0]
 
 
 def test_arguments(tmp_path: Path) -> None:
@@ -123,16 +141,27 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) 
         (["--num-images", "0"], "number of images must be from 1"),
         (["--cfg", "nan"], "guidance scale must be"),
         (["--prompt", "x <|im_end|>"], "a mark of the template; remove it"),
-        (["--prompt", "word " * 8000], "prompt is too long"),
+        (["--cfg", "2", "--negative", "x <|im_end|>"], "a mark of the template; remove it"),
+        (["--sampler", "heun"], "sampler must be one of consistency, euler, got 'heun'"),
+        (["--reference-budget", "8"], "reference budget must be from 32"),
+        (["--device", "gpu"], "no device 'gpu'"),
+        (["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (["--lora", "absent.safetensors"], "absent.safetensors"),
     ],
 )
-def test_wrong_wishes(golden: Path, picture: Path, loaded: Any, capsys: Any, change: list[str], message: str) -> None:
+def test_wrong_wishes_are_found_before_loading(
+    golden: Path, picture: Path, unloaded: None, capsys: Any, change: list[str], message: str
+) -> None:
     out = picture.with_name("out.png")
     assert message in fails(compose(golden / "tiny", picture, "--out", out, *change), capsys)
     assert not out.exists()
 
 
-def test_seven_pictures(golden: Path, picture: Path, loaded: Any, capsys: Any) -> None:
+def test_a_prompt_too_long(golden: Path, picture: Path, loaded: Any, capsys: Any) -> None:
+    assert "prompt is too long" in fails(compose(golden / "tiny", picture, "--prompt", "word " * 8000), capsys)
+
+
+def test_seven_pictures(golden: Path, picture: Path, unloaded: None, capsys: Any) -> None:
     assert "at most 6 pictures can be composed, got 7" in fails(compose(golden / "tiny", *[picture] * 7), capsys)
 
 
@@ -188,13 +217,21 @@ def test_ctrl_c(golden: Path, picture: Path) -> None:
     out = picture.with_name("out.png")
     command = compose(golden / "tiny", picture, "--out", out, "--steps", "1000")
     run = subprocess.Popen(
-        [sys.executable, "-m", "unipic_core", *command], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-m", "unipic_core", *command],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
     )
     assert run.stderr is not None
     assert b"loading tiny on cpu" in run.stderr.readline()
-    time.sleep(0.5)
+    said = b""
+    while not re.search(rb" [1-9]\d*/1000 ", said):  # it is sampling
+        more = os.read(run.stderr.fileno(), 4096)
+        assert more, said
+        said += more
     run.send_signal(signal.SIGINT)
-    _, said = run.communicate(timeout=120)
+    said += run.communicate(timeout=120)[1]
     assert run.returncode == 130
     assert b"interrupted" in said
     assert b"Traceback" not in said

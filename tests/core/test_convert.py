@@ -184,6 +184,28 @@ def test_the_source_is_never_overwritten(tmp_path: Path) -> None:
     assert out.read_bytes() == content
 
 
+def test_no_file_of_the_source_is_overwritten(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY, tmp_path / "model")
+    held = {p: p.read_bytes() for p in folder.rglob("*.safetensors")}
+    for dst in held:
+        for src in (folder, folder / "transformer"):
+            if dst.is_relative_to(src):
+                with pytest.raises(CheckpointError, match="part of the source"):
+                    convert(src, dst)
+    index = tmp_path / "model.safetensors.index.json"
+    shard = shutil.copy(SOURCE, tmp_path / "shard.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(load_file(SOURCE), "shard.safetensors")}))
+    held[shard] = shard.read_bytes()
+    with pytest.raises(CheckpointError, match="same file"):
+        convert(index, shard)
+    lora = tmp_path / "lora.safetensors"
+    save_lora(lora, {"img_in": (torch.zeros(2, 16), torch.zeros(64, 2))})
+    held[lora] = lora.read_bytes()
+    with pytest.raises(CheckpointError, match="same file"):
+        convert(folder, lora, lora=lora)
+    assert all(p.read_bytes() == content for p, content in held.items())
+
+
 @pytest.mark.parametrize(
     "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), ValueError()]
 )

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
 from unipic_core import images
 from unipic_core.errors import UniPicError
 from unipic_core.images import (
+    MAX_ASPECT,
     load_image,
     output_size,
     reference_sizes,
@@ -190,12 +191,23 @@ def test_default_output_size() -> None:
     assert output_size((1, 20000), 128)[0] == 32
 
 
-@given(st.integers(1, 3000), st.integers(1, 3000), st.sampled_from([128, 512, 1024]))
-def test_a_default_size_may_be_asked_for(w: int, h: int, budget: int) -> None:
-    if max(w, h) > budget * min(w, h) / 32:
-        return  # so flat that the short side was rounded up to 32
+@given(st.integers(1, 20000), st.integers(1, 20000), st.sampled_from([32, 48, 64, 100, 128, 512, 1024]))
+@example(20000, 10, 1024)
+@example(20000, 1, 1024)
+@example(1, 20000, 128)
+def test_a_default_size_is_within_the_budget_and_may_be_asked_for(w: int, h: int, budget: int) -> None:
     size = output_size((w, h), budget)
+    assert min(size) >= 32
+    assert size[0] * size[1] <= budget**2 + 16.5 * sum(size)  # each side rounded to pixels, then to 32
+    assert max(size) <= budget * MAX_ASPECT**0.5 + 16.5
     assert output_size(None, budget, *size) == size
+
+
+def test_extreme_aspects() -> None:
+    assert output_size((20000, 10)) == output_size((20000, 1)) == (2880, 352)
+    assert output_size((20000, 1), width=1024) == (1024, 128)
+    with pytest.raises(UniPicError, match=r"over this model's 1024x1024 pixels; use"):
+        output_size(None, 1024, 65536, 32)
 
 
 def test_one_side_takes_the_other_from_the_aspect() -> None:

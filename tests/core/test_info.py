@@ -61,7 +61,7 @@ def test_missing_parts_are_said(tmp_path: Path) -> None:
     (tmp_path / "vae").mkdir()
     (tmp_path / "recipe.json").write_text(Recipe(steps=8, guidance=1.0).to_json())
     info = describe(tmp_path)
-    assert info["missing"] == ["vae", "text_encoder", "processor", "scheduler"]
+    assert info["missing"] == ["text_encoder", "vae", "processor", "scheduler"]
     assert info["recipe"]["steps"] == 8
     text = format_description(info)
     assert text.count("MISSING") == 4
@@ -75,7 +75,7 @@ def test_bare_folders_and_files(tmp_path: Path) -> None:
         info = describe(path)
         assert (info["kind"], info["layers"], info["format"]) == ("transformer", 2, "safetensors")
         assert (info["recipe"]["steps"], info["recipe_source"]) == (8, "name")
-        assert "known by the folder's name" in format_description(info)
+        assert "known by the name of the folder" in format_description(info)
 
 
 def test_a_converted_file(tmp_path: Path) -> None:
@@ -85,6 +85,13 @@ def test_a_converted_file(tmp_path: Path) -> None:
     assert set(info["dtypes"]) == {"float8_e4m3fn", "bfloat16"}
     assert info["recipe_source"] == "file"
     assert "float8_e4m3fn + bfloat16" in format_description(info)
+
+
+def test_a_guess_stays_a_guess_in_a_converted_file(tmp_path: Path) -> None:
+    source = shutil.copytree(TINY / "transformer", tmp_path / "Unipic3-DMD" / "ema_transformer")
+    info = describe(convert(source, tmp_path / "o.safetensors"))
+    assert (info["recipe"]["steps"], info["recipe"]["made"]["recipe_from"]) == (8, "name")
+    assert info["recipe_source"] == "name"
 
 
 def test_a_pickle(tmp_path: Path) -> None:

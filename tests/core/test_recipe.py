@@ -66,6 +66,11 @@ def test_absent_fields_are_none_and_written_as_absent() -> None:
         ("made", "by hand"),
         ("attention_form", 3),
         ("reference_budget", "1024"),
+        ("steps", 10**9),
+        ("steps", 10**400),
+        ("guidance", 1e30),
+        ("output_budget", 16),
+        ("reference_budget", 10**6),
     ],
 )
 def test_wrong_values_name_the_field(field: str, value: object) -> None:
@@ -149,15 +154,21 @@ def test_a_wrong_recipe_names_its_file(tmp_path: Path) -> None:
         ("models--Skywork--Unipic3-Consistency-Model/snapshots/0123/ema_transformer", RELEASED_FEW_STEP),
         ("unipic3_dmd.safetensors", RELEASED_FEW_STEP),
         ("Qwen-Image-Edit", None),
+        ("models--Skywork--Unipic3-DMD/snapshots/0123", RELEASED_FEW_STEP),
+        ("models--Skywork--Unipic3/snapshots/0123/transformer", RELEASED_BASE),
+        ("Unipic3-DMD/transformer/diffusion_pytorch_model.safetensors", RELEASED_FEW_STEP),
+        ("Unipic3-DMD/mine", None),
+        ("unipic3/runs/mine/transformer", None),
+        ("unipic3-dmd/mine.safetensors", None),
     ],
 )
 def test_released_weights_are_known_by_name(tmp_path: Path, name: str, expected: Recipe | None) -> None:
     assert released_recipe(tmp_path / name) == expected
 
 
-def test_recipe_of_fills_what_the_weights_leave_open(tmp_path: Path) -> None:
+def test_recipe_of_fills_what_is_known_and_leaves_the_rest_open(tmp_path: Path) -> None:
+    assert recipe_of(tmp_path) == Recipe()
     write(tmp_path / "recipe.json", 12)
-    assert recipe_of(tmp_path) == RELEASED_BASE.merge(Recipe(steps=12))
-    (tmp_path / "recipe.json").unlink()
+    assert recipe_of(tmp_path) == Recipe(steps=12)
     (tmp_path / "ema_transformer").mkdir()
-    assert recipe_of(tmp_path) == RELEASED_FEW_STEP
+    assert recipe_of(tmp_path) == RELEASED_FEW_STEP.merge(Recipe(steps=12))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from unipic_core.errors import CheckpointError, UniPicError
 from unipic_core.flow import x0_to_velocity
 from unipic_core.samplers import NonFiniteLatent, sample_consistency, sample_euler, seeded_noise
 from unipic_core.schedules import Shift, base_times, few_step_times, resolution_shift
@@ -108,6 +109,7 @@ def test_non_finite_latent_names_the_step() -> None:
         lambda: sample_euler(broken, start(2), [1.0, 0.75, 0.5, 0.0]),
         lambda: sample_consistency(broken, start(2), [1.0, 0.75, 0.5, 0.0], seeded_noise((1, 2, 4), 0)),
     ):
+        assert issubclass(NonFiniteLatent, UniPicError)
         with pytest.raises(NonFiniteLatent, match=r"step 3.*bfloat16 or float32"):
             run()
 
@@ -126,6 +128,46 @@ def test_schedule_details() -> None:
     assert float(base_times(50, 4096)[-2]) == pytest.approx(0.02, abs=1e-12)
     assert resolution_shift(4096) == pytest.approx(2.0, abs=0.01)
     config = {"base_shift": 0.1, "max_image_seq_len": 512, "shift_terminal": None, "other": 1}
-    assert Shift.from_config(config) == Shift(base_mu=0.1, max_tokens=512)
+    assert Shift.from_config(config) == Shift(base_mu=0.1, max_tokens=512, terminal=None)
+    assert Shift.from_config({}) == Shift()
     with pytest.raises(ValueError, match="at least 1, got 0"):
         few_step_times(0, 64)
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"shift_terminal": None}, {"use_dynamic_shifting": False, "shift": 3.0}, {"max_shift": 0.5}]
+)
+def test_scheduler_configs_give_what_diffusers_gives(change: dict[str, object]) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    config = {"base_image_seq_len": 256, "max_image_seq_len": 8192, "base_shift": 0.5, "max_shift": 0.9}
+    config |= {"shift": 1.0, "shift_terminal": 0.02, "use_dynamic_shifting": True, **change}
+    shift = Shift.from_config(config)
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
+    theirs.set_timesteps(sigmas=torch.linspace(1, 1 / 8, 8).tolist(), mu=math.log(resolution_shift(4096, shift)))
+    torch.testing.assert_close(base_times(8, 4096, shift).float(), theirs.sigmas, rtol=1e-5, atol=1e-6)
+
+
+def test_one_sequence_length_in_the_scheduler_config() -> None:
+    same = {"base_image_seq_len": 256, "max_image_seq_len": 256}
+    with pytest.raises(CheckpointError, match="both 256 but base_shift 0.5 and max_shift 0.9 differ"):
+        Shift.from_config(same)
+    flat = Shift.from_config(same | {"max_shift": 0.5})
+    assert resolution_shift(64, flat) == resolution_shift(4096, flat) == pytest.approx(math.exp(0.5))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_karras_sigmas": True}, "asks for use_karras_sigmas, which this version does not have"),
+        ({"time_shift_type": "linear"}, "time_shift_type 'linear'"),
+        ({"base_shift": "a"}, "base_shift should be a number, got a"),
+        ({"max_shift": 1e5}, "max_shift should be from -10 to 10"),
+        ({"shift_terminal": 1.0}, "shift_terminal should be from 0 to below 1"),
+        ({"use_dynamic_shifting": False, "shift": 0}, "shift should be above 0"),
+        ({"max_image_seq_len": float("nan")}, "max_image_seq_len should be a number"),
+    ],
+)
+def test_wrong_scheduler_configs(config: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Shift.from_config(config)

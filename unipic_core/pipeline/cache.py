@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -47,7 +48,24 @@ def image_key(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def weights_key(module: nn.Module) -> tuple[int, int]:
-    """Changes with the module and when its weights are changed in place (an optimizer step, load_state_dict)."""
-    versions = (0 if p.is_inference() else p._version for p in module.parameters())
-    return id(module), sum(versions)
+class WeightsKey:
+    """Equal keys mean the same parameters with the same values; costs no pass over the values.
+
+    Noticed: other parameters (even at the same address), another type, and writing in place (an optimizer step,
+    load_state_dict, a merged LoRA). Not noticed: writing through `.data` or to inference tensors; moving to another
+    device, rightly. Addresses of the values are left out, because moving changes them.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        parameters = list(module.parameters())
+        self._references = [weakref.ref(p) for p in parameters]  # an id may be given again when its owner is gone
+        self._state = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype) for p in parameters)
+
+    def __hash__(self) -> int:
+        return hash(self._state)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, WeightsKey) or self._state != other._state:
+            return False
+        pairs = zip(self._references, other._references, strict=True)
+        return all((mine := a()) is not None and mine is b() for a, b in pairs)

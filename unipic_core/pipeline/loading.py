@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import expected_shapes, find_transformer, load_transformer, read_config
+from ..checkpoints import PARTS, checked_dtype, expected_shapes, find_transformer, load_transformer, read_config
 from ..errors import CheckpointError
 from ..mmdit import MMDiT
 from ..recipe import Recipe, recipe_of
 from ..schedules import Shift
+from ..sequence import PATCH
 from .offload import checked_device, needs_offload, readable_out_of_memory
 from .text import TextEncoder
 from .vae import VAE
 
-PARTS = {"text_encoder": "the condition encoder", "tokenizer": "its tokenizer", "vae": "the VAE"}
-"""Folders that a pipeline needs beside the network."""
+NEEDED = tuple(part for part in PARTS if part not in ("transformer", "processor", "scheduler"))
+"""Folders that a pipeline needs beside the network; the released image processor and schedule are known without."""
 
 SOURCE = "Qwen/Qwen-Image-Edit (text_encoder, tokenizer, processor, vae and scheduler; about 17 GB)"
 
@@ -44,11 +45,10 @@ def load_parts(
 ) -> Parts:
     """Load everything: the network from `transformer` if given, all else from `folder`. Raises CheckpointError."""
     device = checked_device(device)
+    checked_dtype(dtype)
     folder = Path(folder)
-    require_folder(folder, transformer)
-    source = Path(transformer) if transformer is not None else folder
-    find_transformer(source)
-    shift, recipe = read_shift(folder), recipe_of(source)
+    source, recipe = find_recipe(folder, transformer)
+    shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):
         encoder = TextEncoder.from_pretrained(folder, dtype)
         vae = VAE.from_pretrained(folder / "vae", dtype)
@@ -65,16 +65,24 @@ def load_parts(
     return Parts(network, encoder, vae, recipe, shift, device, offload)
 
 
+def find_recipe(folder: Path, transformer: str | Path | None) -> tuple[Path, Recipe]:
+    """Where the network comes from and how it wants to be used, without loading. CheckpointError, as `load_parts`."""
+    require_folder(folder, transformer)
+    source = Path(transformer) if transformer is not None else folder
+    find_transformer(source)
+    return source, recipe_of(source)
+
+
 def require_folder(folder: Path, transformer: str | Path | None) -> None:
     """CheckpointError naming the parts that a folder lacks and where to get them."""
     if folder.is_file():
         raise CheckpointError(
-            f"{folder} is one file, expected a pipeline folder; give the file as transformer=, and as the folder one "
-            f"with {', '.join(PARTS)}, from {SOURCE}"
+            f"{folder} is one file, expected a pipeline folder; give the file as transformer= and, as the model, a "
+            f"folder with {', '.join(NEEDED)}, from {SOURCE}"
         )
     if not folder.is_dir():
         raise CheckpointError(f"there is no model folder {folder}; download one, or check the path")
-    missing = [name for name in PARTS if not (folder / name).is_dir()]
+    missing = [name for name in NEEDED if not (folder / name).is_dir()]
     if missing:
         held = "the network's weights only and " if transformer is None and _has_transformer(folder) else ""
         hint = ", and give this folder as transformer=" if held else ", and put them into the folder"
@@ -96,7 +104,9 @@ def read_shift(folder: Path) -> Shift:
         return Shift()
     try:
         return Shift.from_config(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error)[:100]}; download it again") from error
 
 
@@ -106,10 +116,12 @@ def check_fit(network: MMDiT, encoder: TextEncoder, vae: VAE) -> None:
     if network.config.joint_attention_dim != hidden:
         raise CheckpointError(
             f"the network takes text of width {network.config.joint_attention_dim}, the encoder gives {hidden}; the "
-            " transformer and the folder belong to different models"
+            "transformer and the folder belong to different models"
         )
-    if network.config.in_channels != 4 * vae.channels:
+    config, channels = network.config, PATCH**2 * vae.channels
+    made = config.patch_size**2 * config.out_channels
+    if (config.in_channels, made) != (channels, channels):
         raise CheckpointError(
-            f"the network takes {network.config.in_channels} channels a token, the VAE gives {4 * vae.channels}; "
+            f"the network takes {config.in_channels} channels a token and gives {made}, the VAE has {channels}; "
             "the transformer and the folder belong to different models"
         )

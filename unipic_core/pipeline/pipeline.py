@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,17 +16,17 @@ from torch import Tensor
 
 from ..errors import UniPicError
 from ..guidance import apply_cfg
-from ..images import MAX_REFERENCES, output_size, resize_references, to_images, to_rgb, to_tensor
+from ..images import resize_references, to_images, to_rgb, to_tensor
 from ..lora import MergeReport, merge_lora, read_lora
 from ..mmdit import MMDiT
 from ..recipe import Recipe
 from ..samplers import Callback, NoiseSource, sample_consistency, sample_euler, seeded_noise
 from ..schedules import Shift
 from ..sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
-from .cache import LRU, image_key, weights_key
+from .cache import LRU, WeightsKey, image_key
 from .loading import load_parts
 from .offload import Placement, readable_out_of_memory
-from .settings import Settings, checked_seed, resolve
+from .settings import Settings, plan
 from .text import TextEncoder
 from .vae import VAE
 
@@ -39,7 +40,8 @@ CACHED_TEXTS = 16
 class UniPicOutput:
     """images: a list of pictures; "pt": a tensor [B, 3, H, W] in [-1, 1]; "latent": packed latents [B, N_O, 4C].
 
-    seeds: image i can be made again alone with seeds[i]. settings: what None stood for.
+    seeds: image i comes again alone with seeds[i], up to rounding, unless its noise was given (latents, step_noise).
+    settings: what None stood for.
     """
 
     images: Any
@@ -63,7 +65,8 @@ class UniPicPipeline:
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.vae = vae
-        self.recipe = recipe
+        self.base_recipe = recipe
+        self._loras: dict[Path, tuple[Recipe | None, float]] = {}
         self.shift = shift
         self.placement = Placement(torch.device(device), offload)
         self._reference_cache: LRU[Tensor] = LRU(CACHED_REFERENCES)
@@ -87,14 +90,30 @@ class UniPicPipeline:
     def device(self) -> torch.device:
         return self.placement.device
 
+    @property
+    def recipe(self) -> Recipe:
+        """The checkpoint's, with those of the LoRAs that are in its weights over it, in the order they came."""
+        recipe = self.base_recipe
+        for over, _ in self._loras.values():
+            recipe = recipe.merge(over)
+        return recipe
+
     def load_lora(self, path: str | Path, strength: float = 1.0) -> MergeReport:
         """Add a LoRA to the network's weights; its recipe, if it has one, goes over the checkpoint's.
 
-        Load it again with -strength to take it out. Raises LoRAError when nothing matches.
+        Load it again with -strength to take it out, recipe and all; strength 0 changes nothing. Raises LoRAError when
+        nothing matches, and UniPicError for a strength that is not a finite number.
         """
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            raise UniPicError(f"the strength of a LoRA must be a number, got {strength!r}")
         lora = read_lora(path)
         report = merge_lora(self.transformer, lora, strength)
-        self.recipe = self.recipe.merge(lora.recipe)
+        file = Path(path).resolve()
+        total = self._loras.get(file, (None, 0.0))[1] + strength
+        if abs(total) > 1e-6:
+            self._loras[file] = (lora.recipe, total)
+        else:
+            self._loras.pop(file, None)
         if report.unmatched:
             strange = f"{len(report.unmatched)} not known here ({', '.join(report.unmatched[:3])})"
             warnings.warn(f"{lora.name}: {report.matched} layers added, {strange}", stacklevel=2)
@@ -130,17 +149,27 @@ class UniPicPipeline:
         output budget; by default the first reference's aspect. true_cfg_scale: 1 = no unconditional pass. sampler:
         "consistency" or "euler". seed: image i of num_images uses seed + i. latents: packed start noise [B, N_O, 4C];
         step_noise: the noises that the consistency sampler adds, one [B, N_O, 4C] per step but the last.
-        callback(step, t, x_t, x0) after each step. output_type: "pil", "pt" or "latent". Raises UniPicError.
+        callback(step, t, x_t, x0) after each step counted from 0: t is the time reached and x_t the latent there, so t
+        is 0 in the last step; x0 is what the step predicted. output_type: "pil", "pt" or "latent". Raises UniPicError.
         """
         if output_type not in OUTPUT_TYPES:
             raise UniPicError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            if not isinstance(text, str):
-                raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
-        settings = resolve(self.recipe, num_inference_steps, true_cfg_scale, sampler, reference_budget)
-        seed, num_images = checked_seed(seed, num_images)
         originals = _checked_images(images)
-        size = output_size(originals[0].size if originals else None, settings.output_budget, width, height)
+        planned = plan(
+            self.recipe,
+            [image.size for image in originals],
+            prompt,
+            negative_prompt,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            true_cfg_scale=true_cfg_scale,
+            sampler=sampler,
+            seed=seed,
+            num_images=num_images,
+            reference_budget=reference_budget,
+        )
+        settings, size, seed, num_images = planned.settings, planned.size, planned.seed, planned.num_images
         shape = LatentShape.of_pixels(*size)
         times = settings.times(shape.num_tokens, self.shift)
         start, noise = self._noise(shape, seed, num_images, settings.steps, latents, step_noise)
@@ -166,13 +195,13 @@ class UniPicPipeline:
 
     def _encode_text(self, references: list[Image.Image], prompt: str) -> TextCond:
         encoder = self.text_encoder
-        weights = weights_key(encoder.network)
+        weights = WeightsKey(encoder.network)
         key = (weights, encoder.positions, tuple(image_key(r) for r in references), prompt)
         return self._text_cache.get(key, lambda: self._use("text_encoder").encode([references], [prompt]))
 
     def _encode_references(self, references: list[Image.Image]) -> list[Tensor]:
         """Latents [1, C, 1, h, w] of the resized references."""
-        weights = weights_key(self.vae.model)
+        weights = WeightsKey(self.vae.model)
         return [
             self._reference_cache.get((weights, image_key(r)), partial(self._encode_reference, r)) for r in references
         ]
@@ -230,10 +259,8 @@ class UniPicPipeline:
 
 
 def _checked_images(images: Sequence[Image.Image] | Image.Image) -> list[Image.Image]:
-    """0 to 6 pictures as RGB. None at all is allowed, with a warning."""
+    """The pictures as RGB. None at all is allowed, with a warning."""
     images = [images] if isinstance(images, Image.Image) else list(images)
-    if len(images) > MAX_REFERENCES:
-        raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(images)}; leave some out")
     wrong = next((i for i in images if not isinstance(i, Image.Image)), None)
     if wrong is not None:
         raise UniPicError(

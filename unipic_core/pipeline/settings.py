@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import UniPicError
-from ..images import DEFAULT_BUDGET
-from ..recipe import RELEASED_BASE, RELEASED_FEW_STEP, Recipe
+from ..images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
+from ..prompt import body_text
+from ..recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
 from ..schedules import Shift, base_times, few_step_times
-
-SAMPLERS = ("consistency", "euler")
-MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -41,25 +39,18 @@ def resolve(
     sampler: str | None = None,
     reference_budget: int | None = None,
 ) -> Settings:
-    """None = from the recipe, else from MODEL's defaults for the sampler.
-
-    A sampler other than the recipe's brings its own schedule and number of steps: the recipe's were meant for its own.
-    Raises UniPicError for values that cannot be.
-    """
+    """None = from the recipe, else from MODEL's defaults for the sampler. UniPicError for values that cannot be."""
     if sampler is not None and sampler not in SAMPLERS:
         raise UniPicError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    own = recipe.sampler or RELEASED_BASE.sampler
-    sampler = sampler or own
+    sampler = sampler or recipe.sampler or str(RELEASED_BASE.sampler)
     default = RELEASED_BASE if sampler == "euler" else RELEASED_FEW_STEP
-    said = recipe if sampler == own else Recipe(guidance=recipe.guidance)
+    references = _first(reference_budget, recipe.reference_budget, DEFAULT_BUDGET)
     settings = Settings(
-        steps=_whole("the number of steps", _first(steps, said.steps, default.steps), 1, MOST_STEPS),
-        guidance=_guidance(_first(guidance, said.guidance, default.guidance)),
-        sampler=str(sampler),
-        schedule=str(_first(said.schedule, default.schedule)),
-        reference_budget=_whole(
-            "the reference budget", _first(reference_budget, recipe.reference_budget, DEFAULT_BUDGET), 32, 8192
-        ),
+        steps=_whole("the number of steps", _first(steps, recipe.steps, default.steps), *LIMITS["steps"]),
+        guidance=_guidance(_first(guidance, recipe.guidance, default.guidance)),
+        sampler=sampler,
+        schedule=str(_first(recipe.schedule, default.schedule)),
+        reference_budget=_whole("the reference budget", references, *LIMITS["reference_budget"]),
         output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
     )
     if recipe.attention_form != "full":
@@ -70,21 +61,64 @@ def resolve(
     return settings
 
 
+@dataclass(frozen=True)
+class Plan:
+    """All that can be said and checked of a run before weights are loaded. size: (width, height) of the output."""
+
+    settings: Settings
+    size: Size
+    seed: int
+    num_images: int
+
+
+def plan(
+    recipe: Recipe,
+    references: Sequence[Size],
+    prompt: str,
+    negative_prompt: str = " ",
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    true_cfg_scale: float | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    num_images: int = 1,
+    reference_budget: int | None = None,
+) -> Plan:
+    """What a call of `UniPicPipeline` with these wishes will do. references: (w, h) of the pictures. UniPicError."""
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
+    settings = resolve(recipe, num_inference_steps, true_cfg_scale, sampler, reference_budget)
+    seed, num_images = checked_seed(seed, num_images)
+    if len(references) > MAX_REFERENCES:
+        raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
+    for text in (prompt, negative_prompt) if settings.guidance != 1 else (prompt,):
+        body_text(text, len(references))
+    size = output_size(references[0] if references else None, settings.output_budget, width, height)
+    return Plan(settings, size, seed, num_images)
+
+
 def _first(*values: Any) -> Any:
     return next(v for v in values if v is not None)
 
 
 def _whole(what: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         raise UniPicError(f"{what} must be a whole number, got {value!r}")
     if not least <= value <= most:
         raise UniPicError(f"{what} must be from {least} to {most}, got {value}")
+    if value != int(value):
+        raise UniPicError(f"{what} must be a whole number, got {value!r}")
     return int(value)
 
 
 def _guidance(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise UniPicError(f"the guidance scale must be a number of at least 0 (1 switches guidance off), got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_GUIDANCE:
+        raise UniPicError(
+            f"the guidance scale must be a number from 0 to {MAX_GUIDANCE:g} (1 switches guidance off), got {value!r}"
+        )
     return float(value)
 
 
