@@ -7,7 +7,17 @@ import pytest
 from PIL import Image
 
 from trainers.data.emoji import Bank
-from trainers.data.render import Hidden, contact_sheet, hidden_of, look_matrix, render, render_with
+from trainers.data.render import (
+    HIDDEN_FLIP,
+    HIDDEN_OFFSET,
+    HIDDEN_SCALE,
+    Hidden,
+    contact_sheet,
+    hidden_of,
+    look_matrix,
+    render,
+    render_with,
+)
 from trainers.data.scenes import EDITS, TASKS, Look, make_scene
 
 
@@ -80,8 +90,10 @@ def test_a_hidden_seed_moves_things_and_nothing_else(bank: Bank) -> None:
 
 def test_hidden_variation_is_bounded(bank: Bank) -> None:
     hidden = [one for index in range(200) for one in hidden_of(make_scene(bank, "train", 11, index), index)]
-    assert all(0.9 <= one.scale <= 1.1 and abs(one.dx) <= 4 and abs(one.dy) <= 4 for one in hidden)
-    assert 0.12 < np.mean([one.flip for one in hidden]) < 0.28
+    assert all(abs(one.scale - 1) <= HIDDEN_SCALE for one in hidden)
+    assert all(max(abs(one.dx), abs(one.dy)) <= HIDDEN_OFFSET for one in hidden)
+    assert max(abs(one.scale - 1) for one in hidden) > 0.9 * HIDDEN_SCALE
+    assert abs(np.mean([one.flip for one in hidden]) - HIDDEN_FLIP) < 0.06
 
 
 @pytest.mark.parametrize("task", EDITS)
