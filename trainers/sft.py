@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from unipic_core.attention import BACKENDS
 from unipic_core.checkpoints import load_transformer
 from unipic_core.flow import add_noise
-from unipic_core.guidance import apply_cfg
+from unipic_core.guidance import guided_velocity
 from unipic_core.images import to_images
 from unipic_core.mmdit import MMDiT
 from unipic_core.pipeline.loading import read_shift
@@ -193,13 +193,13 @@ def sample_bucket(
     rows = np.arange(len(bucket))
     inputs = make_inputs(bucket, rows, text.forward(encoder_inputs(text, bucket, rows, bucket.prompts)))
     inputs = inputs.to(next(network.parameters()).device)
-    uncond = text.forward(encoder_inputs(text, bucket, rows, [UNCOND_PROMPT] * len(rows)))
-    cond = inputs.text
+    cond, uncond = inputs.text, None
+    assert isinstance(cond, TextCond)
+    if guidance != 1:
+        uncond = text.forward(encoder_inputs(text, bucket, rows, [UNCOND_PROMPT] * len(rows)))
 
     def velocity(x_t: Tensor, t: float) -> Tensor:
-        latents = inputs.pack(x_t)
-        v = network(latents, t, cond)
-        return apply_cfg(v, network(latents, t, uncond), guidance) if guidance != 1 else v
+        return guided_velocity(network, inputs.pack(x_t), t, cond, uncond, guidance)
 
     noise = seeded_noise(inputs.x0.shape, seed)(0).to(inputs.x0)
     return unpack_latents(sample_euler(velocity, noise, times), inputs.target).cpu()

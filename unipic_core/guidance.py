@@ -2,8 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from .sequence import PackedLatents, TextCond
+
+Network = Callable[[PackedLatents, float, TextCond], Tensor]
+"""(sequence, t, text) -> velocity [B, N, 4C], as `MMDiT`."""
+
+
+def guided_velocity(
+    network: Network, latents: PackedLatents, t: float, cond: TextCond, uncond: TextCond | None, scale: float
+) -> Tensor:
+    """Velocity [B, N, 4C] in float32, guided if there is an unconditional text: then two passes."""
+    v = network(latents, t, cond).float()
+    return v if uncond is None else apply_cfg(v, network(latents, t, uncond).float(), scale)
 
 
 def apply_cfg(cond: Tensor, uncond: Tensor, scale: float, eps: float = 1e-6) -> Tensor:

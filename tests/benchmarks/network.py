@@ -7,6 +7,7 @@ moves least.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -107,19 +108,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    rows = []
+    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    rows: list[Row] = []
     print(f"{'case':36} {'dtype':9} {'pass':21} {'ours':>9} {'diffusers':>9} {'ratio':>6}")
-    for case in CASES:
-        for dtype in (torch.float32, torch.bfloat16):
-            for backward in (False, True):
-                row = measure(case, dtype, backward, args.rounds)
-                rows.append(row)
-                times = f"{row.ours_seconds * 1e3:7.1f}ms {row.diffusers_seconds * 1e3:7.1f}ms"
-                print(f"{row.case:36} {row.dtype:9} {row.pass_:21} {times} {row.ratio:6.3f}", flush=True)
-    if args.json:
-        machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-        table = {"machine": machine, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-        args.json.write_text(json.dumps(table, indent=1) + "\n")
+    for case, dtype, backward in itertools.product(CASES, (torch.float32, torch.bfloat16), (False, True)):
+        row = measure(case, dtype, backward, args.rounds)
+        rows.append(row)
+        times = f"{row.ours_seconds * 1e3:7.1f}ms {row.diffusers_seconds * 1e3:7.1f}ms"
+        print(f"{row.case:36} {row.dtype:9} {row.pass_:21} {times} {row.ratio:6.3f}", flush=True)
+        if args.json:  # after every row: a long table may be cut short
+            table = {"machine": machine, "torch": torch.__version__, "rows": [asdict(r) for r in rows]}
+            args.json.write_text(json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

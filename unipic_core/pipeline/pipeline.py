@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import UniPicError
-from ..guidance import apply_cfg
+from ..guidance import guided_velocity
 from ..images import resize_references, to_images, to_rgb, to_tensor
 from ..lora import MergeReport, merge_lora, read_lora
 from ..mmdit import MMDiT
@@ -215,13 +215,10 @@ class UniPicPipeline:
         """v(x_t, t) in float32, guided if there is an unconditional text."""
         batch = packed.tokens.shape[0]
         transformer = self._use("transformer")
+        conds, unconds = cond.expand(batch), None if uncond is None else uncond.expand(batch)
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            latents = packed.with_target(x_t)
-            v = transformer(latents, t, cond.expand(batch)).float()
-            if uncond is None:
-                return v
-            return apply_cfg(v, transformer(latents, t, uncond.expand(batch)).float(), guidance)
+            return guided_velocity(transformer, packed.with_target(x_t), t, conds, unconds, guidance)
 
         return velocity
 
