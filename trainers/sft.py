@@ -41,7 +41,7 @@ from .grid import picture_grid
 from .loop import Metrics
 from .losses import flow_matching_loss, logit_normal_times, sample_generators
 from .nano import save_network
-from .text_cache import encode_bucket, encoder_inputs
+from .text_cache import encode_prompts, encoder_inputs
 
 UNCOND_PROMPT = " "
 
@@ -99,7 +99,9 @@ class SFTTraining:
         self.buckets = read_cache(self.options.data)
         sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
         self.order = BucketOrder(sizes, config.batch_size, config.seed)
-        self.frozen_text = None if self.options.train_text_encoder else self._encode_prompts()
+        folder = Path(self.options.data.folder)
+        frozen = not self.options.train_text_encoder
+        self.frozen_text = encode_prompts(self.text, self.buckets, folder) if frozen else None
 
     def to(self, device: torch.device) -> None:
         self.text.to(device)
@@ -121,7 +123,7 @@ class SFTTraining:
         return flow_matching_loss(v, batch.x0, eps), {}
 
     def preview(self, ema: nn.Module) -> Image.Image:
-        """Training and held-out scenes: the last reference, the truth, and a sample from fixed noise."""
+        """Training and held-out scenes: the references, the truth, and a sample from fixed noise."""
         network, text = self._ema_parts(ema)
         vae = load_image_vae(self.folder / "vae")
         rows: list[list[Image.Image]] = [[], [], []]
@@ -163,10 +165,6 @@ class SFTTraining:
                 inputs = encoder_inputs(self.text, bucket, rows[i : i + 1], [UNCOND_PROMPT])
                 conds[i] = self.text.forward(inputs).to("cpu")
         return TextCond.stack(conds)
-
-    def _encode_prompts(self) -> dict[str, list[TextCond]]:
-        folder = Path(self.options.data.folder)
-        return {name: encode_bucket(self.text, name, bucket, folder) for name, bucket in self.buckets.items()}
 
     def _ema_parts(self, ema: nn.Module) -> tuple[MMDiT, TextEncoder]:
         assert isinstance(ema, Student)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +36,14 @@ def encoder_inputs(text: TextEncoder, bucket: Bucket, rows: np.ndarray, prompts:
     return {"input_ids": padded, "attention_mask": mask, "pixel_values": values, "image_grid_thw": grid}
 
 
-def encode_bucket(text: TextEncoder, name: str, bucket: Bucket, folder: Path) -> list[TextCond]:
+def encode_prompts(text: TextEncoder, buckets: Mapping[str, Bucket], folder: Path) -> dict[str, list[TextCond]]:
     """Embeddings of every sample with its prompt; read from `folder` if this encoder made them before."""
-    path = folder / f"text-{_key(text, name, bucket)}.safetensors"
+    weights = fingerprint(text.network)  # reads the whole encoder: once, not per bucket
+    return {name: _encode_bucket(text, weights, name, bucket, folder) for name, bucket in buckets.items()}
+
+
+def _encode_bucket(text: TextEncoder, weights: str, name: str, bucket: Bucket, folder: Path) -> list[TextCond]:
+    path = folder / f"text-{_key(text, weights, name, bucket)}.safetensors"
     if not path.exists():
         made = _encode_all(text, bucket, f"text {name}")
         mask = made.mask if made.mask is not None else torch.ones(made.embeds.shape[:2], dtype=torch.bool)
@@ -50,9 +55,9 @@ def encode_bucket(text: TextEncoder, name: str, bucket: Bucket, folder: Path) ->
     return [TextCond(e[None, :n].float()) for e, n in zip(kept["embeds"], lengths, strict=True)]
 
 
-def _key(text: TextEncoder, name: str, bucket: Bucket) -> str:
+def _key(text: TextEncoder, weights: str, name: str, bucket: Bucket) -> str:
     """Sixteen digits of all that the embeddings depend on: encoder, positions, prompts and pictures."""
-    digest = hashlib.sha256(f"{fingerprint(text.network)} {text.positions} {name}".encode())
+    digest = hashlib.sha256(f"{weights} {text.positions} {name}".encode())
     for prompt in bucket.prompts:
         digest.update(repr(text.prompt_ids(prompt, [1] * len(bucket.vision))).encode())
     for pictures in bucket.vision:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from trainers import text_cache
-from trainers.cache import Compositions, build, encode_rows, load_image_vae, read_cache
+from trainers.cache import Compositions, build, encode_rows, fingerprint, load_image_vae, read_cache
 from trainers.config import ConfigError
 from trainers.loop import train
 from trainers.sft import SFTTraining, make_inputs
@@ -60,13 +60,17 @@ def test_cache_is_complete_and_not_mixed(run):
 def test_text_cache_notices_other_prompts_positions_and_weights(run):
     text = TextEncoder.from_pretrained(run.options.model, dtype=torch.float32)
     name, bucket = next(iter(read_cache(run.options.data).items()))
-    keys = {text_cache._key(text, name, bucket)}
-    keys.add(text_cache._key(text, name, replace(bucket, prompts=(*bucket.prompts[:-1], "another"))))
+    keys = {text_cache._key(text, fingerprint(text.network), name, bucket)}
+    keys.add(
+        text_cache._key(
+            text, fingerprint(text.network), name, replace(bucket, prompts=(*bucket.prompts[:-1], "another"))
+        )
+    )
     text.positions = "sequential"
-    keys.add(text_cache._key(text, name, bucket))
+    keys.add(text_cache._key(text, fingerprint(text.network), name, bucket))
     with torch.no_grad():
         text.network.get_input_embeddings().weight.copy_(text.network.get_input_embeddings().weight.flip(0))
-    keys.add(text_cache._key(text, name, bucket))
+    keys.add(text_cache._key(text, fingerprint(text.network), name, bucket))
     assert len(keys) == 4
 
 
