@@ -37,17 +37,23 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class VAEMethod:
-    """Train a Qwen-Image VAE from nothing: squared error + L1 + KL."""
+    """Train a Qwen-Image VAE from nothing: squared error + L1 + KL to a prior.
+
+    prior: "normal" is N(0, 1); "linear" is N(principal components of the patches, prior_std^2), see latents.py.
+    """
 
     base_dim: int = 16
     num_res_blocks: int = 1
     crop: int = 64
     l1_weight: float = 0.1
     kl_weight: float = 1e-3
+    prior: str = "normal"
+    prior_std: float = 0.12
     loader_workers: int = 1
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "base_dim", "num_res_blocks")
+        _one_of(self, "prior", ("normal", "linear"))
         if self.crop not in range(16, 129, 8):
             raise ConfigError(f"vae.crop must be a multiple of 8 from 16 to 128, got {self.crop}")
 
@@ -60,7 +66,7 @@ class CacheConfig:
     samples: int
     seed: int = 0
     size: int = 128
-    reference_budget: int = 160
+    reference_budget: int = 128
     samples_per_shard: int = 1024
     workers: int = 1
 

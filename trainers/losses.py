@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,13 +18,22 @@ def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def vae_loss(
-    picture: Tensor, decoded: Tensor, mean: Tensor, log_var: Tensor, *, l1_weight: float, kl_weight: float
+    picture: Tensor,
+    decoded: Tensor,
+    mean: Tensor,
+    log_var: Tensor,
+    prior_mean: Tensor | float = 0.0,
+    prior_std: float = 1.0,
+    *,
+    l1_weight: float,
+    kl_weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """(x - y)^2 + a |x - y| + b KL(N(mean, var) || N(0, 1)), each a mean per element, in float32."""
+    """(x - y)^2 + a |x - y| + b KL(N(mean, var) || N(prior_mean, prior_std^2)), each a mean per element, in float32."""
     difference = decoded.float() - picture.float()
     mse, l1 = difference.square().mean(), difference.abs().mean()
-    mean, log_var = mean.float(), log_var.float()
-    kl = 0.5 * (mean.square() + log_var.exp() - 1 - log_var).mean()
+    away = (mean.float() - prior_mean) / prior_std
+    log_ratio = log_var.float() - 2 * math.log(prior_std)
+    kl = 0.5 * (away.square() + log_ratio.exp() - 1 - log_ratio).mean()
     psnr = -10 * float(torch.log10(mse.detach() / 4))
     metrics = {"l1": float(l1.detach()), "kl": float(kl.detach()), "psnr": psnr}
     return mse + l1_weight * l1 + kl_weight * kl, metrics

@@ -44,7 +44,7 @@ RECIPE = Recipe(
     guidance=1.0,
     sampler="euler",
     schedule="base",
-    reference_budget=160,
+    reference_budget=128,
     output_budget=128,
     made={"by": "trainers/recipes/nano"},
 )

@@ -14,12 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unipic_core.attention import BACKENDS
-from unipic_core.checkpoints import load_transformer
+from unipic_core.checkpoints import load_transformer, read_shift
 from unipic_core.flow import add_noise
 from unipic_core.guidance import guided_velocity
 from unipic_core.images import to_images
 from unipic_core.mmdit import MMDiT
-from unipic_core.pipeline.loading import read_shift
 from unipic_core.pipeline.text import EncoderInputs, TextEncoder
 from unipic_core.recipe import Recipe
 from unipic_core.samplers import sample_euler, seeded_noise

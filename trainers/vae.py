@@ -1,7 +1,8 @@
-"""Train a small Qwen-Image VAE on crops of collages; exported in diffusers' layout, with its latent statistics."""
+"""Train a small Qwen-Image VAE on crops of collages; exported in diffusers' layout, with the release's statistics."""
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from .data.backgrounds import draw, sample_background
 from .data.catalogue import Split
 from .data.emoji import Bank
 from .grid import picture_grid
+from .latents import PrincipalComponents, fold_statistics
 from .loop import Metrics, TrainingError
 from .losses import sample_generators, vae_loss
 
@@ -48,6 +50,12 @@ class VAETraining:
     def collages(self) -> Collages:
         return Collages(self.bank, "train")
 
+    @cached_property
+    def components(self) -> PrincipalComponents | None:
+        if self.options.prior == "normal":
+            return None
+        return PrincipalComponents(self._pictures("train", STATISTICS_PICTURES, seed=2), VAEConfig.z_dim)
+
     def batch(self, step: int) -> Tensor:
         """[B, 3, crop, crop] in [-1, 1]."""
         rng = np.random.default_rng([self.seed, step])
@@ -57,8 +65,9 @@ class VAETraining:
     def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Metrics]:
         pictures = batch.contiguous(memory_format=torch.channels_last)
         decoded, mean, log_var = self.model(pictures, sample_generators(self.seed, step, 1)[0])
+        prior = (self.components(pictures), self.options.prior_std) if self.components else (0.0, 1.0)
         weights = {"l1_weight": self.options.l1_weight, "kl_weight": self.options.kl_weight}
-        return vae_loss(pictures, decoded, mean, log_var, **weights)
+        return vae_loss(pictures, decoded, mean, log_var, *prior, **weights)
 
     def preview(self, ema: nn.Module) -> Image.Image:
         """Held-out pictures above their reconstructions."""
@@ -126,16 +135,12 @@ def random_crop(picture: Image.Image, side: int, rng: np.random.Generator) -> Im
 
 
 def save_vae(vae: ImageVAE, pictures: Tensor, folder: Path) -> None:
-    """Write config.json and weights as diffusers reads them; the latent statistics are measured on `pictures`."""
+    """Write config.json and weights as diffusers reads them; `pictures` fold the statistics in (latents.py)."""
     from diffusers import AutoencoderKLQwenImage
 
-    with torch.no_grad():
-        z = torch.cat([vae.posterior(chunk)[0] for chunk in pictures.split(32)])
-    config: dict[str, Any] = {
-        **vae.config.to_dict(),
-        "latents_mean": [round(float(m), 4) for m in z.mean(dim=(0, 2, 3))],
-        "latents_std": [round(float(s), 4) for s in z.std(dim=(0, 2, 3))],
-    }
+    vae = copy.deepcopy(vae)
+    fold_statistics(vae, pictures)
+    config = vae.config.to_dict()
     with torch.device("meta"):
         video: Any = AutoencoderKLQwenImage(**{k: v for k, v in config.items() if not k.startswith("_")})
     shapes = {name: w.shape for name, w in video.state_dict().items()}

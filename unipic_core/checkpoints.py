@@ -15,6 +15,7 @@ from .attention import Attention, scaled_dot_product_attention
 from .errors import CheckpointError
 from .mmdit import MMDiT, MMDiTConfig
 from .recipe import TRANSFORMER_FOLDERS
+from .schedules import Shift
 from .weights import FP8, PathLike, Weights, find_weight_file, open_weights
 
 CONFIG_KEY = "unipic_config"
@@ -282,3 +283,16 @@ def load_transformer(
                 tensor = weights.get(f"{module_name}.{name}" if module_name else name)
                 module._parameters[name] = nn.Parameter(tensor.to(device=device, dtype=dtype))
     return model.eval()
+
+
+def read_shift(folder: Path) -> Shift:
+    """The time shift of scheduler/scheduler_config.json; the released one if there is no such file."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return Shift()
+    try:
+        return Shift.from_config(json.loads(path.read_text(encoding="utf-8")))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error)[:100]}; download it again") from error

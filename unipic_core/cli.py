@@ -216,7 +216,7 @@ def check_wishes(args: argparse.Namespace, sizes: list[tuple[int, int]], wishes:
     from .lora import read_lora
     from .pipeline.loading import find_recipe
     from .pipeline.offload import checked_device
-    from .pipeline.settings import plan
+    from .settings import plan
 
     _, recipe = find_recipe(args.model, args.transformer)
     for path, _ in args.lora:

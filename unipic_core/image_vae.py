@@ -16,18 +16,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+RELEASED_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+RELEASED_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE and the statistics that its latents are normalised with; names of diffusers' config.json."""
+    """Sizes of the VAE and the statistics that its latents are normalised with; names of diffusers' config.json.
+
+    The defaults are the release's.
+    """
 
     base_dim: int = 96
     z_dim: int = 16
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temperal_downsample: tuple[bool, ...] = (False, True, True)
-    latents_mean: tuple[float, ...] = (0.0,) * 16
-    latents_std: tuple[float, ...] = (1.0,) * 16
+    latents_mean: tuple[float, ...] = RELEASED_MEAN
+    latents_std: tuple[float, ...] = RELEASED_STD
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VAEConfig:

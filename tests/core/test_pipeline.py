@@ -18,9 +18,9 @@ from unipic_core.errors import CheckpointError, LoRAError, UniPicError
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.pipeline.loading import check_fit, load_parts
 from unipic_core.pipeline.offload import Placement, checked_device, needs_offload, readable_out_of_memory
-from unipic_core.pipeline.settings import resolve
 from unipic_core.pipeline.vae import VAE
 from unipic_core.recipe import Recipe
+from unipic_core.settings import resolve
 
 SMALL: dict[str, Any] = {
     "width": 64,

@@ -56,3 +56,14 @@ def test_draws_depend_on_seed_step_and_sample_alone():
     places = ((0, 0, 1), (0, 1, 1), (1, 0, 1))
     draws = {tuple(torch.randn(2, generator=sample_generators(*p)[0]).tolist()) for p in places}
     assert len(draws) == 3
+
+
+def test_vae_loss_to_a_prior():
+    """Nothing to pay where the posterior is the prior; one standard deviation away costs a half."""
+    picture, prior = torch.zeros(1, 3, 2, 2), torch.tensor(3.0)
+    log_var = torch.full((1, 4, 1, 1), 2 * math.log(0.2))
+    weights = {"l1_weight": 0.0, "kl_weight": 1.0}
+    at, _ = vae_loss(picture, picture, prior.expand_as(log_var), log_var, prior, 0.2, **weights)
+    away, _ = vae_loss(picture, picture, prior.expand_as(log_var) + 0.2, log_var, prior, 0.2, **weights)
+    assert at.item() == pytest.approx(0, abs=1e-6)
+    assert away.item() == pytest.approx(0.5, abs=1e-5)

@@ -18,7 +18,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 Matrix = np.ndarray  # float64 [3, 3], applied to (r, g, b)
 
 HIDDEN_SALT = 7919
-HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.06, 0.1, 2.0  # relative, share, pixels of a picture of 128
+HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.04, 0.06, 1.0  # relative, share, pixels of a picture of 128
 LUMA = np.array([0.299, 0.587, 0.114])
 # Rotation of the hue: the YIQ axes, in which it is a rotation of (i, q).
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -146,12 +146,15 @@ def place(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> list[tuple[floa
             host = scene.items[anchor.host]
             boxes.append(_hosted(bank, item, host, boxes[anchor.host], own, hidden[anchor.host], scene.size))
             continue
-        width, height = extent(item, sprite, anchor.size * scene.size * own.scale)
+        side = anchor.size * scene.size * own.scale
+        width, height = extent(item, sprite, side)
         x = anchor.x * scene.size + own.dx * unit
         y = anchor.y * scene.size + own.dy * unit
+        # An object lies in the middle of its square, as in its reference: flat ones stand a little farther back.
+        foot = y - (side - height) / 2 if item.asset.kind == "object" else y
         # Everything stays inside the picture, but for the busts, which leave it downwards.
         left = min(max(x - width / 2, 0), max(scene.size - width, 0)) if width < scene.size else x - width / 2
-        top = y - height if anchor.y > 1 else min(y - height, scene.size - height)
+        top = y - height if anchor.y > 1 else min(foot - height, scene.size - height)
         boxes.append((left, max(top, 0), width, height))
     return boxes
 

@@ -18,15 +18,15 @@ from .emoji import Bank
 from .layout import ALONE, PAIRS, ROWS, Anchor, around, composable, person_anchor, portable
 
 TASKS: dict[str, float] = {
-    "compose3": 0.35,
+    "compose3": 0.38,
     "compose2": 0.20,
-    "pair": 0.10,
-    "compose4": 0.12,
-    "compose5": 0.03,
-    "compose6": 0.03,
-    "move": 0.05,
-    "remove": 0.04,
-    "recolour": 0.04,
+    "pair": 0.12,
+    "compose4": 0.11,
+    "compose5": 0.025,
+    "compose6": 0.025,
+    "move": 0.04,
+    "remove": 0.03,
+    "recolour": 0.03,
     "replace_background": 0.04,
 }
 EDITS = ("move", "remove", "recolour", "replace_background")
@@ -72,7 +72,7 @@ class Item:
     relation: str
     anchor: Anchor
     paper: Colour = (255, 255, 255)
-    fill: float = 0.88
+    fill: float = 0.93
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Draw:
         if rng.random() < PLAIN_PAPER_SHARE:
             red, green, blue = rng.integers(215, 250, 3).tolist()
             paper = (red, green, blue)
-        return Item(asset, self.look(asset), relation, anchor, paper, float(rng.uniform(0.85, 0.9)))
+        return Item(asset, self.look(asset), relation, anchor, paper, float(rng.uniform(0.91, 0.95)))
 
     def items_around_person(self, relations: Sequence[str], height: float, size: float) -> list[Item]:
         """A person as item 0 and one object per relation."""
@@ -184,20 +184,20 @@ def compose2(draw: Draw) -> list[Item]:
     if draw.rng.random() < 0.55:
         person = draw.person()
         return [draw.item(person, where, person_anchor(person, 0.75, ALONE[where].x))]
-    return [draw.item(draw.object(), where, replace(ALONE[where], size=0.55))]
+    return [draw.item(draw.object(), where, replace(ALONE[where], size=0.62))]
 
 
 def compose3(draw: Draw) -> list[Item]:
     relations = ["hold", "wear", "left", "right", "front", "behind-left", "behind-right"]
     relation = draw.choice(relations, [0.28, 0.14, 0.16, 0.16, 0.12, 0.07, 0.07])
-    return draw.items_around_person([relation], 0.7, 0.43)
+    return draw.items_around_person([relation], 0.7, 0.47)
 
 
 def pair(draw: Draw) -> list[Item]:
     """The second object is the one whose relation is said: 'the cup left of the guitar' are guitar and cup."""
     relation = draw.choice(list(PAIRS))
     first, second = PAIRS[relation]
-    size = 0.43 if relation == "top" else 0.46
+    size = 0.45 if relation == "top" else 0.48
     base = draw.item(draw.object(), "base", replace(first, size=size))
     return [base, draw.item(draw.object("", [base.asset]), relation, replace(second, size=size))]
 
@@ -205,21 +205,21 @@ def pair(draw: Draw) -> list[Item]:
 def compose4(draw: Draw) -> list[Item]:
     side = draw.choice(["left", "right"])
     options = [["wear", "hold"], ["wear", side], ["hold", side], ["left", "right"], ["wear", "front"]]
-    return draw.items_around_person(options[int(draw.rng.choice(5, p=[0.3, 0.2, 0.2, 0.2, 0.1]))], 0.68, 0.39)
+    return draw.items_around_person(options[int(draw.rng.choice(5, p=[0.3, 0.2, 0.2, 0.2, 0.1]))], 0.68, 0.42)
 
 
 def compose5(draw: Draw) -> list[Item]:
     if draw.rng.random() < 0.25:
         return rows(draw, 4)
     options = [["left", "right", "front"], ["left", "right", "hold"], ["wear", "left", "right"]]
-    return draw.items_around_person(options[draw.rng.integers(3)], 0.64, 0.33)
+    return draw.items_around_person(options[draw.rng.integers(3)], 0.64, 0.36)
 
 
 def compose6(draw: Draw) -> list[Item]:
     if draw.rng.random() < 0.4:
         return rows(draw, 5)
     chest = draw.choice(["hold", "front"])
-    return draw.items_around_person(["wear", chest, "left", "right"], 0.64, 0.33)
+    return draw.items_around_person(["wear", chest, "left", "right"], 0.64, 0.36)
 
 
 def rows(draw: Draw, count: int) -> list[Item]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..checkpoints import PARTS, checked_dtype, expected_shapes, find_transformer, load_transformer, read_config
+from ..checkpoints import (
+    PARTS,
+    checked_dtype,
+    expected_shapes,
+    find_transformer,
+    load_transformer,
+    read_config,
+    read_shift,
+)
 from ..errors import CheckpointError
 from ..mmdit import MMDiT
 from ..recipe import Recipe, recipe_of
@@ -95,19 +102,6 @@ def _has_transformer(folder: Path) -> bool:
     except CheckpointError:
         return False
     return True
-
-
-def read_shift(folder: Path) -> Shift:
-    """The time shift of scheduler/scheduler_config.json; the released one if there is no such file."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return Shift()
-    try:
-        return Shift.from_config(json.loads(path.read_text(encoding="utf-8")))
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error)[:100]}; download it again") from error
 
 
 def check_fit(network: MMDiT, encoder: TextEncoder, vae: VAE) -> None:

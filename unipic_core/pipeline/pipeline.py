@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..caching import LRU, WeightsKey, image_key
 from ..errors import UniPicError
 from ..guidance import guided_velocity
 from ..images import resize_references, to_images, to_rgb, to_tensor
@@ -23,10 +24,9 @@ from ..recipe import Recipe
 from ..samplers import Callback, NoiseSource, sample_consistency, sample_euler, seeded_noise
 from ..schedules import Shift
 from ..sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
-from .cache import LRU, WeightsKey, image_key
+from ..settings import Settings, plan
 from .loading import load_parts
 from .offload import Placement, readable_out_of_memory
-from .settings import Settings, plan
 from .text import TextEncoder
 from .vae import VAE
 

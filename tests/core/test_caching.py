@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from unipic_core.pipeline.cache import LRU, WeightsKey, image_key
+from unipic_core.caching import LRU, WeightsKey, image_key
 
 
 def test_lru() -> None:

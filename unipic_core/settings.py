@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import UniPicError
-from ..images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
-from ..prompt import body_text
-from ..recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
-from ..schedules import Shift, base_times, few_step_times
+from .errors import UniPicError
+from .images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
+from .prompt import body_text
+from .recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
+from .schedules import Shift, base_times, few_step_times
 
 
 @dataclass(frozen=True)
