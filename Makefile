@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: demo test lint clean
 
 demo: $(VENV)/pipeline.stamp
-	$(BIN)/unipic compose examples/astronaut.png examples/guitar.png examples/beach.png \
+	$(BIN)/unipic compose pictures/astronaut.png pictures/guitar.png pictures/beach.png \
 	  --prompt "Put the guitar from image 2 in the hands of the astronaut from image 1, on the beach of image 3." \
 	  --seed 7 --out demo.png
 

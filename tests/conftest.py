@@ -49,7 +49,7 @@ def run(tmp_path_factory, subset_only) -> RunConfig:
 @pytest.fixture(scope="session")
 def examples() -> Path:
     """The bundled pictures."""
-    return Path(__file__).parents[1] / "examples"
+    return Path(__file__).parents[1] / "pictures"
 
 
 @pytest.fixture

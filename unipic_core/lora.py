@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,9 @@ class LoRA:
                     table.setdefault(parameter, []).append((layer, is_bias))
         if not matched:
             raise LoRAError(
-                f"none of the {len(self.layers)} layers of {self.name} belongs to this model (its first is "
-                f"{next(iter(unmatched), 'absent')!r}); it was made for another architecture"
+                f"none of the {len(self.layers)} layers of {self.name} belongs to this model: its first is "
+                f"{next(iter(unmatched), 'absent')!r}, the model's first is {next(iter(shapes), 'absent')!r}; it was "
+                "made for another architecture"
             )
         return FittedLoRA(table, MergeReport(matched, tuple(unmatched)))
 
@@ -132,22 +134,37 @@ def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
         recipe = Recipe.read(path) if text is None else Recipe.from_json(text)
     except CheckpointError as error:
         raise LoRAError(str(error)) from error
-    if dora := next((name for name in weights if _DORA.search(name)), None):
+    return build_lora(weights, partial(weights.get, mapped=mapped), path, weights.metadata, recipe)
+
+
+def build_lora(
+    keys: Iterable[str],
+    get: Callable[[str], Tensor],
+    path: Path,
+    metadata: Mapping[str, str],
+    recipe: Recipe | None = None,
+) -> LoRA:
+    """A LoRA from a file that is open already. path: its name for messages, and where adapter settings may lie.
+
+    Raises LoRAError as `read_lora`.
+    """
+    keys = list(keys)
+    if dora := next((name for name in keys if _DORA.search(name)), None):
         raise LoRAError(
             f"{path.name} is a DoRA ({dora}), which cannot be added to weights; save it merged, or as a plain LoRA"
         )
     parts: dict[str, dict[str, Tensor]] = {}
     stored: dict[str, str] = {}
     unread = []
-    for key in weights:
+    for key in keys:
         parsed = _parse(key)
         if parsed is None:
             unread.append(key)
         else:
             layer, part, outer = parsed
-            parts.setdefault(layer, {})[part] = weights.get(key, mapped=mapped)
+            parts.setdefault(layer, {})[part] = get(key)
             stored[layer] = outer
-    alphas = _declared_alphas(path, weights.metadata)
+    alphas = _declared_alphas(path, metadata)
     layers = {}
     for name, found in parts.items():
         alpha = found.pop("alpha", None)
@@ -160,8 +177,10 @@ def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
         else:
             unread += [f"{stored[name]}.{part}" for part in found] or [f"{stored[name]}.alpha"]
     if not layers:
-        raise LoRAError(f"{path.name} holds no LoRA layer among {len(weights)} tensors (first {next(iter(weights))!r})")
-    return LoRA(layers, recipe, weights.metadata, tuple(unread), path.name)
+        raise LoRAError(
+            f"{path.name} holds no LoRA layer among {len(keys)} tensors (first {next(iter(keys), 'none')!r})"
+        )
+    return LoRA(layers, recipe, dict(metadata), tuple(unread), path.name)
 
 
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:

@@ -151,12 +151,26 @@ class MMDiT(nn.Module):
 
 @dataclass(frozen=True)
 class JointState:
-    """What the blocks of one forward share. mask: [B, 1, 1, L + S] or None; reference: [1, S, 1] bool or None."""
+    """What the blocks of one forward share. mask: [B, 1, 1, L + S] or None; reference: [1, S, 1] bool or None.
+
+    A host with hooks of its own around attention brings a subclass with another `attend`.
+    """
 
     rope: Rotation
     mask: Tensor | None
     reference: Tensor | None
     attention: Attention
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised but not yet rotated -> [B, Q, H * D].
+
+        start: the first query's place in the sequence [text | images].
+        """
+        cos, sin = (r[:, start : start + q.shape[1]] for r in self.rope)
+        q = rotate(q, (cos, sin))
+        k = rotate(k, self.rope)
+        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.mask)
+        return out.transpose(1, 2).flatten(2).to(v.dtype)
 
 
 def joint_mask(latents: PackedLatents, text: TextCond, text_tokens: int) -> Tensor | None:
@@ -274,19 +288,25 @@ class JointAttention(nn.Module):
         self, img: Tensor, txt: Tensor, state: JointState, keep: int | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs for images and text; with `keep` for the first image tokens alone."""
-        words, heads = txt.shape[1], (-1, self.head_dim)
-        k = rotate(self._joint(self.norm_added_k, self.add_k_proj(txt), self.norm_k, self.to_k(img)), state.rope)
-        v = torch.cat([self.add_v_proj(txt), self.to_v(img)], dim=1).unflatten(-1, heads)
-        if keep is None:
-            q = rotate(self._joint(self.norm_added_q, self.add_q_proj(txt), self.norm_q, self.to_q(img)), state.rope)
-        else:
-            cos, sin = (r[:, words : words + keep] for r in state.rope)
-            q = rotate(self.norm_q(self.to_q(img[:, :keep]).unflatten(-1, heads)), (cos, sin))
-        out = state.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), state.mask)
-        out = out.transpose(1, 2).flatten(2).to(v.dtype)
+        words = txt.shape[1]
+        # no names for the three: a name would keep the unrotated tensors in memory while attention runs
+        out = state.attend(
+            self._queries(img, txt, keep), self._keys(img, txt), self._values(img, txt), 0 if keep is None else words
+        )
         if keep is not None:
             return self.to_out[0](out), None
         return self.to_out[0](out[:, words:]), self.to_add_out(out[:, :words])
+
+    def _queries(self, img: Tensor, txt: Tensor, keep: int | None) -> Tensor:
+        if keep is None:
+            return self._joint(self.norm_added_q, self.add_q_proj(txt), self.norm_q, self.to_q(img))
+        return self.norm_q(self.to_q(img[:, :keep]).unflatten(-1, (-1, self.head_dim)))
+
+    def _keys(self, img: Tensor, txt: Tensor) -> Tensor:
+        return self._joint(self.norm_added_k, self.add_k_proj(txt), self.norm_k, self.to_k(img))
+
+    def _values(self, img: Tensor, txt: Tensor) -> Tensor:
+        return torch.cat([self.add_v_proj(txt), self.to_v(img)], dim=1).unflatten(-1, (-1, self.head_dim))
 
     def _joint(self, txt_norm: nn.Module, txt: Tensor, img_norm: nn.Module, img: Tensor) -> Tensor:
         heads = (-1, self.head_dim)

@@ -34,3 +34,16 @@ def grid_thw(height: int, width: int) -> tuple[int, int, int]:
 def vision_tokens(height: int, width: int) -> int:
     """Tokens that one picture takes in the prompt."""
     return (height // (PATCH * MERGE)) * (width // (PATCH * MERGE))
+
+
+def encoder_positions(asked: str | None, transformers_version: str | None) -> str:
+    """How an encoder numbers image tokens for its RoPE: "multimodal" (frame, row, column) or "sequential".
+
+    asked: `unipic_positions` of the encoder's config.json. Without it what counts is the version of transformers that
+    wrote the config: from 5.3 on it counts one by one when it is not told which tokens are images, as the Qwen-Image
+    pipelines never did (huggingface/diffusers#14194), so numbers made with it want "sequential".
+    """
+    if asked:
+        return str(asked)
+    numbers = tuple(int(n) for n in (transformers_version or "5.3").split(".")[:2] if n.isdigit())
+    return "sequential" if numbers >= (5, 3) else "multimodal"

@@ -16,6 +16,7 @@ from ..errors import CheckpointError, UniPicError
 from ..images import REFERENCE_MULTIPLE, resize_for_vision
 from ..prompt import IMAGE_PAD, PREFIX, body_text
 from ..sequence import TextCond
+from ..vision import encoder_positions
 from ..weights import open_weights
 
 EncoderInputs = dict[str, Tensor]
@@ -26,11 +27,8 @@ LONG_PROMPT = 1024
 """Prompt tokens beyond which the released weights were not trained."""
 
 POSITIONS = ("multimodal", "sequential")
-"""How image tokens are numbered for the encoder's RoPE: (frame, row, column) as Qwen2.5-VL was trained, or one by one.
-transformers from 5.3 on numbers one by one unless it is told which tokens are images, and the Qwen-Image pipelines do
-not tell it (huggingface/diffusers#14194); so weights and numbers made with it want "sequential"."""
-
-_SEQUENTIAL_SINCE = (5, 3)
+"""How image tokens are numbered for the encoder's RoPE: (frame, row, column) as Qwen2.5-VL was trained, or one by one;
+`vision.encoder_positions` says which an encoder wants."""
 
 
 class TextEncoder:
@@ -220,12 +218,8 @@ class TextEncoder:
 
 def positions_of(config: Any) -> str:
     """Which of POSITIONS an encoder's config asks for."""
-    asked = getattr(config, "unipic_positions", None)
-    if asked:
-        return str(asked)
-    numbers = str(getattr(config, "transformers_version", None) or "5.3").split(".")[:2]
-    made_with = tuple(int(n) for n in numbers if n.isdigit())
-    return "sequential" if made_with >= _SEQUENTIAL_SINCE else "multimodal"
+    version = getattr(config, "transformers_version", None)
+    return encoder_positions(getattr(config, "unipic_positions", None), version and str(version))
 
 
 def image_processor_class() -> Any:

@@ -1,0 +1,10 @@
+"""ComfyUI-UniPic: the pack's entry point. Nothing is imported before ComfyUI asks for the nodes."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """ComfyUI calls this once; see nodes/extension.py."""
+    from .nodes.extension import UniPicExtension
+
+    return UniPicExtension()

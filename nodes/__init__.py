@@ -1,0 +1,1 @@
+"""The ComfyUI nodes: schemas and a few lines each, and the adapters between ComfyUI's types and the core's."""

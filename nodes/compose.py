@@ -1,0 +1,228 @@
+"""MultiImageCompose: up to six pictures and a prompt to the conditioning that UniPic 3 was trained on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import comfy.model_management
+import node_helpers
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..unipic_core.caching import LRU, WeightsKey, image_key
+from ..unipic_core.errors import UniPicError
+from ..unipic_core.images import MAX_REFERENCES, Size, resize_references
+from ..unipic_core.recipe import LIMITS, Recipe
+from ..unipic_core.settings import Plan, plan
+from .facts import facts_of
+from .messages import tell
+from .pictures import to_image, to_pictures
+from .text import Conditioning, encode_prompt
+
+IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
+MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))
+
+NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
+
+VAE_RATIO = 8
+
+CACHED_REFERENCES, CACHED_TEXTS = 24, 4
+"""At the release's size a reference takes up to 1 MB, a text about 20 MB of main memory."""
+
+_references: LRU[Tensor] = LRU(CACHED_REFERENCES)
+_texts: LRU[Conditioning] = LRU(CACHED_TEXTS)
+
+
+def clear_caches() -> None:
+    """Forget all encodings; changed weights are noticed without it."""
+    _references.clear()
+    _texts.clear()
+
+
+class MultiImageCompose(io.ComfyNode):
+    """Pictures and a prompt to positive, negative and an empty latent.
+
+    The negative is encoded whatever the guidance, since the sampler comes later and may want it. It costs one pass of
+    the text encoder per set of pictures: it is kept, so a new prompt does not encode it again.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="MultiImageCompose",
+            display_name="Multi-Image Compose (UniPic)",
+            category="UniPic",
+            description="Composes one to six pictures by a prompt: exact sizes, template and vision input of UniPic 3.",
+            search_aliases=["unipic", "multi image edit", "text encode qwen image edit", "reference images", "compose"],
+            inputs=_inputs(),
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt with the pictures."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the same pictures."),
+                io.Latent.Output(display_name="latent", tooltip="An empty latent of the output's size."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        vae: Any,
+        prompt: str,
+        negative_prompt: str = " ",
+        width: int = 0,
+        height: int = 0,
+        batch_size: int = 1,
+        reference_budget: int = 0,
+        images: Mapping[str, Tensor] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
+        **others: Any,
+    ) -> io.NodeOutput:
+        _check_sockets(others)
+        _check_vae(vae)
+        pictures = _collect(images or {}, masks or {})
+        if not pictures:
+            tell(cls, NO_IMAGES, logging.WARNING)
+        planned = _plan(
+            facts_of(clip.patcher).recipe,
+            [picture.size for picture in pictures],
+            (prompt, negative_prompt),
+            (width, height),
+            batch_size,
+            reference_budget,
+        )
+        references = resize_references(pictures, planned.settings.reference_budget)
+        latents = [_reference_latent(vae, reference) for reference in references]
+        positive, negative = (_text(clip, text, references, latents) for text in (prompt, negative_prompt))
+        return io.NodeOutput(positive, negative, _empty_latent(vae, planned))
+
+
+def _inputs() -> list[Any]:
+    image = io.Image.Input("image", tooltip="A picture. Each picture of a batch is a reference of its own.")
+    mask = io.Mask.Input("mask", tooltip="What to leave out of the picture: LoadImage's MASK, stretched to its size.")
+    side = {"default": 0, "min": 0, "max": LIMITS["output_budget"][1], "step": 16}
+    return [
+        io.Clip.Input("clip", tooltip="From LoadUniPic; any Qwen2.5-VL 7B of type qwen_image works."),
+        io.Vae.Input("vae", tooltip="From LoadUniPic; any Qwen-Image VAE works."),
+        io.Autogrow.Input(
+            "images",
+            template=io.Autogrow.TemplateNames(image, names=list(IMAGES), min=0),
+            tooltip="Up to six pictures, which the prompt may call image 1 to image 6, in this order.",
+        ),
+        io.Autogrow.Input(
+            "masks",
+            template=io.Autogrow.TemplateNames(mask, names=list(MASKS), min=0),
+            tooltip="Optional: mask_1 belongs to image_1, and so on. Masked parts become white.",
+        ),
+        io.String.Input(
+            "prompt",
+            multiline=True,
+            dynamic_prompts=True,
+            tooltip="What to make of the pictures, for example: put the guitar from image 2 in the hands of the "
+            "astronaut from image 1.",
+        ),
+        io.String.Input(
+            "negative_prompt",
+            default=" ",
+            tooltip="What to move away from where guidance is above 1. One space, as in the release, is a good choice.",
+        ),
+        io.Int.Input("width", **side, tooltip="Width of the output in pixels. 0: by the first image's aspect."),
+        io.Int.Input("height", **side, tooltip="Height of the output in pixels. 0: by the first image's aspect."),
+        io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to make at once."),
+        io.Int.Input(
+            "reference_budget",
+            default=0,
+            min=0,
+            max=LIMITS["reference_budget"][1],
+            step=32,
+            tooltip="Side of the square whose pixels all references share. 0: what the model was trained with.",
+        ),
+    ]
+
+
+def _check_sockets(others: Mapping[str, Any]) -> None:
+    """What is connected to sockets that the schema does not have comes along when a graph is sent by the API."""
+    if others:
+        raise UniPicError(
+            f"at most {MAX_REFERENCES} pictures can be composed, as images.image_1 to images.image_{MAX_REFERENCES} "
+            f"with masks.mask_1 to masks.mask_{MAX_REFERENCES}; got {', '.join(sorted(others))}; leave it out"
+        )
+
+
+def _check_vae(vae: Any) -> None:
+    if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_RATIO:
+        raise UniPicError(
+            "vae must be the Qwen-Image VAE, got one with other latents; take it from LoadUniPic, or load "
+            "qwen_image_vae.safetensors with VAELoader"
+        )
+
+
+def _collect(images: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[Image.Image]:
+    """The pictures in the order of their sockets; a batch is as many references."""
+    given = [(image, mask) for image, mask in zip(IMAGES, MASKS, strict=True) if images.get(image) is not None]
+    alone = [m for i, m in zip(IMAGES, MASKS, strict=True) if masks.get(m) is not None and images.get(i) is None]
+    if alone:
+        raise UniPicError(f"{alone[0]} has no picture; connect {alone[0].replace('mask', 'image')} or remove the mask")
+    return [picture for image, mask in given for picture in to_pictures(images[image], masks.get(mask))]
+
+
+def _plan(
+    recipe: Recipe,
+    sizes: Sequence[Size],
+    texts: tuple[str, str],
+    output: Size,
+    batch_size: int,
+    reference_budget: int,
+) -> Plan:
+    """The checked choices. Weights that name no output budget may be asked for any size."""
+    width, height = (side or None for side in output)
+    if recipe.output_budget is None and (width or height):
+        recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
+    return plan(
+        recipe,
+        sizes,
+        *texts,
+        width=width,
+        height=height,
+        num_images=batch_size,
+        reference_budget=reference_budget or None,
+    )
+
+
+def _reference_latent(vae: Any, reference: Image.Image) -> Tensor:
+    """[1, C, 1, h, w] of one picture, not normalised: the MODEL does that. Alone, since stock VAEs read a video."""
+    key = (WeightsKey(vae.first_stage_model), vae.patcher.patches_uuid, vae.vae_dtype, image_key(reference))
+    latent = _references.get(key, lambda: vae.encode(to_image(reference)).cpu())
+    return latent.to(comfy.model_management.intermediate_device())
+
+
+def _text(clip: Any, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:
+    """The conditioning of a text, with the references' latents. Kept unless hooks change weights as it is made."""
+
+    def encode() -> Conditioning:
+        return encode_prompt(clip, text, references)
+
+    hooks = clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule
+    made = encode() if hooks else _texts.get(_text_key(clip, text, references), encode)
+    return node_helpers.conditioning_set_values(made, {"reference_latents": latents} if latents else {})
+
+
+def _text_key(clip: Any, text: str, references: list[Image.Image]) -> tuple[Any, ...]:
+    weights = (WeightsKey(clip.cond_stage_model), clip.patcher.patches_uuid)
+    options = (clip.layer_idx, str(clip.tokenizer_options))
+    return *weights, *options, text, *(image_key(reference) for reference in references)
+
+
+def _empty_latent(vae: Any, planned: Plan) -> dict[str, Any]:
+    width, height = planned.size
+    samples = torch.zeros(
+        (planned.num_images, vae.latent_channels, 1, height // VAE_RATIO, width // VAE_RATIO),
+        device=comfy.model_management.intermediate_device(),
+        dtype=comfy.model_management.intermediate_dtype(),
+    )
+    return {"samples": samples, "downscale_ratio_spacial": VAE_RATIO}

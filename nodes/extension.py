@@ -1,0 +1,26 @@
+"""The list of nodes that the pack gives to ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .compose import MultiImageCompose
+from .load import LoadUniPic
+from .lora import DistillLoRA
+from .pictures import UniPicSampleImages
+from .sample import FewStepSampler, UniPicSamplerSelect, UniPicSigmas
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadUniPic,
+    MultiImageCompose,
+    FewStepSampler,
+    DistillLoRA,
+    UniPicSampleImages,
+    UniPicSigmas,
+    UniPicSamplerSelect,
+]
+
+
+class UniPicExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

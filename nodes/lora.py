@@ -1,0 +1,162 @@
+"""DistillLoRA: a LoRA in any trainer's naming, added to a MODEL together with its recipe."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.utils
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+from torch import Tensor
+
+from ..unipic_core.errors import CheckpointError, LoRAError
+from ..unipic_core.lora import LoRA, MergeReport, build_lora
+from ..unipic_core.lora_layers import LoRALayer
+from ..unipic_core.recipe import METADATA_KEY, Recipe
+from ..unipic_core.settings import resolve
+from .facts import Facts, attach, facts_of
+from .messages import tell
+from .sample import CATEGORY, described
+
+MODELS = Path(__file__).resolve().parents[1] / "unipic_core" / "models"
+"""LoRAs that come with the pack lie in loras/ of the bundled model that they are for."""
+
+BUNDLED = "bundled: "
+NETWORK = "diffusion_model."
+"""What ComfyUI puts before the network's own parameter names."""
+
+_FACTORS = {"down": "lora_down.weight", "up": "lora_up.weight"}
+
+
+def bundled_loras() -> dict[str, Path]:
+    """Name in the list -> file."""
+    files = sorted(MODELS.glob("*/loras/*.safetensors"))
+    return {f"{BUNDLED}{file.parent.parent.name}/{file.name}": file for file in files}
+
+
+def lora_path(name: str) -> Path:
+    """The file behind a name in the list: a bundled one, or one in a `loras` folder of ComfyUI's."""
+    if name.startswith(BUNDLED):
+        bundled = bundled_loras()
+        if name not in bundled:
+            raise LoRAError(
+                f"the pack holds no LoRA {name.removeprefix(BUNDLED)!r}; choose another, or update the pack"
+            )
+        return bundled[name]
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def read_lora(path: Path) -> LoRA:
+    """A LoRA file through ComfyUI's reader, which runs no code from it. Raises LoRAError for one that is damaged."""
+    try:
+        tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+        tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
+    except Exception as error:  # it passes on whatever safetensors, pickle, zipfile and torch raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise LoRAError(f"{path.name} cannot be read as a LoRA ({reason}); it is damaged: download it again") from error
+    metadata = metadata or {}
+    try:
+        recipe = Recipe.from_json(metadata[METADATA_KEY]) if METADATA_KEY in metadata else None
+    except CheckpointError as error:
+        raise LoRAError(f"{path.name}: {error}") from error
+    return build_lora(tensors, tensors.__getitem__, path, metadata, recipe)
+
+
+def add_lora(model: Any, lora: LoRA, strength: float) -> tuple[Any, MergeReport]:
+    """A clone of the MODEL with the LoRA as ComfyUI's weight patches, and its recipe over the model's.
+
+    Raises LoRAError if nothing matches or a layer has another shape, and UniPicError if the recipe wants something that
+    this version does not have.
+    """
+    parameters = model.model.diffusion_model.named_parameters()
+    fitted = lora.fit({name: tuple(parameter.shape) for name, parameter in parameters})
+    facts = facts_of(model).with_recipe(lora.recipe)
+    resolve(facts.recipe)
+    clone = model.clone()
+    rounds: list[dict[str, Any]] = []  # several layers may change one parameter; a dictionary holds one each
+    for parameter, layers in fitted.table.items():
+        rounds += [{} for _ in range(len(layers) - len(rounds))]
+        for patches, (layer, is_bias) in zip(rounds, layers, strict=False):
+            patches[NETWORK + parameter] = _bias_patch(layer) if is_bias else _weight_patch(layer)
+    for patches in rounds:
+        clone.add_patches(patches, strength)
+    attach(clone, facts)
+    return clone, fitted.report
+
+
+def _bias_patch(layer: LoRALayer) -> Any:
+    return ("diff", (layer.parts["diff_b"],))
+
+
+def _weight_patch(layer: LoRALayer) -> Any:
+    """The layer as ComfyUI's own reader makes it from its own key names."""
+    tensors = {f"layer.{_FACTORS.get(part, part)}": tensor for part, tensor in layer.parts.items() if part != "diff_b"}
+    if layer.alpha is not None and layer.rank:
+        tensors["layer.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float64)  # it divides by the rank
+    return comfy.lora.load_lora(tensors, {"layer": "layer.weight"})["layer.weight"]
+
+
+class DistillLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DistillLoRA",
+            display_name="Distill LoRA (UniPic)",
+            category=CATEGORY,
+            description="Adds a LoRA to the model and hands its recipe (steps, guidance, sampler) on to "
+            "FewStepSampler. Reads the namings of all common trainers, and says how many layers matched.",
+            search_aliases=["lora", "load lora", "unipic lora", "few step lora", "dmd", "consistency"],
+            inputs=[
+                io.Model.Input("model", tooltip="From LoadUniPic; any Qwen-Image-Edit model works."),
+                io.Combo.Input(
+                    "lora",
+                    options=[*bundled_loras(), *folder_paths.get_filename_list("loras")],
+                    tooltip="A file in ComfyUI's models/loras folder, or one that comes with the pack.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="How much of the LoRA is added: 1 = as it was trained, 0 = the model as it is.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the LoRA and its recipe.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, lora: str | None, **_: Any) -> Any:
+        """Run again when the file was replaced; a name that comes through a wire is not known yet."""
+        if lora is None:
+            return None
+        state = os.stat(lora_path(lora))
+        return state.st_mtime_ns, state.st_size
+
+    @classmethod
+    def execute(cls, model: Any, lora: str, strength: float) -> io.NodeOutput:
+        if strength == 0:
+            text = "strength 0: the model is as it was"
+            tell(cls, text)
+            return io.NodeOutput(model, ui=ui.PreviewText(text))
+        file = read_lora(lora_path(lora))
+        clone, report = add_lora(model, file, strength)
+        text = summary(file, report, facts_of(clone))
+        tell(cls, text, logging.WARNING if report.unmatched else logging.INFO)
+        return io.NodeOutput(clone, ui=ui.PreviewText(text))
+
+
+def summary(lora: LoRA, report: MergeReport, facts: Facts) -> str:
+    """How many layers matched, which did not, and what FewStepSampler will do. facts: of the model with the LoRA."""
+    total = report.matched + len(report.unmatched)
+    text = f"{report.matched} of {total} layers of {lora.name} matched"
+    if report.unmatched:
+        text += f"; not known to this model: {', '.join(report.unmatched[:3])}" + ", ..." * (len(report.unmatched) > 3)
+    whose = "its recipe" if lora.recipe else "it brings no recipe, so as before"
+    return f"{text}; {whose}: {described(resolve(facts.recipe))}"

@@ -1,0 +1,285 @@
+"""The core's network as ComfyUI holds it: made of ComfyUI's layers and attention, called as ComfyUI calls its own.
+
+Parameters sit at the top level under their diffusers names, so LoRA loaders find them. The hooks that ComfyUI offers on
+its own Qwen-Image network work here: patches "post_input", "attn1_patch" and "double_block", replacement of
+("double_block", i), ControlNet residuals, attention override and diffusion model wrappers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from comfy.ldm.common_dit import pad_to_patch_size
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention_masked
+from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ..unipic_core.errors import UniPicError
+from ..unipic_core.mmdit import JointState, MMDiT, MMDiTConfig
+from ..unipic_core.rope import joint_positions, rotation
+from ..unipic_core.sequence import PATCH, LatentShape, PackedLatents, pack_latents, unpack_latents
+
+REFERENCE_METHODS = ("index", "index_timestep_zero", "negative_index")
+"""Ways to number references that the network has: frames 1, 2, ...; the same modulated at t = 0; frames -1, -2, ..."""
+
+Options = dict[str, Any]
+"""ComfyUI's transformer_options."""
+
+
+def network_options(config: MMDiTConfig) -> Options:
+    """`Network`'s arguments for these sizes, as ComfyUI keeps them in unet_config."""
+    return {"image_model": "qwen_image", **asdict(config)}
+
+
+class Network(MMDiT):
+    """The velocity network behind ComfyUI's `diffusion_model`. sizes: fields of `MMDiTConfig`.
+
+    dtype: what weights are stored in; activations have the type of the latent that comes in.
+    """
+
+    def __init__(
+        self,
+        *,
+        operations: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        image_model: str = "qwen_image",
+        **sizes: Any,
+    ) -> None:
+        config = MMDiTConfig(**sizes)
+        super().__init__(config, operations=operations, dtype=dtype, device=device)
+        self.stored_dtype = dtype
+        self.patch_size = PATCH
+        self.default_ref_method = "index_timestep_zero" if config.zero_cond_t else "index"
+
+    @property
+    def dtype(self) -> torch.dtype | None:  # ComfyUI decides by this whether layers must cast
+        return self.stored_dtype
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        ref_latents: Sequence[Tensor] | None = None,
+        additional_t_cond: Tensor | None = None,
+        transformer_options: Options | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Velocity of x [B, C, 1, H, W] (or without the frame) at times `timestep` [B] in [0, 1]; the same shape.
+
+        context: [B, L, D]; attention_mask: [B, L], whole numbers (0 = padding) or a float bias; ref_latents: each
+        [1 or B, C, 1, h, w]; control (in kwargs): residuals by block under "input". Raises UniPicError.
+        """
+        options = transformer_options or {}
+        wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
+        return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
+            x, timestep, context, attention_mask, ref_latents, additional_t_cond, options, **kwargs
+        )
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        attention_mask: Tensor | None = None,
+        ref_latents: Sequence[Tensor] | None = None,
+        additional_t_cond: Tensor | None = None,
+        transformer_options: Options | None = None,
+        control: dict[str, Any] | None = None,
+        ref_latents_method: str | None = None,
+        **_: Any,
+    ) -> Tensor:
+        method = _checked_method(ref_latents_method or self.default_ref_method)
+        at_zero = method == "index_timestep_zero" and bool(ref_latents)
+        latents = self._pack(x, ref_latents or ())
+        options = self._options(latents, transformer_options or {})
+
+        img, txt = self.img_in(latents.tokens), self._text(context, x.dtype)
+        temb = self._time(timestep, img, at_zero, additional_t_cond)
+        text_ids, picture_ids = self._positions(latents, *txt.shape[:2], txt.device, method)
+        for patch in options.get("patches", {}).get("post_input", ()):
+            seen = {"img": img, "txt": txt, "img_ids": picture_ids, "txt_ids": text_ids, "transformer_options": options}
+            out = patch(seen)
+            img, txt, picture_ids, text_ids = out["img"], out["txt"], out["img_ids"], out["txt_ids"]
+        is_target = torch.arange(img.shape[1], device=img.device) < latents.num_target_tokens
+        state = HookedState(
+            rope=self.pe_embedder(torch.cat([text_ids, picture_ids], dim=1)),
+            mask=attention_bias(attention_mask, picture_ids.shape[1], x.dtype),
+            reference=~is_target[None, :, None] if at_zero else None,
+            # ComfyUI's choice on a CPU is made for little memory, and PyTorch's own needs less and is faster
+            attention=attention_pytorch if x.device.type == "cpu" else optimized_attention_masked,
+            options=options,
+            words=txt.shape[1],
+        )
+        img = self._blocks(x, img, txt, temb, state, latents.num_target_tokens, control)
+        velocity = self.proj_out(self.norm_out(img[:, : latents.num_target_tokens], temb[: img.shape[0]]))
+        velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
+        return velocity if x.ndim == 5 else velocity[:, :, 0]
+
+    def _blocks(
+        self,
+        x: Tensor,
+        img: Tensor,
+        txt: Tensor,
+        temb: Tensor,
+        state: HookedState,
+        num_target_tokens: int,
+        control: dict[str, Any] | None,
+    ) -> Tensor:
+        """Image tokens after all blocks; where no hook can see it, the last block makes the target's alone."""
+        options = state.options
+        replacements = options.get("patches_replace", {}).get("dit", {})
+        after = options.get("patches", {}).get("double_block", ())
+        residuals = (control or {}).get("input") or ()
+        hooked = bool(options.get("patches") or replacements or residuals or "optimized_attention_override" in options)
+        last = len(self.transformer_blocks) - 1
+        for i, block in enumerate(self.transformer_blocks):
+            options["block_index"] = i
+            if ("double_block", i) in replacements:
+                args = {"img": img, "txt": txt, "vec": temb, "pe": state.rope, "transformer_options": options}
+                out = replacements[("double_block", i)](args, {"original_block": _original(block, state)})
+                img, txt = out["img"], out["txt"]
+            else:
+                img, txt = block(img, txt, temb, state, num_target_tokens if i == last and not hooked else None)
+            for patch in after:
+                out = patch({"img": img, "txt": txt, "x": x, "block_index": i, "transformer_options": options})
+                img, txt = out["img"], out["txt"]
+            if i < len(residuals) and residuals[i] is not None:
+                img[:, : residuals[i].shape[1]] += residuals[i]
+        return img
+
+    def pe_embedder(self, ids: Tensor) -> Tensor:
+        """Rotation matrices of positions [B, N, 3]; ControlNets that share layers with the network ask for it too."""
+        return rotation_matrices(ids, self.config.axes_dims_rope)
+
+    def process_img(self, x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+        """Tokens [B, S, 4C] and positions [B, S, 3] of a picture, and its shape padded to whole tokens; as above."""
+        latents = self._pack(x, ())
+        ids = self._positions(latents, x.shape[0], 0, x.device, "index")[1]
+        return latents.tokens, ids, pad_to_patch_size(x, (1, PATCH, PATCH)).shape
+
+    def _pack(self, x: Tensor, references: Sequence[Tensor]) -> PackedLatents:
+        """[target | reference 1 | ...], each padded to whole tokens; one reference may serve a whole batch."""
+        pieces, shapes = [], []
+        for latent in (x, *references):
+            self._check_latent(latent)
+            latent = pad_to_patch_size(latent, (PATCH,) * 2 if latent.ndim == 4 else (1, PATCH, PATCH))
+            shapes.append(LatentShape(1, latent.shape[-2] // PATCH, latent.shape[-1] // PATCH))
+            pieces.append(pack_latents(latent).to(x.dtype).expand(x.shape[0], -1, -1))
+        return PackedLatents(torch.cat(pieces, dim=1), (tuple(shapes),) * x.shape[0], shapes[0].num_tokens)
+
+    def _check_latent(self, latent: Tensor) -> None:
+        channels, frames = latent.shape[1], latent.shape[2] if latent.ndim == 5 else 1
+        if channels * PATCH**2 != self.config.in_channels:
+            raise UniPicError(
+                f"this model works on latents of {self.config.in_channels // PATCH**2} channels and was given "
+                f"{channels}; use the VAE that LoadUniPic gives with it"
+            )
+        if frames != 1:
+            raise UniPicError(f"UniPic makes single pictures and was given a latent of {frames} frames; give it one")
+
+    def _text(self, context: Tensor, dtype: torch.dtype) -> Tensor:
+        """[B, L, D] -> [B, L, width]."""
+        if context.shape[-1] != self.config.joint_attention_dim:
+            raise UniPicError(
+                f"this model takes text of width {self.config.joint_attention_dim} and was given {context.shape[-1]}; "
+                "use the CLIP that LoadUniPic gives with it"
+            )
+        return self.txt_in(self.txt_norm(context.to(dtype)))
+
+    def _options(self, latents: PackedLatents, given: Options) -> Options:
+        """A copy of transformer_options with what patches read there; the loop over blocks adds "block_index"."""
+        options = {**given, "total_blocks": len(self.transformer_blocks), "block_type": "double"}
+        references = latents.shapes[0][1:]
+        return options | {"reference_image_num_tokens": [s.num_tokens for s in references]} if references else options
+
+    def _time(self, t: Tensor, like: Tensor, at_zero: bool, additional: Tensor | None) -> Tensor:
+        """[B, width], or [2B, width] with the second half at t = 0, for the references."""
+        t = t.reshape(-1).expand(like.shape[0])
+        if not self.config.use_additional_t_cond:
+            additional = None
+        elif additional is None:
+            additional = torch.zeros_like(t, dtype=torch.long)
+        else:
+            additional = additional.reshape(-1).expand(like.shape[0])
+        if at_zero:
+            t = torch.cat([t, torch.zeros_like(t)])
+            additional = None if additional is None else additional.repeat(2)
+        return self.time_text_embed(t, like.dtype, additional)
+
+    def _positions(
+        self, latents: PackedLatents, batch: int, words: int, device: torch.device, method: str
+    ) -> tuple[Tensor, Tensor]:
+        """Positions of text [B, L, 3] and pictures [B, S, 3], which patches may change."""
+        ids = joint_positions(latents.shapes, words, self.config.use_layer3d_rope).to(device).repeat(batch, 1, 1)
+        if method == "negative_index":
+            ids[:, words:, 0] = -ids[:, words:, 0].abs()
+        return ids[:, :words], ids[:, words:]
+
+
+@dataclass(frozen=True)
+class HookedState(JointState):
+    """Attention by ComfyUI's function, and the patches before it.
+
+    rope: [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1, L + S] or None; attention: of ComfyUI's signature; words: L.
+    """
+
+    rope: Any
+    attention: Any
+    options: Options
+    words: int
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
+        """As `JointState.attend`; patches see q and k before they are rotated, as in ComfyUI's own network."""
+        q, k, v = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
+        rope, mask = self.rope, self.mask
+        extra = {**self.options, "img_slice": [self.words, q.shape[2]]}
+        for patch in self.options.get("patches", {}).get("attn1_patch", ()):
+            out = patch(q, k, v, pe=rope, attn_mask=mask, extra_options=extra)
+            q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+            rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
+        q = apply_rope1(q, rope[:, :, start : start + q.shape[2]])
+        k = apply_rope1(k, rope[:, :, : k.shape[2]])
+        return self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
+
+
+def rotation_matrices(ids: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:
+    """Positions [B, N, 3] -> [B, 1, N, D / 2, 2, 2] float32, the form that ComfyUI's patches and kernels know."""
+    cos, sin = rotation(ids.float(), axes_dims)
+    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).transpose(1, 2).contiguous()
+
+
+def attention_bias(mask: Tensor | None, picture_tokens: int, dtype: torch.dtype) -> Tensor | None:
+    """Text mask [B, L], true or whole numbers (0 = padding) or a bias -> bias [B, 1, L + S] that adds to the scores."""
+    if mask is None:
+        return None
+    bias = mask.to(dtype)
+    if not mask.is_floating_point():
+        bias = (bias - 1) * torch.finfo(dtype).max
+    return torch.nn.functional.pad(bias, (0, picture_tokens))[:, None]
+
+
+def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -> Callable[[Options], Options]:
+    """The block itself, as replacements call it."""
+
+    def run(args: Options) -> Options:
+        seen = replace(state, rope=args["pe"], options=args["transformer_options"])
+        img, txt = block(args["img"], args["txt"], args["vec"], seen)
+        return {"img": img, "txt": txt}
+
+    return run
+
+
+def _checked_method(method: str) -> str:
+    if method not in REFERENCE_METHODS:
+        raise UniPicError(
+            f"this model numbers its references by {' or '.join(REFERENCE_METHODS)}; the conditioning asks for "
+            f"{method!r}: remove the node that set it, or choose index"
+        )
+    return method

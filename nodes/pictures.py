@@ -1,0 +1,95 @@
+"""Between ComfyUI's IMAGE and MASK and Pillow's pictures; and the pictures that come with the pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..unipic_core.errors import UniPicError
+from ..unipic_core.images import load_image, to_rgb
+
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+"""The pictures that come with the pack."""
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+
+
+def to_image(picture: Image.Image) -> Tensor:
+    """A picture as IMAGE: [1, H, W, 3] float32 in [0, 1], transparency composited on white."""
+    return torch.from_numpy(np.array(to_rgb(picture), dtype=np.float32) / 255)[None]
+
+
+def to_pictures(image: Tensor, mask: Tensor | None = None) -> list[Image.Image]:
+    """Every picture of an IMAGE [B, H, W, C] as 8-bit RGB, what is transparent composited on white.
+
+    C is 1 (grey), 2 (grey and alpha), 3 or 4 (RGBA). mask: ComfyUI's, 1 = transparent, [H, W] or [B or 1, H, W]; one of
+    another size is stretched to the picture, bilinearly. Raises UniPicError.
+    """
+    image = image[None] if image.ndim == 3 else image
+    if image.ndim != 4 or image.shape[-1] not in _MODES or 0 in image.shape:
+        raise UniPicError(f"an image must be [pictures, height, width, 1 to 4 channels], got {list(image.shape)}")
+    values = image.detach().float().cpu().nan_to_num(nan=0.0)
+    if mask is not None:
+        values = _with_alpha(values, 1 - _stretched(mask.detach().float().cpu(), values))
+    pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    mode = _MODES[pixels.shape[-1]]
+    rows = pixels[..., 0] if mode == "L" else pixels
+    return [to_rgb(Image.fromarray(row, mode)) for row in rows]
+
+
+def _with_alpha(values: Tensor, alpha: Tensor) -> Tensor:
+    """Alpha [B, H, W, 1] in place of none, or times the picture's own."""
+    if values.shape[-1] in (2, 4):
+        return torch.cat([values[..., :-1], values[..., -1:] * alpha], dim=-1)
+    return torch.cat([values, alpha], dim=-1)
+
+
+def _stretched(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask as [B, H, W, 1] for pictures of these values."""
+    batch, height, width = values.shape[:3]
+    mask = mask.reshape(-1, *mask.shape[-2:]) if mask.ndim >= 2 else mask
+    if mask.ndim != 3 or 0 in mask.shape or mask.shape[0] not in (1, batch):
+        raise UniPicError(f"a mask must be one, or one for each of {batch} pictures, got {list(mask.shape)}")
+    if mask.shape[1:] != (height, width):
+        mask = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
+    return mask.nan_to_num(nan=0.0).clamp(0, 1)[..., None].expand(batch, -1, -1, -1)
+
+
+def example_names() -> list[str]:
+    """Names of the pictures that come with the pack."""
+    return sorted(path.stem for path in FOLDER.glob("*.png"))
+
+
+class UniPicSampleImages(io.ComfyNode):
+    """The inputs of the shipped workflows, so that these run as they are."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniPicSampleImages",
+            display_name="Sample Images (UniPic)",
+            category="UniPic",
+            description="A picture that comes with the pack, to try a workflow with before loading your own.",
+            search_aliases=["example image", "sample picture", "unipic images"],
+            inputs=[
+                io.Combo.Input(
+                    "picture",
+                    options=example_names(),
+                    default="astronaut",
+                    tooltip="Which of the pack's pictures; all are 256x256 pixels on an opaque ground.",
+                )
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture in its own size.")],
+        )
+
+    @classmethod
+    def execute(cls, picture: str) -> io.NodeOutput:
+        if picture not in example_names():
+            raise UniPicError(f"there is no sample picture {picture!r}; choose one of {', '.join(example_names())}")
+        return io.NodeOutput(to_image(load_image(FOLDER / f"{picture}.png")))

@@ -1,0 +1,159 @@
+"""FewStepSampler, and its schedule and samplers for people who wire SamplerCustomAdvanced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..unipic_core.recipe import LIMITS, SAMPLERS
+from ..unipic_core.settings import Settings, resolve
+from . import sampling
+from .facts import facts_of
+from .messages import tell
+
+CATEGORY = "UniPic"
+
+
+def steps_input() -> io.Int.Input:
+    return io.Int.Input(
+        "steps",
+        default=0,
+        min=0,
+        max=LIMITS["steps"][1],
+        tooltip="Number of steps. 0 = as the weights or the LoRA were made for, 50 where they say nothing.",
+    )
+
+
+def denoise_input() -> io.Float.Input:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="1 = from noise. Less keeps something of the latent that comes in: only the last steps of a longer "
+        "schedule are run, as KSampler does it. 0 = the latent as it is.",
+    )
+
+
+class FewStepSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="FewStepSampler",
+            display_name="Few-Step Sampler (UniPic)",
+            category=CATEGORY,
+            description="Samples as the weights want it: steps, guidance and method come with them, or with a LoRA.",
+            search_aliases=["unipic sampler", "consistency", "dmd", "lcm"],
+            inputs=[
+                io.Model.Input("model", tooltip="From LoadUniPic or DistillLoRA; any Qwen-Image-Edit model works."),
+                io.Conditioning.Input("positive", tooltip="Prompt and pictures, from MultiImageCompose."),
+                io.Conditioning.Input("negative", tooltip="What to move away from. Not computed at guidance 1."),
+                io.Latent.Input("latent", tooltip="Its size is the size of the picture; a mask on it is respected."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="One seed gives one picture: it also decides the noise that is added between the steps.",
+                ),
+                steps_input(),
+                io.Float.Input(
+                    "cfg",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Guidance as in the release, per token. 0 = what the weights or the LoRA were made for; "
+                    "1 = none, which halves the time.",
+                ),
+                io.Combo.Input(
+                    "sampler",
+                    options=["auto", *SAMPLERS],
+                    default="auto",
+                    tooltip="auto = what the weights or the LoRA were made for. consistency predicts the picture and "
+                    "adds fresh noise; euler follows the flow.",
+                ),
+                denoise_input(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with the VAE of LoadUniPic.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent: dict[str, Any],
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler: str,
+        denoise: float,
+    ) -> io.NodeOutput:
+        facts = facts_of(model)
+        settings = resolve(facts.recipe, steps or None, cfg or None, None if sampler == "auto" else sampler)
+        tell(cls, described(settings))
+        tokens = sampling.target_tokens(sampling.prepared(model, latent))
+        times = sampling.sigmas_of(settings, facts.shift, tokens, denoise)
+        return io.NodeOutput(sampling.sample(model, positive, negative, latent, seed, settings, times))
+
+
+def described(settings: Settings) -> str:
+    """What a run does, in one line."""
+    passes = "no unconditional pass" if settings.guidance == 1 else "two passes a step"
+    return f"{settings.steps} steps, {settings.sampler}, guidance {settings.guidance:g} ({passes})"
+
+
+class UniPicSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniPicSigmas",
+            display_name="UniPic Sigmas",
+            category=CATEGORY,
+            description="The time schedule that the weights want at this size, for SamplerCustomAdvanced. With it, the "
+            "stock lcm sampler at guidance 1 gives the picture of the consistency sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="Its recipe names the schedule; from LoadUniPic or DistillLoRA."),
+                io.Latent.Input("latent", tooltip="The latent to be sampled: the schedule depends on its size."),
+                steps_input(),
+                denoise_input(),
+            ],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="From 1 to 0, steps + 1 values.")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
+        tokens = sampling.target_tokens(sampling.prepared(model, latent))
+        return io.NodeOutput(sampling.sigmas(facts_of(model), steps or None, tokens, denoise))
+
+
+class UniPicSamplerSelect(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniPicSamplerSelect",
+            display_name="UniPic Sampler Select",
+            category=CATEGORY,
+            description="The pack's samplers for SamplerCustomAdvanced. The seed of the noise node decides the noise "
+            "between the steps too.",
+            inputs=[
+                io.Combo.Input(
+                    "sampler",
+                    options=list(SAMPLERS),
+                    default="consistency",
+                    tooltip="consistency predicts the picture and adds fresh noise (few-step weights); euler follows "
+                    "the flow (base weights).",
+                )
+            ],
+            outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(cls, sampler: str) -> io.NodeOutput:
+        return io.NodeOutput(sampling.ksampler(sampler))

@@ -1,0 +1,127 @@
+"""CLIP: the condition encoder of a pipeline folder as ComfyUI's own kind, and prompts with references through any."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.supported_models_base
+import comfy.utils
+from PIL import Image
+from torch import Tensor
+
+from ..unipic_core.errors import CheckpointError, UniPicError
+from ..unipic_core.images import resize_for_vision
+from ..unipic_core.prompt import prompt_text
+from ..unipic_core.weights import open_weights
+from .pictures import to_image
+from .text_config import EncoderConfig
+from .text_model import TextModel
+from .text_tokens import KEY, Tokenizer
+
+STOCK_LEAST_PIXELS = 3136
+"""ComfyUI's own Qwen2.5-VL enlarges pictures of fewer pixels."""
+
+Conditioning = list[list[Any]]
+
+
+def load_clip(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """The CLIP of a pipeline folder's text_encoder/ and tokenizer/; weights in the type they are stored in.
+
+    Raises CheckpointError naming what is missing, damaged or does not fit.
+    """
+    folder = Path(folder)
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise CheckpointError(
+                f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
+            )
+    config = EncoderConfig.read(folder / "text_encoder" / "config.json")
+    tokenizer = Tokenizer.read(folder / "tokenizer", config.image_token, config.text["max_position_embeddings"])
+    weights = read_encoder_weights(folder / "text_encoder")
+    target = comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, partial(TextModel, config, tokenizer))
+    clip = comfy.sd.CLIP(
+        target,
+        parameters=comfy.utils.calculate_parameters(weights),
+        state_dict=[weights],
+        model_options=_options(weights),
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (_load_patcher, (folder,))
+    return clip
+
+
+def _load_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
+    return load_clip(folder, disable_dynamic).patcher
+
+
+def _options(weights: dict[str, Tensor]) -> dict[str, Any]:
+    options: dict[str, Any] = {"dtype": weights["model.norm.weight"].dtype} if "model.norm.weight" in weights else {}
+    quantised = comfy.utils.detect_layer_quantization(weights, "")
+    return {**options, "quantization_metadata": quantised} if quantised else options
+
+
+def read_encoder_weights(folder: Path) -> dict[str, Tensor]:
+    """transformers' weights, sharded or not, by ComfyUI's names. CheckpointError for what is not readable weights."""
+    checked = open_weights(folder)
+    files = sorted(checked.files)
+    if all(file.suffix == ".safetensors" for file in files):
+        # ComfyUI's reader, since its offloading wants to know where in the files the weights lie
+        parts = [comfy.utils.load_torch_file(str(file), safe_load=True) for file in files]
+        stored = {name: weight for part in parts for name, weight in part.items()}
+    else:
+        stored = {name: checked.get(name) for name in checked}
+    return {comfy_name(name): weight for name, weight in stored.items() if not name.startswith("lm_head.")}
+
+
+def comfy_name(name: str) -> str:
+    """Older transformers: model.X and visual.X, as ComfyUI; newer: model.language_model.X and model.visual.X."""
+    return re.sub(r"^model\.visual\.", "visual.", re.sub(r"^model\.language_model\.", "model.", name))
+
+
+def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> Conditioning:
+    """Conditioning of the release's template: references in order, no labels, the prompt.
+
+    clip: from `load_clip`, or ComfyUI's own Qwen2.5-VL. references: from `resize_references`; the vision encoder gets
+    them at exactly 28/32 of their sides. Raises UniPicError for another kind of CLIP and for marks in the prompt.
+    """
+    text = prompt_text(prompt, len(references))  # begins with a turn: every tokenizer takes such a text as it is
+    pictures = [resize_for_vision(reference) for reference in references]
+    if not isinstance(clip.tokenizer, Tokenizer):
+        text = _escaped(text)
+        _warn_of_enlarging(pictures)
+    tokens = clip.tokenize(text, images=[to_image(picture) for picture in pictures])
+    _check_tokens(tokens, len(references))
+    return clip.encode_from_tokens_scheduled(tokens)
+
+
+def _escaped(text: str) -> str:
+    """ComfyUI's own tokenizers read a backslash before a bracket as an escape and drop it."""
+    return re.sub(r"\\([()])", r"\\\\\1", text)
+
+
+def _warn_of_enlarging(pictures: Sequence[Image.Image]) -> None:
+    small = next((p.size for p in pictures if p.width * p.height < STOCK_LEAST_PIXELS), None)
+    if small:
+        logging.warning(
+            "UniPic: ComfyUI's own text encoder enlarges a reference of %dx%d pixels; results differ a little from the "
+            "release. Raise reference_budget, or take the CLIP from LoadUniPic.",
+            *small,
+        )
+
+
+def _check_tokens(tokens: Any, num_references: int) -> None:
+    kinds = sorted(tokens) if isinstance(tokens, dict) else []
+    if kinds != [KEY]:
+        raise UniPicError(
+            f"clip must be a Qwen2.5-VL, got one that makes {', '.join(kinds) or type(tokens).__name__}; take it from "
+            "LoadUniPic, or load a Qwen2.5-VL 7B with CLIPLoader and type qwen_image"
+        )
+    images = sum(isinstance(pair[0], dict) for row in tokens[KEY] for pair in row)
+    if images != num_references:
+        raise UniPicError(f"this CLIP took {images} of {num_references} references; load it with type qwen_image")

@@ -1,0 +1,104 @@
+"""The condition encoder's config.json (transformers' layout, old or new) as the sizes that ComfyUI's classes take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..unipic_core.errors import CheckpointError
+from ..unipic_core.vision import FRAMES, MERGE, PATCH, encoder_positions
+
+POSITIONS = ("multimodal", "sequential")
+
+_TEXT = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128000,
+    "rms_norm_eps": 1e-6,
+}
+_VISION = {
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "depth": 32,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+_IMAGE_TOKEN = 151655
+_MROPE = [16, 24, 24]
+_FIXED = {"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size": FRAMES}
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Sizes of a Qwen2.5-VL. What a config leaves out is the release's.
+
+    text: the sizes of ComfyUI's language model, by its own names. rope_dims: frequencies of (frame, row, column).
+    vision: sizes of the vision tower, by ComfyUI's names. full_attention: its blocks that see the whole picture.
+    positions: one of POSITIONS. image_token: id of the mark that image tokens take the place of.
+    """
+
+    text: dict[str, Any]
+    head_dim: int
+    rope_dims: list[int]
+    vision: dict[str, int]
+    full_attention: list[int]
+    positions: str
+    image_token: int
+
+    @classmethod
+    def read(cls, file: Path) -> EncoderConfig:
+        """From a config.json. CheckpointError if it is missing or describes another kind of encoder."""
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            return cls.from_dict(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{file}: {error}") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+            detail = " ".join(str(error).split())[:200]
+            raise CheckpointError(
+                f"{file} cannot be read ({detail}); download the text_encoder folder again"
+            ) from error
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> EncoderConfig:
+        """From config.json's table: flat, as transformers 4 wrote it, or with `text_config`."""
+        if config.get("model_type") != "qwen2_5_vl":
+            raise CheckpointError(
+                f"expected a Qwen2.5-VL, got {config.get('model_type')!r}; take a Qwen-Image-Edit one"
+            )
+        words = {**config, **(config.get("text_config") or {})}
+        eyes = config.get("vision_config") or {}
+        other = [f"{name} {eyes[name]}" for name, value in _FIXED.items() if eyes.get(name, value) != value]
+        if other:
+            raise CheckpointError(f"this vision tower's {', '.join(other)} is not Qwen2.5-VL's; take another encoder")
+        text = {name: type(default)(words.get(name, default)) for name, default in _TEXT.items()}
+        rope = words.get("rope_parameters") or words.get("rope_scaling") or {}
+        text["rope_theta"] = float(rope.get("rope_theta") or words.get("rope_theta") or 1e6)
+        sizes = {name: eyes.get(name, default) for name, default in _VISION.items()}
+        positions = encoder_positions(config.get("unipic_positions"), config.get("transformers_version"))
+        if positions not in POSITIONS:
+            raise CheckpointError(f"the positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+        return cls(
+            text=text,
+            head_dim=int(words.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]),
+            rope_dims=[int(n) for n in rope.get("mrope_section") or _MROPE],
+            vision={
+                "hidden_size": int(sizes["hidden_size"]),
+                "output_hidden_size": text["hidden_size"],
+                "intermediate_size": int(sizes["intermediate_size"]),
+                "num_heads": int(sizes["num_heads"]),
+                "num_layers": int(sizes["depth"]),
+                "window_size": int(sizes["window_size"]),
+            },
+            full_attention=[int(n) for n in sizes["fullatt_block_indexes"]],
+            positions=positions,
+            image_token=int(config.get("image_token_id") or _IMAGE_TOKEN),
+        )

@@ -1,0 +1,156 @@
+"""Prompts to tokens for the encoder of a pipeline folder, by ComfyUI's tokenizer interface."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from comfy.text_encoders import qwen_image
+from torch import Tensor
+
+from ..unipic_core.errors import CheckpointError, UniPicError
+from ..unipic_core.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX
+from ..unipic_core.vision import vision_tokens
+
+KEY = "qwen25_7b"
+"""ComfyUI's name for Qwen2.5-VL, whatever its size: key of the tokens, and prefix of the encoder's LoRA keys."""
+
+LONG_PROMPT = 1024
+"""Prompt tokens beyond which the released weights were not trained."""
+
+_TURN = "<|im_start|>"
+_USER = "user\n"
+_PAD = "<|endoftext|>"
+_JSON = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """ids: of a text, with nothing added. id_of: of a mark, None if there is none. decode(ids, skip_special_tokens)."""
+
+    ids: Callable[[str], list[int]]
+    id_of: Callable[[str], int | None]
+    decode: Callable[[Sequence[int], bool], str]
+
+    @classmethod
+    def read(cls, folder: Path) -> Vocabulary:
+        """From a tokenizer/ folder; nothing is downloaded. CheckpointError.
+
+        tokenizer.json beside it in processor/ serves as well. Read without transformers, whose versions disagree about
+        tokenizer_config.json. A folder with only vocab.json and merges.txt is read as ComfyUI reads its own.
+        """
+        file = next((f for f in (folder / _JSON, folder.parent / "processor" / _JSON) if f.is_file()), None)
+        try:
+            return cls._of_json(file) if file else cls._of_lists(folder)
+        except Exception as error:  # tokenizers and transformers raise their own kinds
+            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {detail}") from error
+
+    @classmethod
+    def _of_json(cls, file: Path) -> Vocabulary:
+        words = tokenizers.Tokenizer.from_file(str(file))
+        words.no_truncation()
+        words.no_padding()
+        return cls(lambda text: words.encode(text, add_special_tokens=False).ids, words.token_to_id, words.decode)
+
+    @classmethod
+    def _of_lists(cls, folder: Path) -> Vocabulary:
+        words = qwen_image.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+
+        def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
+            return words.decode(ids, skip_special_tokens=skip_special_tokens)
+
+        return cls(lambda text: words(text, add_special_tokens=False)["input_ids"], words.convert_tokens_to_ids, decode)
+
+
+class Tokenizer:
+    """Text and images -> ComfyUI's tokens: {KEY: [[(id or image, weight 1.0), ...]]}.
+
+    Prompt weights "(word:1.2)" and "embedding:" are ordinary text here, as they were when the model was trained.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, image_token: int, max_length: int) -> None:
+        self.vocabulary = vocabulary
+        self.image_token = image_token
+        self.max_length = max_length
+        known = vocabulary.id_of(IMAGE_PAD)
+        if known != image_token:
+            raise CheckpointError(
+                f"the tokenizer's {IMAGE_PAD} is {known} but the encoder's config says {image_token}; "
+                "take tokenizer and text_encoder from the same folder"
+            )
+        self.turn = vocabulary.id_of(_TURN)
+        self.user = list(vocabulary.ids(_USER))
+        self.pad = vocabulary.id_of(_PAD)
+
+    @classmethod
+    def read(cls, folder: Path, image_token: int, max_length: int) -> Tokenizer:
+        """Of a tokenizer/ folder. max_length: tokens that the encoder takes. CheckpointError."""
+        return cls(Vocabulary.read(folder), image_token, max_length)
+
+    def tokenize_with_weights(
+        self,
+        text: str,
+        return_word_ids: bool = False,
+        llama_template: str | None = None,
+        images: Sequence[Tensor] = (),
+        **_: Any,
+    ) -> dict[str, list[list[tuple[Any, ...]]]]:
+        """As ComfyUI's nodes call it. images: [1, H, W, 3] in [0, 1], one for each IMAGE_PAD in order.
+
+        A text that begins with a turn is taken whole; else it is put into llama_template, or without one into the
+        template of the release (one IMAGE per picture and no labels).
+        """
+        if text.startswith(_TURN):
+            whole = text
+        elif llama_template is not None:
+            whole = llama_template.format(text)
+        else:
+            whole = PREFIX + IMAGE * len(images) + text + SUFFIX
+        waiting = iter(images)
+        tokens = [self._with_image(token, waiting) for token in self._split_ids(whole)]
+        self._check_length(tokens)
+        weighted = [(t, 1.0, i + 1) if return_word_ids else (t, 1.0) for i, t in enumerate(tokens)]
+        return {KEY: [weighted]}
+
+    def dropped(self, tokens: Sequence[Any]) -> int:
+        """How many tokens of the template come before what is kept: up to the second turn's "user" and line break."""
+        turns = [i for i, token in enumerate(tokens) if isinstance(token, int) and token == self.turn]
+        if len(turns) < 2:
+            return 0
+        start = turns[1] + 1
+        named = list(tokens[start : start + len(self.user)]) == self.user
+        return start + len(self.user) if named else turns[1]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.vocabulary.decode(token_ids, skip_special_tokens)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is saved with the weights: nothing, the tokenizer stays in its folder."""
+        return {}
+
+    def _split_ids(self, text: str) -> list[int]:
+        """Prefix and body tokenized apart, so that no token spans the cut."""
+        ids = self.vocabulary.ids
+        return [*ids(PREFIX), *ids(text[len(PREFIX) :])] if text.startswith(PREFIX) else list(ids(text))
+
+    def _with_image(self, token: int, waiting: Any) -> Any:
+        image = next(waiting, None) if token == self.image_token else None
+        return token if image is None else {"type": "image", "data": image, "original_type": "image"}
+
+    def _check_length(self, tokens: Sequence[Any]) -> None:
+        words = [token for token in tokens if isinstance(token, int)]
+        shapes = [token["data"].shape for token in tokens if not isinstance(token, int)]
+        total = len(words) + sum(vision_tokens(shape[1], shape[2]) for shape in shapes)
+        kept = len(words) - self.dropped(tokens)
+        if total > self.max_length:
+            raise UniPicError(
+                f"the prompt is too long: {kept} tokens of text, with the references and the template {total}, "
+                f"of at most {self.max_length}; shorten it"
+            )
+        if kept > LONG_PROMPT:
+            logging.warning("UniPic: the prompt has %d tokens; the model was trained up to %d", kept, LONG_PROMPT)

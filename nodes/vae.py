@@ -1,0 +1,155 @@
+"""VAE: the Qwen-Image VAE of a pipeline folder as ComfyUI's own kind, for single pictures of any size of network."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sd
+import torch
+from torch import Tensor
+
+from ..unipic_core.errors import CheckpointError
+from ..unipic_core.image_vae import ImageVAE, VAEConfig, image_weights
+from ..unipic_core.weights import open_weights
+
+CLASS = "AutoencoderKLQwenImage"
+
+ENCODE_VALUES, DECODE_VALUES = 1000, 1100
+"""Values to reserve per pixel when a VAE of base_dim 96 encodes or decodes. Counted at 512x512 in bf16: 581 and 675
+alive at once; the rest is for the convolutions' own workspace and for attention over larger pictures."""
+
+_BASE_DIM = 96
+
+
+class FramesVAE(ImageVAE):
+    """The image VAE as ComfyUI calls it: pictures in [-1, 1] <-> latents that are not normalised.
+
+    Every frame is a picture of its own. Pictures [B, 3, T, H, W], latents [B, z, T, H/8, W/8]; without T as well.
+    """
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """The posterior's mode."""
+        return _per_frame(pictures, lambda frames: self.posterior(frames)[0])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Not clamped: ComfyUI does that."""
+        return _per_frame(latents, self.decode_raw)
+
+
+def _per_frame(x: Tensor, function: Any) -> Tensor:
+    if x.ndim == 4:
+        return function(x)
+    frames = x.movedim(2, 1).flatten(0, 1)
+    return function(frames).unflatten(0, (x.shape[0], x.shape[2])).movedim(1, 2)
+
+
+class UniPicVAE(comfy.sd.VAE):
+    """ComfyUI's VAE around a FramesVAE. A batch of images is that many pictures, not a video.
+
+    config: the sizes, and the statistics that a MODEL normalises latents with.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], config: VAEConfig) -> None:
+        with _without("No VAE weights detected"):
+            super().__init__(sd={})  # without weights it leaves ComfyUI's defaults, whichever this version has
+        self.config = config
+        network = FramesVAE(config, operations=comfy.ops.disable_weight_init).eval().requires_grad_(False)
+        self._describe(config)
+        self.device = comfy.model_management.vae_device()
+        self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
+        self.output_device = comfy.model_management.intermediate_device()
+        self.first_stage_model = network.to(self.vae_dtype)
+        comfy.model_management.archive_model_dtypes(network)
+        network.load_state_dict(weights)
+        # whole or not at all, since its norms are plain parameters that streaming would leave behind; it is small
+        self.disable_offload = True
+        offload = comfy.model_management.vae_offload_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=self.device, offload_device=offload)
+        self.model_size()
+
+    def _describe(self, config: VAEConfig) -> None:
+        """What ComfyUI's encode and decode, plain and tiled, want to know."""
+        self.latent_channels, self.output_channels = config.z_dim, 3
+        self.latent_dim, self.not_video = 3, True
+        self.downscale_ratio = self.upscale_ratio = (_same, 8, 8)
+        self.downscale_index_formula = self.upscale_index_formula = (1, 8, 8)
+        self.working_dtypes = [torch.bfloat16, torch.float32]
+        width = config.base_dim / _BASE_DIM
+
+        def memory(values: int, shape: Any, dtype: torch.dtype) -> float:
+            return values * width * prod(shape[2:]) * comfy.model_management.dtype_size(dtype)
+
+        self.memory_used_encode = lambda shape, dtype: memory(ENCODE_VALUES, shape, dtype)
+        self.memory_used_decode = lambda shape, dtype: memory(64 * DECODE_VALUES, shape, dtype)
+
+
+def _same(frames: int) -> int:
+    return frames
+
+
+@contextmanager
+def _without(message: str) -> Iterator[None]:
+    """Keep one message out of the log."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return message not in record.getMessage()
+
+    log = logging.getLogger()
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
+
+
+def load_vae(folder: Path) -> UniPicVAE:
+    """The VAE of a pipeline folder's vae/ (diffusers' layout, any z_dim and base_dim). CheckpointError."""
+    folder = Path(folder)
+    config = vae_config(folder)
+    stored = open_weights(folder / "vae")
+    weights = image_weights({name: stored.get(name) for name in stored})
+    try:
+        vae = UniPicVAE(weights, config)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"the VAE in {folder} does not fit its config.json: {detail}") from error
+    vae.patcher.cached_patcher_init = (_load_patcher, (folder,))
+    return vae
+
+
+def _load_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
+    return load_vae(folder).patcher  # never dynamic
+
+
+def vae_config(folder: Path) -> VAEConfig:
+    """Sizes and latent statistics of a pipeline folder's vae/config.json. CheckpointError."""
+    file = Path(folder) / "vae" / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no vae/config.json; download vae/ from a Qwen-Image or UniPic 3 repository"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        kind = config.get("_class_name")
+        sizes = VAEConfig.from_dict(config)
+        usable = sizes.z_dim == len(sizes.latents_mean) == len(sizes.latents_std) and min(sizes.latents_std) > 0
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file} cannot be read ({detail}); download the vae folder again") from error
+    if kind != CLASS:
+        raise CheckpointError(f"{file} describes a {kind}, expected an {CLASS}; take vae/ from a Qwen-Image repository")
+    if not usable:
+        raise CheckpointError(
+            f"{file}: latents_mean and latents_std should each be {sizes.z_dim} numbers, the latter above 0; "
+            "download the vae folder again"
+        )
+    return sizes

@@ -1,0 +1,209 @@
+"""ComfyUI's hooks on its own Qwen-Image network, on ours."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import comfy.lora
+import comfy.lora_convert
+import comfy.memory_management
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import comfy.samplers
+import pytest
+import torch
+from comfy.patcher_extension import WrappersMP
+from model_tools import random_inputs, relative, velocity
+from torch import Tensor
+from unipic_pack.nodes.model import load_model
+from unipic_pack.unipic_core.checkpoints import load_transformer
+from unipic_pack.unipic_core.errors import UniPicError
+from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def inference():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def nano_model(nano: Path):
+    return load_model(nano)
+
+
+def test_block_replacement(nano_model: Any) -> None:
+    x, text, references = random_inputs()
+    seen = []
+
+    def same(args: dict, extra: dict) -> dict:
+        seen.append((args["transformer_options"]["block_index"], args["img"].shape[1], args["pe"].shape[2]))
+        return extra["original_block"](args)
+
+    def skip(args: dict, extra: dict) -> dict:
+        return {"img": args["img"], "txt": args["txt"]}
+
+    plain = velocity(nano_model, x, 0.5, text, references)
+    watched, skipped = nano_model.clone(), nano_model.clone()
+    for i in (2, 5):
+        watched.set_model_patch_replace(same, "dit", "double_block", i)
+    skipped.set_model_patch_replace(skip, "dit", "double_block", 2)
+    torch.testing.assert_close(velocity(watched, x, 0.5, text, references), plain, rtol=0, atol=1e-5)
+    tokens = 16 + 15 + 12
+    assert seen == [(2, tokens, 9 + tokens), (5, tokens, 9 + tokens)]
+    assert relative(velocity(skipped, x, 0.5, text, references), plain) > 0.01
+
+
+def test_attention_override(nano_model: Any) -> None:
+    x, text, references = random_inputs()
+    calls = []
+
+    def override(attention: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append((kwargs["transformer_options"]["block_index"], tuple(q.shape), k.shape[2], heads))
+        return attention(q, k, v * 0, heads, *args, **kwargs)
+
+    plain = velocity(nano_model, x, 0.5, text, references)
+    got = velocity(nano_model, x, 0.5, text, references, transformer_options={"optimized_attention_override": override})
+    tokens = 9 + 16 + 15 + 12
+    assert calls == [(i, (1, 5, tokens, 32), tokens, 5) for i in range(6)]
+    assert relative(got, plain) > 0.1
+
+
+def test_control_residuals(nano_model: Any) -> None:
+    """Block i's residual is added to the first tokens; here it undoes what a patch adds."""
+    x, text, references = random_inputs()
+    residual = torch.randn(1, 16, 160, generator=torch.Generator().manual_seed(1))
+    plain = velocity(nano_model, x, 0.5, text, references)
+
+    def remove(args: dict) -> dict:
+        if args["block_index"] in (2, 5):
+            args["img"] = torch.cat([args["img"][:, :16] - residual, args["img"][:, 16:]], dim=1)
+        return args
+
+    control = {"input": [None, None, residual, None, None, residual]}
+    alone = velocity(nano_model, x, 0.5, text, references, control=control)
+    both = velocity(
+        nano_model,
+        x,
+        0.5,
+        text,
+        references,
+        control=control,
+        transformer_options={"patches": {"double_block": [remove]}},
+    )
+    assert relative(alone, plain) > 0.1
+    torch.testing.assert_close(both, plain, rtol=0, atol=2e-5)
+
+
+def test_fun_controlnet_shares_layers_with_the_network(nano_model: Any) -> None:
+    """ComfyUI's ControlNet that takes its first layers and its positions from the network that it controls."""
+    from comfy.ldm.qwen_image.controlnet import QwenImageFunControlNetModel
+
+    x, text, references = random_inputs()
+    network = nano_model.model.diffusion_model
+    control = QwenImageFunControlNetModel(
+        inner_dim=160,
+        num_attention_heads=5,
+        attention_head_dim=32,
+        num_control_blocks=2,
+        main_model_double=6,
+        injection_layers=(0, 3),
+        operations=comfy.ops.manual_cast,
+        dtype=torch.float32,
+    )
+    generator = torch.Generator().manual_seed(2)
+    for p in control.parameters():
+        p.data = torch.randn(p.shape, generator=generator) * 0.1
+    odd = x[..., :7]
+    residuals = control(odd, torch.tensor([0.5]), text, hint=odd, base_model=network)
+    assert [r is None for r in residuals["input"]] == [False, True, True, False, True, True]
+    plain = velocity(nano_model, odd, 0.5, text, references)
+    assert relative(velocity(nano_model, odd, 0.5, text, references, control=residuals), plain) > 0.01
+
+
+def test_input_and_attention_patches(nano_model: Any) -> None:
+    x, text, references = random_inputs()
+    seen: dict[str, Any] = {}
+
+    def post_input(args: dict) -> dict:
+        seen["ids"] = (args["img_ids"].clone(), args["txt_ids"].clone())
+        args["img_ids"] = args["img_ids"] + torch.tensor([0, 1.0, 0])  # the same shift everywhere changes nothing
+        args["txt_ids"] = args["txt_ids"] + torch.tensor([0, 1.0, 0])
+        return args
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, attn_mask: Any, extra_options: dict) -> dict:
+        seen.setdefault("slices", []).append((extra_options["block_index"], extra_options["img_slice"]))
+        seen["references"] = extra_options["reference_image_num_tokens"]
+        return {"q": q * 1.5, "k": k / 1.5}
+
+    plain = velocity(nano_model, x, 0.5, text, references)
+    patches = {"patches": {"post_input": [post_input], "attn1_patch": [attention]}}
+    got = velocity(nano_model, x, 0.5, text, references, transformer_options=patches)
+    torch.testing.assert_close(got, plain, rtol=0, atol=5e-5)
+    pictures, words = seen["ids"]
+    assert pictures.shape == (1, 43, 3)
+    assert words[0, :, 0].tolist() == list(range(3, 12))  # after half of the largest side, 6 of a reference
+    assert sorted(set(pictures[0, :, 0].tolist())) == [0, 1, 2]
+    assert seen["slices"] == [(i, [9, 52]) for i in range(6)]
+    assert seen["references"] == [15, 12]
+
+
+def test_wrapper_sees_every_call(nano_model: Any) -> None:
+    x, text, references = random_inputs()
+    seen = []
+
+    def wrapper(
+        executor: Any, x: Tensor, t: Tensor, context: Tensor, mask: Any, refs: Any, *args: Any, **kw: Any
+    ) -> Any:
+        seen.append((type(executor.class_obj).__name__, tuple(x.shape), len(refs)))
+        return executor(x, t, context, mask, refs, *args, **kw) * 2
+
+    wrapped = nano_model.clone()
+    wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    options = {"wrappers": wrapped.wrappers}
+    got = velocity(wrapped, x, 0.5, text, references, transformer_options=options)
+    assert seen == [("Network", (1, 16, 1, 8, 8), 2)]
+    torch.testing.assert_close(got, 2 * velocity(nano_model, x, 0.5, text, references))
+
+
+def test_reference_methods(nano_model: Any) -> None:
+    x, text, references = random_inputs()
+    results = {
+        method: velocity(nano_model, x, 0.5, text, references, ref_latents_method=method)
+        for method in ("index", "index_timestep_zero", "negative_index")
+    }
+    plain = velocity(nano_model, x, 0.5, text, references)
+    torch.testing.assert_close(results["index"], plain)
+    assert relative(results["index_timestep_zero"], plain) > 1e-3
+    assert relative(results["negative_index"], plain) > 1e-3
+    with pytest.raises(UniPicError, match="asks for 'offset': remove the node that set it"):
+        velocity(nano_model, x, 0.5, text, references, ref_latents_method="offset")
+
+
+def test_references_at_time_zero_are_the_cores_zero_cond_t(nano: Path, nano_model: Any) -> None:
+    x, text, references = random_inputs()
+    network = load_transformer(nano, dtype=torch.float32)
+    network.config = replace(network.config, zero_cond_t=True)
+    packed = pack_with_references(pack_latents(x), LatentShape(1, 4, 4), [references])
+    want = unpack_latents(network(packed, 0.5, TextCond(text)), LatentShape(1, 4, 4))
+    got = velocity(nano_model, x, 0.5, text, references, ref_latents_method="index_timestep_zero")
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5)
+
+
+def test_flux_kv_cache_node(nano_model: Any) -> None:
+    """ComfyUI's own cache of references: the first call fills it, the second leaves the references out."""
+    from comfy_extras.nodes_flux import FluxKVCache
+
+    x, text, references = random_inputs()
+    cached = FluxKVCache.execute(nano_model).result[0]
+    management.load_models_gpu([cached])
+    cached.patch_model()
+    first, second = (velocity(cached, x, 0.5, text, references) for _ in range(2))
+    torch.testing.assert_close(second, first, rtol=0, atol=2e-5)
+    cached.unpatch_model()

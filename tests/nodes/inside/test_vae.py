@@ -1,0 +1,172 @@
+"""The VAE of a pipeline folder against the golden numbers and the pipeline, and ComfyUI's nodes on it."""
+
+import importlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from unipic_pack.nodes.pictures import to_image
+from unipic_pack.nodes.vae import load_vae, vae_config
+from unipic_pack.unipic_core.errors import CheckpointError
+from unipic_pack.unipic_core.images import load_image, resize_references
+
+import nodes as comfy_nodes
+
+CASES = sorted(p.name for p in (Path(__file__).parents[2] / "golden" / "cases").iterdir())
+
+
+@pytest.fixture(scope="module")
+def tiny(golden):
+    return load_vae(golden / "tiny")
+
+
+@pytest.fixture(scope="module")
+def small(nano):
+    return load_vae(nano)
+
+
+@pytest.fixture(scope="module")
+def pipeline(golden):
+    """The reference implementation, of another copy of the core: give it plain tensors and pictures."""
+    root = str(golden.parents[1])
+    if root not in sys.path:
+        sys.path.append(root)  # behind ComfyUI, whose own `nodes` must be found first
+    return importlib.import_module("unipic_core.pipeline")
+
+
+def normalised(vae, latent):
+    mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).reshape(2, 1, -1, 1, 1, 1)
+    return (latent - mean) / std
+
+
+def distance(a, b):
+    assert a.shape == b.shape
+    return float((a - b).abs().max())
+
+
+def smooth(width, height, batch=1):
+    """[B, H, W, 3] pictures of soft colours, each another."""
+    noise = torch.rand(batch, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.interpolate(noise, (height, width), mode="bilinear").movedim(1, -1)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CASES)
+def test_golden_latents(tiny, golden, name):
+    folder = golden / "cases" / name
+    case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
+    images = [load_image(folder / f"image_{i + 1}.png") for i in range(len(case["reference_sizes"]))]
+    for i, reference in enumerate(resize_references(images, case["reference_budget"])):
+        latent = tiny.encode(to_image(reference))
+        assert distance(normalised(tiny, latent), tensors[f"reference_latent_{i + 1}"]) < 1e-4
+
+
+@torch.inference_mode()
+def test_numbers_of_the_pipeline(small, nano, pipeline):
+    vae, image = pipeline.VAE.from_pretrained(nano / "vae", torch.float32), smooth(96, 64)
+    pixels = (image[0] * 255).round().to(torch.uint8)
+    latent = small.encode(pixels[None] / 255)
+    want = vae.encode(pixels.movedim(-1, 0) / 127.5 - 1)
+    assert distance(normalised(small, latent), want) < 1e-4
+    assert distance(small.decode(latent)[:, 0], (vae.decode(want).movedim(1, -1) + 1) / 2) < 1e-4
+
+
+@torch.inference_mode()
+def test_a_batch_is_as_many_pictures(small):
+    images = smooth(64, 32, batch=3)
+    together = small.encode(images)
+    assert together.shape == (3, 16, 1, 4, 8)
+    assert distance(together, torch.cat([small.encode(image[None]) for image in images])) < 1e-5
+    decoded = small.decode(together)
+    assert decoded.shape == (3, 1, 32, 64, 3)
+    assert decoded.min() >= 0
+    assert decoded.max() <= 1
+    frames = together.transpose(0, 2)  # one latent of three frames, as layered latents are
+    assert distance(small.decode(frames)[0], decoded[:, 0]) < 1e-5
+    assert small.decode(together[:, :, 0]).shape == (3, 32, 64, 3)
+
+
+@torch.inference_mode()
+def test_stock_nodes(small):
+    image = smooth(96, 64, batch=2)
+    [latent] = comfy_nodes.VAEEncode().encode(small, image)
+    [back] = comfy_nodes.VAEDecode().decode(small, latent)
+    assert latent["samples"].shape == (2, 16, 1, 8, 12)
+    assert back.shape == image.shape
+    rgba = torch.cat([image, torch.ones_like(image[..., :1])], dim=-1)
+    assert distance(small.encode(rgba), latent["samples"]) < 1e-4
+    assert small.encode(image[:, :61, :93]).shape[-2:] == (7, 11)
+
+
+@torch.inference_mode()
+def test_tiled_nodes(small):
+    """Tiles see less of the picture, so equal in shape and close, and exact where one tile covers everything."""
+    image = smooth(256, 192)
+    [latent] = comfy_nodes.VAEEncode().encode(small, image)
+    [tiled] = comfy_nodes.VAEEncodeTiled().encode(small, image, tile_size=128, overlap=64)
+    assert tiled["samples"].shape == latent["samples"].shape
+    assert (tiled["samples"] - latent["samples"]).abs().mean() < 0.2 * latent["samples"].std()
+    [whole] = comfy_nodes.VAEDecode().decode(small, latent)
+    [parts] = comfy_nodes.VAEDecodeTiled().decode(small, latent, tile_size=128, overlap=64)
+    assert parts.shape == whole.shape
+    assert (parts - whole).abs().mean() < 0.05
+    [one_tile] = comfy_nodes.VAEDecodeTiled().decode(small, latent, tile_size=512)
+    assert distance(one_tile, whole) < 1e-5
+    [one_tile] = comfy_nodes.VAEEncodeTiled().encode(small, image, tile_size=512, overlap=64)
+    assert distance(one_tile["samples"], latent["samples"]) < 1e-5
+
+
+def test_what_other_nodes_ask(tiny, small):
+    assert (tiny.latent_channels, small.latent_channels) == (4, 16)
+    assert small.spacial_compression_encode() == small.spacial_compression_decode() == 8
+    shapes = [(1, 3, 1, 256, 256), (1, 16, 1, 32, 32)]
+    encode, decode = (
+        small.memory_used_encode(shapes[0], torch.float32),
+        small.memory_used_decode(shapes[1], torch.float32),
+    )
+    assert 0 < encode < decode < 1e9
+    assert small.memory_used_encode((1, 3, 1, 512, 256), torch.float32) == 2 * encode
+
+
+def test_loading_says_nothing_of_missing_weights(nano, caplog):
+    load_vae(nano)
+    assert "VAE" not in caplog.text
+
+
+def test_a_second_copy_of_the_weights(tiny):
+    """ComfyUI asks for one to run on several devices."""
+    make, args = tiny.patcher.cached_patcher_init
+    copy = make(*args, disable_dynamic=True)
+    assert copy.model is not tiny.first_stage_model
+    assert torch.equal(copy.model.quant_conv.weight, tiny.first_stage_model.quant_conv.weight)
+
+
+def test_config(golden):
+    config = vae_config(golden / "tiny")
+    assert config.z_dim == 4
+    assert config.latents_std == (0.9, 1.1, 1.3, 0.7)
+
+
+def test_damaged_folders(nano, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no vae/config\.json"):
+        load_vae(tmp_path)
+    shutil.copytree(nano / "vae", tmp_path / "vae")
+    config, file = tmp_path / "vae" / "config.json", tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    good, weights = json.loads(config.read_text()), load_file(file)
+    save_file({k: v for k, v in weights.items() if k != "quant_conv.bias"}, file)
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json.*quant_conv\.bias"):
+        load_vae(tmp_path)
+    for wrong in ({"latents_mean": [0.0]}, {"latents_std": [0.0] * 16}):
+        config.write_text(json.dumps({**good, **wrong}))
+        with pytest.raises(CheckpointError, match="should each be 16 numbers"):
+            load_vae(tmp_path)
+    config.write_text(json.dumps({**good, "_class_name": "AutoencoderKL"}))
+    with pytest.raises(CheckpointError, match="describes a AutoencoderKL"):
+        load_vae(tmp_path)
+    config.write_text("[]")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_vae(tmp_path)

@@ -1,0 +1,86 @@
+"""Every shipped workflow in this process: the nodes are those it names, and it runs to a saved picture.
+
+UNIPIC_UPDATE_PICTURES=1 also writes the thumbnails, from the pictures that were made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from running import UPDATE, Executor, make_lora, node_classes
+from unipic_pack.workflows import build
+from unipic_pack.workflows.graph import CONTROL
+from unipic_pack.workflows.kinds import KINDS
+from unipic_pack.workflows.thumbnails import thumbnail
+
+torch.set_num_threads(1)
+
+PLAIN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+
+
+@pytest.fixture(scope="module")
+def executor(nano: Path) -> Executor:
+    make_lora(Path(folder_paths.get_folder_paths("loras")[0]), nano)
+    folder_paths.filename_list_cache.pop("loras", None)
+    return Executor()
+
+
+def inputs_of(node: Any) -> dict[str, tuple[Any, ...]]:
+    found = node.INPUT_TYPES()
+    return {**found.get("required", {}), **found.get("optional", {})}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds_are_the_nodes(name: str) -> None:
+    """What workflows/kinds.py says of a node is what the node says: sockets, widgets in their order, outputs."""
+    node, kind = node_classes()[name], KINDS[name]
+    widgets, sockets, growing = [], {}, set()
+    for field, spec in inputs_of(node).items():
+        options = spec[1] if len(spec) > 1 else {}
+        if str(spec[0]).startswith("COMFY_AUTOGROW"):
+            growing |= {f"{field}.{name}" for name in options["template"]["names"]}
+        elif isinstance(spec[0], list) or spec[0] in PLAIN:
+            widgets += [field, CONTROL] if options.get("control_after_generate") else [field]
+        else:
+            sockets[field] = spec[0]
+    assert list(kind.widgets) == widgets
+    assert dict(kind.sockets) == sockets
+    assert {f"{prefix}{i + 1}" for prefix, (_, most) in kind.growing.items() for i in range(most)} == growing
+    assert set(kind.optional) == {f for f in node.INPUT_TYPES().get("optional", {}) if f in sockets}
+    names = getattr(node, "RETURN_NAMES", None) or node.RETURN_TYPES
+    assert dict(kind.outputs) == dict(zip(names, node.RETURN_TYPES, strict=True))
+
+
+@pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
+def test_runs_to_a_saved_picture(executor: Executor, make: Any) -> None:
+    workflow = make()
+    done = executor.run(workflow.api())
+    assert done.success, done.error.get("exception_message")
+    [saved] = [output["images"] for output in done.outputs.values() if "images" in output]
+    compose = [node for node in workflow.nodes if node.kind_name == "MultiImageCompose"]
+    assert len(saved) == (compose[0].values["batch_size"] if compose else 1)
+    for entry in saved:
+        path = Path(folder_paths.get_output_directory()) / entry["subfolder"] / entry["filename"]
+        with Image.open(path) as picture:
+            assert min(picture.size) >= 64
+            pixels = np.asarray(picture.convert("RGB"), dtype=float)
+            assert pixels.std() > 5, "the picture is blank"
+            if UPDATE and entry is saved[0]:
+                target = build.FOLDER / f"{workflow.name}.jpg"
+                thumbnail(workflow, picture).save(target, quality=88)
+
+
+def test_the_few_step_side_took_the_loras_recipe(executor: Executor) -> None:
+    """What the LoRA's node shows is what its file says."""
+    graph = build.base_beside_few_step().api()
+    [lora] = [number for number, node in graph.items() if node["class_type"] == "DistillLoRA"]
+    graph[lora]["inputs"]["strength"] = 0.5  # a node that is in the cache shows nothing again
+    done = executor.run(graph)
+    assert done.success, done.error.get("exception_message")
+    assert "4 steps, consistency" in str(done.outputs[lora])

@@ -1,0 +1,143 @@
+"""What surrounds the nodes: registry metadata, requirements, help pages, translations, shipped workflows."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from PIL import Image
+
+from workflows import build
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(Path(__file__).parent))
+from schemas import english  # noqa: E402
+
+tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
+
+CHINESE = re.compile("[一-鿿]")
+
+
+@pytest.fixture(scope="module")
+def pyproject() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def lines(path: Path) -> list[str]:
+    text = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in text if line and not line.startswith("#")]
+
+
+def test_requirements_are_in_step(pyproject) -> None:
+    """The same packages; without versions, so that no installer replaces ComfyUI's torch."""
+    names = [re.split("[<>=!~ ]", dependency)[0] for dependency in pyproject["project"]["dependencies"]]
+    assert lines(ROOT / "requirements.txt") == names
+
+
+def test_registry_metadata(pyproject) -> None:
+    comfy = pyproject["tool"]["comfy"]
+    assert re.fullmatch("[a-z][a-z0-9-]+", comfy["PublisherId"])
+    assert comfy["DisplayName"]
+    assert re.fullmatch(r">=\d+\.\d+\.\d+", comfy["requires-comfyui"])
+    assert all((ROOT / name).is_dir() for name in comfy["includes"])
+    for model in comfy["Models"]:
+        assert model["location"].startswith("/")
+        assert model["model_url"].startswith("https://huggingface.co/")
+    version = (ROOT / comfy["version"]["path"]).read_text(encoding="utf-8")
+    assert re.search(r'^__version__ = "\d+\.\d+\.\d+"$', version, re.MULTILINE)
+
+
+def test_icon_and_banner(pyproject) -> None:
+    """The registry wants a square icon of at most 400 x 400, and a banner of 21:9."""
+    comfy = pyproject["tool"]["comfy"]
+    icon, banner = (ElementTree.parse(ROOT / comfy[name]).getroot() for name in ("Icon", "Banner"))
+    assert icon.get("width") == icon.get("height")
+    assert int(icon.get("width")) <= 400
+    assert int(banner.get("width")) * 9 == int(banner.get("height")) * 21
+
+
+def test_every_node_has_help_in_both_languages(schemas) -> None:
+    pages = ROOT / "web" / "docs"
+    for schema in schemas:
+        for page in (pages / f"{schema['node_id']}.md", pages / schema["node_id"] / "zh.md"):
+            text = page.read_text(encoding="utf-8")
+            explained = set(re.findall("`([a-zA-Z0-9_]+)`", text))
+            names = [i["id"] for i in schema["inputs"]]
+            names += [o.get("display_name", o["type"].upper()) for o in schema["outputs"]]
+            missing = set(names) - explained
+            assert not missing, f"{page} does not explain {missing}"
+            assert bool(CHINESE.search(text)) == (page.name == "zh.md")
+    known = {schema["node_id"] for schema in schemas}
+    assert {page.stem for page in pages.glob("*.md")} == {page.parent.name for page in pages.glob("*/zh.md")} == known
+
+
+def test_english_repeats_the_schemas(schemas) -> None:
+    """After a change of a schema: python tests/nodes/schemas.py --write"""
+    assert json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8")) == english(schemas)
+
+
+def test_chinese_is_complete(schemas) -> None:
+    def keys(tree: Any) -> Any:
+        return {name: keys(value) for name, value in tree.items()} if isinstance(tree, dict) else None
+
+    def texts(tree: dict[str, Any]) -> list[str]:
+        return [t for value in tree.values() for t in (texts(value) if isinstance(value, dict) else [value])]
+
+    chinese = json.loads((ROOT / "locales/zh/nodeDefs.json").read_text(encoding="utf-8"))
+    assert keys(chinese) == keys(english(schemas))
+    assert all(texts(chinese))
+    for node in chinese.values():
+        assert all(CHINESE.search(part["tooltip"]) for part in (*node["inputs"].values(), *node["outputs"].values()))
+
+
+# --- workflows -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
+def test_the_file_is_in_step_with_its_description(make) -> None:
+    """After a change: python -m workflows.build"""
+    workflow = make()
+    assert (build.FOLDER / f"{workflow.name}.json").read_text(encoding="utf-8") == build.text_of(workflow)
+
+
+def test_no_other_files() -> None:
+    assert {path.stem for path in build.FOLDER.glob("*.json")} == {make().name for make in build.ALL}
+
+
+@pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
+def test_the_thumbnail(make) -> None:
+    """After a change of the weights: see tests/nodes/inside/test_page.py"""
+    with Image.open(build.FOLDER / f"{make().name}.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert min(picture.size) >= 128
+        assert len({picture.getpixel((x, x)) for x in range(0, min(picture.size), 8)}) > 8, "nothing is on it"
+
+
+@pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
+def test_readable_at_first_sight(make) -> None:
+    graph = make().ui()
+    boxes = [(n["pos"][0], n["pos"][1] - 30, n["size"][0], n["size"][1] + 30) for n in graph["nodes"]]
+    for i, a in enumerate(boxes):
+        for b in boxes[:i]:
+            apart = a[0] >= b[0] + b[2] or b[0] >= a[0] + a[2] or a[1] >= b[1] + b[3] or b[1] >= a[1] + a[3]
+            assert apart, f"nodes overlap: {a}, {b}"
+    for node, (x, y, width, height) in zip(graph["nodes"], boxes, strict=True):
+        if node["type"] != "MarkdownNote":
+            assert any(
+                left <= x and top <= y and x + width <= left + w and y + height <= top + h
+                for left, top, w, h in (group["bounding"] for group in graph["groups"])
+            ), f"{node['type']} is in no group"
+    assert [n["type"] for n in graph["nodes"]].count("MarkdownNote") == 1
+    assert len(graph["nodes"]) <= 15
+    assert graph["nodes"][-2]["type"] == "SaveImage"
+
+
+def test_comfyui_serves_this_folder() -> None:
+    """ComfyUI serves templates from the first of these folders that exists, and lists those of all."""
+    for earlier in ("example_workflows", "example", "examples", "workflow"):
+        assert not (ROOT / earlier).exists(), f"{earlier}/ hides workflows/ from ComfyUI's template browser: rename it"

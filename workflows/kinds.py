@@ -1,0 +1,77 @@
+"""The node types that the workflows use; a test inside ComfyUI compares them with the nodes themselves."""
+
+from __future__ import annotations
+
+from .graph import CONTROL, Kind
+
+PREVIEW = 210
+"""Pixels that a sampler grows by when its preview appears."""
+
+KINDS = {
+    "LoadUniPic": Kind(
+        {},
+        ("model", "text_encoder", "vae", "weight_dtype"),
+        {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
+        (300, 190),
+    ),
+    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60)),
+    "MultiImageCompose": Kind(
+        {"clip": "CLIP", "vae": "VAE"},
+        ("prompt", "negative_prompt", "width", "height", "batch_size", "reference_budget"),
+        {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+        (420, 440),
+        growing={"images.image_": ("IMAGE", 6), "masks.mask_": ("MASK", 6)},
+    ),
+    "FewStepSampler": Kind(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
+        ("seed", CONTROL, "steps", "cfg", "sampler", "denoise"),
+        {"latent": "LATENT"},
+        (300, 310 + PREVIEW),
+    ),
+    "UniPicSigmas": Kind(
+        {"model": "MODEL", "latent": "LATENT"}, ("steps", "denoise"), {"sigmas": "SIGMAS"}, (300, 110)
+    ),
+    "UniPicSamplerSelect": Kind({}, ("sampler",), {"sampler": "SAMPLER"}, (300, 60)),
+    "DistillLoRA": Kind({"model": "MODEL"}, ("lora", "strength"), {"model": "MODEL"}, (300, 170)),
+    "KSampler": Kind(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
+        ("seed", CONTROL, "steps", "cfg", "sampler_name", "scheduler", "denoise"),
+        {"LATENT": "LATENT"},
+        (300, 270 + PREVIEW),
+    ),
+    "RandomNoise": Kind({}, ("noise_seed", CONTROL), {"NOISE": "NOISE"}, (300, 90)),
+    "BasicGuider": Kind({"model": "MODEL", "conditioning": "CONDITIONING"}, (), {"GUIDER": "GUIDER"}, (300, 60)),
+    "SamplerCustomAdvanced": Kind(
+        {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"},
+        (),
+        {"output": "LATENT", "denoised_output": "LATENT"},
+        (300, 130 + PREVIEW),
+    ),
+    "TextEncodeQwenImageEditPlus": Kind(
+        {"clip": "CLIP", "vae": "VAE", "image1": "IMAGE", "image2": "IMAGE", "image3": "IMAGE"},
+        ("prompt",),
+        {"CONDITIONING": "CONDITIONING"},
+        (340, 240),
+        frozenset({"vae", "image1", "image2", "image3"}),
+    ),
+    "ReferenceLatent": Kind(
+        {"conditioning": "CONDITIONING", "latent": "LATENT"},
+        (),
+        {"CONDITIONING": "CONDITIONING"},
+        (340, 60),
+        frozenset({"latent"}),
+    ),
+    "ImageScale": Kind(
+        {"image": "IMAGE"}, ("upscale_method", "width", "height", "crop"), {"IMAGE": "IMAGE"}, (300, 140)
+    ),
+    "VAEEncode": Kind({"pixels": "IMAGE", "vae": "VAE"}, (), {"LATENT": "LATENT"}, (300, 60)),
+    "VAEDecode": Kind({"samples": "LATENT", "vae": "VAE"}, (), {"IMAGE": "IMAGE"}, (300, 60)),
+    "ImageStitch": Kind(
+        {"image1": "IMAGE", "image2": "IMAGE"},
+        ("direction", "match_image_size", "spacing_width", "spacing_color"),
+        {"IMAGE": "IMAGE"},
+        (300, 170),
+        frozenset({"image2"}),
+    ),
+    "SaveImage": Kind({"images": "IMAGE"}, ("filename_prefix",), {"images": "IMAGE"}, (360, 400)),
+}
