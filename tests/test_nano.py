@@ -17,7 +17,7 @@ def test_it_is_whole_and_at_most_25_mb():
     assert sum(f.stat().st_size for f in DEFAULT_MODEL.rglob("*") if f.is_file()) <= 25e6
     about = describe(DEFAULT_MODEL)
     assert about["kind"] == "pipeline"
-    assert about["recipe"]["reference_budget"] == 160
+    assert about["recipe"]["reference_budget"] == 128
 
 
 def test_comfyui_can_hold_it():
