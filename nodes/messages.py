@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 def tell(node: type[io.ComfyNode], text: str, level: int = logging.INFO) -> None:
     """Log a line, and show it in the node, which must ask for `io.Hidden.unique_id`."""
-    logging.log(level, "%s: %s", node.GET_SCHEMA().node_id, text)  # ComfyUI runs a clone under another name
+    logging.log(level, "%s: %s", node.__name__.removesuffix("Clone"), text)  # ComfyUI runs a clone of the class
     prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)  # absent where no page is served
     server, unique_id = getattr(prompt_server, "instance", None), getattr(node.hidden, "unique_id", None)
     if server is not None and unique_id:
