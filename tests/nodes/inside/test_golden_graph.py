@@ -1,0 +1,75 @@
+"""The five golden cases through the nodes from end to end: LoadUniPic, MultiImageCompose, the samplers, the VAE."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import folder_paths
+import pytest
+import torch
+from safetensors.torch import load_file
+from unipic_pack.nodes import sampling
+from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
+from unipic_pack.nodes.facts import facts_of
+from unipic_pack.nodes.load import LoadUniPic
+from unipic_pack.nodes.pictures import to_image
+from unipic_pack.unipic_core.images import load_image
+from unipic_pack.unipic_core.sequence import LatentShape, pack_latents, unpack_latents
+from unipic_pack.unipic_core.settings import resolve
+
+torch.set_num_threads(1)
+CLOSE = 1e-4
+CASES = sorted(path.name for path in (Path(__file__).resolve().parents[2] / "golden" / "cases").iterdir())
+
+
+@pytest.fixture(scope="module")
+def loaded(golden: Path) -> tuple[Any, ...]:
+    """MODEL, CLIP and VAE of the golden folder, put where a released one goes."""
+    shutil.copytree(golden / "tiny", Path(folder_paths.models_dir) / "unipic" / "tiny", dirs_exist_ok=True)
+    return LoadUniPic.execute("unipic/tiny", "auto", "auto", "as stored").result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(loaded: tuple[Any, ...], golden: Path, name: str) -> None:
+    model, clip, vae = loaded
+    folder = golden / "cases" / name
+    case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
+    count = len(case["reference_sizes"])
+    images = {IMAGES[i]: to_image(load_image(folder / f"image_{i + 1}.png")) for i in range(count)}
+    shape = LatentShape.of_pixels(case["width"], case["height"])
+    added = [f"step_noise_{i + 1}" for i in range(case["steps"])]
+    step_noise = [unpack_latents(tensors[n], shape) for n in added if n in tensors]
+    with torch.inference_mode():
+        positive, negative, latent = MultiImageCompose.execute(
+            clip,
+            vae,
+            case["prompt"],
+            case["negative_prompt"],
+            case["width"],
+            case["height"],
+            reference_budget=case["reference_budget"],
+            images=images,
+        ).result
+        settings = resolve(facts_of(model).recipe, case["steps"], case["true_cfg_scale"], case["sampler"])
+        out = comfy.sample.sample_custom(
+            sampling.with_guidance(model),
+            unpack_latents(tensors["noise"], shape),
+            settings.guidance,
+            sampling.ksampler(settings.sampler, **({"step_noise": step_noise} if step_noise else {})),
+            sampling.sigmas_of(settings, facts_of(model).shift, shape.num_tokens),
+            positive,
+            negative,
+            sampling.prepared(model, latent),
+            disable_pbar=True,
+            seed=0,
+        )
+        x0, decoded = pack_latents(model.model.process_latent_in(out)), vae.decode(out)
+    want = tensors[f"latents_after_step_{case['steps']}"]
+    assert float((positive[0][0] - tensors["prompt_embeds"]).abs().max()) < CLOSE
+    assert float((x0 - want).abs().max()) < CLOSE
+    picture = decoded.reshape(-1, *decoded.shape[-3:]).movedim(-1, 1) * 2 - 1
+    assert float((picture - tensors["decoded"]).abs().max()) < CLOSE
