@@ -18,6 +18,7 @@ from ..unipic_core.caching import LRU, WeightsKey, image_key
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.images import MAX_REFERENCES, Size, resize_references
 from ..unipic_core.recipe import LIMITS, Recipe
+from ..unipic_core.sequence import VAE_SCALE
 from ..unipic_core.settings import Plan, plan
 from .facts import facts_of
 from .messages import tell
@@ -28,8 +29,6 @@ IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
 MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
-
-VAE_RATIO = 8
 
 CACHED_REFERENCES, CACHED_TEXTS = 24, 4
 """At the release's size a reference takes up to 1 MB, a text about 20 MB of main memory."""
@@ -155,7 +154,7 @@ def _check_sockets(others: Mapping[str, Any]) -> None:
 
 
 def _check_vae(vae: Any) -> None:
-    if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_RATIO:
+    if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
             "vae must be the Qwen-Image VAE, got one with other latents; take it from LoadUniPic, or load "
             "qwen_image_vae.safetensors with VAELoader"
@@ -221,8 +220,8 @@ def _text_key(clip: Any, text: str, references: list[Image.Image]) -> tuple[Any,
 def _empty_latent(vae: Any, planned: Plan) -> dict[str, Any]:
     width, height = planned.size
     samples = torch.zeros(
-        (planned.num_images, vae.latent_channels, 1, height // VAE_RATIO, width // VAE_RATIO),
+        (planned.num_images, vae.latent_channels, 1, height // VAE_SCALE, width // VAE_SCALE),
         device=comfy.model_management.intermediate_device(),
         dtype=comfy.model_management.intermediate_dtype(),
     )
-    return {"samples": samples, "downscale_ratio_spacial": VAE_RATIO}
+    return {"samples": samples, "downscale_ratio_spacial": VAE_SCALE}

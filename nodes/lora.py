@@ -22,9 +22,7 @@ from ..unipic_core.settings import resolve
 from .facts import Facts, attach, facts_of
 from .messages import tell
 from .sample import CATEGORY, described
-
-MODELS = Path(__file__).resolve().parents[1] / "unipic_core" / "models"
-"""LoRAs that come with the pack lie in loras/ of the bundled model that they are for."""
+from .sources import MODELS
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."

@@ -5,7 +5,6 @@ A name from a workflow is only compared with the names found here, so it can nev
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ..unipic_core.checkpoints import NETWORK_CLASS, class_name
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.recipe import TRANSFORMER_FOLDERS
 from ..unipic_core.weights import find_weight_file
@@ -23,8 +23,9 @@ DEFAULT_MODEL = "unipic-nano (bundled)"
 FOLDER_KINDS = ("unipic", "diffusers")
 """Folders of ComfyUI's models folder, and keys of extra_model_paths.yaml, in which whole released folders lie."""
 
-_BUNDLED = Path(__file__).resolve().parents[1] / "unipic_core" / "models"
-_CLASS = "QwenImageTransformer2DModel"
+MODELS = Path(__file__).resolve().parents[1] / "unipic_core" / "models"
+"""The bundled models; LoRAs that come with the pack lie in loras/ of the one that they are for."""
+
 _DEPTH = 2  # models/unipic/NAME and models/unipic/OWNER/NAME
 
 
@@ -66,7 +67,7 @@ def register_folders() -> None:
 def models() -> dict[str, Path]:
     """Every model by the name that the node shows: the bundled ones, folders, then single files."""
     register_folders()
-    found = {f"{path.name} (bundled)": path for path in _model_folders(_BUNDLED)}
+    found = {f"{path.name} (bundled)": path for path in _model_folders(MODELS)}
     for kind in FOLDER_KINDS:
         for root in map(Path, folder_paths.get_folder_paths(kind)):
             for path in _model_folders(root):
@@ -139,14 +140,7 @@ def _subfolders(folder: Path) -> list[Path]:
 def _holds_network(folder: Path) -> bool:
     """Whether there is a transformer/ or ema_transformer/, and its config, if any, does not name another network."""
     parts = [folder / name for name in TRANSFORMER_FOLDERS if (folder / name).is_dir()]
-    return any(_class_name(part / "config.json") in (None, _CLASS) for part in parts)
-
-
-def _class_name(config: Path) -> str | None:
-    try:
-        return json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
+    return any(class_name(part / "config.json") in (None, NETWORK_CLASS) for part in parts)
 
 
 def _files(folder: str) -> dict[str, Path]:

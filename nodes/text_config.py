@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..unipic_core.errors import CheckpointError
-from ..unipic_core.vision import FRAMES, MERGE, PATCH, encoder_positions
-
-POSITIONS = ("multimodal", "sequential")
+from ..unipic_core.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions
 
 _TEXT = {
     "vocab_size": 152064,

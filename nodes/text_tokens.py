@@ -13,14 +13,11 @@ from comfy.text_encoders import qwen_image
 from torch import Tensor
 
 from ..unipic_core.errors import CheckpointError, UniPicError
-from ..unipic_core.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX
+from ..unipic_core.prompt import IMAGE, IMAGE_PAD, LONG_PROMPT, PREFIX, SUFFIX
 from ..unipic_core.vision import vision_tokens
 
 KEY = "qwen25_7b"
 """ComfyUI's name for Qwen2.5-VL, whatever its size: key of the tokens, and prefix of the encoder's LoRA keys."""
-
-LONG_PROMPT = 1024
-"""Prompt tokens beyond which the released weights were not trained."""
 
 _TURN = "<|im_start|>"
 _USER = "user\n"

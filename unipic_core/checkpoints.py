@@ -34,7 +34,7 @@ PARTS = {
 }
 """Parts of a pipeline folder and the names of their folders."""
 
-_CLASS = "QwenImageTransformer2DModel"
+NETWORK_CLASS = "QwenImageTransformer2DModel"
 _MOST_LAYERS = 1000
 _LARGEST = 1 << 20
 
@@ -96,7 +96,7 @@ def read_config(path: PathLike, weights: Weights | None = None) -> MMDiTConfig:
     if CONFIG_KEY in weights.metadata:
         return _parse_config(weights.metadata[CONFIG_KEY], f"the metadata of {found}")
     beside = found.parent / "config.json"
-    if found.is_file() and beside.is_file() and _class_name(beside) == _CLASS:
+    if found.is_file() and beside.is_file() and class_name(beside) == NETWORK_CLASS:
         return config_from_file(beside)
     return infer_config(weights)
 
@@ -116,8 +116,8 @@ def _parse_config(text: str, source: str) -> MMDiTConfig:
         raise CheckpointError(f"{source} is not JSON: {str(error)[:100]}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{source} is not a table of sizes")
-    if content.get("_class_name", _CLASS) != _CLASS:
-        raise CheckpointError(f"{source} describes a {content['_class_name']}, expected a {_CLASS}")
+    if content.get("_class_name", NETWORK_CLASS) != NETWORK_CLASS:
+        raise CheckpointError(f"{source} describes a {content['_class_name']}, expected a {NETWORK_CLASS}")
     for name, value in content.items():
         numbers = value if name == "axes_dims_rope" and isinstance(value, list) else [value]
         limit = _MOST_LAYERS if name == "num_layers" else _LARGEST
@@ -135,7 +135,8 @@ _SIZES = {
 }
 
 
-def _class_name(path: Path) -> str | None:
+def class_name(path: Path) -> str | None:
+    """The class that a config.json names; None if it names none or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError, RecursionError):

@@ -20,6 +20,9 @@ IMAGE_PAD = "<|image_pad|>"
 IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 """One reference; IMAGE_PAD stands for as many tokens as the vision encoder gives."""
 
+LONG_PROMPT = 1024
+"""Prompt tokens beyond which the released weights were not trained."""
+
 MARKS = (
     *(IMAGE_PAD, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),

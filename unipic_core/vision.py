@@ -36,8 +36,13 @@ def vision_tokens(height: int, width: int) -> int:
     return (height // (PATCH * MERGE)) * (width // (PATCH * MERGE))
 
 
+POSITIONS = ("multimodal", "sequential")
+"""How image tokens are numbered for the encoder's RoPE: (frame, row, column), as Qwen2.5-VL was trained, or one by one.
+"""
+
+
 def encoder_positions(asked: str | None, transformers_version: str | None) -> str:
-    """How an encoder numbers image tokens for its RoPE: "multimodal" (frame, row, column) or "sequential".
+    """Which of POSITIONS an encoder wants, if it does not ask for something else.
 
     asked: `unipic_positions` of the encoder's config.json. Without it what counts is the version of transformers that
     wrote the config: from 5.3 on it counts one by one when it is not told which tokens are images, as the Qwen-Image

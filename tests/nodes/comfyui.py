@@ -10,6 +10,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[2]
 PACK = "unipic_pack"
+CASES = sorted(path.name for path in (ROOT / "tests" / "golden" / "cases").iterdir())
+"""Names of the golden cases."""
 
 
 def comfyui_path() -> Path | None:

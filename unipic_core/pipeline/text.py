@@ -14,21 +14,14 @@ from torch import Tensor
 
 from ..errors import CheckpointError, UniPicError
 from ..images import REFERENCE_MULTIPLE, resize_for_vision
-from ..prompt import IMAGE_PAD, PREFIX, body_text
+from ..prompt import IMAGE_PAD, LONG_PROMPT, PREFIX, body_text
 from ..sequence import TextCond
-from ..vision import encoder_positions
+from ..vision import POSITIONS, encoder_positions
 from ..weights import open_weights
 
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
 patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
-
-LONG_PROMPT = 1024
-"""Prompt tokens beyond which the released weights were not trained."""
-
-POSITIONS = ("multimodal", "sequential")
-"""How image tokens are numbered for the encoder's RoPE: (frame, row, column) as Qwen2.5-VL was trained, or one by one;
-`vision.encoder_positions` says which an encoder wants."""
 
 
 class TextEncoder:

@@ -3,6 +3,7 @@
 By hand: COMFYUI_PATH=... UNIPIC_INSIDE_COMFYUI=1 python -m pytest tests/nodes/inside --confcutdir tests/nodes/inside
 """
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -34,3 +35,29 @@ def golden() -> Path:
 @pytest.fixture(scope="session")
 def nano() -> Path:
     return HERE.parents[2] / "unipic_core" / "models" / "unipic-nano"
+
+
+@pytest.fixture(scope="session")
+def pipeline(golden):
+    """The reference implementation, of another copy of the core: give it plain tensors and pictures."""
+    root = str(golden.parents[1])
+    if root not in sys.path:
+        sys.path.append(root)  # behind ComfyUI, whose own `nodes` must be found first
+    return importlib.import_module("unipic_core.pipeline")
+
+
+@pytest.fixture(scope="module")
+def nano_model(nano):
+    """The bundled nano's MODEL."""
+    from unipic_pack.nodes.model import load_model
+
+    return load_model(nano)
+
+
+@pytest.fixture
+def inference():
+    """As ComfyUI's executor runs nodes."""
+    import torch
+
+    with torch.inference_mode():
+        yield

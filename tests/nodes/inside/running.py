@@ -52,6 +52,11 @@ def make_lora(folder: Path, nano: Path) -> Path:
     return folder / LORA
 
 
+def node_of(graph: Graph, kind: str) -> dict[str, Any]:
+    """Inputs of the first node of a kind."""
+    return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
+
+
 # --- in this process -----------------------------------------------------------------------------------------------
 
 STOCK = (

@@ -15,7 +15,7 @@ import folder_paths
 import pytest
 import torch
 from PIL import Image
-from running import Executor, Graph
+from running import Executor, Graph, node_of
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes import compose, sources
 from unipic_pack.workflows import build
@@ -28,10 +28,6 @@ Change = Callable[[Graph], None]
 @pytest.fixture(scope="module")
 def executor() -> Executor:
     return Executor()
-
-
-def node_of(graph: Graph, kind: str) -> dict[str, Any]:
-    return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
 
 
 def good(seed: int) -> Graph:

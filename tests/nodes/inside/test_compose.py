@@ -11,6 +11,7 @@ import execution
 import pytest
 import torch
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
+from comfyui import CASES
 from PIL import Image
 from safetensors.torch import load_file
 from unipic_pack.nodes import compose
@@ -24,8 +25,6 @@ from unipic_pack.unipic_core.images import load_image, resize_references
 from unipic_pack.unipic_core.recipe import recipe_of
 
 import nodes as comfy_nodes
-
-CASES = sorted(p.name for p in (Path(__file__).parents[2] / "golden" / "cases").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import comfy.sample
 import folder_paths
 import pytest
 import torch
+from comfyui import CASES
 from safetensors.torch import load_file
 from unipic_pack.nodes import sampling
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
@@ -23,7 +24,6 @@ from unipic_pack.unipic_core.settings import resolve
 
 torch.set_num_threads(1)
 CLOSE = 1e-4
-CASES = sorted(path.name for path in (Path(__file__).resolve().parents[2] / "golden" / "cases").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents
 import nodes as comfy_nodes
 
 torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("inference")
 CASES = (
     "one_reference_4_steps",
     "reference_larger_than_target",
@@ -42,20 +43,9 @@ CASES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
 @pytest.fixture(scope="module")
 def tiny(golden: Path):
     return load_model(golden / "tiny")
-
-
-@pytest.fixture(scope="module")
-def nano_model(nano: Path):
-    return load_model(nano)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,23 +19,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from model_tools import random_inputs, relative, velocity
 from torch import Tensor
-from unipic_pack.nodes.model import load_model
 from unipic_pack.unipic_core.checkpoints import load_transformer
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def nano_model(nano: Path):
-    return load_model(nano)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 def test_block_replacement(nano_model: Any) -> None:

@@ -26,17 +26,7 @@ from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def inference():
-    with torch.inference_mode():
-        yield
-
-
-@pytest.fixture(scope="module")
-def nano_model(nano: Path):
-    return load_model(nano)
+pytestmark = pytest.mark.usefixtures("inference")
 
 
 @pytest.mark.parametrize(

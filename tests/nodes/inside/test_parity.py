@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import comfy.sample
-import comfyui
 import pytest
 import torch
 from torch import Tensor
@@ -21,8 +19,6 @@ from unipic_pack.unipic_core.images import load_image
 from unipic_pack.unipic_core.sequence import LatentShape, pack_latents, unpack_latents
 from unipic_pack.unipic_core.settings import resolve
 
-sys.path.append(str(comfyui.ROOT))  # for the pipeline where the project is not installed
-pipelines = pytest.importorskip("unipic_core.pipeline", reason="the pipeline needs diffusers and transformers")
 torch.set_num_threads(1)
 
 PICTURES = ("astronaut", "guitar", "beach", "pizza", "panda", "top-hat")
@@ -31,8 +27,8 @@ STEPS, TOLERANCE = 4, 1e-3
 
 
 @pytest.fixture(scope="module")
-def pipeline(nano: Path) -> Any:
-    return pipelines.UniPicPipeline.from_pretrained(nano, torch_dtype=torch.float32, device="cpu")
+def by_pipeline(pipeline: Any, nano: Path) -> Any:
+    return pipeline.UniPicPipeline.from_pretrained(nano, torch_dtype=torch.float32, device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +69,12 @@ def by_nodes(loaded: tuple[Any, ...], count: int, sampler: str, cfg: float, shap
 @pytest.mark.parametrize(("sampler", "cfg"), [("euler", 1.0), ("euler", 3.0), ("consistency", 1.0)])
 @pytest.mark.parametrize("count", [0, 1, 3, 6])
 @pytest.mark.filterwarnings("ignore:no pictures given")
-def test_the_pipelines_latents(loaded: Any, pipeline: Any, count: int, sampler: str, cfg: float) -> None:
+def test_the_pipelines_latents(loaded: Any, by_pipeline: Any, count: int, sampler: str, cfg: float) -> None:
     shape = LatentShape(1, 8, 8)
-    start, *added = noises(shape, pipeline.transformer.config.in_channels)
+    start, *added = noises(shape, by_pipeline.transformer.config.in_channels)
     with torch.inference_mode():  # as ComfyUI's executor does
         got = by_nodes(loaded, count, sampler, cfg, shape)
-    want = pipeline(
+    want = by_pipeline(
         [load_image(FOLDER / f"{name}.png") for name in PICTURES[:count]],
         PROMPT,
         num_inference_steps=STEPS,

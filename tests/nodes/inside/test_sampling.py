@@ -14,6 +14,7 @@ import comfy.samplers
 import pytest
 import torch
 import toy
+from comfyui import CASES
 from safetensors.torch import load_file
 from torch import Tensor
 from unipic_pack.nodes import facts, sample, sampling
@@ -105,8 +106,6 @@ def test_sigmas_of_another_kind_of_model() -> None:
 
 
 # --- golden numbers ---
-
-CASES = sorted(p.name for p in (Path(__file__).parents[2] / "golden" / "cases").iterdir())
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pytest
 from PIL import Image
-from running import PACK_FOLDER, Events, Server, queue, server
+from running import PACK_FOLDER, Events, Server, node_of, queue, server
 from unipic_pack.workflows import build
 from unipic_pack.workflows.kinds import KINDS
 
@@ -32,10 +32,6 @@ def saved(on: Server, events: Events) -> list[Image.Image]:
     entries = [entry for output in events.outputs.values() for entry in output.get("images", [])]
     paths = [f"/view?filename={quote(e['filename'])}&subfolder={quote(e['subfolder'])}&type=output" for e in entries]
     return [Image.open(io.BytesIO(on.get(path))) for path in paths]
-
-
-def node_of(graph: dict[str, Any], kind: str) -> dict[str, Any]:
-    return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
 
 
 @pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)

@@ -1,9 +1,7 @@
 """The CLIP of a pipeline folder against the golden numbers, the pipeline, and ComfyUI's own encoder."""
 
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import comfy.sd
@@ -12,6 +10,7 @@ import pytest
 import torch
 from comfy.text_encoders import llama
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
+from comfyui import CASES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes.text import comfy_name, encode_prompt, load_clip, read_encoder_weights
@@ -25,7 +24,6 @@ from unipic_pack.unipic_core.prompt import PREFIX, body_text
 
 import nodes as comfy_nodes
 
-CASES = sorted(p.name for p in (Path(__file__).parents[2] / "golden" / "cases").iterdir())
 COLOURS = ((200, 30, 30), (30, 160, 60), (40, 60, 200), (220, 200, 40), (120, 40, 140), (10, 10, 10))
 
 
@@ -37,15 +35,6 @@ def tiny(golden):
 @pytest.fixture(scope="module")
 def small(nano):
     return load_clip(nano)
-
-
-@pytest.fixture(scope="module")
-def pipeline(golden):
-    """The reference implementation, of another copy of the core: give it plain tensors and pictures."""
-    root = str(golden.parents[1])
-    if root not in sys.path:
-        sys.path.append(root)  # behind ComfyUI, whose own `nodes` must be found first
-    return importlib.import_module("unipic_core.pipeline")
 
 
 def gradient(index: int, width: int, height: int) -> Image.Image:

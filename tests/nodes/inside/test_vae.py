@@ -1,13 +1,11 @@
 """The VAE of a pipeline folder against the golden numbers and the pipeline, and ComfyUI's nodes on it."""
 
-import importlib
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from comfyui import CASES
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes.pictures import to_image
 from unipic_pack.nodes.vae import load_vae, vae_config
@@ -15,8 +13,6 @@ from unipic_pack.unipic_core.errors import CheckpointError
 from unipic_pack.unipic_core.images import load_image, resize_references
 
 import nodes as comfy_nodes
-
-CASES = sorted(p.name for p in (Path(__file__).parents[2] / "golden" / "cases").iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +23,6 @@ def tiny(golden):
 @pytest.fixture(scope="module")
 def small(nano):
     return load_vae(nano)
-
-
-@pytest.fixture(scope="module")
-def pipeline(golden):
-    """The reference implementation, of another copy of the core: give it plain tensors and pictures."""
-    root = str(golden.parents[1])
-    if root not in sys.path:
-        sys.path.append(root)  # behind ComfyUI, whose own `nodes` must be found first
-    return importlib.import_module("unipic_core.pipeline")
 
 
 def normalised(vae, latent):
