@@ -1,17 +1,21 @@
 """A miniature of the whole nano training: untrained folder, cache of a few samples; made once."""
 
-from dataclasses import replace
+import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from trainers.cache import build, load_image_vae
-from trainers.config import CacheConfig, OptimizerConfig, RunConfig, SFTMethod
+from trainers.config import SECTIONS, RunConfig, given, parse_run, to_dict
 from trainers.data.emoji import SUBSET
 from trainers.nano import write_folder
 from trainers.vae import save_vae
 from unipic_core.image_vae import ImageVAE, VAEConfig
+from unipic_core.pipeline.text import TextEncoder
+
+BASIC = {f.name for f in fields(RunConfig)} - {name for names in SECTIONS.values() for name in names}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,26 +28,32 @@ def subset_only():
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, subset_only) -> RunConfig:
+    """Network and text encoder together, from nothing."""
     folder: Path = tmp_path_factory.mktemp("nano")
     torch.manual_seed(0)
     vae = ImageVAE(VAEConfig(base_dim=4, num_res_blocks=1)).eval()
     save_vae(vae, torch.randn(4, 3, 64, 64), folder / "vae")
-    write_folder(folder / "vae", folder / "init", seed=0, corpus_size=300)
-    data = CacheConfig(folder=str(folder / "cache"), samples=48, samples_per_shard=24, workers=0)
-    build(data, load_image_vae(folder / "init" / "vae"))
-    model = str(folder / "init")
-    options = SFTMethod(model=model, data=data, train_text_encoder=True, preview_samples=2, preview_steps=2)
-    return RunConfig(
-        method="sft",
-        output=str(folder / "run"),
-        options=options,
-        steps=6,
-        batch_size=4,
-        save_every=2,
-        sample_every=6,
-        log_every=1,
-        optimizer=OptimizerConfig(lr=1e-3, muon_lr=1e-2, warmup_steps=2),
+    model = folder / "init"
+    write_folder(folder / "vae", model, seed=0, corpus_size=300)
+    config = parse_run(
+        {
+            "method": "sft",
+            "output": str(folder / "run"),
+            "steps": 6,
+            "batch_size": 4,
+            "save_every": 2,
+            "sample_every": 6,
+            "log_every": 1,
+            "optimizer": {"lr": 1e-3, "muon_lr": 1e-2, "warmup_steps": 2},
+            "network": {"model": str(model)},
+            "data": {"folder": str(folder / "cache"), "samples": 48, "samples_per_shard": 24, "workers": 0},
+            "preview": {"samples": 2, "steps": 2},
+            "sft": {"train_text_encoder": True},
+        }
     )
+    text = TextEncoder.from_pretrained(model, dtype=torch.float32)
+    build(given(config.data), load_image_vae(model / "vae"), text, config.preview)
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -54,9 +64,24 @@ def examples() -> Path:
 
 @pytest.fixture
 def changed(run, tmp_path):
-    """The run with other values, in an output folder of its own."""
+    """The run with other values and other options of its sections, in an output folder of its own."""
 
-    def change(options=None, **values):
-        return replace(run, output=str(tmp_path / "run"), options=replace(run.options, **(options or {})), **values)
+    def change(method="sft", sections=None, **values):
+        data = {k: v for k, v in to_dict(run).items() if k in (*BASIC, *SECTIONS[method])}
+        for name, options in (sections or {}).items():
+            data[name] = {**data.get(name, {}), **options}
+        return parse_run({**data, "method": method, "output": str(tmp_path / "run"), **values})
 
     return change
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """Reads a run's records, without what differs from run to run."""
+
+    def read(output) -> list[dict[str, float]]:
+        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
+        unlike = ("seconds_per_step", "samples_per_second", "peak_memory_gib")
+        return [{k: v for k, v in json.loads(line).items() if k not in unlike} for line in lines]
+
+    return read

@@ -1,9 +1,9 @@
-"""`python -m trainers.cache CONFIG`: encode a composition set once, so that no VAE and no renderer runs while training.
+"""`python -m trainers.cache CONFIG [key=value]`: encode a data set once; training then needs no VAE and no encoder.
 
-A shard holds `samples_per_shard` samples, grouped into buckets of equal shapes; it is written aside and renamed, and a
-shard that exists is not made again. Tensors of a bucket: `target` [n, C, h, w]; per reference j `reference_j`
-[n, C, h, w] (both normalised latents, bfloat16) and `vision_j` [n, H, W, 3] (uint8, what the vision encoder sees).
-Prompts are in the metadata.
+First the latents of every sample, then (unless the text encoder is to train along) its text embeddings with and without
+prompt, in shards that data/shards.py describes; the samples of the preview grid likewise. A shard is written aside and
+renamed, and one that is there is not made again: after an interrupt, run the same command. Rows that cannot be used are
+left out and listed in report.json.
 """
 
 from __future__ import annotations
@@ -11,91 +11,193 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
+import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from safetensors.torch import load_file
+from torch import nn
 from tqdm import tqdm
 
+from unipic_core.errors import CheckpointError
 from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, image_weights
-from unipic_core.images import resize_for_vision, resize_references, to_tensor
-from unipic_core.sequence import PATCH
+from unipic_core.pipeline.text import TextEncoder
 
-from .config import CacheConfig, ConfigError, RunConfig, load_config
-from .data.catalogue import Split
-from .data.emoji import Bank
-from .data.render import render
-from .data.scenes import make_scene
+from .config import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
+from .data.checking import Checked, check_rows, load_rows, report, require_good, write_json
+from .data.encoding import Encoded
+from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
+from .data.rows import Row
+from .data.shards import Bucket, Part, Rows, Shard, TextShard, drop_vision, has_text, parts_of, shard_path, text_path
+from .text_cache import encode_text, encoder_fingerprint, text_fingerprint
 
-ENCODE_BATCH = 32
+__all__ = ["Bucket", "PreviewRow", "Rows", "build", "fingerprint", "load_image_vae", "read_cache", "read_preview"]
 
-
-@dataclass(frozen=True)
-class Bucket:
-    """Samples of equal shapes. target [n, C, h, w]; references, vision: one tensor per reference; prompts: n texts."""
-
-    target: Tensor
-    references: tuple[Tensor, ...]
-    vision: tuple[Tensor, ...]
-    prompts: tuple[str, ...]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    @property
-    def num_target_tokens(self) -> int:
-        return self.target.shape[-2] * self.target.shape[-1] // PATCH**2
+COMMAND = "run python -m trainers.cache with the same config"
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sample before encoding: pictures as uint8 arrays [H, W, 3]."""
-
-    target: np.ndarray
-    references: tuple[np.ndarray, ...]
-    vision: tuple[np.ndarray, ...]
-    prompt: str
-
-    @property
-    def shapes(self) -> str:
-        sizes = [self.target.shape, *(r.shape for r in self.references)]
-        return "_".join(f"{s[1]}x{s[0]}" for s in sizes)
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Compositions(Dataset):
-    """Rows of the composition set, each a function of (seed, index) alone."""
+def read_cache(data: DataConfig, text: str | None = None) -> dict[str, Bucket]:
+    """The samples that the config asks for, by shapes; only headers are read.
 
-    def __init__(
-        self, data: CacheConfig, start: int, stop: int, split: Split = "train", seed: int | None = None
-    ) -> None:
-        self.data, self.start, self.stop, self.split = data, start, stop, split
-        self.seed = data.seed if seed is None else seed
-        self.bank = Bank.open()
+    text: fingerprint of the frozen encoder whose embeddings must be there (the samples then come with them and without
+    pictures); None: for an encoder that trains along, whose pictures must be there. ConfigError names what is missing
+    and the command that makes it.
+    """
+    parts: dict[str, list[Part]] = defaultdict(list)
+    for path in cached_shards(data):
+        shard = Shard(path)
+        if text is None and not shard.has_vision:
+            raise ConfigError(f"{path} keeps no pictures for a text encoder that trains along; {COMMAND}")
+        if text is not None and not has_text(shard, text):
+            raise ConfigError(f"{path} has no text embeddings by this encoder; {COMMAND}")
+        embeddings = TextShard(text_path(path, text)) if text is not None else None
+        for shapes, part in parts_of(shard, embeddings, vision=text is None):
+            parts[shapes].append(part)
+    if not parts:
+        raise ConfigError(f"{data.folder} holds no sample; see its report.json")
+    return {shapes: Bucket(parts[shapes]) for shapes in sorted(parts)}
 
-    def __len__(self) -> int:
-        return self.stop - self.start
 
-    def __getitem__(self, i: int) -> Row:
-        scene = make_scene(self.bank, self.split, self.seed, self.start + i, size=self.data.size)
-        sample = render(self.bank, scene)
-        references = resize_references(list(sample.references), self.data.reference_budget)
-        return Row(
-            np.asarray(sample.target),
-            tuple(np.asarray(r) for r in references),
-            tuple(np.asarray(resize_for_vision(r)) for r in references),
-            sample.instruction,
+def cached_shards(data: DataConfig) -> list[Path]:
+    """The files of a complete cache, or ConfigError."""
+    folder = Path(data.folder)
+    record = read_record(folder)
+    if record is None:
+        raise ConfigError(f"there is no cache in {folder}; {COMMAND}")
+    found = {"kind": "nano", **record}
+    asked = {"kind": data.kind, "seed": data.seed, **settings_of(data)}
+    other = [f"{k} {found[k]}, not {v}" for k, v in asked.items() if found.get(k, v) != v]
+    if other:
+        raise ConfigError(f"{folder} holds another set ({'; '.join(other)}); choose another data.folder or remove it")
+    samples = data.samples if data.kind == "nano" else found["samples"]
+    paths = [shard_path(folder, i) for i in range(math.ceil(samples / data.samples_per_shard))]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} of {len(paths)} shards are missing in {folder}, first {missing[0]}; {COMMAND}"
         )
+    return paths
+
+
+def read_preview(data: DataConfig, preview: PreviewConfig, text: str | None = None) -> list[PreviewRow]:
+    """The samples of the grid, with their embeddings by the encoder `text`, or with pictures and prompts alone."""
+    path = preview_path(data, preview, read_record(Path(data.folder)))
+    if not path.exists():
+        raise ConfigError(f"the samples of this preview grid are not in {data.folder}; {COMMAND}")
+    return read_preview_file(path, text)
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What the shards of a folder have in common: set.json."""
+    path = folder / "set.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def settings_of(data: DataConfig) -> dict[str, Any]:
+    return {k: getattr(data, k) for k in ("size", "reference_budget", "samples_per_shard")}
+
+
+# --- building --------------------------------------------------------------------------------------------------------
+
+
+def build(data: DataConfig, vae: ImageVAE, text: TextEncoder | None, preview: PreviewConfig | None = None) -> None:
+    """Bring the cache up to date. Without `text` the pictures are kept for an encoder that trains along."""
+    checked = check_rows(data)
+    name = encoder_fingerprint(text) if text is not None else None
+    shown = preview_rows(data, preview, checked)
+    encode_latents(data, checked, vae, name, preview, shown)
+    if text is not None and name is not None:
+        add_text(data, name, lambda: text, preview)
+
+
+def encode_latents(
+    data: DataConfig,
+    checked: Checked,
+    vae: ImageVAE,
+    text: str | None,
+    preview: PreviewConfig | None,
+    shown: Sequence[Row],
+) -> None:
+    """Write every shard of latents that is missing, or not of these rows, or lacks pictures that are needed."""
+    folder = Path(data.folder)
+    check_same_set(folder, {**checked.source.record, **settings_of(data), "vae": fingerprint(vae)})
+    for partial in folder.glob("*.partial-*"):  # of a run that was killed
+        partial.unlink()
+    count, size = len(checked.source), data.samples_per_shard
+    ranges = {shard_path(folder, at // size): range(at, min(at + size, count)) for at in range(0, count, size)}
+    for_text = None if keeps_vision(data, text) else text
+    missing = [path for path, rows in ranges.items() if not is_current(path, checked.digest(rows), for_text)]
+    with tqdm(total=sum(len(ranges[path]) for path in missing), unit=" samples", desc="latents") as bar:
+        for path in missing:
+            encode_shard(path, data, checked, vae, ranges[path], bar)
+    bad = checked.bad | {i: reason for path in ranges for i, reason in Shard(path).metadata.get("skipped", [])}
+    require_good(data, checked, bad)
+    report(data, checked, bad)
+    if preview:
+        write_preview(preview_path(data, preview, read_record(folder)), vae, shown)
+
+
+def encode_shard(
+    path: Path, data: DataConfig, checked: Checked, vae: ImageVAE, indices: Sequence[int], bar: tqdm
+) -> None:
+    made, skipped = Encoded(), []
+    done = bar.n
+    for rows in load_rows(checked, indices, data.workers):
+        skipped += [(i, row) for i, row in rows if isinstance(row, str)]
+        made.add(vae, [row for _, row in rows if isinstance(row, Row)])
+        bar.update(len(rows))
+    made.write(path, {"rows": checked.digest(indices), "skipped": skipped})
+    bar.update(done + len(indices) - bar.n)  # the rows that were left out
+
+
+def add_text(data: DataConfig, name: str, load: Callable[[], TextEncoder], preview: PreviewConfig | None) -> None:
+    """Text embeddings for all that `encode_latents` wrote; the encoder is loaded only if any are missing."""
+    shards = [Shard(path) for path in cached_shards(data)]
+    shown = [Shard(preview_path(data, preview, read_record(Path(data.folder))))] if preview else []
+    missing = [shard for shard in (*shown, *shards) if not has_text(shard, name)]
+    if missing:
+        encode_text(missing, name, load(), keep_vision=lambda shard: keeps_vision(data, name) or shard in shown)
+    for shard in shards:  # of a run that was killed between the two files
+        if not keeps_vision(data, name):
+            drop_vision(shard.path)
+
+
+def keeps_vision(data: DataConfig, text: str | None) -> bool:
+    """The composition set's pictures are small, and train an encoder first and serve a frozen one then."""
+    return data.kind == "nano" or text is None
+
+
+def is_current(path: Path, rows: str, text: str | None) -> bool:
+    """Whether a shard is whole, of these rows, and has its pictures or already the embeddings made from them."""
+    try:
+        if not path.exists():
+            return False
+        shard = Shard(path)
+        if shard.metadata.get("rows", rows) != rows:
+            return False
+        return shard.has_vision or (text is not None and has_text(shard, text))
+    except CheckpointError:  # damaged
+        return False
+
+
+def check_same_set(folder: Path, record: dict[str, Any]) -> None:
+    """Shards of another set, of another VAE or of fewer assets must not be mixed in; more samples may come."""
+    found = read_record(folder)
+    if found is not None and {**found, "samples": 0} != {**record, "samples": 0}:
+        raise ConfigError(
+            f"{folder} holds another set ({found}, not {record}); choose another data.folder or remove it"
+        )
+    write_json(folder / "set.json", record)
+
+
+# --- the models ------------------------------------------------------------------------------------------------------
 
 
 def load_image_vae(folder: Path, dtype: torch.dtype = torch.float32) -> ImageVAE:
@@ -104,38 +206,6 @@ def load_image_vae(folder: Path, dtype: torch.dtype = torch.float32) -> ImageVAE
     weights = load_file(folder / "diffusion_pytorch_model.safetensors")
     vae.load_state_dict({k: w.float() for k, w in image_weights(weights).items()})
     return channels_last(vae.eval().to(dtype))
-
-
-def shard_path(folder: Path, index: int) -> Path:
-    return folder / f"shard-{index:05d}.safetensors"
-
-
-def build(data: CacheConfig, vae: ImageVAE) -> None:
-    """Write every shard that is missing."""
-    folder = Path(data.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    bank = Bank.open()
-    print(bank.note)
-    check_same_set(folder, data, fingerprint(vae), len(bank.by_key))
-    missing = [i for i in range(data.shards) if not shard_path(folder, i).exists()]
-    with tqdm(total=len(missing) * data.samples_per_shard, unit=" samples") as bar:
-        for index in missing:
-            start = index * data.samples_per_shard
-            rows = Compositions(data, start, start + data.samples_per_shard)
-            loader = DataLoader(rows, batch_size=None, num_workers=data.workers)
-            write_shard(shard_path(folder, index), encode_rows(vae, list(_counted(loader, bar))))
-
-
-def check_same_set(folder: Path, data: CacheConfig, vae: str, assets: int) -> None:
-    """Shards of another set, of another VAE or of fewer assets must not be mixed in."""
-    record = {k: getattr(data, k) for k in ("seed", "size", "reference_budget", "samples_per_shard")}
-    record |= {"vae": vae, "assets": assets}
-    path = folder / "set.json"
-    if path.exists() and (found := json.loads(path.read_text())) != record:
-        raise ConfigError(
-            f"{folder} holds another set ({found}, not {record}); choose another data.folder or remove it"
-        )
-    path.write_text(json.dumps(record))
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -147,97 +217,23 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def _counted(rows: Any, bar: tqdm) -> Iterator[Row]:
-    for row in rows:
-        bar.update()
-        yield row
-
-
-def encode_rows(vae: ImageVAE, rows: Sequence[Row]) -> dict[str, Bucket]:
-    """Group by shapes and encode."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.shapes].append(row)
-    buckets = {}
-    for shapes, members in groups.items():
-        slots = range(len(members[0].references))
-        buckets[shapes] = Bucket(
-            encode_pictures(vae, [m.target for m in members]),
-            tuple(encode_pictures(vae, [m.references[j] for m in members]) for j in slots),
-            tuple(torch.from_numpy(np.stack([m.vision[j] for m in members])) for j in slots),
-            tuple(m.prompt for m in members),
-        )
-    return buckets
-
-
-@torch.no_grad()
-def encode_pictures(vae: ImageVAE, pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [H, W, 3] each -> normalised latents [n, C, h, w], bfloat16."""
-    out, dtype = [], vae.quant_conv.weight.dtype
-    for i in range(0, len(pictures), ENCODE_BATCH):
-        batch = torch.stack([to_tensor(Image.fromarray(p)) for p in pictures[i : i + ENCODE_BATCH]]).to(dtype)
-        out.append(vae.encode(batch.contiguous(memory_format=torch.channels_last))[:, :, 0].bfloat16().contiguous())
-    return torch.cat(out)
-
-
-def write_shard(path: Path, buckets: dict[str, Bucket]) -> None:
-    tensors: dict[str, Tensor] = {}
-    for shapes, bucket in buckets.items():
-        tensors[f"{shapes}/target"] = bucket.target
-        for j, (reference, vision) in enumerate(zip(bucket.references, bucket.vision, strict=True)):
-            tensors[f"{shapes}/reference_{j}"], tensors[f"{shapes}/vision_{j}"] = reference, vision
-    aside = path.with_suffix(f".partial-{os.getpid()}")
-    save_file(tensors, aside, {"prompts": json.dumps({shapes: b.prompts for shapes, b in buckets.items()})})
-    os.replace(aside, path)
-
-
-def read_cache(data: CacheConfig) -> dict[str, Bucket]:
-    """The shards that the config asks for, joined by bucket."""
-    paths = [shard_path(Path(data.folder), i) for i in range(data.shards)]
-    missing = [path.name for path in paths if not path.exists()]
-    if missing:
-        raise ConfigError(
-            f"{len(missing)} of {data.shards} shards are missing in {data.folder}, first {missing[0]}; "
-            "run python -m trainers.cache with the same config"
-        )
-    parts: dict[str, list[Bucket]] = defaultdict(list)
-    for path in paths:
-        for shapes, bucket in read_shard(path).items():
-            parts[shapes].append(bucket)
-    return {shapes: _join(parts[shapes]) for shapes in sorted(parts)}
-
-
-def read_shard(path: Path) -> dict[str, Bucket]:
-    with safe_open(path, "pt") as file:
-        prompts = json.loads(file.metadata()["prompts"])
-        names = set(file.keys())
-        buckets = {}
-        for shapes, texts in prompts.items():
-            slots = range(sum(1 for n in names if n.startswith(f"{shapes}/reference_")))
-            buckets[shapes] = Bucket(
-                file.get_tensor(f"{shapes}/target"),
-                tuple(file.get_tensor(f"{shapes}/reference_{j}") for j in slots),
-                tuple(file.get_tensor(f"{shapes}/vision_{j}") for j in slots),
-                tuple(texts),
-            )
-    return buckets
-
-
-def _join(parts: Sequence[Bucket]) -> Bucket:
-    slots = range(len(parts[0].references))
-    return Bucket(
-        torch.cat([p.target for p in parts]),
-        tuple(torch.cat([p.references[j] for p in parts]) for j in slots),
-        tuple(torch.cat([p.vision[j] for p in parts]) for j in slots),
-        tuple(prompt for p in parts for prompt in p.prompts),
-    )
-
-
-def data_of(config: RunConfig) -> CacheConfig:
-    data = getattr(config.options, "data", None)
-    if data is None:
+def run(config: RunConfig) -> None:
+    """Latents, then text embeddings: one model in memory at a time, and none before the rows are known to be good."""
+    if config.data is None or config.network is None:
         raise ConfigError(f"method {config.method} takes no data cache")
-    return data
+    data, preview, folder = config.data, config.preview, Path(config.network.model)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    live = config.sft is not None and config.sft.train_text_encoder
+    checked = check_rows(data)
+    shown = preview_rows(data, preview, checked)
+    name = None if live else text_fingerprint(folder)
+    vae = load_image_vae(folder / "vae", torch.bfloat16).to(device)
+    encode_latents(data, checked, vae, name, preview, shown)
+    del vae
+    if name is not None:
+        # a CPU has no use for bfloat16, and only small encoders run there
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        add_text(data, name, lambda: TextEncoder.from_pretrained(folder, dtype, device), preview)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,10 +242,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     try:
-        config = load_config(args.config, args.overrides)
-        build(data_of(config), load_image_vae(Path(config.options.model) / "vae", torch.bfloat16))
+        run(load_config(args.config, args.overrides))
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

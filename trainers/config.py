@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,18 +12,21 @@ import yaml
 
 from unipic_core.attention import BACKENDS
 
+from .parsing import ConfigError as ConfigError
+from .parsing import override, parse
 
-class ConfigError(ValueError):
-    """A config file says something that no trainer understands."""
+Section = typing.TypeVar("Section")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay; the defaults are the paper's SFT values.
 
-    muon_lr: above 0, Muon trains the hidden matrices with this rate and AdamW the rest.
+    kind: "adamw", or "adamw8bit" (bitsandbytes). muon_lr: above 0, Muon trains the hidden matrices with this rate and
+    AdamW the rest.
     """
 
+    kind: str = "adamw"
     lr: float = 1e-4
     muon_lr: float = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
@@ -33,6 +35,123 @@ class OptimizerConfig:
     warmup_steps: int = 500
     final_lr_ratio: float = 0.0
     max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", ("adamw", "adamw8bit"))
+
+
+# --- what the network's methods share ---------------------------------------------------------------------------------
+
+ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ALL_LAYERS = (*ATTENTION_LAYERS, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA adapters. targets: ends of the names of the layers that get one, inside the blocks."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ALL_LAYERS
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "rank")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout must be from 0 to below 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What trains, and what it starts from.
+
+    model: a pipeline folder (released, or from `python -m trainers.nano`). transformer: weights of the network from
+    elsewhere. adapter: LoRAs over one frozen base that carries every role; absent: all parameters, a network per role.
+    student: what the student starts from instead of the base: a LoRA, or without adapters weights of a network.
+    weights: how the base is held in memory; fp8 and nf4 only under adapters. block_swap: so many of the last blocks
+    stay in the main memory and visit the GPU when they are needed. shard: spread networks over all processes (FSDP2).
+    """
+
+    model: str
+    transformer: str | None = None
+    student: str | None = None
+    adapter: AdapterConfig | None = None
+    weights: str = "fp32"
+    attention: str = "sdpa"
+    gradient_checkpointing: bool = False
+    block_swap: int = 0
+    shard: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of(self, "weights", ("fp32", "bf16", "fp8", "nf4"))
+        _one_of(self, "attention", BACKENDS)
+        _at_least(self, 0, "block_swap")
+        if self.adapter is None and (self.weights in ("fp8", "nf4") or self.block_swap):
+            raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base: add an adapter section")
+        if self.adapter is not None and self.shard:
+            raise ConfigError("shard is for full-parameter training: remove the adapter section, or shard")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and the folder that keeps them encoded (`python -m trainers.cache`).
+
+    kind: "nano" (the composition set: samples 0 .. `samples` of (seed, index)), "jsonl" (the release's rows),
+    "folder" (numbered images with caption files) or "datasets" (a Hugging Face data set saved on disk).
+    path: the JSONL file or the folder; images: where relative image paths begin (default: beside path).
+    samples: 0 = all. size: side in pixels of the square that a target may fill; reference_budget: of the one that all
+    references together may fill.
+    """
+
+    folder: str
+    kind: str = "nano"
+    path: str | None = None
+    images: str | None = None
+    samples: int = 0
+    seed: int = 0
+    size: int = 128
+    reference_budget: int = 128
+    samples_per_shard: int = 1024
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", ("nano", "jsonl", "folder", "datasets"))
+        _at_least(self, 0, "samples", "workers")
+        _at_least(self, 1, "samples_per_shard")
+        _at_least(self, 32, "size", "reference_budget")
+        if (self.kind == "nano") == (self.path is not None):
+            raise ConfigError(f"data.path is needed for every kind but nano; got kind {self.kind}, path {self.path}")
+        if self.kind == "nano" and (self.samples < 1 or self.samples % self.samples_per_shard):
+            raise ConfigError(
+                f"data.samples must be a multiple of samples_per_shard ({self.samples_per_shard}), got {self.samples}"
+            )
+
+
+@dataclass(frozen=True)
+class PreviewSample:
+    """A preview of the user's own: up to six pictures and a prompt."""
+
+    images: tuple[str, ...]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The sample grid: always the same seeds. own: the user's pictures and prompts; otherwise `samples` of the data.
+
+    steps, guidance: of the sampler; absent: what the method's export recommends.
+    """
+
+    samples: int = 6
+    own: tuple[PreviewSample, ...] = ()
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "samples")
+
+
+# --- methods ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -59,64 +178,110 @@ class VAEMethod:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
-    """The composition set and where its latents are kept: samples 0 .. `samples` of (seed, index)."""
+class Times:
+    """Training times: sigmoid(N(mean, std)), shifted as the sampler's, and kept within least .. most."""
 
-    folder: str
-    samples: int
-    seed: int = 0
-    size: int = 128
-    reference_budget: int = 128
-    samples_per_shard: int = 1024
-    workers: int = 1
+    mean: float = 0.0
+    std: float = 1.0
+    least: float = 0.0
+    most: float = 1.0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "samples", "samples_per_shard")
-        if self.samples % self.samples_per_shard:
-            raise ConfigError(
-                f"data.samples must be a multiple of samples_per_shard ({self.samples_per_shard}), got {self.samples}"
-            )
-
-    @property
-    def shards(self) -> int:
-        return self.samples // self.samples_per_shard
+        if not 0 <= self.least < self.most <= 1:
+            raise ConfigError(f"times must have 0 <= least < most <= 1, got {self.least} and {self.most}")
 
 
 @dataclass(frozen=True)
 class SFTMethod:
-    """Flow matching of the network, jointly with the text encoder or with it frozen (then its embeddings are cached).
+    """Flow matching of the network, with its text encoder frozen or training along."""
 
-    model: a pipeline folder to start from (released, or from `python -m trainers.nano`).
-    """
-
-    model: str
-    data: CacheConfig
     train_text_encoder: bool = False
     prompt_dropout: float = 0.1
-    t_mean: float = 0.0
-    t_std: float = 1.0
-    attention: str = "sdpa"
-    gradient_checkpointing: bool = False
-    preview_samples: int = 6
-    preview_steps: int = 20
-    preview_guidance: float = 1.0
+    times: Times = field(default_factory=Times)
+
+
+@dataclass(frozen=True)
+class ConsistencyMethod:
+    """Consistency tuning (losses.py). The defaults are ours; `released` in a comment marks the release's.
+
+    velocity: along which the student is made consistent: "teacher" (the frozen base's, guided by `guidance`) or "data"
+    (eps - x0; released). guidance: the scale to distil; with velocity "data" it adds (guidance - 1) (F(cond) -
+    F(uncond)) of the base, or of the student's own EMA (guidance_from "ema", released: 2.75).
+    tangent: "difference" (step e) or "jvp", along the "velocity" to be consistent with, or along the "data" (released:
+    with guidance that ends on another map). normalisation of the residual: "none", "rms", or "tangent" (released).
+    times: wider than the data's, because sampling begins at t = 1.
+    """
+
+    velocity: str = "teacher"
+    guidance: float = 1.0
+    guidance_from: str = "base"
+    tangent: str = "difference"
+    tangent_along: str = "velocity"
+    e: float = 5e-3
+    normalisation: str = "rms"
+    cosine: bool = False
+    prompt_dropout: float = 0.0
+    times: Times = field(default_factory=lambda: Times(mean=-0.5, std=1.8))
 
     def __post_init__(self) -> None:
-        _at_least(self, 2, "preview_samples")
-        _at_least(self, 1, "preview_steps")
-        _one_of(self, "attention", BACKENDS)
+        _one_of(self, "velocity", ("teacher", "data"))
+        _one_of(self, "guidance_from", ("base", "ema"))
+        _one_of(self, "tangent", ("difference", "jvp"))
+        _one_of(self, "tangent_along", ("velocity", "data"))
+        _one_of(self, "normalisation", ("none", "rms", "tangent"))
+        if not 0 < self.e <= 0.1:
+            raise ConfigError(f"consistency.e must be above 0 and at most 0.1, got {self.e}")
+        if self.velocity == "teacher" and self.guidance_from == "ema":
+            raise ConfigError("guidance_from ema goes with velocity data; the teacher's velocity is guided by the base")
 
 
-METHODS: dict[str, type] = {"vae": VAEMethod, "sft": SFTMethod}
+@dataclass(frozen=True)
+class DMDMethod:
+    """Distribution matching (losses.py). max_steps: the student is rolled out in 1 .. max_steps steps of its sampler.
+
+    fake_updates: of the fake score, per update of the student; fake_warmup_steps: so many steps train it alone.
+    weighting: "final", "first" or "released", see dmd_direction. optimizer: the fake score's own.
+    """
+
+    max_steps: int = 4
+    teacher_guidance: float = 6.0
+    weighting: str = "first"
+    fake_updates: int = 5
+    fake_warmup_steps: int = 0
+    times: Times = field(default_factory=lambda: Times(least=0.02, most=0.98))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_steps", "fake_updates")
+        _at_least(self, 0, "fake_warmup_steps")
+        _one_of(self, "weighting", ("final", "first", "released"))
+
+
+@dataclass(frozen=True)
+class JointMethod:
+    """L = consistency_weight L_CM + dmd_weight L_DMD, with the options of both sections."""
+
+    consistency_weight: float = 1.0
+    dmd_weight: float = 1.0
+
+
+NETWORK_SECTIONS = ("network", "data", "preview")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "vae": ("vae",),
+    "sft": (*NETWORK_SECTIONS, "sft"),
+    "consistency": (*NETWORK_SECTIONS, "consistency"),
+    "dmd": (*NETWORK_SECTIONS, "dmd"),
+    "joint": (*NETWORK_SECTIONS, "joint", "consistency", "dmd"),
+}
+"""Method -> the sections that its config may have."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. `options` is the section named like the method; everything else is shared by all methods."""
+    """One run. The sections that its method does not use are absent (None); the others are there, given or default."""
 
     method: str
     output: str
-    options: Any
     seed: int = 0
     steps: int = 1000
     batch_size: int = 32
@@ -128,11 +293,29 @@ class RunConfig:
     sample_every: int = 500
     keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    network: NetworkConfig | None = None
+    data: DataConfig | None = None
+    preview: PreviewConfig | None = None
+    vae: VAEMethod | None = None
+    sft: SFTMethod | None = None
+    consistency: ConsistencyMethod | None = None
+    dmd: DMDMethod | None = None
+    joint: JointMethod | None = None
 
     def __post_init__(self) -> None:
+        _one_of(self, "method", SECTIONS)
         counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
         _at_least(self, 1, *counts)
         _one_of(self, "precision", ("no", "bf16"))
+        if self.network is not None and self.network.shard and self.optimizer.muon_lr:
+            raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
+
+
+def given(section: Section | None) -> Section:
+    """A section that the config has because its method asks for it."""
+    if section is None:
+        raise ConfigError("a section is missing that the method needs; make configs with parse_run")
+    return section
 
 
 def _at_least(config: Any, least: int, *names: str) -> None:
@@ -154,77 +337,24 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(data).__name__}")
-    for override in overrides:
-        _override(data, override)
+    for change in overrides:
+        override(data, change)
     return parse_run(data)
 
 
 def parse_run(data: dict[str, Any]) -> RunConfig:
     method = data.get("method")
-    if method not in METHODS:
-        raise ConfigError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    data = dict(data)
-    section = data.pop(method, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"the section {method} must hold keys and values, got {section!r}")
-    options = parse(METHODS[method], section, method)
-    return parse(RunConfig, {**data, "options": options}, "config")
-
-
-def parse(cls: type, data: dict[str, Any], where: str) -> Any:
-    """A dataclass from a mapping, strictly."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for key in data:
-        if key not in known:
-            names = ", ".join(sorted(known))
-            raise ConfigError(f"unknown key {key!r} (= {data[key]!r}) in {where}; known keys: {names}")
-    values = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    needed = [n for n, f in known.items() if f.default is f.default_factory is dataclasses.MISSING and n not in values]
-    if needed:
-        raise ConfigError(f"{where} needs {', '.join(needed)}")
-    return cls(**values)
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    origin = typing.get_origin(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return parse(typing.cast(type, hint), value, where)
-    if origin is tuple and isinstance(value, (list, tuple)):
-        inner = typing.get_args(hint)
-        inner = inner[:1] * len(value) if inner[-1:] == (...,) else inner
-        if len(inner) == len(value):
-            return tuple(_convert(h, v, where) for h, v in zip(inner, value, strict=True))
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(next(h for h in typing.get_args(hint) if h is not type(None)), value, where)
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            pass
-    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
-
-
-def _override(data: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"an override is key=value, got {override!r}")
-    *sections, key = path.split(".")
-    for section in sections:
-        data = data.setdefault(section, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"{section} in the override {override!r} is a value, not a section")
-    data[key] = yaml.safe_load(text)
+    if method not in SECTIONS:
+        raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {method!r}")
+    every = {name for sections in SECTIONS.values() for name in sections}
+    for name in sorted((every - set(SECTIONS[method])) & set(data)):
+        raise ConfigError(f"the section {name} is not for method {method}, which has {', '.join(SECTIONS[method])}")
+    for name in sorted(every & set(data)):
+        if not isinstance(data[name], dict):
+            raise ConfigError(f"the section {name} must hold keys and values, got {data[name]!r}")
+    return parse(RunConfig, {**{name: {} for name in SECTIONS[method]}, **data}, "config")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """Plain values, for the record that travels with checkpoints."""
-    data = dataclasses.asdict(config)
-    data[config.method] = data.pop("options")
-    return data
+    return {k: v for k, v in dataclasses.asdict(config).items() if v is not None}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-NOT_DRAWN = ("step", "lr", "grad_norm", "seconds_per_step")
+NOT_DRAWN = ("step", "lr", "grad_norm", "seconds_per_step", "samples_per_second", "peak_memory_gib")
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -23,18 +23,21 @@ def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 10) -> None:
     from matplotlib import pyplot
 
     records = {run.stem if run.is_file() else run.name: read_metrics(run) for run in runs}
-    names = list(dict.fromkeys(k for rows in records.values() for k in rows[0] if k not in NOT_DRAWN))
+    keys = dict.fromkeys(k for rows in records.values() for row in rows for k in row)
+    names = [k for k in keys if k.split("/")[-1] not in NOT_DRAWN]
     figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False, layout="constrained")
     for panel, name in zip(panels[0], names, strict=True):
         for label, rows in records.items():
             points = [(r["step"], r[name]) for r in rows if name in r]
+            if not points:
+                continue
             steps, values = zip(*points, strict=True)
             means = [sum(values[max(0, i - smooth) : i + 1]) / (i + 1 - max(0, i - smooth)) for i in range(len(values))]
             (line,) = panel.plot(steps, means, label=label)
             panel.plot(steps, values, alpha=0.2, color=line.get_color())
         panel.set(title=name, xlabel="step")
         panel.grid(alpha=0.3)
-        if name in ("loss", "l1"):
+        if name.split("/")[-1] in ("loss", "l1"):
             panel.set_yscale("log")
     panels[0][0].legend()
     figure.savefig(out, dpi=110)

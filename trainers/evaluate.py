@@ -4,7 +4,8 @@
     python -m trainers.evaluate --model A --model B --steps 8 --steps 4 ...     several systems, paired sample by sample
     python -m trainers.evaluate --controls-only --n 100                         what the judges say of the controls
 
-Sample i is scene i of (seed, split) for every system, and is made with the noise seed SEED + i.
+Sample i is scene i of (seed, split) for every system, and is made with the noise seed SEED + i. The first system is the
+reference: of the others it is told how much of its quality they keep, and those of as many steps are compared in pairs.
 """
 
 from __future__ import annotations
@@ -14,31 +15,26 @@ import json
 import os
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from .data.catalogue import Split
 from .data.emoji import Bank
 from .data.render import Sample
-from .data.scenes import TASKS, Scene, make_scene
-from .judges.panel import CONTROL_NAMES, JUDGES, Case, Panel, control_pictures
-from .judges.sheet import Row, draw_sheet
-from .judges.statistics import Bootstrap
-from .judges.summary import Scores, empty, summarise, table
+from .data.scenes import TASKS
+from .judges.measure import Evaluation, Generate, Plan, compare
+from .judges.plot import draw_plot
+from .judges.sheet import draw_sheet
 
-Generate = Callable[[Sample, int], Image.Image]
-"""A sample and a noise seed in, the composed picture out."""
+if TYPE_CHECKING:
+    from unipic_core.settings import Settings
 
 T = TypeVar("T")
-WHOLE = frozenset(judge.name for judge in JUDGES if judge.whole)
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,23 @@ class System:
     steps: int | None = None
     cfg: float | None = None
     sampler: str | None = None
+
+    def settings(self) -> Settings:
+        """What the wishes and the recipes come to, read without loading. Raises UniPicError as ``open`` does."""
+        from unipic_core.lora import read_lora
+        from unipic_core.pipeline.loading import find_recipe
+        from unipic_core.settings import resolve
+
+        _, recipe = find_recipe(Path(self.model), None)
+        if self.lora:
+            recipe = recipe.merge(read_lora(self.lora, mapped=True).recipe)
+        return resolve(recipe, self.steps, self.cfg, self.sampler)
+
+    def about(self) -> dict[str, Any]:
+        """For the report: how it really runs; ``series``: what it is apart from the number of its steps."""
+        run = self.settings()
+        facts = asdict(self) | {"series": describe(asdict(self) | {"steps": None})}
+        return facts | {"steps": run.steps, "cfg": run.guidance, "sampler": run.sampler}
 
     def open(self, device: str, threads: int | None = None) -> Generate:
         """Load it. Raises UniPicError when the model or the LoRA cannot be read."""
@@ -80,118 +93,6 @@ class System:
             return made.images[0]
 
         return generate
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured on: ``n`` scenes of a seed and split, of the given tasks in turn or of the natural mixture."""
-
-    n: int
-    seed: int = 0
-    split: Split = "heldout"
-    tasks: tuple[str, ...] = ()
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.n < 2:
-            raise ValueError(f"n must be at least 2 for an interval, got {self.n}")
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {unknown[0]!r}")
-
-    def scene(self, bank: Bank, index: int) -> Scene:
-        task = self.tasks[index % len(self.tasks)] if self.tasks else None
-        return make_scene(bank, self.split, self.seed, index, task=task)
-
-    def bar(self, what: str) -> tqdm[int]:
-        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between updates: few lines in a log
-        return tqdm(range(self.n), what, unit="picture", mininterval=pause, disable=not self.progress)
-
-
-@dataclass
-class Evaluation:
-    """``report``: what goes into the JSON. ``tables``: for reading. ``rows``: for the sheet."""
-
-    report: dict[str, Any]
-    tables: list[str]
-    rows: list[Row]
-
-
-def generate_all(label: str, generate: Generate, bank: Bank, plan: Plan) -> tuple[list[Image.Image], float]:
-    """The pictures of one system, at the size of their targets, and the seconds one of them took."""
-    pictures, spent = [], 0.0
-    for index in plan.bar(label):
-        sample = Case.of(bank, plan.scene(bank, index)).sample
-        start = time.perf_counter()
-        picture = generate(sample, plan.seed + index).convert("RGB")
-        spent += time.perf_counter() - start
-        if picture.size != sample.target.size:
-            picture = picture.resize(sample.target.size, Image.Resampling.LANCZOS)
-        pictures.append(picture)
-    return pictures, spent / plan.n
-
-
-def judge_all(
-    made: Mapping[str, Sequence[Image.Image]], panel: Panel, bank: Bank, plan: Plan, sheet_rows: int
-) -> tuple[Scores, list[Row]]:
-    """Judge the systems and the controls of every scene; also the first rows of the sheet."""
-    scores = Scores([], {label: empty(plan.n) for label in made}, {name: empty(plan.n) for name in CONTROL_NAMES})
-    rows: list[Row] = []
-    for index in plan.bar("judging"):
-        scene = plan.scene(bank, index)
-        case = Case.of(bank, scene)
-        controls = control_pictures(bank, scene, case.sample)
-        own = {label: pictures[index] for label, pictures in made.items()}
-        judged = panel.judge(case, [*own.values(), *(picture for picture, _ in controls.values())])
-        scores.tasks.append(scene.task)
-        for judge, values in judged.items():
-            for row, label in enumerate(own):
-                scores.systems[label][judge][index] = values[row]
-            for row, (name, (_, items)) in enumerate(controls.items(), start=len(own)):
-                scores.controls[name][judge][index] = np.where(items | (judge in WHOLE), values[row], np.nan)
-        if len(rows) < sheet_rows:
-            captions = {label: caption(judged, row) for row, label in enumerate(own)}
-            rows.append(Row(case.sample, own, captions))
-    return scores, rows
-
-
-def caption(judged: Mapping[str, np.ndarray], row: int) -> str:
-    """The judges' view of one picture in a few words."""
-    found = [judged[name][row] for name in ("object_retrieval_top1", "person_retrieval_top1")]
-    identities = np.concatenate([values[np.isfinite(values)] for values in found])
-    appearance = judged["masked_psnr"][row]
-    words = [f"IoU {judged['placement_iou'][row, 0]:.2f}"]
-    if np.isfinite(appearance).any():
-        words.append(f"{np.nanmean(appearance):.1f} dB")
-    if len(identities):
-        words.append(f"found {int(identities.sum())} of {len(identities)}")
-    return " · ".join(words)
-
-
-def compare(
-    systems: Mapping[str, Callable[[], Generate]], bank: Bank, plan: Plan, *, sheet_rows: int = 12
-) -> Evaluation:
-    """Measure systems, each opened only when its turn comes, on the same scenes; without any, the controls alone.
-
-    The report's top level is the first system's; ``others`` holds the rest, each with its paired difference
-    ``versus_first``.
-    """
-    made: dict[str, list[Image.Image]] = {}
-    seconds: dict[str, float] = {}
-    for label, opener in systems.items():
-        made[label], seconds[label] = generate_all(label, opener(), bank, plan)
-    scores, rows = judge_all(made, Panel(bank), bank, plan, sheet_rows)
-    reports = summarise(scores, Bootstrap(plan.n, plan.seed))
-    for one in reports:
-        if one["model"]:
-            one["model"]["seconds_per_picture"] = round(seconds[one["model"]["label"]], 4)
-    tables = [table(one) for one in reports]
-    report, *others = reports
-    report |= {"n": plan.n, "seed": plan.seed, "split": plan.split, "tasks": list(plan.tasks) or "mixture"}
-    report["bank"] = {"objects": len(bank.objects("all")), "persons": len(bank.persons("all"))}
-    if others:
-        report["others"] = others
-    return Evaluation(report, tables, rows)
 
 
 def evaluate(
@@ -299,6 +200,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--n", type=int, default=600, help="number of scenes (%(default)s)")
     top.add_argument("--seed", type=int, default=0, help="of the scenes and of the noise (%(default)s)")
     top.add_argument("--split", default="heldout", choices=["heldout", "train", "all"], help="%(default)s")
+    top.add_argument(
+        "--seeds-per-scene", type=int, default=1, metavar="K", help="above 1: how far pictures of a scene differ"
+    )
     top.add_argument("--task", action="append", default=[], metavar="NAME", help=f"only these: {', '.join(TASKS)}")
     top.add_argument("--data", metavar="DIR", help="pictures of the assets (default: the fetched set, else the subset)")
     top.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
@@ -308,40 +212,56 @@ def parser() -> argparse.ArgumentParser:
         "--sheet", type=Path, metavar="FILE.png", help="instruction, inputs, truth and outputs as a picture"
     )
     top.add_argument("--sheet-rows", type=int, default=12, help="%(default)s")
+    top.add_argument("--plot", type=Path, metavar="FILE.png", help="quality kept of the first system against steps")
     return top
 
 
 def run(args: argparse.Namespace) -> None:
     """Everything but the exit code. Raises ValueError in one sentence for bad input."""
-    systems, tasks = systems_of(args), tuple(args.task)
-    plan = Plan(args.n, args.seed, args.split, tasks, progress=True)
-    if args.sheet and (args.sheet.suffix.lower() != ".png" or args.sheet_rows < 1):
-        raise ValueError(
-            f"--sheet must end in .png and have at least one row, got {args.sheet}, {args.sheet_rows} rows"
-        )
-    for path in (args.json, args.sheet):
-        check_writable(path)
+    systems = systems_of(args)
+    plan = Plan(args.n, args.seed, args.split, tuple(args.task), True, args.seeds_per_scene)
+    check_outputs(args, len(systems))
+    device = find_device(args.device) if systems else None
+    about = {one.label: one.about() | {"device": device} for one in systems}
     bank = Bank.open(args.data)
     print(f"{plan.n} scenes of {plan.split} assets, seed {plan.seed}; {bank.note}")
-    device = args.device
-    if device == "auto" and systems:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     openers = {one.label: (lambda one=one: one.open(device, args.threads)) for one in systems}
-    result = compare(openers, bank, plan, sheet_rows=args.sheet_rows)
-    settings = {one.label: asdict(one) for one in systems}
-    for report in (result.report, *result.report.get("others", ())):
-        if report["model"]:
-            report["model"] |= {**settings[report["model"]["label"]], "device": device}
+    result = compare(openers, bank, plan, about=about, sheet_rows=args.sheet_rows if args.sheet else 0)
     print("\n" + "\n\n".join(result.tables))
-    print("* not beaten with 95% confidence; controls are judged on the items that they change")
+    print("\n* of a control: not beaten with 95% confidence; controls are judged on the items that they change")
+    write_outputs(args, result, plan)
+
+
+def check_outputs(args: argparse.Namespace, count: int) -> None:
+    """Raises ValueError now rather than after an hour. ``count``: of systems."""
+    if args.sheet_rows < 1:
+        raise ValueError(f"--sheet-rows must be at least 1, got {args.sheet_rows}")
+    for name, path in (("--sheet", args.sheet), ("--plot", args.plot)):
+        if path and path.suffix.lower() != ".png":
+            raise ValueError(f"{name} must end in .png, got {path}")
+    if args.plot and count < 2:
+        raise ValueError(f"--plot compares systems with the first one; expected at least 2, got {count}")
+    for path in (args.json, args.sheet, args.plot):
+        check_writable(path)
+
+
+def write_outputs(args: argparse.Namespace, result: Evaluation, plan: Plan) -> None:
     if args.json:
         text = json.dumps(result.report, indent=1, allow_nan=False) + "\n"
         write_aside(args.json, lambda path: path.write_text(text, encoding="utf-8"))
-    if args.sheet and result.rows:
+    if args.sheet:
         title = f"{plan.n} unseen scenes, seed {plan.seed}: the first {len(result.rows)}"
-        write_aside(args.sheet, draw_sheet(result.rows, title).save)
+        write_aside(args.sheet, draw_sheet(result.rows, title, result.report.get("comparison")).save)
+    if args.plot:
+        write_aside(args.plot, lambda path: draw_plot(result.report["comparison"], path))
+
+
+def find_device(asked: str) -> str:
+    if asked != "auto":
+        return asked
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,20 +1,135 @@
-"""Losses: pure functions of tensors, each under its equation."""
+"""Losses: pure functions of tensors, each under its equation. All give one value per sample, [B], in float32.
+
+x0, eps, x_t, v: [B, N, 4C] (or any [B, ...]); t: [B]. A batch may then be split over processes in any way, and a value
+that is not finite can be traced to its sample.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from unipic_core.flow import velocity
+from unipic_core.flow import like, velocity
 from unipic_core.schedules import Shift, resolution_shift, shift_times
+from unipic_core.sequence import PATCH
+
+TimedVelocity = Callable[[Tensor, Any], Tensor]
+"""(x_t [B, ...], t: [B] or a number) -> v [B, ...]: a network with everything else fixed."""
+
+
+def per_sample(values: Tensor) -> Tensor:
+    """[B, ...] -> [B]: the mean over all but the batch."""
+    return values.flatten(1).mean(1)
 
 
 def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
-    """|F(x_t, t) - (eps - x0)|^2, mean over everything, in float32."""
-    return (v.float() - velocity(x0.float(), eps.float())).square().mean()
+    """|F(x_t, t) - (eps - x0)|^2."""
+    return per_sample((full(v) - velocity(full(x0), full(eps))).square())
+
+
+def full(x: Tensor) -> Tensor:
+    """x in float32; float64, in which tests compare, stays."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# --- consistency tuning (MODEL: section 4.3) --------------------------------------------------------------------------
+
+
+def difference_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor, e: float) -> Tensor:
+    """dF/dt = (F(x_t + e v, t + e) - F(x_t - e v, t - e)) / 2e, the total derivative along dx/dt = v.
+
+    Near t = 0 and t = 1 the step that would leave [0, 1] is shortened and the quotient with it.
+    """
+    after, before = (t + e).clamp(max=1), (t - e).clamp(min=0)
+    x_t, v = full(x_t), full(v)
+    high = full(network(x_t + like(after - t, x_t) * v, after))
+    low = full(network(x_t + like(before - t, x_t) * v, before))
+    return (high - low) / like(after - before, x_t)
+
+
+def jvp_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(F(x_t, t), dF/dt): the same derivative exactly, as a Jacobian-vector product in direction (v, 1).
+
+    The network's attention must support forward-mode differentiation (two matrix products do).
+    """
+    x_t, v = full(x_t), full(v)
+    made: Any = torch.func.jvp(network, (x_t, t), (v.to(x_t), torch.ones_like(t)))
+    return made
+
+
+def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor) -> Tensor:
+    """r = F - (v - t dF/dt): zero where f(x_t, t) = x_t - t F does not change along dx/dt = v."""
+    return full(v_sg) - (full(v) - like(t, tangent) * full(tangent))
+
+
+def scaled_residual(residual: Tensor, normalisation: str) -> Tensor:
+    """The residual as it is ("none"), or divided by its root mean square per sample ("rms")."""
+    if normalisation == "none":
+        return residual
+    rms = like(per_sample(residual.square()).sqrt(), residual)
+    return residual / (rms + RMS_FLOOR)
+
+
+RMS_FLOOR = 0.1
+"""Keeps what is nearly consistent from being scaled up to gradients of full size; chosen on the toy of the proofs."""
+
+
+def scaled_tangent(tangent: Tensor) -> Tensor:
+    """dF/dt / (|dF/dt| + 0.1), the norm over a sample's whole latent: the release's option."""
+    return tangent / (like(tangent.flatten(1).norm(dim=1), tangent) + 0.1)
+
+
+def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False) -> Tensor:
+    """|F - sg(F - r)|^2, whose gradient is that of the residual r; with `cosine` the release's second term.
+
+    v: the student's F(x_t, t), with gradient. The cosine term is 1 - cos(F, F - r) over the channels of each latent
+    pixel, [B, N, C, 2, 2] in packed order.
+    """
+    v = full(v)
+    wanted = v.detach() - residual
+    loss = per_sample((v - wanted).square())
+    if cosine:
+        own, others = (x.unflatten(-1, (-1, PATCH * PATCH)) for x in (v, wanted))
+        loss = loss + per_sample(1 - F.cosine_similarity(own, others, dim=-2))
+    return loss
+
+
+# --- distribution matching (MODEL: section 4.3) -----------------------------------------------------------------------
+
+
+def fake_score_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    """|F_fake(x_t, t) - (eps - x)|^2: flow matching on the student's own pictures x."""
+    return flow_matching_loss(v, x.detach(), eps)
+
+
+def dmd_direction(
+    x: Tensor, eps: Tensor, t: Tensor, v_teacher: Tensor, v_fake: Tensor, weighting: str = "first"
+) -> Tensor:
+    """w g, where g = (1 - t)/t (F_teacher - F_fake): the direction that x moves against.
+
+    weighting: "final": w = 1, the paper's. "first": w g = (F_teacher - F_fake) / mean|x - eps + F_fake|, its first
+    version's. "released": the same with the teacher's F in the mean, clipped below at 1e-5, the code's.
+    """
+    x, eps, v_teacher, v_fake = full(x), full(eps), full(v_teacher), full(v_fake)
+    difference = v_teacher - v_fake
+    if weighting == "final":
+        return like((1 - t) / t, x) * difference
+    predicted = v_teacher if weighting == "released" else v_fake
+    return difference / like(per_sample((x - eps + predicted).abs()).clamp(min=1e-5), x)
+
+
+def dmd_loss(x: Tensor, direction: Tensor) -> Tensor:
+    """1/2 |x - sg(x - w g)|^2, whose gradient with respect to x is w g. x: the student's pictures, with gradient."""
+    x = full(x)
+    return 0.5 * per_sample((x - (x - direction).detach()).square())
+
+
+# --- the VAE ----------------------------------------------------------------------------------------------------------
 
 
 def vae_loss(
@@ -28,15 +143,18 @@ def vae_loss(
     l1_weight: float,
     kl_weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """(x - y)^2 + a |x - y| + b KL(N(mean, var) || N(prior_mean, prior_std^2)), each a mean per element, in float32."""
+    """(x - y)^2 + a |x - y| + b KL(N(mean, var) || N(prior_mean, prior_std^2)), each a mean per element."""
     difference = decoded.float() - picture.float()
-    mse, l1 = difference.square().mean(), difference.abs().mean()
+    mse, l1 = per_sample(difference.square()), per_sample(difference.abs())
     away = (mean.float() - prior_mean) / prior_std
     log_ratio = log_var.float() - 2 * math.log(prior_std)
-    kl = 0.5 * (away.square() + log_ratio.exp() - 1 - log_ratio).mean()
-    psnr = -10 * float(torch.log10(mse.detach() / 4))
-    metrics = {"l1": float(l1.detach()), "kl": float(kl.detach()), "psnr": psnr}
+    kl = 0.5 * per_sample(away.square() + log_ratio.exp() - 1 - log_ratio)
+    psnr = -10 * float(torch.log10(mse.detach().mean() / 4))
+    metrics = {"l1": float(l1.detach().mean()), "kl": float(kl.detach().mean()), "psnr": psnr}
     return mse + l1_weight * l1 + kl_weight * kl, metrics
+
+
+# --- times and noise --------------------------------------------------------------------------------------------------
 
 
 def logit_normal_times(

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from .config import OptimizerConfig
+from .config import ConfigError, OptimizerConfig
+
+Named = list[tuple[str, nn.Parameter]]
+"""Parameters under their names."""
 
 NOT_HIDDEN = ("img_in", "txt_in", "proj_out", "conv_in", "conv_out", "embed", "quant_conv", "norm", "_mod.")
 """Layers whose inputs or outputs are data or modulations, not features: Muon's orthogonal updates do not suit them."""
@@ -71,9 +74,8 @@ def is_hidden_matrix(name: str, p: Tensor) -> bool:
     return p.ndim > 1 and min(p.shape[0], p[0].numel()) > 1 and not any(part in name for part in NOT_HIDDEN)
 
 
-def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer]:
+def make_optimizers(trainable: Named, config: OptimizerConfig) -> list[Optimizer]:
     """AdamW alone, or with muon_lr > 0 Muon for the hidden matrices beside it; biases and norms are not decayed."""
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in trainable if config.muon_lr and is_hidden_matrix(n, p)]
     chosen = {id(p) for p in muon}
     rest = [p for _, p in trainable if id(p) not in chosen]
@@ -81,10 +83,26 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> list[Optimizer
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    adam = AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps)
-    if not muon:
-        return [adam]
-    return [adam, Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay)]
+    made: list[Optimizer] = []
+    if rest:
+        filled = [g for g in groups if g["params"]]
+        made.append(adam_class(config.kind)(filled, lr=config.lr, betas=config.betas, eps=config.eps))
+    if muon:
+        made.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
+    return made
+
+
+def adam_class(kind: str) -> Any:
+    """AdamW, or bitsandbytes' with states in eight bits."""
+    if kind == "adamw":
+        return AdamW
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise ConfigError(
+            'optimizer.kind adamw8bit needs bitsandbytes; pip install "comfyui-unipic[quant]", or choose adamw'
+        ) from error
+    return vars(optim)["AdamW8bit"]
 
 
 def lr_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:

@@ -6,21 +6,33 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .checkpointing import TrainingError
 from .config import ConfigError, RunConfig, load_config
-from .loop import Method, TrainingError, train
+from .loop import Method, train
 
 
 def make_method(config: RunConfig) -> Method:
-    """The method that the config names."""
+    """The method that the config names; imported when it is chosen, as each brings its own parts."""
     if config.method == "vae":
         from .vae import VAETraining
 
         return VAETraining(config)
-    if config.method == "sft":
+    if config.sft is not None:
         from .sft import SFTTraining
+        from .sft_text import SFTWithText
 
-        return SFTTraining(config)
-    raise ConfigError(f"no trainer for the method {config.method!r}")
+        return SFTWithText(config) if config.sft.train_text_encoder else SFTTraining(config)
+    if config.method == "consistency":
+        from .consistency import ConsistencyTraining
+
+        return ConsistencyTraining(config)
+    if config.method == "dmd":
+        from .dmd import DMDTraining
+
+        return DMDTraining(config)
+    from .joint import JointTraining
+
+    return JointTraining(config)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,39 +13,71 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, video_weights
 from unipic_core.images import to_images, to_tensor
 
-from .config import RunConfig, VAEMethod
+from .config import OptimizerConfig, RunConfig, given
 from .data.backgrounds import draw, sample_background
 from .data.catalogue import Split
 from .data.emoji import Bank
 from .grid import picture_grid
 from .latents import PrincipalComponents, fold_statistics
-from .loop import Metrics, TrainingError
+from .loop import MAIN, Share
 from .losses import sample_generators, vae_loss
+from .optimizers import Named
+from .records import Metrics
 
 SIDE = 128
 STATISTICS_PICTURES = 512
 
 
+@dataclass(frozen=True)
+class Crops:
+    """A batch: pictures [B, 3, crop, crop] in [-1, 1], of micro step `index`."""
+
+    pictures: Tensor
+    index: int
+    name: str
+
+    def to(self, device: torch.device | str) -> Crops:
+        return replace(self, pictures=self.pictures.to(device))
+
+
 class VAETraining:
     """Method `vae`. The network is the 2-D form, which is exact for single pictures; the export is the video layout."""
 
+    slots = 1
+    sharded = False
+
     def __init__(self, config: RunConfig) -> None:
-        self.options: VAEMethod = config.options
-        self.seed, self.batch_size = config.seed, config.batch_size
+        self.options, self.config = given(config.vae), config
         self.loader_workers = self.options.loader_workers
         self.bank = Bank.open()
         print(self.bank.note)
         torch.manual_seed(config.seed)
         vae_config = VAEConfig(base_dim=self.options.base_dim, num_res_blocks=self.options.num_res_blocks)
-        self.model: nn.Module = channels_last(ImageVAE(vae_config))
+        self.vae = channels_last(ImageVAE(vae_config))
+        self.ema = copy.deepcopy(self.vae).requires_grad_(False).eval()
+        self.share = Share()
 
-    def to(self, device: torch.device) -> None:
-        """Nothing here but the VAE itself, which trains."""
+    def place(self, device: torch.device, share: Share) -> None:
+        self.share = share
+        self.vae.to(device)
+        self.ema.to(device)
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        return (MAIN,)
+
+    def trained(self, part: str) -> Named:
+        return list(self.vae.named_parameters())
+
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.ema.parameters(), self.vae.parameters(), strict=True))
+
+    def optimizer(self, part: str) -> OptimizerConfig:
+        return self.config.optimizer
 
     @cached_property
     def collages(self) -> Collages:
@@ -56,39 +89,35 @@ class VAETraining:
             return None
         return PrincipalComponents(self._pictures("train", STATISTICS_PICTURES, seed=2), VAEConfig.z_dim)
 
-    def batch(self, step: int) -> Tensor:
-        """[B, 3, crop, crop] in [-1, 1]."""
-        rng = np.random.default_rng([self.seed, step])
-        crops = [random_crop(self.collages.picture(rng), self.options.crop, rng) for _ in range(self.batch_size)]
-        return torch.stack([to_tensor(crop) for crop in crops])
+    def batch(self, index: int) -> Crops:
+        """Every process draws the whole batch and keeps its share."""
+        rng = np.random.default_rng([self.config.seed, index])
+        crops = [random_crop(self.collages.picture(rng), self.options.crop, rng) for _ in range(self.config.batch_size)]
+        mine = crops[self.share.part(len(crops))]
+        return Crops(torch.stack([to_tensor(crop) for crop in mine]), index, f"crops of micro step {index}")
 
-    def loss(self, batch: Tensor, step: int) -> tuple[Tensor, Metrics]:
-        pictures = batch.contiguous(memory_format=torch.channels_last)
-        decoded, mean, log_var = self.model(pictures, sample_generators(self.seed, step, 1)[0])
+    def loss(self, part: str, batch: Crops) -> tuple[Tensor, Metrics]:
+        pictures = batch.pictures.contiguous(memory_format=torch.channels_last)
+        first = self.share.part(self.config.batch_size).start
+        generators = sample_generators(self.config.seed, batch.index, len(pictures), first)
+        decoded, mean, log_var = self.vae(pictures, generators)
         prior = (self.components(pictures), self.options.prior_std) if self.components else (0.0, 1.0)
         weights = {"l1_weight": self.options.l1_weight, "kl_weight": self.options.kl_weight}
         return vae_loss(pictures, decoded, mean, log_var, *prior, **weights)
 
-    def preview(self, ema: nn.Module) -> Image.Image:
+    def preview(self) -> Image.Image:
         """Held-out pictures above their reconstructions."""
-        vae = vae_of(ema)
-        pictures = self._pictures("heldout", 8, seed=0).to(vae.quant_conv.weight)
-        decoded = vae.decode_raw(vae.posterior(pictures)[0])
+        pictures = self._pictures("heldout", 8, seed=0).to(self.ema.quant_conv.weight)
+        decoded = self.ema.decode_raw(self.ema.posterior(pictures)[0])
         return picture_grid([to_images(pictures), to_images(decoded.clamp(-1, 1))], ["input", "decoded"])
 
-    def export(self, ema: nn.Module, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """`vae/` of a diffusers pipeline folder, bfloat16."""
-        save_vae(vae_of(ema).cpu().eval(), self._pictures("train", STATISTICS_PICTURES, seed=1), folder / "vae")
+        save_vae(self.ema.cpu(), self._pictures("train", STATISTICS_PICTURES, seed=1), folder / "vae")
 
     def _pictures(self, split: Split, count: int, seed: int) -> Tensor:
-        rng, collages = np.random.default_rng([self.seed, seed, 7]), Collages(self.bank, split)
+        rng, collages = np.random.default_rng([self.config.seed, seed, 7]), Collages(self.bank, split)
         return torch.stack([to_tensor(collages.picture(rng)) for _ in range(count)])
-
-
-def vae_of(module: nn.Module) -> ImageVAE:
-    if not isinstance(module, ImageVAE):
-        raise TrainingError(f"expected an ImageVAE, got {type(module).__name__}")
-    return module
 
 
 class Collages:

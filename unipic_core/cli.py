@@ -1,4 +1,4 @@
-"""The command line: compose pictures, say what a checkpoint is, convert one. `unipic --help` explains itself.
+"""The command line: compose pictures, say what a checkpoint is, convert one, merge LoRAs. `unipic --help` says how.
 
 Exit codes: 0 done; 2 bad input, with one line on stderr; 1 an unforeseen error; 130 interrupted. --debug shows
 tracebacks.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,12 +23,17 @@ from .errors import UniPicError
 DEFAULT_MODEL = Path(__file__).parent / "models" / "unipic-nano"
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+FORMS = ("bf16", "fp32", "fp8_scaled")
+SOURCE = "pipeline folder, transformer folder, or a .safetensors or .bin file"
+LORA = "FILE[=STRENGTH]"
+AGAIN = "may be given again; strength 1 unless said"
 
 EXAMPLES = """examples:
   unipic compose person.png guitar.png --prompt "Put the guitar from image 2 in the hands of the person from image 1"
   unipic compose a.png b.png c.png --prompt "..." --model Unipic3-DMD --size 1024x768 --steps 8 --cfg 1 --seed 7
   unipic info Unipic3-DMD
-  unipic convert Unipic3-Consistency-Model unipic3.safetensors --dtype fp8_scaled"""
+  unipic convert Unipic3-Consistency-Model unipic3.safetensors --dtype fp8_scaled
+  unipic merge Unipic3 unipic3-fast --lora unipic_distill.safetensors --lora style.safetensors=0.5"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +72,7 @@ FLAGS = {
     'device="cpu"': "--device cpu",
     "torch.bfloat16": "--dtype bf16",
     "torch.float32": "--dtype fp32",
+    "overwrite=True": "--overwrite",
 }
 """How the errors of the Python API name what the command line has flags for."""
 
@@ -89,18 +96,29 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"unipic {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="compose | info | convert")
+    commands = top.add_subparsers(dest="command", required=True, metavar="compose | info | convert | merge")
     _compose_arguments(commands.add_parser("compose", help="pictures and a prompt in, a picture out"))
     info = commands.add_parser("info", help="what a checkpoint, a LoRA or a model folder is, without loading it")
     info.add_argument("path", type=Path, help="folder or file")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=run_info)
     convert = commands.add_parser("convert", help="write a transformer as one safetensors file that ComfyUI reads")
-    convert.add_argument("src", type=Path, help="pipeline folder, transformer folder, or a .safetensors or .bin file")
+    convert.add_argument("src", type=Path, help=SOURCE)
     convert.add_argument("dst", type=Path, help="the file to write")
-    convert.add_argument("--dtype", choices=["bf16", "fp32", "fp8_scaled"], default="bf16", help="default: %(default)s")
-    convert.add_argument("--lora", type=lora_argument, metavar="PATH[:STRENGTH]", help="merge a LoRA on the way")
+    convert.add_argument("--dtype", type=form_argument, choices=FORMS, default="bf16", help="default: %(default)s")
     convert.set_defaults(run=run_convert)
+    merge = commands.add_parser("merge", help="bake LoRAs into a transformer: one file, or a model folder")
+    merge.add_argument("src", type=Path, help=SOURCE)
+    merge.add_argument(
+        "dst",
+        type=Path,
+        help="a name that ends in .safetensors: one file for ComfyUI; any other: a folder for diffusers, with the text "
+        "encoder and the other parts where SRC has them",
+    )
+    merge.add_argument("--lora", type=lora_argument, action="append", required=True, metavar=LORA, help=AGAIN)
+    merge.add_argument("--dtype", type=form_argument, choices=FORMS, help="default: that of SRC; folders hold no fp8")
+    merge.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    merge.set_defaults(run=run_merge)
     for command in (*commands.choices.values(),):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
     return top
@@ -125,9 +143,7 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         "--model", type=Path, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
     )
     weights.add_argument("--transformer", type=Path, help="take the network from here and all else from --model")
-    weights.add_argument(
-        "--lora", type=lora_argument, action="append", default=[], metavar="PATH[:STRENGTH]", help="may be given again"
-    )
+    weights.add_argument("--lora", type=lora_argument, action="append", default=[], metavar=LORA, help=AGAIN)
     sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
     sampling.add_argument("--steps", type=int, help="number of steps")
     sampling.add_argument("--cfg", type=float, help="guidance scale; 1 switches it off and halves the time")
@@ -152,14 +168,23 @@ def size_argument(text: str) -> tuple[int, int]:
 
 
 def lora_argument(text: str) -> tuple[Path, float]:
-    """ "PATH" or "PATH:STRENGTH" -> (path, strength)."""
-    head, colon, tail = text.rpartition(":")
-    if not colon or Path(text).exists():
+    """ "FILE", "FILE=STRENGTH" or "FILE:STRENGTH" -> (path, strength)."""
+    found = re.fullmatch(r"(.+)[=:]([^=:]*)", text)
+    if found is None or os.path.exists(text):
         return Path(text), 1.0
     try:
-        return Path(head), float(tail)
+        return Path(found[1]), float(found[2])
     except ValueError:
+        if os.path.exists(found[1]):
+            raise argparse.ArgumentTypeError(
+                f"the strength of {found[1]} should be a number, got {found[2]!r}"
+            ) from None
         return Path(text), 1.0
+
+
+def form_argument(text: str) -> str:
+    """A form of weights; "fp8" is short for the one that ComfyUI reads."""
+    return "fp8_scaled" if text == "fp8" else text
 
 
 def output_argument(text: str) -> Path:
@@ -245,7 +270,7 @@ def load_pipeline(args: argparse.Namespace) -> Any:
     pipe = UniPicPipeline.from_pretrained(args.model, args.transformer, torch_dtype=dtype, device=device)
     for path, strength in args.lora:
         report = pipe.load_lora(path, strength)
-        print(f"{path.name}: {report.matched} layers added at strength {strength:g}", file=sys.stderr)
+        print(layers_added(path, strength, report), file=sys.stderr)
     return pipe
 
 
@@ -297,10 +322,24 @@ def run_convert(args: argparse.Namespace) -> None:
     """Write one safetensors file."""
     from .convert import convert
 
-    lora, strength = args.lora or (None, 1.0)
     with progress_bar("converting", unit="B") as advance:
-        path = convert(args.src, args.dst, dtype=args.dtype, lora=lora, strength=strength, progress=advance)
+        path = convert(args.src, args.dst, dtype=args.dtype, progress=advance)
     print(path)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """Write a checkpoint with LoRAs in its weights."""
+    from .merge import merge
+
+    with progress_bar("merging", unit="B") as advance:
+        reports = merge(args.src, args.dst, args.lora, dtype=args.dtype, overwrite=args.overwrite, progress=advance)
+    for (path, strength), report in zip(args.lora, reports, strict=True):
+        print(layers_added(path, strength, report), file=sys.stderr)
+    print(args.dst)
+
+
+def layers_added(path: Path, strength: float, report: Any) -> str:
+    return f"{path.name}: {report.matched} layers added at strength {strength:g}"
 
 
 # --- the terminal --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ it, so only the last temporal slice of its kernel counts, and the temporal resam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -67,10 +68,13 @@ class ImageVAE(nn.Module):
         self.post_quant_conv = conv(c.z_dim, c.z_dim, 1)
         self.decoder = Decoder([c.base_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], c, conv)
 
-    def forward(self, pictures: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: the decoded posterior sample, not clamped, and the posterior's mean and log variance."""
+    def forward(self, pictures: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        """For training: the decoded posterior sample, not clamped, and the posterior's mean and log variance.
+
+        generators: one per picture, on the CPU.
+        """
         mean, log_var = self.posterior(pictures)
-        eps = torch.randn(mean.shape, generator=generator, dtype=torch.float32).to(mean)  # drawn on the CPU
+        eps = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators]).to(mean)
         return self.decode_raw(mean + eps * (0.5 * log_var).exp()), mean, log_var
 
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:

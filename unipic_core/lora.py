@@ -27,6 +27,9 @@ PREFIXES = (
 )
 """What trainers put before a layer's name; they may be nested. Names behind those of the last row use _ for dots."""
 
+LORA_KEY = "unipic_lora"
+"""Metadata of the LoRAs that are written here: their ranks, and the alpha (null = the rank) that `up` holds already."""
+
 _LOW_RANK = re.compile(
     r"(?P<layer>.+?)[._](?:lora_(?P<ab>A|B|down|up)|lora(?:_linear_layer)?\.(?P<du>down|up))"
     r"(?:\.(?!bias$)[\w-]+)??(?:\.weight)?$"  # an adapter's name may stand before .weight
@@ -198,11 +201,14 @@ def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRepo
 
 
 def apply_to_weights(
-    lora: LoRA, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, Shape], strength: float = 1.0
+    fitted: FittedLoRA, tensors: Iterable[tuple[str, Tensor]], strength: float = 1.0
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a stream with the LoRA added, one at a time. Raises LoRAError, as `LoRA.fit`, before the first."""
-    fitted = lora.fit(shapes)
-    return ((name, fitted.apply(name, tensor, strength)) for name, tensor in tensors)
+    """The tensors of a stream with the LoRA added, one at a time. Raises LoRAError where a sum is not finite."""
+    for name, tensor in tensors:
+        changed = fitted.apply(name, tensor, strength)
+        if changed is not tensor and not torch.isfinite(changed.sum()):
+            raise LoRAError(f"with the LoRA, {name} holds NaN or infinity; one of the two files is damaged")
+        yield name, changed
 
 
 def save_lora(
@@ -216,8 +222,8 @@ def save_lora(
     """Write bf16 safetensors with diffusers' keys, which ComfyUI reads too.
 
     layers: module name -> (down [r, in], up [out, r]). alpha (None = the rank) is multiplied into `up`, so that
-    programs which ignore it and programs which assume the rank give the same picture. Written aside and renamed. Raises
-    LoRAError for parts that do not multiply.
+    programs which ignore it and programs which assume the rank give the same picture; LORA_KEY in the metadata says
+    what it was. Written aside and renamed. Raises LoRAError for parts that do not multiply.
     """
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in layers.items():
@@ -229,7 +235,9 @@ def save_lora(
         )
     if not tensors:
         raise LoRAError("a LoRA needs at least one layer, got none")
-    notes = {"format": "pt", **(metadata or {})}
+    ranks = sorted({down.shape[0] for down, _ in layers.values()})
+    about = {"ranks": ranks, "alpha": alpha, "alpha_is_in_the_weights": True}
+    notes = {"format": "pt", LORA_KEY: json.dumps(about), **(metadata or {})}
     if recipe is not None:
         notes[METADATA_KEY] = recipe.to_json()
     described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}

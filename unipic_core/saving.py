@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor, beside its place, and renaming it when it is whole."""
+"""Writing weights tensor by tensor, beside their place, and renaming them when they are whole."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from .tensor_files import safetensors_header
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)."""
 
+Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Names, types and shapes of the tensors of a file that is to be written."""
+
 
 def write_safetensors(
     path: Path,
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensors: Described,
     data: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
@@ -31,9 +34,26 @@ def write_safetensors(
     Raises CheckpointError in one sentence when the disk is full or the folder cannot be written; whatever happens,
     Ctrl-C included, the half-written file is removed and an older file at `path` stays.
     """
+    with written_aside(path, file_size(tensors, metadata)) as partial:
+        write_tensors(partial, tensors, data, metadata, progress)
+
+
+def file_size(tensors: Described, metadata: Mapping[str, str]) -> int:
+    """Bytes of the safetensors file that will hold these tensors."""
+    return safetensors_header(tensors, metadata)[2]
+
+
+def write_tensors(
+    path: Path,
+    tensors: Described,
+    data: Iterable[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
+    progress: Progress | None = None,
+) -> None:
+    """As `write_safetensors`, straight to `path`: for files inside a folder that is itself written aside."""
     header, starts, size = safetensors_header(tensors, metadata)
     done = len(header)
-    with _written_aside(path, size) as partial, open(partial, "wb") as f:
+    with open(path, "wb") as f:
         f.write(header)
         waiting = dict(starts)
         for name, tensor in data:
@@ -53,25 +73,57 @@ def write_safetensors(
 
 
 @contextmanager
-def _written_aside(path: Path, size: int) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed to it at the end, removed on any failure."""
+def written_aside(path: Path, size: int, *, folder: bool = False) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, renamed to it at the end, removed on any failure.
+
+    size: bytes that are going to be written, checked against the free space. An older file or folder at `path` is
+    replaced at the end and stays on any failure. OSErrors inside become CheckpointErrors of one sentence.
+    """
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+    older = path.with_name(f"{path.name}.replaced-{os.getpid()}")
     try:
         if not path.parent.is_dir():
             raise CheckpointError(f"there is no folder {path.parent}; make it first")
-        if path.is_dir():
+        if path.is_dir() and not folder:
             raise CheckpointError(f"{path} is a folder; name a file in it")
+        if path.is_file() and folder:
+            raise CheckpointError(f"{path} is a file; name a folder, or a file that ends in .safetensors")
         free = shutil.disk_usage(path.parent).free
         if free < size:
             raise CheckpointError(_full(path, size, free))
+        if folder:
+            partial.mkdir()
         yield partial
-        os.replace(partial, path)
+        _put_in_place(partial, path, older)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise CheckpointError(_full(path, size, shutil.disk_usage(path.parent).free)) from error
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if path.exists():  # an interrupt between the two renames leaves the older one as the only copy
+            _remove(older)
+        _remove(partial)
+
+
+def _put_in_place(partial: Path, path: Path, older: Path) -> None:
+    """Rename; a folder cannot be renamed over another, so the older one steps aside first."""
+    if not path.is_dir():
+        os.replace(partial, path)
+        return
+    try:
+        os.replace(path, older)
+        os.replace(partial, path)
+    except BaseException:
+        if older.exists() and not path.exists():
+            os.replace(older, path)
+        raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _full(path: Path, size: int, free: int) -> str:

@@ -159,6 +159,10 @@ class TextCond:
     def to(self, device: torch.device | str) -> TextCond:
         return TextCond(self.embeds.to(device), None if self.mask is None else self.mask.to(device))
 
+    def row(self, i: int) -> TextCond:
+        """The condition of sample i alone, [1, L, D]; its padding stays."""
+        return TextCond(self.embeds[i : i + 1], None if self.mask is None else self.mask[i : i + 1])
+
     def expand(self, batch: int) -> TextCond:
         """One condition for a batch of pictures."""
         mask = None if self.mask is None else self.mask.expand(batch, -1)

@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from unipic_core.checkpoints import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, load_transformer, read_config
 from unipic_core.convert import convert, quantise_fp8
-from unipic_core.errors import CheckpointError, LoRAError
-from unipic_core.lora import merge_lora, read_lora, save_lora
+from unipic_core.errors import CheckpointError
 from unipic_core.mmdit import MMDiTConfig
 from unipic_core.recipe import RELEASED_FEW_STEP, Recipe
 from unipic_core.saving import write_safetensors
@@ -129,26 +128,6 @@ def test_zero_cond_t_survives(tmp_path: Path) -> None:
     assert ZERO_COND_MARKER in load_file(convert(out, tmp_path / "again.safetensors"))
 
 
-def test_a_lora_is_merged_on_the_way(tmp_path: Path) -> None:
-    g = torch.Generator().manual_seed(0)
-    layers = {"img_in": (torch.randn(4, 16, generator=g), torch.randn(64, 4, generator=g))}
-    save_lora(tmp_path / "l.safetensors", layers, recipe=Recipe(steps=4, made={"by": "dmd"}))
-    out = convert(TINY, tmp_path / "o.safetensors", dtype="fp32", lora=tmp_path / "l.safetensors", strength=0.5)
-    model = load_transformer(TINY)
-    merge_lora(model, read_lora(tmp_path / "l.safetensors"), 0.5)
-    converted = load_transformer(out).state_dict()
-    assert all(torch.equal(converted[n], p) for n, p in model.state_dict().items())
-    recipe = Recipe.read(out)
-    assert recipe is not None
-    assert recipe.steps == 4
-    how = {"source": "tiny", "dtype": "fp32", "lora": "l.safetensors", "strength": 0.5}
-    assert recipe.made == {"by": "dmd", "convert": how}
-    save_lora(tmp_path / "other.safetensors", {"double_blocks.0.x": layers["img_in"]})
-    with pytest.raises(LoRAError, match="none of"):
-        convert(TINY, tmp_path / "p.safetensors", lora=tmp_path / "other.safetensors")
-    assert not (tmp_path / "p.safetensors").exists()
-
-
 def test_progress_reaches_the_files_size(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     out = convert(TINY, tmp_path / "o.safetensors", progress=lambda done, total: seen.append((done, total)))
@@ -198,11 +177,6 @@ def test_no_file_of_the_source_is_overwritten(tmp_path: Path) -> None:
     held[shard] = shard.read_bytes()
     with pytest.raises(CheckpointError, match="same file"):
         convert(index, shard)
-    lora = tmp_path / "lora.safetensors"
-    save_lora(lora, {"img_in": (torch.zeros(2, 16), torch.zeros(64, 2))})
-    held[lora] = lora.read_bytes()
-    with pytest.raises(CheckpointError, match="same file"):
-        convert(folder, lora, lora=lora)
     assert all(p.read_bytes() == content for p, content in held.items())
 
 

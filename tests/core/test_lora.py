@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unipic_core.checkpoints import load_transformer
 from unipic_core.errors import LoRAError
-from unipic_core.lora import apply_to_weights, common_targets, merge_lora, read_lora, save_lora
+from unipic_core.lora import LORA_KEY, apply_to_weights, common_targets, merge_lora, read_lora, save_lora
 from unipic_core.mmdit import MMDiT
 from unipic_core.recipe import Recipe
 
@@ -213,11 +213,19 @@ def test_a_stream_of_weights(tmp_path: Path, model: MMDiT, pairs: dict[str, tupl
     save_kohya(tmp_path / "l.safetensors", pairs, alpha=RANK)
     lora, before = read_lora(tmp_path / "l.safetensors"), weights_of(model)
     shapes = {n: tuple(w.shape) for n, w in before.items()}
-    streamed = dict(apply_to_weights(lora, before.items(), shapes, 0.7))
+    streamed = dict(apply_to_weights(lora.fit(shapes), before.items(), 0.7))
     merge_lora(model, lora, 0.7)
     assert_same(model, streamed)
     assert common_targets(lora)["attn_to_q"] == 1
     assert lora.ranks == (RANK,)
+
+
+def test_a_stream_stops_at_a_sum_that_is_not_finite(tmp_path: Path, model: MMDiT) -> None:
+    down = torch.full((2, 64), float("inf"))
+    lora = read_lora(one_layer(tmp_path, {"lora_A.weight": down, "lora_B.weight": torch.ones(64, 2)}))
+    shapes = {n: tuple(w.shape) for n, w in model.named_parameters()}
+    with pytest.raises(LoRAError, match=r"transformer_blocks\.0\.attn\.to_q\.weight holds NaN or infinity"):
+        dict(apply_to_weights(lora.fit(shapes), weights_of(model).items()))
 
 
 # --- what does not fit ---
@@ -315,6 +323,8 @@ def test_what_is_saved_reads_back(tmp_path: Path, model: MMDiT, pairs: dict[str,
     with safe_open(file, "pt") as f:
         assert f.metadata()["format"] == "pt"
         assert f.metadata()["title"] == "test"
+        said = json.loads(f.metadata()[LORA_KEY])
+        assert said == {"ranks": [RANK], "alpha": 2 * RANK, "alpha_is_in_the_weights": True}
     lora = read_lora(file)
     assert lora.recipe == recipe
     before = weights_of(model)
@@ -354,15 +364,27 @@ def test_a_peft_adapter_folder_merges_as_peft_does(tmp_path: Path, model: MMDiT)
     assert not torch.equal(before.img_in.weight, expected["img_in.weight"])
 
 
-def test_diffusers_reads_what_is_saved(tmp_path: Path, model: MMDiT, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+@pytest.mark.parametrize("alpha", [0.5 * RANK, RANK, 3.0 * RANK, None])
+def test_every_program_adds_the_same_delta_whatever_the_alpha(
+    alpha: float | None, tmp_path: Path, model: MMDiT, pairs: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Our reader, diffusers' with peft, and a reader that knows no alpha at all; `up` and `down` are in bf16."""
     pytest.importorskip("peft")
     diffusers = pytest.importorskip("diffusers")
-    save_lora(tmp_path / "l.safetensors", pairs, alpha=2 * RANK)
+    file = tmp_path / "l.safetensors"
+    save_lora(file, pairs, alpha=alpha)
+    stored, before = load_file(file), weights_of(model)
+    scale = 1.0 if alpha is None else alpha / RANK
     theirs = diffusers.QwenImageTransformer2DModel.from_pretrained(TINY / "transformer")
-    theirs.load_lora_adapter(str(tmp_path / "l.safetensors"), prefix="transformer")
+    theirs.load_lora_adapter(str(file), prefix="transformer")
     theirs.fuse_lora()
-    merge_lora(model, read_lora(tmp_path / "l.safetensors"))
+    merge_lora(model, read_lora(file))
     for name in LAYERS:
+        down, up = (stored[f"transformer.{name}.lora_{side}.weight"].float() for side in "AB")
+        asked = scale * pairs[name][1] @ pairs[name][0]
+        torch.testing.assert_close(up @ down, asked, atol=2**-7 * float(asked.abs().max()), rtol=0)
+        plain = before[f"{name}.weight"] + up @ down
+        ours = model.get_parameter(f"{name}.weight").detach()
         fused = theirs.get_submodule(name)
-        fused = getattr(fused, "base_layer", fused)
-        torch.testing.assert_close(fused.weight, model.get_parameter(f"{name}.weight"), atol=1e-6, rtol=0)
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=0)
+        torch.testing.assert_close(getattr(fused, "base_layer", fused).weight.detach(), plain, atol=1e-6, rtol=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainers.loop import train
-from trainers.sft import SFTTraining
+from trainers.sft_text import SFTWithText
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.images import load_image
 from unipic_core.pipeline import UniPicPipeline
@@ -29,6 +29,6 @@ def test_same_picture_as_on_the_cpu(examples):
 
 def test_training_runs_and_resumes(run, tmp_path):
     config = replace(run, output=str(tmp_path / "run"), steps=4, precision="bf16")
-    train(replace(config, steps=2), SFTTraining(config))
-    export = train(config, SFTTraining(config), allow_change=["steps"])
-    assert (export / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+    train(replace(config, steps=2), SFTWithText(config))
+    export = train(config, SFTWithText(config), allow_change=["steps"])
+    assert (export / "unipic_sft" / "transformer" / "diffusion_pytorch_model.safetensors").is_file()

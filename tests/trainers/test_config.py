@@ -35,6 +35,7 @@ def test_overrides():
         ({"precision": "fp16"}, "precision must be one of no, bf16"),
         ({"vae": {"crop": 200}}, "crop must be a multiple of 8"),
         ({"vae": None}, "section vae must hold keys"),
+        ({"dmd": {}}, "the section dmd is not for method vae, which has vae"),
     ],
 )
 def test_wrong_configs(change, message):
@@ -48,7 +49,7 @@ def test_an_override_into_a_value_is_an_error():
 
 
 def test_missing_keys_are_named():
-    with pytest.raises(ConfigError, match="sft needs model, data"):
+    with pytest.raises(ConfigError, match="network needs model"):
         parse_run({"method": "sft", "output": "x"})
 
 
@@ -57,3 +58,30 @@ def test_unreadable_file(tmp_path):
     for name in ("a.yaml", "b.yaml"):
         with pytest.raises(ConfigError, match="cannot read the config"):
             load_config(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("sft", {"network": {"weights": "nf4"}}, "need a frozen base: add an adapter section"),
+        ("sft", {"network": {"block_swap": 2}}, "need a frozen base"),
+        ("sft", {"network": {"adapter": {}, "shard": True}}, "shard is for full-parameter training"),
+        ("sft", {"network": {"shard": True}, "optimizer": {"muon_lr": 0.01}}, "muon_lr needs whole matrices"),
+        ("sft", {"network": {"adapter": {"dropout": 1.0}}}, r"dropout must be from 0 to below 1"),
+        ("sft", {"data": {"kind": "jsonl"}}, r"data\.path is needed"),
+        ("sft", {"data": {"samples": 1000}}, "must be a multiple of samples_per_shard"),
+        ("sft", {"sft": {"times": {"least": 0.9, "most": 0.2}}}, "0 <= least < most <= 1"),
+        ("consistency", {"consistency": {"e": 0.0}}, "e must be above 0"),
+        ("consistency", {"consistency": {"guidance_from": "ema"}}, "goes with velocity data"),
+        ("consistency", {"consistency": {"normalisation": "l2"}}, "normalisation must be one of"),
+        ("dmd", {"dmd": {"weighting": "second"}}, "weighting must be one of"),
+        ("dmd", {"dmd": {"fake_updates": 0}}, "fake_updates must be at least 1"),
+        ("dmd", {"consistency": {}}, "the section consistency is not for method dmd"),
+        ("dmd", {"optimizer": {"kind": "sgd"}}, "kind must be one of adamw, adamw8bit"),
+    ],
+)
+def test_wrong_network_configs(method, change, message):
+    good = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
+    sections = {name: {**good.get(name, {}), **change.get(name, {})} for name in {**good, **change}}
+    with pytest.raises(ConfigError, match=message):
+        parse_run({"method": method, "output": "x", **sections})

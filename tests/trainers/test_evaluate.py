@@ -10,7 +10,8 @@ from PIL import Image
 
 from trainers.data.emoji import SUBSET, Bank
 from trainers.data.render import Sample
-from trainers.evaluate import Plan, compare, evaluate, main, parser, systems_of
+from trainers.evaluate import evaluate, main, parser, systems_of
+from trainers.judges.measure import Plan, compare
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 N = 14

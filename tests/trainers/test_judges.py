@@ -245,6 +245,8 @@ def test_a_judge_that_cannot_separate_is_not_reported() -> None:
     assert second["judges"]["masked_psnr"]["versus_first"]["difference"] == pytest.approx(0.1, abs=0.01)
     assert "not reported" in table(first)
     assert "minus the first" in table(second)
+    long = "unipic-nano + distill, 4 steps, cfg 1"
+    assert table({**first, "model": {"label": long}}).startswith(long + "\n")
 
 
 def test_better_may_be_lower() -> None:

@@ -46,7 +46,7 @@ def test_convolutions_and_matrices_are_hidden_first_and_last_layers_are_not():
 def test_every_parameter_is_trained_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
     for muon_lr, count in ((0.0, 1), (0.01, 2)):
-        optimizers = make_optimizers(model, OptimizerConfig(muon_lr=muon_lr))
+        optimizers = make_optimizers(list(model.named_parameters()), OptimizerConfig(muon_lr=muon_lr))
         assert len(optimizers) == count
         ids = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
         assert sorted(ids) == sorted(id(p) for p in model.parameters())

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from .emoji import Bank
-from .layout import Anchor
+from .layout import OBJECT, Anchor
 from .render import Sample, render
 from .scenes import Item, Scene
 
@@ -43,7 +43,7 @@ def positions_shuffled(bank: Bank, scene: Scene) -> Sample:
 
 def _elsewhere(anchor: Anchor, index: int) -> Anchor:
     if anchor.host is not None:
-        return Anchor(SIDES[index % 2], 0.97, min(anchor.size, 0.45), z=anchor.z)
+        return Anchor(SIDES[index % 2], size=min(anchor.size, OBJECT), z=anchor.z)
     mirrored = 1 - anchor.x
     return replace(anchor, x=SIDES[index % 2] if abs(mirrored - 0.5) < NEAR_MIDDLE else mirrored)
 

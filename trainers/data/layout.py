@@ -1,6 +1,8 @@
 """Where things stand: the anchored list of relations, and which persons and objects each of them fits.
 
-Positions and sizes are fractions of the target's side. Items are large on purpose: a small model has few tokens.
+Positions and sizes are fractions of the target's side. Items are large on purpose: a small model has few tokens. For
+the same reason every item's square stands on a lattice (``GRID`` steps to a side, one token of a 128-pixel picture), at
+sizes that are simple multiples of its reference's: then a token of the reference becomes a token of the target.
 """
 
 from __future__ import annotations
@@ -13,31 +15,30 @@ from .catalogue import Asset
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where an item's centre (``align="centre"``) or foot (``"foot"``) stands and how large it is.
+    """Where an item's square, the one that its reference shows, stands on its foot, and how large it is.
 
-    ``size`` is the longer side of an object and the height of a person. An item with a ``host`` (the index of another
-    item of the scene) follows it: as a hat on its head, as a held thing at its chest, or standing on top of it.
-    ``z``: larger is nearer to the viewer.
+    An item with a ``host`` (the index of another item of the scene) follows it: as a hat on its head, as a held thing
+    at its chest, or standing on top of it. ``z``: larger is nearer to the viewer.
     """
 
     x: float = 0.5
-    y: float = 0.97
-    size: float = 0.45
-    align: Literal["foot", "centre", "head", "chest", "top"] = "foot"
+    y: float = 1.0
+    size: float = 0.5
+    align: Literal["foot", "head", "chest", "top"] = "foot"
     host: int | None = None
     z: int = 1
 
 
-# A bust is a portrait cut at the chest: it leaves through the lower edge, wherever the hidden offset puts it.
-BUST_FOOT = 1.045
+GRID = 8
+PERSON, OBJECT, SMALL = 0.75, 0.5, 0.375  # 3/2, 1 and 3/4 of a reference's side, when there are three or more
 
 # Objects around a person in the middle of the picture.
 AROUND: dict[str, Anchor] = {
     "left": Anchor(0.22),
     "right": Anchor(0.78),
-    "front": Anchor(0.64, 0.98, z=3),
-    "behind-left": Anchor(0.2, 0.78, z=-1),
-    "behind-right": Anchor(0.8, 0.78, z=-1),
+    "front": Anchor(0.64, z=3),
+    "behind-left": Anchor(0.2, 0.75, z=-1),
+    "behind-right": Anchor(0.8, 0.75, z=-1),
     "hold": Anchor(align="chest", host=0, z=4),
     "wear": Anchor(align="head", host=0, z=5),
 }
@@ -47,24 +48,24 @@ ALONE: dict[str, Anchor] = {"left": Anchor(0.3), "centre": Anchor(0.5), "right":
 PAIRS: dict[str, tuple[Anchor, Anchor]] = {
     "left": (Anchor(0.75), Anchor(0.26)),
     "right": (Anchor(0.25), Anchor(0.74)),
-    "front": (Anchor(0.62, 0.84, z=0), Anchor(0.36, 0.98, z=2)),
-    "behind": (Anchor(0.38, 0.98, z=2), Anchor(0.64, 0.8, z=0)),
+    "front": (Anchor(0.63, 0.875, z=0), Anchor(0.37, z=2)),
+    "behind": (Anchor(0.37, z=2), Anchor(0.63, 0.75, z=0)),
     "top": (Anchor(0.5), Anchor(align="top", host=0, z=2)),
 }
 # Things without a person, in two rows.
 ROWS: dict[int, dict[str, Anchor]] = {
     4: {
-        "back-left": Anchor(0.28, 0.62, 0.38, z=0),
-        "back-right": Anchor(0.72, 0.62, 0.38, z=0),
-        "front-left": Anchor(0.26, 0.98, 0.4),
-        "front-right": Anchor(0.74, 0.98, 0.4),
+        "back-left": Anchor(0.28, 0.625, SMALL, z=0),
+        "back-right": Anchor(0.72, 0.625, SMALL, z=0),
+        "front-left": Anchor(0.26, 1.0, SMALL),
+        "front-right": Anchor(0.74, 1.0, SMALL),
     },
     5: {
-        "back-left": Anchor(0.3, 0.62, 0.34, z=0),
-        "back-right": Anchor(0.7, 0.62, 0.34, z=0),
-        "front-left": Anchor(0.18, 0.98, 0.33),
-        "front-centre": Anchor(0.5, 0.98, 0.33),
-        "front-right": Anchor(0.82, 0.98, 0.33),
+        "back-left": Anchor(0.3, 0.625, SMALL, z=0),
+        "back-right": Anchor(0.7, 0.625, SMALL, z=0),
+        "front-left": Anchor(0.18, 1.0, SMALL),
+        "front-centre": Anchor(0.52, 1.0, SMALL),
+        "front-right": Anchor(0.82, 1.0, SMALL),
     },
 }
 
@@ -77,19 +78,14 @@ HAND_SIZED = (
 TOO_LARGE_TO_HOLD = {"1f3a1", "1fa9c", "1f5a5", "1f3b0", "1f5c4", "1f6cd", "1f384", "1f38b", "1f3af", "1f941", "1fa98"}
 
 
-def person_anchor(person: Asset, height: float, x: float = 0.5) -> Anchor:
-    """Busts stand behind the lower edge, the others on the ground near it; heads and the seated are smaller."""
-    if person.pose == "bust":
-        return Anchor(x, BUST_FOOT, height, z=1)
-    smaller = 0.88 if person.pose in ("head", "seated") else 1.0
-    return Anchor(x, 0.95, height * smaller, z=1)
+def person_anchor(size: float = PERSON, x: float = 0.5) -> Anchor:
+    """On the lower edge; busts, which are portraits cut at the chest, leave the picture through it."""
+    return Anchor(x, size=size, z=1)
 
 
-def around(relation: str, size: float) -> Anchor:
+def around(relation: str, size: float = OBJECT) -> Anchor:
     """The anchor of an object beside, before, behind, on or in the hands of item 0."""
-    anchor = AROUND[relation]
-    larger = 1.12 if relation.startswith("behind") else 1.0  # half of it will be hidden
-    return replace(anchor, size=size * larger)
+    return replace(AROUND[relation], size=size)
 
 
 def portable(asset: Asset) -> bool:

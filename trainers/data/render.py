@@ -12,13 +12,15 @@ from PIL import Image, ImageDraw
 from .backgrounds import Background, draw, soft_disc
 from .catalogue import Asset
 from .emoji import Bank
+from .layout import GRID
 from .scenes import COLOURS, Item, Look, Scene
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+Rectangle = tuple[float, float, float, float]  # left, top, width, height
 Matrix = np.ndarray  # float64 [3, 3], applied to (r, g, b)
 
 HIDDEN_SALT = 7919
-HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.04, 0.06, 1.0  # relative, share, pixels of a picture of 128
+HIDDEN_SCALE, HIDDEN_FLIP, HIDDEN_OFFSET = 0.02, 0.05, 1.0  # relative, share, pixels of a picture of 128
 LUMA = np.array([0.299, 0.587, 0.114])
 # Rotation of the hue: the YIQ axes, in which it is a rotation of (i, q).
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -34,6 +36,8 @@ HAT_FIT: dict[str, tuple[float, float]] = {
     "26d1": (1.2, 0.4),
 }
 
+# A portrait's lower end lies this far down its square: no gap shows below it, wherever the hidden offset puts it.
+BUST_FOOT = 1.025
 ANY_FIT = (1.2, 0.3)  # for a control that puts something else on the head
 
 
@@ -136,39 +140,47 @@ def extent(item: Item, sprite: Image.Image, side: float) -> tuple[float, float]:
     return width * scale, height * scale
 
 
-def place(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> list[tuple[float, float, float, float]]:
-    """The box of every item (left, top, width, height in pixels), hosts before what follows them."""
-    boxes: list[tuple[float, float, float, float]] = []
+def in_square(bank: Bank, item: Item, side: float) -> Rectangle:
+    """Where an item lies in its own square: in the middle, or, a bust, cut by the lower edge. Pixels."""
+    width, height = extent(item, bank.sprite(item.asset), 1.0)
+    scale = item.fill * side / max(width, height)
+    width, height = width * scale, height * scale
+    top = side * BUST_FOOT - height if item.asset.pose == "bust" else (side - height) / 2
+    return (side - width) / 2, top, width, height
+
+
+def place(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> list[Rectangle]:
+    """The box of every item, hosts before what follows them."""
+    boxes: list[Rectangle] = []
     for item, own in zip(scene.items, hidden, strict=True):
-        sprite = bank.sprite(item.asset)
-        anchor, unit = item.anchor, scene.size / 128
-        if anchor.host is not None:
-            host = scene.items[anchor.host]
-            boxes.append(_hosted(bank, item, host, boxes[anchor.host], own, hidden[anchor.host], scene.size))
+        host = item.anchor.host
+        if item.anchor.align in ("head", "top") and host is not None:
+            boxes.append(_on_top(bank, item, scene.items[host], boxes[host], own, hidden[host], scene.size))
             continue
-        side = anchor.size * scene.size * own.scale
-        width, height = extent(item, sprite, side)
-        x = anchor.x * scene.size + own.dx * unit
-        y = anchor.y * scene.size + own.dy * unit
-        # An object lies in the middle of its square, as in its reference: flat ones stand a little farther back.
-        foot = y - (side - height) / 2 if item.asset.kind == "object" else y
-        # Everything stays inside the picture, but for the busts, which leave it downwards.
-        left = min(max(x - width / 2, 0), max(scene.size - width, 0)) if width < scene.size else x - width / 2
-        top = y - height if anchor.y > 1 else min(foot - height, scene.size - height)
-        boxes.append((left, max(top, 0), width, height))
+        side = item.anchor.size * scene.size
+        x, y = square(scene, item)
+        left, top, width, height = in_square(bank, item, side)
+        unit, larger = scene.size / 128, own.scale - 1
+        left += x + own.dx * unit - larger * width / 2
+        top += y + own.dy * unit - larger * height / 2
+        boxes.append((left, top, width * own.scale, height * own.scale))
     return boxes
 
 
-def _hosted(
-    bank: Bank,
-    item: Item,
-    host: Item,
-    box: tuple[float, float, float, float],
-    own: Hidden,
-    hosts: Hidden,
-    size: int,
-) -> tuple[float, float, float, float]:
-    """The box of a hat, of a thing held at the chest, or of one standing on another."""
+def square(scene: Scene, item: Item) -> tuple[float, float]:
+    """The upper left corner of an item's square: on the lattice, inside the picture. Pixels."""
+    anchor = item.anchor
+    x, foot = anchor.x, anchor.y
+    if anchor.host is not None:  # at the chest
+        host = scene.items[anchor.host].anchor
+        x, foot = host.x, host.y
+    corner = (x - anchor.size / 2, foot - anchor.size)
+    left, top = (min(max(round(at * GRID) / GRID, 0), 1 - anchor.size) * scene.size for at in corner)
+    return left, top
+
+
+def _on_top(bank: Bank, item: Item, host: Item, box: Rectangle, own: Hidden, hosts: Hidden, size: int) -> Rectangle:
+    """The box of a hat, which fits its head, or of a thing that stands on another."""
     left, top, width, height = box
     sprite = bank.sprite(item.asset)
     if item.anchor.align == "head":
@@ -181,11 +193,8 @@ def _hosted(
         factor = relative * head * scale / hat_width
         hat_width, hat_height = hat_width * factor, hat_height * factor
         return left + x * width - hat_width / 2, top + y * height + depth * head - hat_height, hat_width, hat_height
-    wide, high = extent(item, sprite, item.anchor.size * size * own.scale)
-    if item.anchor.align == "chest":
-        x, y = left + width / 2 + own.dx * size / 256, top + height * 0.72 + own.dy * size / 256
-        return x - wide / 2, min(y - high / 2, size - high), wide, high
-    return left + (width - wide) / 2, top - high + 0.06 * high, wide, high
+    wide, high = extent(item, sprite, item.fill * item.anchor.size * size * own.scale)
+    return left + (width - wide) / 2, max(top - high + 0.06 * high, 0), wide, high
 
 
 def sprite_at(
@@ -199,7 +208,7 @@ def sprite_at(
     return recolour(picture.convert("RGB"), matrix), picture.getchannel("A")
 
 
-def cast_shadow(canvas: Image.Image, box: tuple[float, float, float, float]) -> None:
+def cast_shadow(canvas: Image.Image, box: Rectangle) -> None:
     """A soft contact shadow under an item's foot."""
     left, top, width, height = box
     wide, high = max(2, round(width * 1.05)), max(2, round(width * 0.2))
@@ -223,7 +232,7 @@ def assemble(
     masks: dict[int, np.ndarray] = {}
     for index in by_depth:
         item, (left, top, width, height) = scene.items[index], boxes[index]
-        if item.anchor.align == "foot" and item.anchor.y <= 1:
+        if item.anchor.align == "foot" and item.asset.pose != "bust":
             cast_shadow(canvas, boxes[index])
         colours, alpha = sprite_at(bank, item, hidden[index].flip, (width, height), light @ matrices[index])
         corner = (round(left), round(top))
@@ -239,7 +248,7 @@ def assemble(
     return canvas, placements
 
 
-def clip(box: tuple[float, float, float, float], size: int) -> Box:
+def clip(box: Rectangle, size: int) -> Box:
     """Left, top, right, bottom in whole pixels inside the picture."""
     left, top = round(box[0]), round(box[1])
     right, bottom = left + max(1, round(box[2])), top + max(1, round(box[3]))
@@ -247,13 +256,11 @@ def clip(box: tuple[float, float, float, float], size: int) -> Box:
 
 
 def reference_picture(bank: Bank, item: Item, size: int) -> Image.Image:
-    """The asset alone, centred on plain paper, in a square picture."""
-    sprite = bank.sprite(item.asset)
-    width, height = extent(item, sprite, 1.0)
-    scale = item.fill * size / max(width, height)
-    colours, alpha = sprite_at(bank, item, False, (width * scale, height * scale), look_matrix(item.look))
+    """The asset alone on plain paper, in a square picture."""
+    left, top, width, height = in_square(bank, item, size)
+    colours, alpha = sprite_at(bank, item, False, (width, height), look_matrix(item.look))
     paper = Image.new("RGB", (size, size), item.paper)
-    paper.paste(colours, ((size - colours.width) // 2, (size - colours.height) // 2), alpha)
+    paper.paste(colours, (round(left), round(top)), alpha)
     return paper
 
 

@@ -15,7 +15,7 @@ from . import wording
 from .backgrounds import CANONICAL, Background, Colour, sample_background
 from .catalogue import Asset, Split
 from .emoji import Bank
-from .layout import ALONE, PAIRS, ROWS, Anchor, around, composable, person_anchor, portable
+from .layout import ALONE, OBJECT, PAIRS, PERSON, ROWS, SMALL, Anchor, around, composable, person_anchor, portable
 
 TASKS: dict[str, float] = {
     "compose3": 0.38,
@@ -166,13 +166,14 @@ class Draw:
             paper = (red, green, blue)
         return Item(asset, self.look(asset), relation, anchor, paper, float(rng.uniform(0.91, 0.95)))
 
-    def items_around_person(self, relations: Sequence[str], height: float, size: float) -> list[Item]:
+    def items_around_person(self, relations: Sequence[str], size: float = OBJECT) -> list[Item]:
         """A person as item 0 and one object per relation."""
-        person = self.person(relations)
-        # A person steps aside for one thing beside or before them, and stoops for a hat.
+        # A person steps aside for one thing beside or before them.
         shift = {"left": 0.64, "right": 0.36, "front": 0.4}.get(relations[0], 0.5) if len(relations) == 1 else 0.5
-        height = height - 0.06 if "wear" in relations and height > 0.6 else height
-        items = [self.item(person, "centre", person_anchor(person, height, shift))]
+        person = self.person(relations)
+        # A head alone leaves room for its hat.
+        height = OBJECT if person.pose == "head" and "wear" in relations else PERSON
+        items = [self.item(person, "centre", person_anchor(height, shift))]
         for relation in relations:
             taken = [item.asset for item in items]
             items.append(self.item(self.object(relation, taken), relation, around(relation, size)))
@@ -182,44 +183,43 @@ class Draw:
 def compose2(draw: Draw) -> list[Item]:
     where = draw.choice(["centre", "left", "right"], [2, 1, 1])
     if draw.rng.random() < 0.55:
-        person = draw.person()
-        return [draw.item(person, where, person_anchor(person, 0.75, ALONE[where].x))]
-    return [draw.item(draw.object(), where, replace(ALONE[where], size=0.62))]
+        return [draw.item(draw.person(), where, person_anchor(x=ALONE[where].x))]
+    return [draw.item(draw.object(), where, replace(ALONE[where], size=PERSON))]
 
 
 def compose3(draw: Draw) -> list[Item]:
     relations = ["hold", "wear", "left", "right", "front", "behind-left", "behind-right"]
     relation = draw.choice(relations, [0.28, 0.14, 0.16, 0.16, 0.12, 0.07, 0.07])
-    return draw.items_around_person([relation], 0.7, 0.47)
+    return draw.items_around_person([relation])
 
 
 def pair(draw: Draw) -> list[Item]:
     """The second object is the one whose relation is said: 'the cup left of the guitar' are guitar and cup."""
     relation = draw.choice(list(PAIRS))
     first, second = PAIRS[relation]
-    size = 0.45 if relation == "top" else 0.48
-    base = draw.item(draw.object(), "base", replace(first, size=size))
-    return [base, draw.item(draw.object("", [base.asset]), relation, replace(second, size=size))]
+    base = draw.item(draw.object(), "base", first)
+    return [base, draw.item(draw.object("", [base.asset]), relation, second)]
 
 
 def compose4(draw: Draw) -> list[Item]:
     side = draw.choice(["left", "right"])
     options = [["wear", "hold"], ["wear", side], ["hold", side], ["left", "right"], ["wear", "front"]]
-    return draw.items_around_person(options[int(draw.rng.choice(5, p=[0.3, 0.2, 0.2, 0.2, 0.1]))], 0.68, 0.42)
+    relations = options[int(draw.rng.choice(5, p=[0.3, 0.2, 0.2, 0.2, 0.1]))]
+    return draw.items_around_person(relations, SMALL if relations == ["left", "right"] else OBJECT)
 
 
 def compose5(draw: Draw) -> list[Item]:
     if draw.rng.random() < 0.25:
         return rows(draw, 4)
     options = [["left", "right", "front"], ["left", "right", "hold"], ["wear", "left", "right"]]
-    return draw.items_around_person(options[draw.rng.integers(3)], 0.64, 0.36)
+    return draw.items_around_person(options[draw.rng.integers(3)], SMALL)
 
 
 def compose6(draw: Draw) -> list[Item]:
     if draw.rng.random() < 0.4:
         return rows(draw, 5)
     chest = draw.choice(["hold", "front"])
-    return draw.items_around_person(["wear", chest, "left", "right"], 0.64, 0.36)
+    return draw.items_around_person(["wear", chest, "left", "right"], SMALL)
 
 
 def rows(draw: Draw, count: int) -> list[Item]:
@@ -246,15 +246,11 @@ def edit_items(draw: Draw, task: str) -> list[Item]:
     if draw.rng.random() < 0.35 and task != "remove":
         where = draw.choice(["left", "centre", "right"])
         if task == "recolour" or draw.rng.random() < 0.5:
-            return [draw.item(draw.object(), where, replace(ALONE[where], size=0.52))]
-        person = draw.person()
-        return [draw.item(person, where, person_anchor(person, 0.72, ALONE[where].x))]
-    person = draw.person()
+            return [draw.item(draw.object(), where, ALONE[where])]
+        return [draw.item(draw.person(), where, person_anchor(x=ALONE[where].x))]
+    person = draw.item(draw.person(), "centre", person_anchor())
     side = draw.choice(["left", "right"])
-    return [
-        draw.item(person, "centre", person_anchor(person, 0.66)),
-        draw.item(draw.object(), side, around(side, 0.43)),
-    ]
+    return [person, draw.item(draw.object(), side, around(side))]
 
 
 def draw_edit(draw: Draw, task: str, items: Sequence[Item], background: Background) -> Edit:
@@ -270,7 +266,7 @@ def draw_edit(draw: Draw, task: str, items: Sequence[Item], background: Backgrou
     item = items[last]
     places = [place for place in (ALONE if last == 0 else ("left", "right")) if place != item.relation]
     place = draw.choice(places)
-    x = ALONE[place].x if last == 0 else around(place, 1.0).x
+    x = ALONE[place].x if last == 0 else around(place).x
     return Edit("move", last, replace(item.anchor, x=x))
 
 

@@ -27,30 +27,43 @@ CONTROL_NAMES = (TRUTH, *CONTROLS)
 class Judge:
     """One number per sample or item. ``separates``: the controls that it must tell from the truth to be reported.
 
-    ``whole``: of the whole picture, in the first column of its scores. ``share``: 0 or 1, shown in percent.
+    ``short``: the title where there is little room. ``whole``: of the whole picture, in the first column of its
+    scores. ``share``: 0 or 1, shown in percent. ``decibels``: already a logarithm, so systems differ and have no ratio.
     """
 
     name: str
     title: str
+    short: str
     separates: tuple[str, ...]
     higher_is_better: bool = True
     whole: bool = False
     share: bool = False
+    decibels: bool = False
     digits: int = 3
 
 
 JUDGES: tuple[Judge, ...] = (
-    Judge("placement_iou", "placement: IoU with the items' mask", PLACES, whole=True),
-    Judge("placement_centre_error", "placement: centre error, sides", PLACES, higher_is_better=False),
-    Judge("background_psnr", "background: PSNR outside, dB", ("positions_shuffled",), whole=True, digits=2),
-    Judge("masked_psnr", "appearance: PSNR inside, dB", SWAPS, digits=2),
-    Judge("masked_ssim", "appearance: SSIM inside", SWAPS),
-    Judge("colour_difference", "appearance: colour error, 0-255", SWAPS, higher_is_better=False, digits=1),
-    Judge("object_retrieval_top1", "identity: object found", SWAPS, share=True),
-    Judge("person_retrieval_top1", "identity: person found (exact)", SWAPS, share=True),
-    Judge("person_design_top1", "identity: person's design", SWAPS, share=True),
-    Judge("person_tone_top1", "identity: skin tone", SWAPS, share=True),
-    Judge("person_gender_top1", "identity: man or woman", SWAPS, share=True),
+    Judge("placement_iou", "placement: IoU with the items' mask", "IoU", PLACES, whole=True),
+    Judge("placement_centre_error", "placement: centre error, sides", "centre err", PLACES, higher_is_better=False),
+    Judge(
+        "background_psnr",
+        "background: PSNR outside, dB",
+        "dB outside",
+        ("positions_shuffled",),
+        whole=True,
+        decibels=True,
+        digits=2,
+    ),
+    Judge("masked_psnr", "appearance: PSNR inside, dB", "dB inside", SWAPS, decibels=True, digits=2),
+    Judge("masked_ssim", "appearance: SSIM inside", "SSIM", SWAPS),
+    Judge(
+        "colour_difference", "appearance: colour error, 0-255", "colour err", SWAPS, higher_is_better=False, digits=1
+    ),
+    Judge("object_retrieval_top1", "identity: object found", "object", SWAPS, share=True),
+    Judge("person_retrieval_top1", "identity: person found (exact)", "person", SWAPS, share=True),
+    Judge("person_design_top1", "identity: person's design", "design", SWAPS, share=True),
+    Judge("person_tone_top1", "identity: skin tone", "skin tone", SWAPS, share=True),
+    Judge("person_gender_top1", "identity: man or woman", "gender", SWAPS, share=True),
 )
 
 

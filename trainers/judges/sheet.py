@@ -1,23 +1,33 @@
-"""A picture sheet: each row shows the instruction, the numbered inputs, the truth, and what each system made of it."""
+"""A picture sheet: each row shows the instruction, the numbered inputs, the truth, and what each system made of it.
+
+Under several systems stand their numbers over all scenes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.render import Sample
+from .comparison import judge_lines, label_lines, shown_judges, spread_lines, time_lines
+from .summary import shown
 
 TEXT, THUMB, PICTURE, GAP, MARGIN = 260, 92, 192, 8, 20
-HEAD, CAPTION, TITLE = 30, 22, 48
+HEAD, HEAD_LINE, CAPTION, TITLE = 30, 19, 22, 48
+FOOT_HEAD, FOOT_LINE, FOOT_VALUE = 32, 26, 66
 ROW = PICTURE + CAPTION + 2 * GAP
 PAPER, INK, FAINT, LINE, BADGE = (252, 252, 250), (32, 34, 38), (120, 124, 130), (222, 222, 218), (38, 92, 168)
+BAND = (242, 243, 241)
 TASK_WORDS = {
     "replace_background": "new background",
     "pair": "two objects",
     **{f"compose{count}": f"compose {count}" for count in range(2, 7)},
 }
+
+FootLine = tuple[str, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -44,36 +54,104 @@ def wrapped(text: str, width: int, size: int) -> str:
     return "\n".join(lines)
 
 
-def draw_sheet(rows: Sequence[Row], title: str) -> Image.Image:
-    """The sheet of the given rows. Raises ValueError when there is none."""
+@dataclass(frozen=True)
+class Layout:
+    """Where the columns of pictures are: ``inputs`` and ``pictures`` are left edges, ``head`` a height, in pixels."""
+
+    columns: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> Layout:
+        columns = ("truth", *labels)
+        return cls(columns, tuple(_head(label) for label in columns))
+
+    @property
+    def head(self) -> int:
+        return HEAD + HEAD_LINE * max(text.count("\n") for text in self.heads)
+
+    @property
+    def inputs(self) -> int:
+        return MARGIN + TEXT + GAP
+
+    @property
+    def pictures(self) -> list[int]:
+        first = self.inputs + 3 * THUMB + 4 * GAP
+        return [first + slot * (2 * GAP + PICTURE) for slot in range(len(self.columns))]
+
+    @property
+    def width(self) -> int:
+        return self.pictures[-1] + PICTURE + 2 * GAP + MARGIN
+
+
+def draw_sheet(rows: Sequence[Row], title: str, block: Mapping[str, Any] | None = None) -> Image.Image:
+    """The sheet of the given rows; with a ``comparison`` its numbers at the foot, each system's under its pictures.
+
+    Raises ValueError when there is no row.
+    """
     if not rows:
         raise ValueError("a sheet needs at least one row")
-    columns = ["truth", *rows[0].outputs]
-    inputs = 3 * THUMB + 2 * GAP
-    width = 2 * MARGIN + TEXT + GAP + inputs + len(columns) * (2 * GAP + PICTURE)
-    sheet = Image.new("RGB", (width, MARGIN + TITLE + HEAD + len(rows) * ROW + MARGIN), PAPER)
+    layout = Layout.of(list(rows[0].outputs))
+    lines = foot_lines(block) if block else []
+    top = MARGIN + TITLE + layout.head
+    foot = top + len(rows) * ROW
+    height = foot + (FOOT_HEAD + FOOT_LINE * len(lines) if lines else 0) + MARGIN
+    sheet = Image.new("RGB", (layout.width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((MARGIN, MARGIN), title, fill=INK, font=font(20))
-    left = MARGIN + TEXT + GAP
-    lefts = [left + inputs + 2 * GAP + slot * (2 * GAP + PICTURE) for slot in range(len(columns))]
-    top = MARGIN + TITLE
-    for x, label in zip([MARGIN, left, *lefts], ["instruction", "inputs", *columns], strict=True):
-        pen.text((x, top), _fitted(label, TEXT if x == MARGIN else PICTURE, 14), fill=FAINT, font=font(14))
+    heads = zip([MARGIN, layout.inputs, *layout.pictures], ["instruction", "inputs", *layout.heads], strict=True)
+    for x, text in heads:
+        pen.multiline_text((x, MARGIN + TITLE), text, fill=FAINT, font=font(14))
     for index, row in enumerate(rows):
-        y = top + HEAD + index * ROW
-        pen.line((MARGIN, y - GAP, width - MARGIN, y - GAP), fill=LINE)
-        pen.text((MARGIN, y), TASK_WORDS.get(row.sample.task, row.sample.task), fill=BADGE, font=font(13))
-        pen.multiline_text((MARGIN, y + 22), wrapped(row.sample.instruction, TEXT - GAP, 15), fill=INK, font=font(15))
-        for slot, picture in enumerate(row.sample.references[:6]):
-            corner = (left + slot % 3 * (THUMB + GAP), y + slot // 3 * (THUMB + GAP))
-            _paste_input(sheet, picture, corner, slot + 1)
-        captions = {"truth": "", **row.captions}
-        pictures = {"truth": row.sample.target, **row.outputs}
-        for x, label in zip(lefts, columns, strict=True):
-            shown = pictures[label].convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
-            sheet.paste(shown, (x, y))
-            pen.text((x, y + PICTURE + 4), captions.get(label, ""), fill=FAINT, font=font(12))
+        _draw_row(sheet, row, layout, top + index * ROW)
+    if lines:
+        _draw_foot(pen, lines, layout, foot)
     return sheet
+
+
+def _draw_row(sheet: Image.Image, row: Row, layout: Layout, y: int) -> None:
+    pen = ImageDraw.Draw(sheet)
+    pen.line((MARGIN, y - GAP, layout.width - MARGIN, y - GAP), fill=LINE)
+    pen.text((MARGIN, y), TASK_WORDS.get(row.sample.task, row.sample.task), fill=BADGE, font=font(13))
+    pen.multiline_text((MARGIN, y + 22), wrapped(row.sample.instruction, TEXT - GAP, 15), fill=INK, font=font(15))
+    for slot, picture in enumerate(row.sample.references[:6]):
+        corner = (layout.inputs + slot % 3 * (THUMB + GAP), y + slot // 3 * (THUMB + GAP))
+        _paste_input(sheet, picture, corner, slot + 1)
+    captions = {"truth": "", **row.captions}
+    pictures = {"truth": row.sample.target, **row.outputs}
+    for x, label in zip(layout.pictures, layout.columns, strict=True):
+        picture = pictures[label].convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (x, y))
+        pen.text((x, y + PICTURE + 4), captions.get(label, ""), fill=FAINT, font=font(12))
+
+
+def foot_lines(block: Mapping[str, Any]) -> list[FootLine]:
+    """The numbers of a ``comparison``: a title, then (value, what is kept) of the truth and of each system."""
+    systems, lines = block["systems"], []
+    for judge in shown_judges(block):
+        truth = (shown(judge, block["truth"][judge.name]), "")
+        lines.append((judge.title, [truth, *(judge_lines(judge, block, row) for row in systems)]))
+    if "spread" in systems[0]:
+        truth = (f"{block['truth']['spread']:.4f}", "")
+        lines.append(("spread between seeds, 0-1 (truth: drawn again)", [truth, *map(spread_lines, systems)]))
+    lines.append(("seconds per picture", [("", ""), *(time_lines(block, row) for row in systems)]))
+    return lines
+
+
+def _draw_foot(pen: ImageDraw.ImageDraw, lines: Sequence[FootLine], layout: Layout, y: int) -> None:
+    pen.line((MARGIN, y - GAP, layout.width - MARGIN, y - GAP), fill=INK)
+    about = "over all scenes: the value; the ratio kept of the first system's (errors inverted, dB as a difference)"
+    about += " and in brackets the lower end of its 95% interval"
+    pen.text((MARGIN, y), about, fill=FAINT, font=font(14))
+    y += FOOT_HEAD
+    for index, (title, cells) in enumerate(lines):
+        top = y + index * FOOT_LINE
+        if index % 2 == 0:
+            pen.rectangle((MARGIN, top - 4, layout.width - MARGIN, top + FOOT_LINE - 5), fill=BAND)
+        pen.text((MARGIN + 4, top), title, fill=INK, font=font(15))
+        for x, (value, kept) in zip(layout.pictures, cells, strict=True):
+            pen.text((x, top), value, fill=INK, font=font(15))
+            pen.text((x + FOOT_VALUE, top), kept, fill=BADGE, font=font(15))
 
 
 def _paste_input(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], number: int) -> None:
@@ -87,6 +165,12 @@ def _paste_input(sheet: Image.Image, picture: Image.Image, corner: tuple[int, in
     pen.rectangle((left - 1, top - 1, left + small.width, top + small.height), outline=LINE)
     pen.rounded_rectangle((corner[0] + 3, corner[1] + 3, corner[0] + 19, corner[1] + 19), 4, fill=BADGE)
     pen.text((corner[0] + 11, corner[1] + 11), str(number), fill="white", font=font(12), anchor="mm")
+
+
+def _head(label: str) -> str:
+    """A column's label on as many lines as it needs: what tells systems apart often comes last."""
+    lines = label_lines(label, lambda text: wrapped(text, PICTURE, 14).splitlines())
+    return "\n".join(_fitted(line, PICTURE, 14) for line in lines)
 
 
 def _fitted(text: str, width: int, size: int) -> str:

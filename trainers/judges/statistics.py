@@ -21,9 +21,15 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def ci95(self) -> list[float]:
-        return [self.low, self.high]
+
+def rounded(estimate: Estimate | None) -> float | None:
+    """The value as it is reported."""
+    return None if estimate is None else round(estimate.value, 5)
+
+
+def interval(estimate: Estimate | None) -> list[float] | None:
+    """The bounds as they are reported."""
+    return None if estimate is None else [round(estimate.low, 5), round(estimate.high, 5)]
 
 
 class Bootstrap:
@@ -48,7 +54,7 @@ class Bootstrap:
         return self.mean(first - second)
 
     def ratio(self, first: np.ndarray, second: np.ndarray) -> Estimate | None:
-        """Mean of first over mean of second, on the items that both score; None where the second may be zero."""
+        """Mean of first over mean of second, on the items that both score; None where the second may be 0 or less."""
         both = np.isfinite(first) & np.isfinite(second)
         return self._ratio_of(first, second, both)
 
@@ -57,8 +63,8 @@ class Bootstrap:
             return None
         numerator, numerators = self._sums(above, where)
         denominator, denominators = self._sums(below, where)
-        drawn = np.abs(denominators) > 1e-9
-        if abs(denominator) <= 1e-9 or drawn.mean() < 0.975:
+        drawn = denominators > 1e-9
+        if denominator <= 1e-9 or drawn.mean() < 0.975:
             return None
         low, high = np.percentile(numerators[drawn] / denominators[drawn], [2.5, 97.5])
         return Estimate(numerator / denominator, float(low), float(high))

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .panel import CONTROL_NAMES, JUDGES, MAX_ITEMS, TRUTH, Judge
-from .statistics import Bootstrap, Estimate
+from .ratios import retained, spread_entry
+from .statistics import Bootstrap, interval, rounded
 
 ByJudge = dict[str, np.ndarray]
 SHORT = {
@@ -32,15 +33,24 @@ def empty(n: int) -> ByJudge:
 
 @dataclass
 class Scores:
-    """All that was measured on n samples: their tasks, each system (in order) and each control."""
+    """All that was measured on n samples: their tasks, each system (in order) and each control.
+
+    ``spreads``: of each system, float [n, 1], when it made several pictures per sample. ``hidden_spread`` [n, 1]: the
+    same measure between the truth and the truth drawn again.
+    """
 
     tasks: list[str]
     systems: dict[str, ByJudge] = field(default_factory=dict)
     controls: dict[str, ByJudge] = field(default_factory=dict)
+    spreads: dict[str, np.ndarray] = field(default_factory=dict)
+    hidden_spread: np.ndarray | None = None
 
 
 def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """One report per system: ``model``, ``judges`` and ``by_task``. Without systems one, of the controls alone."""
+    """One report per system: ``model``, ``judges`` and ``by_task``. Without systems one, of the controls alone.
+
+    Those of the others have what they keep of the first (``retained``); where seeds vary, each has its ``spread``.
+    """
     if not scores.systems:
         return [
             {"model": None, "judges": {judge.name: entry(judge, None, scores.controls, bootstrap) for judge in JUDGES}}
@@ -52,9 +62,13 @@ def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
         if label != first:
             for name, values in judges.items():
                 values["versus_first"] = margin(measured[name], scores.systems[first][name], bootstrap)
-        reports.append(
-            {"model": {"label": label}, "judges": judges, "by_task": by_task(scores.tasks, measured, judges)}
-        )
+        report = {"model": {"label": label}, "judges": judges, "by_task": by_task(scores.tasks, measured, judges)}
+        if label != first:
+            report["retained"] = retained(measured, scores.systems[first], judges, bootstrap)
+        if scores.spreads:
+            against = None if label == first else scores.spreads[first]
+            report["spread"] = spread_entry(scores.spreads[label], against, bootstrap)
+        reports.append(report)
     return reports
 
 
@@ -116,7 +130,7 @@ def margin(first: np.ndarray, second: np.ndarray, bootstrap: Bootstrap) -> dict[
         "difference": rounded(difference),
         "ci95": interval(difference),
         "ratio": rounded(ratio),
-        "ratio_ci95": interval(ratio) if ratio else None,
+        "ratio_ci95": interval(ratio),
     }
 
 
@@ -131,14 +145,6 @@ def by_task(tasks: Sequence[str], measured: ByJudge, judges: Mapping[str, Any]) 
             if judges[name]["valid"] and len(scored):
                 result[task][name] = round(float(scored.mean()), 5)
     return result
-
-
-def rounded(estimate: Estimate | None) -> float | None:
-    return None if estimate is None else round(estimate.value, 5)
-
-
-def interval(estimate: Estimate) -> list[float]:
-    return [round(estimate.low, 5), round(estimate.high, 5)]
 
 
 def shown(judge: Judge, value: float | None) -> str:
@@ -164,7 +170,8 @@ def table(report: Mapping[str, Any]) -> str:
     head = f"{'':{TITLE}}" + (f"{label[: OWN - 2]:>{OWN}}" if label else "")
     head += f"{'minus the first':>{OWN}}" if against_first else ""
     head += "".join(f"{SHORT[name]:>10} " for name in CONTROL_NAMES)
-    lines = [head.rstrip(), "-" * len(head)]
+    cut = [label] if len(label) > OWN - 2 else []
+    lines = [*cut, head.rstrip(), "-" * len(head)]
     for judge in JUDGES:
         found = report["judges"][judge.name]
         line = f"{judge.title:{TITLE}}"

@@ -14,9 +14,12 @@ from trainers.data.render import (
     Hidden,
     contact_sheet,
     hidden_of,
+    in_square,
     look_matrix,
     render,
-    render_with,
+)
+from trainers.data.render import (
+    place as boxes_of,
 )
 from trainers.data.scenes import EDITS, TASKS, Look, make_scene
 
@@ -128,14 +131,20 @@ def test_identity_look_is_the_identity_and_a_full_turn_too() -> None:
     np.testing.assert_allclose(grey, np.ones(3), atol=0.01)  # turning the hue leaves grey alone
 
 
-def test_no_hidden_variation_puts_a_thing_at_its_anchor(bank: Bank) -> None:
-    for index in range(20):
-        scene = make_scene(bank, "heldout", 15, index, task="compose2")
-        place = render_with(bank, scene, [Hidden()]).placements[0]
-        left, _, right, _ = place.box
-        centre = (left + right) / 2 / 128
-        inside = min(max(scene.items[0].anchor.x, (right - left) / 256), 1 - (right - left) / 256)
-        assert abs(centre - inside) < 0.02
+@pytest.mark.parametrize("task", ["compose2", "compose3", "pair", "compose4", "compose6", "move"])
+def test_squares_stand_on_the_lattice_as_their_references_show_them(bank: Bank, task: str) -> None:
+    """Without hidden variation an item lies in its square as in its reference, and squares move by whole tokens."""
+    for index in range(10):
+        scene = make_scene(bank, "heldout", 15, index, task=task)
+        for item, box in zip(scene.items, boxes_of(bank, scene, [Hidden()] * len(scene.items)), strict=True):
+            if item.anchor.align in ("head", "top"):
+                continue
+            own = in_square(bank, item, item.anchor.size * 128)
+            left, top = box[0] - own[0], box[1] - own[1]
+            assert (left / 16, top / 16) == pytest.approx((round(left / 16), round(top / 16)))
+            assert box[2:] == pytest.approx(own[2:])
+            assert 0 <= left <= 128 * (1 - item.anchor.size)
+            assert 0 <= top <= 128 * (1 - item.anchor.size)
 
 
 def test_other_sizes_are_drawn_as_well(bank: Bank) -> None:

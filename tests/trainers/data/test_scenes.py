@@ -96,7 +96,7 @@ def test_nothing_appears_twice_and_scenery_is_left_out(bank: Bank) -> None:
 
 
 def test_items_are_large_enough_to_be_learned(bank: Bank) -> None:
-    smallest = {"compose2": 0.5, "compose3": 0.43, "pair": 0.43, "compose4": 0.39, "compose5": 0.33, "compose6": 0.33}
+    smallest = {"compose2": 0.75, "compose3": 0.5, "pair": 0.5, "compose4": 0.375, "compose5": 0.375, "compose6": 0.375}
     for task, least in smallest.items():
         for scene in scenes(bank, count=15, task=task):
             assert all(item.anchor.size >= least for item in scene.items if item.relation != "wear"), scene

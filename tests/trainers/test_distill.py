@@ -1,0 +1,152 @@
+"""The distillation methods in miniature: each trains, resumes bit by bit, and exports what users open."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from trainers.config import ConfigError
+from trainers.consistency import ConsistencyTraining
+from trainers.dmd import DMDTraining
+from trainers.joint import JointTraining
+from trainers.loop import train
+from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER
+from trainers.train import make_method
+from unipic_core.lora import read_lora
+from unipic_core.pipeline import UniPicPipeline
+
+ADAPTER = {"adapter": {"rank": 2, "alpha": 4.0}}
+METHODS = {"consistency": ConsistencyTraining, "dmd": DMDTraining, "joint": JointTraining}
+FAST = {"dmd": {"fake_updates": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 2}}}
+
+
+@pytest.fixture
+def distilling(changed):
+    def make(method, sections=None, network=ADAPTER, **values):
+        given = {k: v for k, v in FAST.items() if k == method or method == "joint"}
+        given = {**given, "network": network, **(sections or {})}
+        return changed(method, given, **{"steps": 4, "optimizer": {"lr": 1e-3, "warmup_steps": 2}, **values})
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", [ADAPTER, {}], ids=["adapters", "full"])
+def test_each_method_trains_resumes_and_exports(distilling, tmp_path, metrics, method, network):
+    config = distilling(method, network=network, output=str(tmp_path / "whole"))
+    made = make_method(config)
+    assert type(made) is METHODS[method]
+    before = {role: [p.detach().clone() for _, p in made.roles.parameters_of(role)] for role in made.roles.names}
+    whole = train(config, made)
+    for role in made.roles.names:
+        same = [torch.equal(a, p) for a, (_, p) in zip(before[role], made.roles.parameters_of(role), strict=True)]
+        assert all(same) == (role == TEACHER), role
+
+    config = distilling(method, network=network, output=str(tmp_path / "broken"))
+    broken = make_method(config)
+    batch, asked = broken.batch, iter(range(1000))
+
+    def fails(index):
+        if next(asked) == broken.slots * 2 + broken.slots // 2:  # after the second step, within the third
+            raise KeyboardInterrupt
+        return batch(index)
+
+    broken.batch = fails
+    with pytest.raises(KeyboardInterrupt):
+        train(config, broken)
+    resumed = train(config, make_method(config))
+    assert metrics(config.output) == metrics(whole.parent)
+    files = sorted(f.relative_to(whole) for f in whole.rglob("*.safetensors"))
+    for file in files:
+        assert (resumed / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+def test_what_a_distillation_leaves_opens_everywhere(distilling, run):
+    export = train(distilling("consistency"), make_method(distilling("consistency")))
+    made = {p.name for p in export.iterdir()}
+    assert made == {
+        *("unipic_distill.safetensors", "unipic_distill_merged.safetensors", "unipic_distill"),
+        *("unipic_distill_raw.safetensors", "unipic_distill_raw_merged.safetensors", "unipic_distill_raw"),
+    }
+    recipe = read_lora(export / "unipic_distill.safetensors").recipe
+    assert (recipe.steps, recipe.guidance, recipe.sampler, recipe.schedule) == (8, 1.0, "consistency", "few_step")
+    pictures = [Image.new("RGB", (96, 64), "red"), Image.new("RGB", (64, 64), "blue")]
+    ways = {
+        "lora": UniPicPipeline.from_pretrained(run.network.model, torch_dtype=torch.float32, device="cpu"),
+        "folder": UniPicPipeline.from_pretrained(export / "unipic_distill", torch_dtype=torch.float32, device="cpu"),
+        "file": UniPicPipeline.from_pretrained(
+            run.network.model,
+            transformer=export / "unipic_distill_merged.safetensors",
+            torch_dtype=torch.float32,
+            device="cpu",
+        ),
+    }
+    ways["lora"].load_lora(export / "unipic_distill.safetensors")
+    latents = {k: p(images=pictures, prompt="a red cup", seed=3, output_type="latent").images for k, p in ways.items()}
+    assert torch.equal(latents["folder"], latents["file"])
+    assert torch.allclose(latents["lora"], latents["folder"], atol=0.05)  # the merged weights are bfloat16
+
+
+def test_the_first_step_of_a_student_is_its_teacher(distilling):
+    """Before any update all roles give the same, and distribution matching has nothing to push."""
+    method = make_method(distilling("dmd", {"dmd": {"teacher_guidance": 1.0, **FAST["dmd"]}}))
+    losses, extra = method.loss(STUDENT, method.batch(0))
+    assert losses.shape == (4,)
+    assert float(losses.detach().max()) < 1e-8
+    assert extra["teacher_fake_gap"] < 1e-5
+
+
+def test_parts_are_updated_in_turn_with_their_own_rates(distilling, metrics):
+    sections = {"dmd": {"fake_updates": 3, "fake_warmup_steps": 2, "optimizer": {"lr": 5e-4, "warmup_steps": 0}}}
+    config = distilling("dmd", sections, steps=4)
+    method = make_method(config)
+    assert [method.updates(step) for step in (0, 1)] == [(FAKE_SCORE,) * 3] * 2
+    assert method.updates(2) == (FAKE_SCORE, FAKE_SCORE, FAKE_SCORE, STUDENT)
+    train(config, method)
+    rows = metrics(config.output)
+    assert [row["fake_score/lr"] > 0 for row in rows] == [True] * 4
+    assert rows[0]["fake_score/lr"] == pytest.approx(5e-4, rel=0.05)
+    assert ["lr" in row for row in rows] == [False, False, True, True]
+    assert rows[2]["lr"] == pytest.approx(5e-4)  # the first of two warm-up updates of 1e-3
+    assert {"fake_score/loss", "fake_score/grad_norm"} <= set(rows[0])
+
+
+def test_all_updates_of_a_step_roll_the_student_out_alike(distilling):
+    """Else the fake score would learn a mean over numbers of steps, and no single one would reach the teacher."""
+    method = make_method(distilling("dmd", {"dmd": {"fake_updates": 3, "max_steps": 4}}, accumulation=2))
+    numbers = [{method.rollout_steps(step * 8 + i) for i in range(8)} for step in range(30)]
+    assert all(len(found) == 1 for found in numbers)
+    assert set.union(*numbers) == {1, 2, 3, 4}
+
+
+def test_the_student_goes_on_from_a_lora(distilling, tmp_path):
+    first = train(distilling("consistency", output=str(tmp_path / "first")), make_method(distilling("consistency")))
+    start = {"network": {**ADAPTER, "student": str(first / "unipic_distill.safetensors")}}
+    method = make_method(distilling("dmd", start))
+    kept = read_lora(first / "unipic_distill.safetensors").layers
+    for role in (STUDENT, EMA):
+        for name, (down, up) in method.roles.lora(role).items():
+            assert torch.allclose(down, kept[name].parts["down"].float())
+            assert torch.allclose(up * 2, kept[name].parts["up"].float(), rtol=1e-2)
+    assert all(not up.any() for _, up in method.roles.lora(FAKE_SCORE).values())
+
+
+def test_a_method_refuses_roles_that_do_not_fit(distilling):
+    consistency = make_method(distilling("consistency"))
+    with pytest.raises(ConfigError, match="needs the role fake_score"):
+        DMDTraining(distilling("dmd"), consistency.roles)
+    dmd = make_method(distilling("dmd"))
+    dmd.roles._trained = (STUDENT, FAKE_SCORE)
+    ConsistencyTraining(distilling("consistency"), dmd.roles)
+
+
+def test_previews_are_drawn_by_the_method_s_own_sampler(distilling):
+    method = make_method(distilling("consistency"))
+    batch = method.batch(0)
+    with torch.no_grad():
+        first, again = method.sample(STUDENT, batch, seed=1), method.sample(STUDENT, batch, seed=1)
+        other = method.sample(STUDENT, batch, seed=2)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert Path(method.folder).is_dir()

@@ -1,0 +1,63 @@
+"""Rows through the VAE, and into the tensors of a shard."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unipic_core.image_vae import ImageVAE
+from unipic_core.images import to_tensor
+
+from .rows import Row
+from .shards import text_digest, write_shard
+
+PIXELS_PER_BATCH = 2**20
+"""Pictures of one size go through the VAE together, up to so many pixels."""
+
+
+class Encoded:
+    """A shard of latents in the making; its layout is described in shards.py."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, list[Tensor]] = defaultdict(list)
+        self.prompts: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, vae: ImageVAE, rows: Sequence[Row]) -> None:
+        latents = iter(encode_pictures(vae, [p for row in rows for p in (row.target, *row.references)]))
+        for row in rows:
+            self.prompts[row.shapes].append(row.prompt)
+            self.tensors[f"{row.shapes}/target"].append(next(latents))
+            for j, vision in enumerate(row.vision):
+                self.tensors[f"{row.shapes}/reference_{j}"].append(next(latents))
+                self.tensors[f"{row.shapes}/vision_{j}"].append(torch.from_numpy(vision.copy()))
+
+    def write(self, path: Path, metadata: Mapping[str, Any], more: Mapping[str, Tensor] | None = None) -> None:
+        tensors = {name: torch.stack(rows) for name, rows in self.tensors.items()}
+        vision = {s: [tensors[f"{s}/vision_{j}"] for j in range(s.count("_"))] for s in self.prompts}
+        metadata = {"prompts": self.prompts, "text": text_digest(self.prompts, vision), **metadata}
+        write_shard(path, {**tensors, **(more or {})}, metadata)
+
+
+@torch.no_grad()
+def encode_pictures(vae: ImageVAE, pictures: Sequence[np.ndarray]) -> list[Tensor]:
+    """uint8 [H, W, 3] each -> normalised latents [C, h, w] each, bfloat16 on the CPU."""
+    weight = vae.quant_conv.weight
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, picture in enumerate(pictures):
+        groups[picture.shape].append(i)
+    latents: dict[int, Tensor] = {}
+    for shape, members in groups.items():
+        size = max(PIXELS_PER_BATCH // (shape[0] * shape[1]), 1)
+        for at in range(0, len(members), size):
+            some = members[at : at + size]
+            batch = torch.stack([to_tensor(Image.fromarray(pictures[i])) for i in some]).to(weight)
+            made = vae.encode(batch.contiguous(memory_format=torch.channels_last))[:, :, 0]
+            latents.update(zip(some, made.bfloat16().cpu().contiguous(), strict=True))
+    return [latents[i] for i in range(len(pictures))]

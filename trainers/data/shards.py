@@ -1,0 +1,242 @@
+"""The files of a cache, and how samples are read from them: mapped into memory, and copied row by row.
+
+A shard of latents holds samples in buckets of equal shapes, under names like `128x128_64x64/target` (target first, then
+the references, width x height): `target` [n, C, h, w]; per reference j `reference_j` [n, C, h, w] (normalised latents,
+bfloat16) and, where it is kept, `vision_j` [n, H, W, 3] (uint8, what the vision encoder sees). Metadata (JSON):
+`prompts` (bucket -> n texts), `text` (digest of prompts and pictures), `rows` (digest of what it was made from),
+`skipped` (rows that could not be decoded).
+
+Beside it lies a shard of text per encoder, `text-FINGERPRINT-...`: `embeds` [sum of lengths, D], the embeddings with
+the prompts, one sample after the other, and `uncond` [n, T, D], the end of the same with the prompt " ". The encoder is
+causal and the pictures come first, so the start is the same in both and is kept once: `shared` tokens. Metadata:
+`of` (the latents' `text`), `lengths`, `shared`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unipic_core.saving import write_safetensors
+from unipic_core.sequence import PATCH, TextCond
+from unipic_core.tensor_files import Table, read_safetensors
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def text_path(latents: Path, fingerprint: str) -> Path:
+    """Where the embeddings of a shard (or of the previews) by one encoder are."""
+    return latents.with_name(f"text-{fingerprint}-{latents.name.removeprefix('shard-')}")
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Aside, then renamed; metadata values go in as JSON. CheckpointError when the disk is full."""
+    announced = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(path, announced, tensors.items(), {k: json.dumps(v) for k, v in metadata.items()})
+
+
+class Mapped:
+    """The tensors of a file as views of it: pages are read when touched, and the system may drop them again.
+
+    A file that is replaced while it is mapped goes on to give what it held. No file stays open.
+    """
+
+    def __init__(self, path: Path, table: Table) -> None:
+        self.table = table
+        self.area = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec = self.table[name]
+        if spec.offset % spec.dtype.itemsize:  # other programs may write so
+            return spec.read()
+        return self.area[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).reshape(spec.shape)
+
+
+class Shard:
+    """A shard of latents: its header. CheckpointError if the file is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.table: Table
+        self.table, texts = read_safetensors(path)
+        self.metadata: dict[str, Any] = {name: json.loads(text) for name, text in texts.items()}
+        self.prompts: dict[str, list[str]] = self.metadata["prompts"]
+
+    @cached_property
+    def tensors(self) -> Mapped:
+        return Mapped(self.path, self.table)
+
+    def pictures(self, shapes: str, kind: str) -> tuple[Tensor, ...]:
+        """`reference` or `vision` tensors of a bucket, in order."""
+        return tuple(self.tensors[f"{shapes}/{kind}_{j}"] for j in range(shapes.count("_")))
+
+    @property
+    def has_vision(self) -> bool:
+        return all(f"{s}/vision_{j}" in self.table for s in self.prompts for j in range(s.count("_")))
+
+    @cached_property
+    def text_digest(self) -> str:
+        """Digest of all that the text encoder is given; read from the pictures in shards that do not say it."""
+        if "text" in self.metadata:
+            return self.metadata["text"]
+        return text_digest(self.prompts, {s: self.pictures(s, "vision") for s in self.prompts})
+
+
+def drop_vision(path: Path) -> None:
+    """Write a shard of latents again without the pictures, if it has any."""
+    shard = Shard(path)
+    kept = {name: shard.tensors[name] for name in shard.table if "/vision_" not in name}
+    if len(kept) < len(shard.table):
+        write_shard(path, kept, {**shard.metadata, "text": shard.text_digest})
+
+
+def text_digest(prompts: Mapping[str, Sequence[str]], vision: Mapping[str, Sequence[Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for shapes in sorted(prompts):
+        digest.update(json.dumps([shapes, list(prompts[shapes])]).encode())
+        for pictures in vision[shapes]:
+            digest.update(pictures.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+class TextShard:
+    """A shard of text embeddings: its header. CheckpointError if the file is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        table, texts = read_safetensors(path)
+        self.path, self.table = path, table
+        self.of: str = json.loads(texts["of"])
+        self.lengths: dict[str, list[int]] = json.loads(texts["lengths"])
+        self.shared: dict[str, int] = json.loads(texts["shared"])
+
+    @cached_property
+    def tensors(self) -> Mapped:
+        return Mapped(self.path, self.table)
+
+    def part(self, shapes: str) -> TextPart:
+        ends = np.cumsum([0, *self.lengths[shapes]]).tolist()
+        return TextPart(self.tensors[f"{shapes}/embeds"], self.tensors[f"{shapes}/uncond"], ends, self.shared[shapes])
+
+
+def has_text(shard: Shard, fingerprint: str) -> bool:
+    """Whether this encoder's embeddings of exactly these prompts and pictures are there."""
+    path = text_path(shard.path, fingerprint)
+    return path.exists() and TextShard(path).of == shard.text_digest
+
+
+# --- reading samples -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n samples of one bucket, in memory.
+
+    target [n, C, h, w] and per reference [n, C, h, w], float32; vision: per reference uint8 [n, H, W, 3], () where the
+    cache keeps none; cond, uncond: the frozen encoder's embeddings with the prompt and with " ", float32, or None.
+    """
+
+    target: Tensor
+    references: tuple[Tensor, ...]
+    vision: tuple[Tensor, ...]
+    prompts: tuple[str, ...]
+    cond: TextCond | None = None
+    uncond: TextCond | None = None
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A bucket's embeddings in one shard, mapped. starts [n + 1]: each sample's first token in `embeds`."""
+
+    embeds: Tensor
+    uncond: Tensor
+    starts: list[int]
+    shared: int
+
+    def take(self, i: int) -> tuple[Tensor, Tensor]:
+        """Embeddings [L, D] of sample i with its prompt and with " "."""
+        cond = self.embeds[self.starts[i] : self.starts[i + 1]]
+        return cond, torch.cat([cond[: self.shared], self.uncond[i]])
+
+
+@dataclass(frozen=True)
+class Part:
+    """A bucket's samples in one shard, mapped."""
+
+    target: Tensor
+    references: tuple[Tensor, ...]
+    vision: tuple[Tensor, ...]
+    prompts: tuple[str, ...]
+    text: TextPart | None = None
+
+
+class Bucket:
+    """The samples of equal shapes, over all shards. Only their prompts and places are in memory."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.starts = np.cumsum([0, *(len(p.prompts) for p in self.parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_target_tokens(self) -> int:
+        return prod(self.parts[0].target.shape[-2:]) // PATCH**2
+
+    def take(self, rows: Sequence[int] | np.ndarray) -> Rows:
+        """Copies of the samples with these indices in the bucket."""
+        places = [self._place(int(row)) for row in rows]
+        first = self.parts[0]
+
+        def stack(stored: Sequence[Tensor]) -> Tensor:
+            return torch.stack([tensor[i] for tensor, (_, i) in zip(stored, places, strict=True)])
+
+        references = range(len(first.references))
+        vision = range(len(first.vision))
+        texts = [part.text.take(i) for part, i in places if part.text is not None]
+        cond, uncond = zip(*texts, strict=True) if texts else ((), ())
+        return Rows(
+            stack([part.target for part, _ in places]).float(),
+            tuple(stack([part.references[j] for part, _ in places]).float() for j in references),
+            tuple(stack([part.vision[j] for part, _ in places]) for j in vision),
+            tuple(part.prompts[i] for part, i in places),
+            _stack_text(cond),
+            _stack_text(uncond),
+        )
+
+    def _place(self, row: int) -> tuple[Part, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"the bucket has {len(self)} samples, asked for number {row}")
+        at = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return self.parts[at], row - int(self.starts[at])
+
+
+def _stack_text(samples: Sequence[Tensor]) -> TextCond | None:
+    return TextCond.stack([TextCond(s[None].float()) for s in samples]) if samples else None
+
+
+def parts_of(shard: Shard, text: TextShard | None, vision: bool) -> Iterator[tuple[str, Part]]:
+    """(bucket, its samples in this shard)."""
+    for shapes, prompts in shard.prompts.items():
+        yield (
+            shapes,
+            Part(
+                shard.tensors[f"{shapes}/target"],
+                shard.pictures(shapes, "reference"),
+                shard.pictures(shapes, "vision") if vision else (),
+                tuple(prompts),
+                text.part(shapes) if text else None,
+            ),
+        )

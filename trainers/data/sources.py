@@ -1,0 +1,291 @@
+"""Where samples come from: the composition set, JSONL, a folder of captioned pictures, a saved Hugging Face data set.
+
+A source is a sequence of rows. `check(i)` looks at row i without decoding its pictures and gives a digest that changes
+with it; `source[i]` decodes it. Both raise BadRow, and `name(i)` says where row i stands for whoever made the data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..config import ConfigError, DataConfig
+from .catalogue import Split
+from .emoji import Bank
+from .render import render
+from .rows import BadRow, Picture, Record, Row, check_pictures, make_row, read_record
+from .scenes import make_scene
+
+
+class Source(Protocol):
+    """Rows 0 .. len - 1. record: what identifies them in a cache; note: a line to print."""
+
+    @property
+    def record(self) -> dict[str, Any]: ...
+
+    @property
+    def note(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Row: ...
+
+    def check(self, i: int) -> str: ...
+
+    def name(self, i: int) -> str: ...
+
+
+def open_source(data: DataConfig) -> Source:
+    """The source that a config names. ConfigError if it is not there."""
+    if data.kind == "nano":
+        return Compositions(data, 0, data.samples)
+    kinds = {"jsonl": JsonLines, "folder": Folder, "datasets": SavedDataset}
+    return kinds[data.kind](data)
+
+
+class Compositions:
+    """Rows of the composition set, each a function of (seed, index) alone."""
+
+    def __init__(
+        self,
+        data: DataConfig,
+        start: int,
+        stop: int,
+        split: Split = "train",
+        seed: int | None = None,
+        bank: Bank | None = None,
+    ) -> None:
+        self.data, self.start, self.stop, self.split = data, start, stop, split
+        self.seed = data.seed if seed is None else seed
+        self.bank = bank or Bank.open()
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"seed": self.seed, "assets": len(self.bank.by_key)}
+
+    @property
+    def note(self) -> str:
+        return self.bank.note
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, i: int) -> Row:
+        scene = make_scene(self.bank, self.split, self.seed, self.start + i, size=self.data.size)
+        sample = render(self.bank, scene)
+        return make_row(sample.target, list(sample.references), sample.instruction, self.data.reference_budget)
+
+    def check(self, i: int) -> str:
+        return ""  # what the cache's record says is all there is to know
+
+    def name(self, i: int) -> str:
+        return f"{self.split} scene {self.start + i}"
+
+
+class PictureRows:
+    """Base of the sources whose pictures are files or bytes; a source has `count` and `records(i)`."""
+
+    count: int
+
+    def __init__(self, data: DataConfig) -> None:
+        assert data.path is not None  # DataConfig asks for it
+        self.data, self.path = data, Path(data.path)
+        self.root = Path(data.images) if data.images else self.path if self.path.is_dir() else self.path.parent
+        if not self.path.exists():
+            raise ConfigError(f"data.path is {self.path}, which does not exist; name the data set's file or folder")
+        if not self.root.is_dir():
+            raise ConfigError(f"data.images must be the folder of the pictures, got {self.root}")
+
+    @property
+    def note(self) -> str:
+        return f"{len(self)} rows in {self.path}"
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"kind": self.data.kind, "samples": len(self)}
+
+    def __len__(self) -> int:
+        return min(self.count, self.data.samples or self.count)
+
+    def __getitem__(self, i: int) -> Row:
+        return read_record(self.read(i), self.data.size, self.data.reference_budget)
+
+    def check(self, i: int) -> str:
+        return check_pictures(self.read(i))
+
+    def name(self, i: int) -> str:
+        return f"row {i}"
+
+    def read(self, i: int) -> Record:
+        raise NotImplementedError
+
+
+def record_of(values: Any, root: Path) -> Record:
+    """A record of the release's keys: `input_images` (0 to 6), `instruction`, `output_image`; BadRow."""
+    if not isinstance(values, dict):
+        raise BadRow(f"expected an object with input_images, instruction and output_image, got {type(values).__name__}")
+    references = values.get("input_images")
+    if not isinstance(references, (list, tuple)):
+        raise BadRow("no input_images: expected a list of 0 to 6 pictures")
+    if values.get("output_image") is None:
+        raise BadRow("no output_image")
+    target = picture_of(values["output_image"], root)
+    return Record(target, tuple(picture_of(r, root) for r in references), values.get("instruction", ""))
+
+
+def picture_of(value: Any, root: Path) -> Picture:
+    """A path below `root`, bytes, or a stored Image feature ({"bytes", "path"}); BadRow.
+
+    Paths come with the data, from anyone: one that leaves `root` is refused. Links in it are the owner's, and followed.
+    """
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str) or not value:
+        raise BadRow(f"expected the path of a picture, got {type(value).__name__}")
+    top = os.path.abspath(root)
+    path = os.path.abspath(os.path.join(top, value))
+    if "\0" in value or os.path.commonpath([top, path]) != top:
+        raise BadRow(f"the path {value!r} leads out of the folder of the pictures")
+    return Path(path)
+
+
+class JsonLines(PictureRows):
+    """The release's rows: one JSON object a line; empty lines do not count. Only the lines' places are in memory."""
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        if not self.path.is_file():
+            raise ConfigError(f"data.path must be a JSONL file for kind jsonl, got the folder {self.path}")
+        self.lines, self.starts = self._index()
+        self.count = len(self.lines)
+
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        """Number (from 1) and first byte of every line that holds something."""
+        found, at = [], 0
+        with open(self.path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    found.append((number, at))
+                at += len(line)
+        table = np.array(found, dtype=np.int64).reshape(-1, 2)
+        return table[:, 0], table[:, 1]
+
+    def name(self, i: int) -> str:
+        return f"line {self.lines[i]}"
+
+    def read(self, i: int) -> Record:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[i])
+            line = file.readline()
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"not JSON ({error})") from None
+        return record_of(values, self.root)
+
+
+class Folder(PictureRows):
+    """Captioned pictures in one folder, as LoRA trainers use them (subfolders are not read):
+
+        0001.png                 the target, in any format that is read
+        0001.txt                 its instruction (UTF-8)
+        0001_1.png, 0001_2.png   its references, in the order of their numbers; none is text to image
+
+    NAME_N is a reference only beside a picture or a caption called NAME, and without a caption of its own: so a folder
+    of shot_1.png + shot_1.txt, shot_2.png + shot_2.txt holds two targets.
+    """
+
+    ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        if not self.path.is_dir():
+            raise ConfigError(f"data.path must be a folder for kind folder, got the file {self.path}")
+        self.root = self.path
+        self.captions: dict[str, Path] = {}
+        self.pictures: dict[str, list[Path]] = {}
+        for path in sorted(self.path.iterdir()):
+            if path.suffix.lower() == ".txt":
+                self.captions[path.stem] = path
+            elif path.suffix.lower() in self.ENDINGS:
+                self.pictures.setdefault(path.stem, []).append(path)
+        self.references = self._references()
+        owned = {name for names in self.references.values() for name in names.values()}
+        self.targets = sorted((self.captions.keys() | self.pictures.keys()) - owned, key=natural)
+        self.count = len(self.targets)
+
+    def _references(self) -> dict[str, dict[int, str]]:
+        """Target -> number -> the reference's own name."""
+        found: dict[str, dict[int, str]] = {}
+        for name in self.pictures.keys() - self.captions.keys():
+            parts = re.fullmatch(r"(.+)_([1-9][0-9]{0,3})", name)
+            if parts and (parts[1] in self.pictures or parts[1] in self.captions):
+                found.setdefault(parts[1], {})[int(parts[2])] = name
+        return found
+
+    def name(self, i: int) -> str:
+        return self.targets[i]
+
+    def read(self, i: int) -> Record:
+        name = self.targets[i]
+        numbered = self.references.get(name, {})
+        missing = sorted(set(range(1, len(numbered) + 1)) - numbered.keys())
+        if missing:
+            raise BadRow(f"its references are {sorted(numbered)}: number {missing[0]} is missing")
+        if name not in self.captions:
+            raise BadRow(f"no instruction: there is no {name}.txt")
+        try:
+            prompt = self.captions[name].read_text(encoding="utf-8-sig").strip()
+        except (OSError, ValueError) as error:
+            raise BadRow(f"{name}.txt cannot be read ({error})") from None
+        references = tuple(self._only(numbered[n]) for n in sorted(numbered))
+        return Record(self._only(name), references, prompt)
+
+    def _only(self, name: str) -> Path:
+        paths = self.pictures.get(name, [])
+        if len(paths) != 1:
+            raise BadRow(f"expected one picture called {name}, found {len(paths)}")
+        return paths[0]
+
+
+def natural(name: str) -> list[tuple[bool, int, str]]:
+    """Sorting key: 2 before 10."""
+    return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
+
+
+class SavedDataset(PictureRows):
+    """A Hugging Face data set, from `save_to_disk`, with the columns input_images, instruction and output_image.
+
+    Pictures are Image features, bytes, or paths below data.images. Of a data set of several splits `train` is taken.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        super().__init__(data)
+        try:
+            from datasets import load_from_disk
+        except ImportError:
+            raise ConfigError("data.kind datasets needs the package datasets: pip install datasets") from None
+        try:
+            found: Any = load_from_disk(str(self.path))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path} is not a saved data set: {' '.join(str(error).split())[:200]}") from None
+        if isinstance(found, dict):
+            if "train" not in found:
+                raise ConfigError(f"{self.path} has the splits {', '.join(found)}; name the folder of one in data.path")
+            found = found["train"]
+        lacking = {"input_images", "instruction", "output_image"} - set(found.column_names)
+        if lacking:
+            raise ConfigError(f"{self.path} has no column {', '.join(sorted(lacking))}; it has {found.column_names}")
+        self.table = found.with_format("arrow")  # pictures as they are stored, not decoded
+        self.count = len(found)
+
+    def read(self, i: int) -> Record:
+        (values,) = self.table[i].to_pylist()
+        return record_of(values, self.root)

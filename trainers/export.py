@@ -1,0 +1,81 @@
+"""What a finished run leaves: a LoRA, the same merged into its base as one file, and as a diffusers folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from unipic_core.checkpoints import check_keys, expected_shapes
+from unipic_core.convert import Network, keep_sources, source_recipe, write_file
+from unipic_core.errors import CheckpointError
+from unipic_core.lora import save_lora
+from unipic_core.merge import merge, write_folder
+from unipic_core.mmdit import MMDiTConfig
+from unipic_core.recipe import Recipe
+
+FORM = "bf16"
+"""How trained weights are written."""
+
+
+def export_adapter(
+    folder: Path,
+    base: Path,
+    layers: Mapping[str, tuple[Tensor, Tensor]],
+    alpha: float,
+    recipe: Recipe,
+    name: str = "unipic_distill",
+) -> None:
+    """Write NAME.safetensors (the LoRA), NAME_merged.safetensors and the folder NAME/ (`base` with the LoRA).
+
+    base: any checkpoint that `merge` reads; NAME/ is a whole pipeline folder where it is one. layers: bare module name
+    -> (down [r, in], up [out, r]), on any device. recipe: the LoRA's own; the merged ones have it over the base's. What
+    an earlier export left is replaced, each of the three when its successor is whole. Raises CheckpointError, as for a
+    full disk or where `base` itself would be replaced, and LoRAError for layers that do not fit `base`.
+    """
+    lora, merged, model = _targets(folder, base, f"{name}.safetensors", f"{name}_merged.safetensors", name)
+    save_lora(lora, layers, alpha=alpha, recipe=recipe)
+    for target in (merged, model):
+        merge(base, target, [(lora, 1.0)], dtype=FORM, overwrite=True)
+
+
+def export_network(
+    folder: Path,
+    base: Path,
+    network_state: Mapping[str, Tensor],
+    config: MMDiTConfig,
+    recipe: Recipe,
+    name: str = "unipic_distill",
+) -> None:
+    """Write NAME.safetensors and the folder NAME/ with a network whose every weight was trained.
+
+    base: where the training started; its other parts are copied and its recipe goes under `recipe`. network_state: bare
+    parameter name -> tensor, on any device. Raises CheckpointError for a state that does not fit `config`, for a full
+    disk, and where `base` itself would be replaced.
+    """
+    report = check_keys(expected_shapes(config), {key: tuple(value.shape) for key, value in network_state.items()})
+    if not report.fits:
+        raise CheckpointError(f"the trained weights do not fit their config ({report})")
+    single, model = _targets(folder, base, f"{name}.safetensors", name)
+    network = Network(config, source_recipe(base).merge(recipe), partial(_stream, network_state))
+    write_file(single, network, FORM)
+    write_folder(model, network, FORM, base)
+
+
+def _targets(folder: Path, base: Path, *names: str) -> list[Path]:
+    """What is going to be written, in a folder that is there; CheckpointError if `base` is one of it or in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    targets = [folder / name for name in names]
+    for target in targets:
+        keep_sources(target, [base])
+    return targets
+
+
+def _stream(state: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """One parameter after the other, on the CPU."""
+    return ((name, state[name].detach().cpu()) for name in names)

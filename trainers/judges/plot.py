@@ -1,0 +1,89 @@
+"""Quality kept of the reference against the number of steps: a panel per judge, a line per model and guidance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from .comparison import shown_judges
+from .panel import Judge
+
+COLUMNS = 4
+ASIDE = 0.07  # of a doubling of the steps
+Point = tuple[int, float, float, float]  # steps, value, low, high
+
+
+def draw_plot(block: Mapping[str, Any], out: Path) -> None:
+    """A ``comparison`` as a PNG: error bars are 95% intervals, the dashed line is the reference itself.
+
+    Every system needs its ``steps``; systems of one ``series`` are joined by a line.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    titles = {judge.name: f"{judge.title}, {kept_words(judge)}" for judge in shown_judges(block)}
+    if "spread" in block["systems"][0]:
+        titles["spread"] = "spread between seeds, ratio"
+    rows = ceil(len(titles) / COLUMNS)
+    figure, panels = pyplot.subplots(
+        rows, COLUMNS, figsize=(4 * COLUMNS, 3 * rows), squeeze=False, sharex=True, layout="constrained"
+    )
+    for panel, (name, title) in zip(panels.flat, titles.items(), strict=False):
+        draw_panel(panel, block, name, title)
+    for panel in panels.flat[len(titles) :]:
+        panel.set_axis_off()
+    # sharex hides the ticks of all rows but the last, where a column may end sooner
+    for panel in panels.flat[max(0, len(titles) - COLUMNS) : len(titles)]:
+        panel.tick_params(labelbottom=True)
+        panel.set_xlabel("steps")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
+    figure.savefig(out, dpi=110)
+    pyplot.close(figure)
+
+
+def draw_panel(panel: Any, block: Mapping[str, Any], name: str, title: str) -> None:
+    """One judge, or the spread."""
+    decibels = block["kinds"].get(name) == "difference_db"
+    even = 0.0 if decibels else 1.0
+    panel.axhline(even, color="0.4", linestyle="--", linewidth=1, label=f"the reference: {block['reference']}")
+    panel.plot([block["systems"][0]["steps"]], [even], marker="s", color="0.4")
+    series = series_of(block, name)
+    for index, (label, points) in enumerate(series.items()):
+        aside = 2 ** (ASIDE * (index - (len(series) - 1) / 2))  # so that bars at equal steps stand side by side
+        # a percentile interval need not hold the value itself, and a bar has no negative length
+        errors = [[max(v - low, 0) for _, v, low, _ in points], [max(high - v, 0) for _, v, _, high in points]]
+        steps, values = [point[0] * aside for point in points], [point[1] for point in points]
+        panel.errorbar(steps, values, errors, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
+    ticks = sorted({row["steps"] for row in block["systems"]})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    panel.set_title(title, fontsize=9)
+    panel.grid(alpha=0.3)
+
+
+def kept_words(judge: Judge) -> str:
+    if judge.decibels:
+        return "difference"
+    return "ratio kept" if judge.higher_is_better else "ratio kept (inverted)"
+
+
+def series_of(block: Mapping[str, Any], name: str) -> dict[str, list[Point]]:
+    """The points of each series, by rising number of steps; none where the ratio does not exist."""
+    series: dict[str, list[Point]] = {}
+    for row in block["systems"][1:]:
+        value, bounds = kept_of(row, name)
+        points = series.setdefault(row.get("series", row["label"]), [])
+        if value is not None and bounds is not None:
+            points.append((row["steps"], value, bounds[0], bounds[1]))
+    return {label: sorted(points) for label, points in series.items()}
+
+
+def kept_of(row: Mapping[str, Any], name: str) -> tuple[float | None, Sequence[float] | None]:
+    if name == "spread":
+        return row["spread"]["ratio"], row["spread"]["ratio_ci95"]
+    return row["judges"][name]["retained"], row["judges"][name]["retained_ci95"]

@@ -1,0 +1,67 @@
+"""What a run writes down about itself: TensorBoard and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+Metrics = dict[str, float]
+
+
+class MetricLog:
+    """TensorBoard and `metrics.jsonl`: the mean of each metric since the last record, throughput and memory."""
+
+    def __init__(self, accelerator: Accelerator, output: Path, start: int) -> None:
+        self.accelerator, self.written = accelerator, start
+        self.values: dict[str, list[float]] = defaultdict(list)
+        self.mean_loss = float("nan")
+        self.since, self.samples = time.perf_counter(), 0
+        path = output / "metrics.jsonl"
+        kept = [
+            line for line in _whole_lines(path) if json.loads(line)["step"] <= start
+        ]  # a resumed run repeats no step
+        self.file = Path(path if accelerator.is_main_process else os.devnull).open("w")  # noqa: SIM115 - closed by close
+        self.file.writelines(kept)
+
+    def add(self, metrics: Metrics, samples: int = 0) -> None:
+        """Values of one update, or of one batch of so many samples."""
+        self.samples += samples
+        for name, value in metrics.items():
+            self.values[name].append(value)
+
+    def write(self, step: int) -> None:
+        """Record the means since the last record."""
+        steps, now = step - self.written, time.perf_counter()
+        means = {name: sum(values) / len(values) for name, values in self.values.items()}
+        self.mean_loss = means.get("loss", self.mean_loss)
+        means["seconds_per_step"] = (now - self.since) / steps
+        means["samples_per_second"] = self.samples / (now - self.since)
+        means["peak_memory_gib"] = peak_memory() / 2**30
+        self.since, self.written, self.samples = now, step, 0
+        self.values.clear()
+        self.accelerator.log(means, step=step)
+        self.file.write(json.dumps({"step": step, **means}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def peak_memory() -> int:
+    """Most bytes in use so far: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines that end; a killed run may leave half of one."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,247 @@
+"""The parts of a distillation, by role: student, teacher, fake score, EMA.
+
+In adapter mode they are one frozen base with LoRA adapters (the teacher has none); in full mode each is a network of
+its own. A role also has a config: with it attention form and time modulation are switched together with the weights.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from unipic_core.lora import read_lora
+from unipic_core.mmdit import MMDiT, MMDiTConfig
+from unipic_core.sequence import PackedLatents, TextCond
+
+from .config import AdapterConfig, ConfigError
+from .frozen import place
+from .optimizers import Named
+from .sharding import shard, whole
+
+STUDENT, TEACHER, FAKE_SCORE, EMA = "student", "teacher", "fake_score", "ema"
+
+
+class Roles(Protocol):
+    """Networks by role."""
+
+    def __call__(self, role: str, latents: PackedLatents, t: Tensor | float, text: TextCond) -> Tensor:
+        """The role's velocity [B, N_O, 4C]."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The roles that there are."""
+
+    def trained(self, role: str) -> Named:
+        """What an update of the role changes; nothing for a frozen one."""
+
+    def parameters_of(self, role: str) -> Named:
+        """The parameters that make the role, in the same order for the student and its EMA."""
+
+    def place(self, device: torch.device) -> None: ...
+
+
+def require(roles: Roles, trained: Iterable[str], frozen: Iterable[str]) -> None:
+    """ConfigError unless exactly these roles train and these are there and frozen."""
+    for role in (*trained, *frozen):
+        if role not in roles.names:
+            have = ", ".join(sorted(roles.names))
+            raise ConfigError(f"this method needs the role {role}; it was given {have}")
+    for role in trained:
+        if not roles.trained(role):
+            raise ConfigError(f"the role {role} must train in this method, but it is frozen")
+    for role in (*frozen, EMA):
+        if role in roles.names and roles.trained(role):
+            raise ConfigError(f"the role {role} must be frozen in this method, but it trains")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a role runs with. adapter: name of its LoRA, None = the base alone. config: form of the network."""
+
+    adapter: str | None
+    config: MMDiTConfig
+
+
+class AdapterRoles(nn.Module):
+    """One frozen base; every role but the teacher is a LoRA over it.
+
+    trained: the roles that train; EMA comes with the student. configs: forms of roles that differ from the base's own.
+    """
+
+    def __init__(
+        self,
+        base: MMDiT,
+        adapter: AdapterConfig,
+        trained: Sequence[str],
+        seed: int,
+        configs: Mapping[str, MMDiTConfig] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = base.requires_grad_(False)
+        self._trained = tuple(trained)
+        adapters = (*trained, EMA)
+        forms = configs or {}
+        if not any(re.fullmatch(targets_of(adapter), name) for name, _ in base.named_modules()):
+            raise ConfigError(f"no layer of the network ends in one of adapter.targets: {', '.join(adapter.targets)}")
+        self.forms = {r: Form(r, forms.get(r, base.config)) for r in adapters}
+        self.forms[TEACHER] = Form(None, forms.get(TEACHER, base.config))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            for name in adapters:
+                inject_adapter_in_model(lora_config(adapter), cast(Any, base), adapter_name=name)
+        self.layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
+        initialise(self, adapters, seed)
+        self.scale = adapter.alpha / adapter.rank
+        self.dropout = adapter.dropout > 0
+        copy_parameters(self.parameters_of(STUDENT), self.parameters_of(EMA))
+        for name in adapters:
+            for _, p in self.parameters_of(name):
+                p.requires_grad_(name in trained)
+        self.switch(STUDENT)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.forms)
+
+    def forward(self, role: str, latents: PackedLatents, t: Tensor | float, text: TextCond) -> Tensor:
+        self.switch(role)
+        if self.dropout:  # evaluations without gradient must agree with each other, and with the sampler
+            self.network.train(torch.is_grad_enabled())
+        v = self.network(latents, t, text)
+        if v.requires_grad:
+            # gradient checkpointing computes blocks again in the backward pass: by the same adapter
+            v.register_hook(lambda grad: self.switch(role))
+        return v
+
+    def switch(self, role: str) -> None:
+        """Adapter, attention form and time modulation of a role, together."""
+        form = self.forms[role]
+        self.network.config = form.config
+        for layer in self.layers.values():
+            # not by peft's methods: they also freeze what is not active, while an update may still be on its way back,
+            # and forward-mode differentiation refuses that
+            layer._disable_adapters = form.adapter is None
+            layer._active_adapter = form.adapter or STUDENT
+
+    def trained(self, role: str) -> Named:
+        return self.parameters_of(role) if role in self._trained else []
+
+    def parameters_of(self, role: str) -> Named:
+        if role == TEACHER:
+            return []
+        pairs: Named = []
+        for name, layer in self.layers.items():
+            pairs.append((f"{name}.lora_A.weight", layer.lora_A[role].weight))
+            pairs.append((f"{name}.lora_B.weight", layer.lora_B[role].weight))
+        return pairs
+
+    def lora(self, role: str) -> dict[str, tuple[Tensor, Tensor]]:
+        """Layer -> (down [r, in], up [out, r]), as `save_lora` takes them."""
+        return {n: (m.lora_A[role].weight, m.lora_B[role].weight) for n, m in self.layers.items()}
+
+    def start_from(self, path: Path, roles: Sequence[str]) -> None:
+        """Put a LoRA file into these roles' adapters. Raises ConfigError if its layers or ranks are others."""
+        lora = read_lora(path)
+        found, mine = set(lora.layers), set(self.layers)
+        if found != mine:
+            odd = sorted(found ^ mine)
+            raise ConfigError(
+                f"{path} must have the {len(mine)} layers of adapter.targets; {len(odd)} differ: {odd[0]}"
+            )
+        for name, layer in lora.layers.items():
+            for role in roles:
+                down, up = self.layers[name].lora_A[role].weight, self.layers[name].lora_B[role].weight
+                if layer.rank != down.shape[0]:
+                    raise ConfigError(f"{path} has rank {layer.rank}, adapter.rank is {down.shape[0]}; set it to that")
+                down.data.copy_(layer.parts["down"])
+                up.data.copy_(layer.parts["up"].float() * (layer.scale / self.scale))
+
+    def place(self, device: torch.device) -> None:
+        place(self.network, device)
+
+
+def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
+    """LoRA's start, in float32 whatever the base is stored in: small steps would be rounded away in less."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        for key, p in roles.parameters_of(name):
+            p.data = torch.zeros(p.shape)
+            if "lora_A" in key:
+                nn.init.kaiming_uniform_(p.data, a=5**0.5, generator=generator)
+
+
+def targets_of(adapter: AdapterConfig) -> str:
+    """Pattern of the names of the layers in the blocks that get an adapter."""
+    ends = "|".join(re.escape(end) for end in adapter.targets)
+    return rf"transformer_blocks\.\d+\.(.*\.)?({ends})"
+
+
+def lora_config(adapter: AdapterConfig) -> LoraConfig:
+    """As peft wants it."""
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=cast(Any, adapter.alpha),
+        lora_dropout=adapter.dropout,
+        init_lora_weights=False,
+        target_modules=targets_of(adapter),
+    )
+
+
+class FullRoles(nn.Module):
+    """A network per role; those in `trained` train, all others are frozen. sharded: spread over all processes."""
+
+    def __init__(self, networks: Mapping[str, MMDiT], trained: Sequence[str], sharded: bool = False) -> None:
+        super().__init__()
+        self.sharded = sharded
+        self.networks = nn.ModuleDict(networks)
+        self._trained = tuple(trained)
+        for role, network in networks.items():
+            network.requires_grad_(role in trained)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.networks)
+
+    def forward(self, role: str, latents: PackedLatents, t: Tensor | float, text: TextCond) -> Tensor:
+        return self.networks[role](latents, t, text)
+
+    def trained(self, role: str) -> Named:
+        return self.parameters_of(role) if role in self._trained else []
+
+    def parameters_of(self, role: str) -> Named:
+        return list(self.networks[role].named_parameters())
+
+    def network(self, role: str) -> MMDiT:
+        return cast(MMDiT, self.networks[role])
+
+    def state(self, role: str, keep: bool = True) -> dict[str, Tensor]:
+        """Every weight of a role, whole, in the main memory; where it is spread, every process must ask, and those that
+        do not keep it get nothing."""
+        made: dict[str, Tensor] = {}
+        for name, w in self.networks[role].state_dict().items():
+            tensor = whole(w.detach())
+            if keep:
+                made[name] = tensor.cpu()
+        return made
+
+    def place(self, device: torch.device) -> None:
+        if not self.sharded:
+            self.to(device)
+            return
+        for role in self.networks:  # each block goes to the device when it is spread: a whole network may not fit there
+            shard(self.network(role), device)
+
+
+def copy_parameters(source: Named, target: Named) -> None:
+    with torch.no_grad():
+        for (_, a), (_, b) in zip(source, target, strict=True):
+            b.copy_(a)
