@@ -195,7 +195,7 @@ def main() -> None:
     if args.peak:
         print_peak(args.peak == "adapters")
         return
-    rounds = 3 if args.quick else 9
+    rounds = 7 if args.quick else 15
     result: dict[str, Any] = {"machine": platform.machine(), "threads": torch.get_num_threads()}
 
     def done(name: str, found: Any) -> None:

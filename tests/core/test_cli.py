@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def test_ctrl_c(golden: Path, picture: Path) -> None:
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     assert run.stderr is not None
     assert b"loading tiny on cpu" in run.stderr.readline()

@@ -32,7 +32,7 @@ def two_steps(network, side=8, text=32, batch=2):
     tokens = torch.randn(batch, 2 * side**2, 64, generator=g).to(CUDA)
     latents = PackedLatents(tokens, ((shape, shape),) * batch, side**2)
     words = TextCond(torch.randn(batch, text, roles.network.config.joint_attention_dim, generator=g).to(CUDA))
-    optimizer = torch.optim.AdamW([p for _, p in roles.trained(STUDENT)], lr=1e-3)
+    optimizer = torch.optim.AdamW([p for _, p in roles.trained(STUDENT)], lr=1e-4)
     losses = []
     for _ in range(2):
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
@@ -40,7 +40,7 @@ def two_steps(network, side=8, text=32, batch=2):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, roles
 
 

@@ -148,7 +148,7 @@ def metadata_of(path):
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "error"), [("fp32", 1e-6), ("bf16", 0.01), ("fp8", 0.08), ("nf4", 0.25)])
+@pytest.mark.parametrize(("kind", "error"), [("fp32", 1e-6), ("bf16", 0.01), ("fp8", 0.15), ("nf4", 0.5)])
 def test_the_velocity_is_the_float32_network_s_within_the_form_s_error(kind, error, inputs):
     with torch.no_grad():
         expected = load_transformer(DEFAULT_MODEL, dtype=torch.float32)(*inputs)
