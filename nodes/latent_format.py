@@ -10,7 +10,7 @@ from comfy.latent_formats import Wan21
 from torch import Tensor
 
 from ..unipic_core.image_vae import VAEConfig
-from .vae import vae_config
+from ..unipic_core.vae_files import read_vae_config
 
 
 class PictureLatents(Wan21):
@@ -31,7 +31,8 @@ class PictureLatents(Wan21):
 
 def read_latent_format(folder: Path) -> PictureLatents:
     """As `folder`/vae/config.json says; the release's if there is none. CheckpointError."""
-    return PictureLatents(vae_config(folder) if (folder / "vae" / "config.json").is_file() else None)
+    vae = folder / "vae"
+    return PictureLatents(read_vae_config(vae) if (vae / "config.json").is_file() else None)
 
 
 def fit_preview(latents: PictureLatents, decode: Callable[[Tensor], Tensor], side: int = 4) -> None:

@@ -19,8 +19,10 @@ from ..unipic_core.lora import LoRA, MergeReport, build_lora
 from ..unipic_core.lora_layers import LoRALayer
 from ..unipic_core.recipe import METADATA_KEY, Recipe
 from ..unipic_core.settings import resolve
+from .conditions import FORM
 from .facts import Facts, attach, facts_of
 from .messages import tell
+from .model import UniPicModel
 from .sample import CATEGORY, described
 from .sources import MODELS
 
@@ -83,8 +85,21 @@ def add_lora(model: Any, lora: LoRA, strength: float) -> tuple[Any, MergeReport]
             patches[NETWORK + parameter] = _bias_patch(layer) if is_bias else _weight_patch(layer)
     for patches in rounds:
         clone.add_patches(patches, strength)
+    if facts.recipe.causal_form:
+        switch_form(clone, lora.name, facts.recipe.causal_form)
     attach(clone, facts)
     return clone, fitted.report
+
+
+def switch_form(model: Any, name: str, form: str) -> None:
+    """Let a MODEL attend in another form, as a LoRA was trained. LoRAError for a network that cannot."""
+    if not isinstance(model.model, UniPicModel):
+        raise LoRAError(
+            f"{name} was trained for attention of the form {form}, which ComfyUI's own Qwen-Image network does not "
+            "have; load the model with LoadUniPic"
+        )
+    model.model_options.setdefault("transformer_options", {})[FORM] = form
+    model.model.reserve(form)
 
 
 def _bias_patch(layer: LoRALayer) -> Any:
@@ -106,8 +121,8 @@ class DistillLoRA(io.ComfyNode):
             node_id="DistillLoRA",
             display_name="Distill LoRA (UniPic)",
             category=CATEGORY,
-            description="Adds a LoRA to the model and hands its recipe (steps, guidance, sampler) on to "
-            "FewStepSampler. Reads the namings of all common trainers, and says how many layers matched.",
+            description="Adds a LoRA to the model and hands its recipe (steps, guidance, sampler, attention form) on "
+            "to FewStepSampler. Reads the namings of all common trainers, and says how many layers matched.",
             search_aliases=["lora", "load lora", "unipic lora", "few step lora", "dmd", "consistency"],
             inputs=[
                 io.Model.Input("model", tooltip="From LoadUniPic; any Qwen-Image-Edit model works."),

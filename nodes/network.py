@@ -8,26 +8,26 @@ its own Qwen-Image network work here: patches "post_input", "attn1_patch" and "d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 from comfy.ldm.common_dit import pad_to_patch_size
-from comfy.ldm.flux.math import apply_rope1
-from comfy.ldm.modules.attention import attention_pytorch, optimized_attention_masked
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
+from ..unipic_core.blocks import KeyValue
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.mmdit import JointState, MMDiT, MMDiTConfig
-from ..unipic_core.rope import joint_positions, rotation
+from ..unipic_core.mmdit import MMDiT, MMDiTConfig
+from ..unipic_core.rope import joint_positions
+from ..unipic_core.segments import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, Segment, advance
 from ..unipic_core.sequence import PATCH, LatentShape, PackedLatents, pack_latents, unpack_latents
+from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
+from .conditions import FORM, Conditions, Fixed, Kept, Past, Reused
 
 REFERENCE_METHODS = ("index", "index_timestep_zero", "negative_index")
 """Ways to number references that the network has: frames 1, 2, ...; the same modulated at t = 0; frames -1, -2, ..."""
-
-Options = dict[str, Any]
-"""ComfyUI's transformer_options."""
 
 
 def network_options(config: MMDiTConfig) -> Options:
@@ -53,6 +53,7 @@ class Network(MMDiT):
         config = MMDiTConfig(**sizes)
         super().__init__(config, operations=operations, dtype=dtype, device=device)
         self.stored_dtype = dtype
+        self.conditions = Conditions()
         self.patch_size = PATCH
         self.default_ref_method = "index_timestep_zero" if config.zero_cond_t else "index"
 
@@ -96,13 +97,52 @@ class Network(MMDiT):
         **_: Any,
     ) -> Tensor:
         method = _checked_method(ref_latents_method or self.default_ref_method)
-        at_zero = method == "index_timestep_zero" and bool(ref_latents)
+        options = transformer_options or {}
+        form = options.get(FORM) or self.config.attention_form
         latents = self._pack(x, ref_latents or ())
-        options = self._options(latents, transformer_options or {})
+        fixed = Fixed(
+            form=form,
+            key=(form, method, x.dtype),
+            latents=latents,
+            context=context,
+            ids=self._positions(latents, x.shape[0], context.shape[1], x.device, method),
+            bias=text_bias(attention_mask, x.dtype),
+            additional=additional_t_cond,
+            options={key: value for key, value in options.items() if not key.startswith("patches")},
+        )
+        reused = self.conditions.approximate(fixed)
+        if reused is not None and reused.serves(float(timestep[0])):
+            fixed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), (reused.kept,), None
+        else:
+            past = self._past(fixed)
+        options = self._options(latents, options)
+        return self._moving(x, timestep, fixed, past, options, control, method, reused)
 
-        img, txt = self.img_in(latents.tokens), self._text(context, x.dtype)
-        temb = self._time(timestep, img, at_zero, additional_t_cond)
-        text_ids, picture_ids = self._positions(latents, *txt.shape[:2], txt.device, method)
+    def _moving(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        fixed: Fixed,
+        past: Past,
+        options: Options,
+        control: dict[str, Any] | None,
+        method: str,
+        reused: Reused | None,
+    ) -> Tensor:
+        """The velocity. Hooks see the last segment: in a causal form no references, and perhaps no text (None).
+
+        reused: takes the references' keys and values of this step.
+        """
+        latents, pieces = fixed.latents, SEGMENTS[fixed.form][-1]
+        words = fixed.context.shape[1] if TEXT in pieces else 0
+        images = latents.tokens.shape[1] if REFERENCES in pieces else latents.num_target_tokens
+        at_zero = method == "index_timestep_zero" and images > latents.num_target_tokens
+
+        img = self.img_in(latents.tokens[:, :images])
+        txt = self._text(fixed.context, x.dtype) if words else None
+        start = fixed.context.shape[1]
+        text_ids, picture_ids = fixed.ids[:, :words], fixed.ids[:, start : start + images]
+        temb = self._time(timestep, img, at_zero, fixed.additional)
         for patch in options.get("patches", {}).get("post_input", ()):
             seen = {"img": img, "txt": txt, "img_ids": picture_ids, "txt_ids": text_ids, "transformer_options": options}
             out = patch(seen)
@@ -110,14 +150,16 @@ class Network(MMDiT):
         is_target = torch.arange(img.shape[1], device=img.device) < latents.num_target_tokens
         state = HookedState(
             rope=self.pe_embedder(torch.cat([text_ids, picture_ids], dim=1)),
-            mask=attention_bias(attention_mask, picture_ids.shape[1], x.dtype),
+            mask=fixed.mask((*SEGMENTS[fixed.form][:-1], pieces), picture_ids.shape[1]),
             reference=~is_target[None, :, None] if at_zero else None,
-            # ComfyUI's choice on a CPU is made for little memory, and PyTorch's own needs less and is faster
-            attention=attention_pytorch if x.device.type == "cpu" else optimized_attention_masked,
+            attention=attention_on(x.device),
             options=options,
-            words=txt.shape[1],
+            words=words,
+            keeps=reused is not None,
         )
-        img = self._blocks(x, img, txt, temb, state, latents.num_target_tokens, control)
+        img, kept = self._blocks(x, img, txt, temb, state, latents.num_target_tokens, control, past)
+        if reused is not None and len(kept) == len(self.transformer_blocks):  # a replaced block keeps nothing
+            reused.t, reused.kept = float(timestep[0]), tuple(kept)
         velocity = self.proj_out(self.norm_out(img[:, : latents.num_target_tokens], temb[: img.shape[0]]))
         velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
         return velocity if x.ndim == 5 else velocity[:, :, 0]
@@ -126,33 +168,80 @@ class Network(MMDiT):
         self,
         x: Tensor,
         img: Tensor,
-        txt: Tensor,
+        txt: Tensor | None,
         temb: Tensor,
         state: HookedState,
         num_target_tokens: int,
         control: dict[str, Any] | None,
-    ) -> Tensor:
-        """Image tokens after all blocks; where no hook can see it, the last block makes the target's alone."""
+        past: Past,
+    ) -> tuple[Tensor, list[KeyValue]]:
+        """Image tokens after all blocks; where no hook can see it, the last block makes the target's alone.
+
+        And, where `state` keeps them, the references' keys and values.
+        """
         options = state.options
         replacements = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         residuals = (control or {}).get("input") or ()
         hooked = bool(options.get("patches") or replacements or residuals or "optimized_attention_override" in options)
-        last = len(self.transformer_blocks) - 1
+        last, references = len(self.transformer_blocks) - 1, state.words + num_target_tokens
+        keeps: list[KeyValue] = []
         for i, block in enumerate(self.transformer_blocks):
             options["block_index"] = i
+            state = replace(state, past=tuple(kept[i] for kept in past))
             if ("double_block", i) in replacements:
                 args = {"img": img, "txt": txt, "vec": temb, "pe": state.rope, "transformer_options": options}
                 out = replacements[("double_block", i)](args, {"original_block": _original(block, state)})
                 img, txt = out["img"], out["txt"]
             else:
-                img, txt = block(img, txt, temb, state, num_target_tokens if i == last and not hooked else None)
+                img, txt, kept = block(img, txt, temb, state, num_target_tokens if i == last and not hooked else None)
+                if kept is not None:  # copied, or all the other tokens' would stay in memory with them
+                    keeps.append((kept[0][:, :, references:].clone(), kept[1][:, :, references:].clone()))
             for patch in after:
                 out = patch({"img": img, "txt": txt, "x": x, "block_index": i, "transformer_options": options})
                 img, txt = out["img"], out["txt"]
             if i < len(residuals) and residuals[i] is not None:
                 img[:, : residuals[i].shape[1]] += residuals[i]
-        return img
+        return img, keeps
+
+    # --- what no step changes ---
+
+    def _past(self, fixed: Fixed) -> Past:
+        """Keys and values of the segments before the target's, kept for the run."""
+        past: list[Kept] = []
+        for (piece,) in SEGMENTS[fixed.form][:-1]:
+            if piece == REFERENCES and not fixed.latents.shapes[0][1:]:
+                continue
+            past.append(self.conditions.get(piece, fixed, partial(self._prefill, piece, fixed, tuple(past))))
+        return tuple(past)
+
+    def _prefill(self, piece: str, fixed: Fixed, past: Past) -> Kept:
+        """Keys and values of references or text in every block; of one sample, if all of a batch are alike."""
+        rows = 1 if fixed.alike else len(fixed.context)
+        words, n = fixed.context.shape[1], fixed.latents.num_target_tokens
+        references = fixed.latents.tokens[:rows, n:] if piece == REFERENCES else None
+        img = None if references is None else self.img_in(references)
+        txt = self._text(fixed.context[:rows], fixed.latents.tokens.dtype) if piece == TEXT else None
+        tokens = img if txt is None else txt
+        assert tokens is not None  # a segment that never changes is one of the two
+        mask = fixed.mask(((REFERENCES,), (TEXT,)), 0) if piece == TEXT else None
+        state = HookedState(
+            rope=self.pe_embedder(fixed.ids[:rows, :words] if piece == TEXT else fixed.ids[:rows, words + n :]),
+            mask=None if mask is None else mask[:rows],
+            reference=None,
+            attention=attention_on(tokens.device),
+            options=fixed.options,
+            words=words if piece == TEXT else 0,
+            keeps=True,
+        )
+        temb = self._time(torch.zeros(1, device=tokens.device), tokens, False, fixed.additional)
+        segments = [Segment((piece,), img, txt, temb, state, 0)]
+        kept = []
+        for i, block in enumerate(self.transformer_blocks):
+            last = block is self.transformer_blocks[-1]
+            segments, made = advance(block, segments, tuple(kv[i] for kv in past), last)
+            kept += made
+        return tuple(kept)
 
     def pe_embedder(self, ids: Tensor) -> Tensor:
         """Rotation matrices of positions [B, N, 3]; ControlNets that share layers with the network ask for it too."""
@@ -161,7 +250,7 @@ class Network(MMDiT):
     def process_img(self, x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """Tokens [B, S, 4C] and positions [B, S, 3] of a picture, and its shape padded to whole tokens; as above."""
         latents = self._pack(x, ())
-        ids = self._positions(latents, x.shape[0], 0, x.device, "index")[1]
+        ids = self._positions(latents, x.shape[0], 0, x.device, "index")
         return latents.tokens, ids, pad_to_patch_size(x, (1, PATCH, PATCH)).shape
 
     def _pack(self, x: Tensor, references: Sequence[Tensor]) -> PackedLatents:
@@ -170,7 +259,7 @@ class Network(MMDiT):
         for latent in (x, *references):
             self._check_latent(latent)
             latent = pad_to_patch_size(latent, (PATCH,) * 2 if latent.ndim == 4 else (1, PATCH, PATCH))
-            shapes.append(LatentShape(1, latent.shape[-2] // PATCH, latent.shape[-1] // PATCH))
+            shapes.append(LatentShape.of_latents(latent))
             pieces.append(pack_latents(latent).to(x.dtype).expand(x.shape[0], -1, -1))
         return PackedLatents(torch.cat(pieces, dim=1), (tuple(shapes),) * x.shape[0], shapes[0].num_tokens)
 
@@ -213,56 +302,12 @@ class Network(MMDiT):
             additional = None if additional is None else additional.repeat(2)
         return self.time_text_embed(t, like.dtype, additional)
 
-    def _positions(
-        self, latents: PackedLatents, batch: int, words: int, device: torch.device, method: str
-    ) -> tuple[Tensor, Tensor]:
-        """Positions of text [B, L, 3] and pictures [B, S, 3], which patches may change."""
+    def _positions(self, latents: PackedLatents, batch: int, words: int, device: torch.device, method: str) -> Tensor:
+        """Positions [B, L + S, 3], text first; patches may change them."""
         ids = joint_positions(latents.shapes, words, self.config.use_layer3d_rope).to(device).repeat(batch, 1, 1)
         if method == "negative_index":
             ids[:, words:, 0] = -ids[:, words:, 0].abs()
-        return ids[:, :words], ids[:, words:]
-
-
-@dataclass(frozen=True)
-class HookedState(JointState):
-    """Attention by ComfyUI's function, and the patches before it.
-
-    rope: [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1, L + S] or None; attention: of ComfyUI's signature; words: L.
-    """
-
-    rope: Any
-    attention: Any
-    options: Options
-    words: int
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
-        """As `JointState.attend`; patches see q and k before they are rotated, as in ComfyUI's own network."""
-        q, k, v = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
-        rope, mask = self.rope, self.mask
-        extra = {**self.options, "img_slice": [self.words, q.shape[2]]}
-        for patch in self.options.get("patches", {}).get("attn1_patch", ()):
-            out = patch(q, k, v, pe=rope, attn_mask=mask, extra_options=extra)
-            q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-            rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
-        q = apply_rope1(q, rope[:, :, start : start + q.shape[2]])
-        k = apply_rope1(k, rope[:, :, : k.shape[2]])
-        return self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
-
-
-def rotation_matrices(ids: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:
-    """Positions [B, N, 3] -> [B, 1, N, D / 2, 2, 2] float32, the form that ComfyUI's patches and kernels know."""
-    cos, sin = rotation(ids.float(), axes_dims)
-    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).transpose(1, 2).contiguous()
-
-
-def attention_bias(mask: Tensor | None, picture_tokens: int, dtype: torch.dtype) -> Tensor | None:
-    """Text mask [B, L], true or whole numbers (0 = padding) or a bias -> bias [B, 1, L + S] that adds to the scores."""
-    if mask is None:
-        return None
-    bias = mask.to(dtype)
-    if not mask.is_floating_point():
-        bias = (bias - 1) * torch.finfo(dtype).max
-    return torch.nn.functional.pad(bias, (0, picture_tokens))[:, None]
+        return ids
 
 
 def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -> Callable[[Options], Options]:
@@ -270,7 +315,7 @@ def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -
 
     def run(args: Options) -> Options:
         seen = replace(state, rope=args["pe"], options=args["transformer_options"])
-        img, txt = block(args["img"], args["txt"], args["vec"], seen)
+        img, txt, _ = block(args["img"], args["txt"], args["vec"], seen)
         return {"img": img, "txt": txt}
 
     return run

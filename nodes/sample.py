@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..unipic_core.recipe import LIMITS, SAMPLERS
 from ..unipic_core.settings import Settings, resolve
 from . import sampling
+from .conditions import AUTO, CACHES, with_cache
 from .facts import facts_of
 from .messages import tell
 
@@ -77,6 +78,17 @@ class FewStepSampler(io.ComfyNode):
                     "adds fresh noise; euler follows the flow.",
                 ),
                 denoise_input(),
+                io.Combo.Input(
+                    "condition_cache",
+                    options=list(CACHES),
+                    default=AUTO,
+                    optional=True,
+                    tooltip="For weights of a causal attention form: auto = the pictures (and the text) are read once "
+                    "and kept for the run; off = again in every step, slower and with less memory. The picture is the "
+                    "same. Other weights have nothing to keep exactly; for them approximate = what was read of "
+                    "the pictures serves further steps while t moves by at most 0.2: 0.78 of the time of 8 steps "
+                    "by arithmetic, and slightly another picture (44 dB PSNR on the bundled nano).",
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with the VAE of LoadUniPic.")],
             hidden=[io.Hidden.unique_id],
@@ -94,8 +106,11 @@ class FewStepSampler(io.ComfyNode):
         cfg: float,
         sampler: str,
         denoise: float,
+        condition_cache: str = AUTO,
     ) -> io.NodeOutput:
         facts = facts_of(model)
+        if condition_cache != AUTO:
+            model = with_cache(model, condition_cache)
         settings = resolve(facts.recipe, steps or None, cfg or None, None if sampler == "auto" else sampler)
         tell(cls, described(settings))
         tokens = sampling.target_tokens(sampling.prepared(model, latent))

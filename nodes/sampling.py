@@ -212,7 +212,7 @@ def _pack(v: Tensor) -> tuple[Tensor, LatentShape]:
     """Tokens of a velocity [B, C, 1, H, W]; zeros fill up odd sizes, which leaves norms as they are."""
     height, width = v.shape[-2:]
     v = F.pad(v, (0, width % PATCH, 0, height % PATCH))
-    return pack_latents(v), LatentShape(1, v.shape[-2] // PATCH, v.shape[-1] // PATCH)
+    return pack_latents(v), LatentShape.of_latents(v)
 
 
 # --- a whole run ---

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ..unipic_core.errors import CheckpointError
-from ..unipic_core.image_vae import ImageVAE, VAEConfig, image_weights
-from ..unipic_core.weights import open_weights
-
-CLASS = "AutoencoderKLQwenImage"
+from ..unipic_core.image_vae import ImageVAE, VAEConfig
+from ..unipic_core.vae_files import load_image_vae, read_vae_config
 
 ENCODE_VALUES, DECODE_VALUES = 1000, 1100
 """Values to reserve per pixel when a VAE of base_dim 96 encodes or decodes. Counted at 512x512 in bf16: 581 and 675
@@ -55,21 +51,21 @@ def _per_frame(x: Tensor, function: Any) -> Tensor:
 class UniPicVAE(comfy.sd.VAE):
     """ComfyUI's VAE around a FramesVAE. A batch of images is that many pictures, not a video.
 
-    config: the sizes, and the statistics that a MODEL normalises latents with.
+    folder: the vae/ of a pipeline. config: the sizes, and the statistics that a MODEL normalises latents with.
     """
 
-    def __init__(self, weights: dict[str, Tensor], config: VAEConfig) -> None:
+    def __init__(self, folder: Path) -> None:
         with _without("No VAE weights detected"):
             super().__init__(sd={})  # without weights it leaves ComfyUI's defaults, whichever this version has
-        self.config = config
-        network = FramesVAE(config, operations=comfy.ops.disable_weight_init).eval().requires_grad_(False)
+        self.config = config = read_vae_config(folder)
         self._describe(config)
         self.device = comfy.model_management.vae_device()
         self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
         self.output_device = comfy.model_management.intermediate_device()
-        self.first_stage_model = network.to(self.vae_dtype)
+        operations = comfy.ops.disable_weight_init
+        network = load_image_vae(folder, self.vae_dtype, kind=FramesVAE, operations=operations)
+        self.first_stage_model = network
         comfy.model_management.archive_model_dtypes(network)
-        network.load_state_dict(weights)
         # whole or not at all, since its norms are plain parameters that streaming would leave behind; it is small
         self.disable_offload = True
         offload = comfy.model_management.vae_offload_device()
@@ -114,42 +110,10 @@ def _without(message: str) -> Iterator[None]:
 def load_vae(folder: Path) -> UniPicVAE:
     """The VAE of a pipeline folder's vae/ (diffusers' layout, any z_dim and base_dim). CheckpointError."""
     folder = Path(folder)
-    config = vae_config(folder)
-    stored = open_weights(folder / "vae")
-    weights = image_weights({name: stored.get(name) for name in stored})
-    try:
-        vae = UniPicVAE(weights, config)
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the VAE in {folder} does not fit its config.json: {detail}") from error
+    vae = UniPicVAE(folder / "vae")
     vae.patcher.cached_patcher_init = (_load_patcher, (folder,))
     return vae
 
 
 def _load_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
     return load_vae(folder).patcher  # never dynamic
-
-
-def vae_config(folder: Path) -> VAEConfig:
-    """Sizes and latent statistics of a pipeline folder's vae/config.json. CheckpointError."""
-    file = Path(folder) / "vae" / "config.json"
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has no vae/config.json; download vae/ from a Qwen-Image or UniPic 3 repository"
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = config.get("_class_name")
-        sizes = VAEConfig.from_dict(config)
-        usable = sizes.z_dim == len(sizes.latents_mean) == len(sizes.latents_std) and min(sizes.latents_std) > 0
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{file} cannot be read ({detail}); download the vae folder again") from error
-    if kind != CLASS:
-        raise CheckpointError(f"{file} describes a {kind}, expected an {CLASS}; take vae/ from a Qwen-Image repository")
-    if not usable:
-        raise CheckpointError(
-            f"{file}: latents_mean and latents_std should each be {sizes.z_dim} numbers, the latter above 0; "
-            "download the vae folder again"
-        )
-    return sizes

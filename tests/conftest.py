@@ -1,5 +1,6 @@
 """A miniature of the whole nano training: untrained folder, cache of a few samples; made once."""
 
+import itertools
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from trainers.cache import build, load_image_vae
 from trainers.config import SECTIONS, RunConfig, given, parse_run, to_dict
 from trainers.data.emoji import SUBSET
+from trainers.loop import train
 from trainers.nano import write_folder
 from trainers.vae import save_vae
 from unipic_core.image_vae import ImageVAE, VAEConfig
@@ -73,6 +75,27 @@ def changed(run, tmp_path):
         return parse_run({**data, "method": method, "output": str(tmp_path / "run"), **values})
 
     return change
+
+
+@pytest.fixture(scope="session")
+def broken_off():
+    """Trains until the nth batch, where it is interrupted, and then to the end; returns the export."""
+
+    def run(config, make, after):
+        method, asked = make(config), itertools.count()
+        batch = method.batch
+
+        def fails(index):
+            if next(asked) == after:
+                raise KeyboardInterrupt
+            return batch(index)
+
+        method.batch = fails
+        with pytest.raises(KeyboardInterrupt):
+            train(config, method)
+        return train(config, make(config))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from unipic_core.errors import CheckpointError
-from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, image_weights
+from unipic_core.image_vae import ImageVAE
 from unipic_core.pipeline.text import TextEncoder
+from unipic_core.vae_files import load_image_vae
 
 from .config import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
 from .data.checking import Checked, check_rows, load_rows, report, require_good, write_json
@@ -200,14 +200,6 @@ def check_same_set(folder: Path, record: dict[str, Any]) -> None:
 # --- the models ------------------------------------------------------------------------------------------------------
 
 
-def load_image_vae(folder: Path, dtype: torch.dtype = torch.float32) -> ImageVAE:
-    """The 2-D form of a diffusers `vae/` folder."""
-    vae = ImageVAE(VAEConfig.from_dict(json.loads((folder / "config.json").read_text())))
-    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
-    vae.load_state_dict({k: w.float() for k, w in image_weights(weights).items()})
-    return channels_last(vae.eval().to(dtype))
-
-
 def fingerprint(module: nn.Module) -> str:
     """Twelve hex digits of the weights, whatever type they are computed in."""
     digest = hashlib.sha256()
@@ -227,7 +219,7 @@ def run(config: RunConfig) -> None:
     checked = check_rows(data)
     shown = preview_rows(data, preview, checked)
     name = None if live else text_fingerprint(folder)
-    vae = load_image_vae(folder / "vae", torch.bfloat16).to(device)
+    vae = load_image_vae(folder / "vae", torch.bfloat16, device)
     encode_latents(data, checked, vae, name, preview, shown)
     del vae
     if name is not None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-from unipic_core.attention import BACKENDS
+from unipic_core.attention import TRAINABLE
+from unipic_core.segments import ATTENTION_FORMS
 
 from .parsing import ConfigError as ConfigError
 from .parsing import override, parse
@@ -68,6 +69,8 @@ class NetworkConfig:
     model: a pipeline folder (released, or from `python -m trainers.nano`). transformer: weights of the network from
     elsewhere. adapter: LoRAs over one frozen base that carries every role; absent: all parameters, a network per role.
     student: what the student starts from instead of the base: a LoRA, or without adapters weights of a network.
+    attention_form: which tokens the student lets see which (segments.py); absent: as what it starts from. Its teacher
+    and its fake score keep the base's.
     weights: how the base is held in memory; fp8 and nf4 only under adapters. block_swap: so many of the last blocks
     stay in the main memory and visit the GPU when they are needed. shard: spread networks over all processes (FSDP2).
     """
@@ -78,13 +81,16 @@ class NetworkConfig:
     adapter: AdapterConfig | None = None
     weights: str = "fp32"
     attention: str = "sdpa"
+    attention_form: str | None = None
     gradient_checkpointing: bool = False
     block_swap: int = 0
     shard: bool = False
 
     def __post_init__(self) -> None:
         _one_of(self, "weights", ("fp32", "bf16", "fp8", "nf4"))
-        _one_of(self, "attention", BACKENDS)
+        _one_of(self, "attention", TRAINABLE)
+        if self.attention_form is not None:
+            _one_of(self, "attention_form", ATTENTION_FORMS)
         _at_least(self, 0, "block_swap")
         if self.adapter is None and (self.weights in ("fp8", "nf4") or self.block_swap):
             raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base: add an adapter section")

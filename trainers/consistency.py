@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ def consistency_terms(
     The tangent is taken in float32 whatever the surrounding autocast: a difference of near numbers is divided by 2e.
     """
     x_t, data_v = add_noise(x0, eps, t), velocity(x0, eps)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH if options.tangent == "jvp" else DEFAULT_KERNELS):
+    # forward-mode differentiation goes through this kernel alone
+    kernel = sdpa_kernel(SDPBackend.MATH) if options.tangent == "jvp" else nullcontext()
+    with torch.no_grad(), kernel:
         v = guide(x_t, t, data_v)
         along = data_v if options.tangent_along == "data" else v
         with torch.autocast(x_t.device.type, enabled=False):
@@ -54,14 +57,6 @@ def consistency_terms(
         "tangent": float(tangent.square().mean().sqrt()),
     }
     return consistency_loss(prediction, used, options.cosine), metrics
-
-
-DEFAULT_KERNELS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 class ConsistencyTraining(NetworkTraining):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipic_core.attention import BACKENDS
+from unipic_core.attention import attention_named
 from unipic_core.checkpoints import open_transformer
 from unipic_core.convert import is_block_matrix, quantise_fp8
 from unipic_core.mmdit import MMDiT
@@ -184,7 +184,7 @@ def load_frozen(config: NetworkConfig) -> MMDiT:
     network = MMDiT(
         sizes,
         operations=FrozenOperations,
-        attention=BACKENDS[config.attention],
+        attention=attention_named(config.attention),
         device="meta",
         compute_dtype=torch.float32,
     )

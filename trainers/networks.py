@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from unipic_core.attention import BACKENDS
+from unipic_core.attention import attention_named
 from unipic_core.checkpoints import load_transformer
+from unipic_core.lora import read_lora
 from unipic_core.mmdit import MMDiT
 
 from .config import NetworkConfig
@@ -22,7 +23,9 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
     In adapter mode one base carries them all, and the teacher costs nothing.
     """
     if config.adapter is not None:
-        roles = AdapterRoles(load_frozen(config), config.adapter, trained, seed)
+        base = load_frozen(config)
+        own = base.config.with_form(student_form(config))
+        roles = AdapterRoles(base, config.adapter, trained, seed, {STUDENT: own, EMA: own})
         if config.student:
             roles.start_from(Path(config.student), (STUDENT, EMA))
         return roles
@@ -30,11 +33,21 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
     return FullRoles(networks, trained, config.shard)
 
 
+def student_form(config: NetworkConfig) -> str | None:
+    """The attention form that the student is given: the config's, else that of the LoRA it starts from."""
+    if config.attention_form is None and config.adapter is not None and config.student:
+        recipe = read_lora(config.student).recipe
+        return None if recipe is None else recipe.causal_form
+    return config.attention_form
+
+
 def load_network(config: NetworkConfig, role: str) -> MMDiT:
     """A network of its own. Weights that train are kept in float32: bfloat16 would round small steps away."""
     start = config.student if role in (STUDENT, EMA) else None
     dtype = torch.bfloat16 if config.weights == "bf16" and role == TEACHER else torch.float32
     path = start or config.transformer or config.model
-    network = load_transformer(path, dtype=dtype, attention=BACKENDS[config.attention])
+    network = load_transformer(path, dtype=dtype, attention=attention_named(config.attention))
     network.gradient_checkpointing = config.gradient_checkpointing
+    if role in (STUDENT, EMA):
+        network.config = network.config.with_form(student_form(config))
     return network

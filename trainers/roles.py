@@ -46,6 +46,9 @@ class Roles(Protocol):
     def parameters_of(self, role: str) -> Named:
         """The parameters that make the role, in the same order for the student and its EMA."""
 
+    def config_of(self, role: str) -> MMDiTConfig:
+        """What the role's network runs with; its attention form may be the role's own."""
+
     def place(self, device: torch.device) -> None: ...
 
 
@@ -144,6 +147,9 @@ class AdapterRoles(nn.Module):
             pairs.append((f"{name}.lora_B.weight", layer.lora_B[role].weight))
         return pairs
 
+    def config_of(self, role: str) -> MMDiTConfig:
+        return self.forms[role].config
+
     def lora(self, role: str) -> dict[str, tuple[Tensor, Tensor]]:
         """Layer -> (down [r, in], up [out, r]), as `save_lora` takes them."""
         return {n: (m.lora_A[role].weight, m.lora_B[role].weight) for n, m in self.layers.items()}
@@ -219,6 +225,9 @@ class FullRoles(nn.Module):
 
     def parameters_of(self, role: str) -> Named:
         return list(self.networks[role].named_parameters())
+
+    def config_of(self, role: str) -> MMDiTConfig:
+        return self.network(role).config
 
     def network(self, role: str) -> MMDiT:
         return cast(MMDiT, self.networks[role])

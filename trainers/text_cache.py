@@ -157,11 +157,14 @@ def _encode(
     """Embeddings [L, D] of every sample with its prompt and with " ", bfloat16 on the CPU."""
     counts = [vision_tokens(*v.shape[1:3]) for v in vision]
     longest = max(len(text.prompt_ids(prompt, counts)) for prompt in prompts)
+    blank = torch.tensor(text.prompt_ids(UNCOND_PROMPT, counts))
     size = min(max(TOKENS_PER_BATCH // longest, 1), MOST_PER_BATCH)
     for at in range(0, len(prompts), size):
         pictures, words = [v[at : at + size] for v in vision], prompts[at : at + size]
-        cond = text.forward(_inputs(text, pictures, words))
-        uncond = text.forward(_inputs(text, pictures, [UNCOND_PROMPT] * len(words)))
+        inputs = _inputs(text, pictures, words)
+        seen, ids = text.see(inputs), blank.expand(len(words), -1)
+        cond = text.forward(inputs, seen)
+        uncond = text.forward({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, seen)
         masks = torch.ones(cond.embeds.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask.cpu()
         for e, m, u in zip(cond.embeds.bfloat16().cpu(), masks, uncond.embeds.bfloat16().cpu(), strict=True):
             yield e[m], u

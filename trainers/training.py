@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from unipic_core.checkpoints import read_shift
-from unipic_core.guidance import apply_cfg, guided_velocity
+from unipic_core.guidance import guided_velocity
 from unipic_core.images import to_images
 from unipic_core.recipe import RELEASED_BASE, Recipe, recipe_of
 from unipic_core.samplers import sample_consistency, sample_euler, seeded_noise
@@ -66,7 +67,7 @@ def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> I
     if rows.cond is None or rows.uncond is None:
         raise ValueError(f"the cached samples of {name or 'this batch'} have no text embeddings")
     x0 = pack_latents(rows.target)
-    shape = LatentShape(1, rows.target.shape[-2] // 2, rows.target.shape[-1] // 2)
+    shape = LatentShape.of_latents(rows.target)
     samples = [[r[i][:, None] for r in rows.references] for i in range(len(x0))]
     return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
 
@@ -169,8 +170,9 @@ class NetworkTraining:
 
     def guided(self, role: str, batch: Inputs, x_t: Tensor, t: Tensor | float, scale: float) -> Tensor:
         """A role's velocity with guidance, as its sampler applies it."""
-        v = self.role(role, batch)(x_t, t).float()
-        return v if scale == 1 else apply_cfg(v, self.role(role, batch, batch.uncond)(x_t, t).float(), scale)
+        uncond = None if scale == 1 else batch.uncond
+        latents = batch.latents.with_target(x_t)
+        return guided_velocity(partial(self.roles, role), latents, t, batch.cond, uncond, scale)
 
     # --- what comes out ---
 
@@ -178,11 +180,12 @@ class NetworkTraining:
     def own_recipe(self) -> Recipe:
         """How the student is sampled, and how it was made; of sizes the base's recipe speaks."""
         made = {"method": self.config.method, "steps": self.config.steps, "seed": self.config.seed}
-        return replace(self.recipe, reference_budget=None, output_budget=None, made=made)
+        form = self.roles.config_of(STUDENT).attention_form
+        return replace(self.recipe, reference_budget=None, output_budget=None, attention_form=form, made=made)
 
     def preview(self) -> Image.Image:
         """The references, the truth where there is one, and what the EMA makes of fixed noise."""
-        vae = load_image_vae(self.folder / "vae").to(self.device)
+        vae = load_image_vae(self.folder / "vae", device=self.device)
         columns = []
         for i, row in enumerate(read_preview(self.data, self.preview_config, self.encoder)):
             inputs = self.inputs(row.rows, np.array([False])).to(self.device)
@@ -195,15 +198,10 @@ class NetworkTraining:
         """x0 [B, N, 4C] as a user would sample it."""
         wishes, recipe = self.preview_config, recipe_of(self.folder).merge(self.own_recipe)
         settings = resolve(recipe, wishes.steps, wishes.guidance)
-        uncond = None if settings.guidance == 1 else batch.uncond
-
-        def network(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                return self.roles(role, latents, t, text)
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            latents = batch.latents.with_target(x_t)
-            return guided_velocity(network, latents, t, batch.cond, uncond, settings.guidance)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                return self.guided(role, batch, x_t, t, settings.guidance)
 
         noise, times = seeded_noise(batch.x0.shape, seed), settings.times(batch.x0.shape[1], self.shift).tolist()
         start = noise(-1).to(batch.x0)
@@ -212,8 +210,13 @@ class NetworkTraining:
         return sample_consistency(velocity, start, times, noise)
 
     def export(self, folder: Path) -> None:
-        """EMA and raw student, each as all that people open: LoRA, one file, whole folder."""
+        """EMA and raw student, each as all that people open: LoRA, one file, whole folder.
+
+        The name says a causal form: a loader that only adds weights cannot bring it.
+        """
         name = "unipic_distill" if self.config.method != "sft" else "unipic_sft"
+        form = self.own_recipe.causal_form
+        name = f"{name}_{form}" if form else name
         for role, suffix in ((EMA, ""), (STUDENT, "_raw")):
             self.export_role(folder, role, name + suffix)
 

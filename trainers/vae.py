@@ -7,7 +7,6 @@ import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last, video_weights
+from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last
 from unipic_core.images import to_images, to_tensor
+from unipic_core.vae_files import video_weights
 
 from .config import OptimizerConfig, RunConfig, given
 from .data.backgrounds import draw, sample_background
@@ -165,15 +165,9 @@ def random_crop(picture: Image.Image, side: int, rng: np.random.Generator) -> Im
 
 def save_vae(vae: ImageVAE, pictures: Tensor, folder: Path) -> None:
     """Write config.json and weights as diffusers reads them; `pictures` fold the statistics in (latents.py)."""
-    from diffusers import AutoencoderKLQwenImage
-
     vae = copy.deepcopy(vae)
     fold_statistics(vae, pictures)
-    config = vae.config.to_dict()
-    with torch.device("meta"):
-        video: Any = AutoencoderKLQwenImage(**{k: v for k, v in config.items() if not k.startswith("_")})
-    shapes = {name: w.shape for name, w in video.state_dict().items()}
-    weights = {k: w.to(torch.bfloat16).contiguous() for k, w in video_weights(vae.state_dict(), shapes).items()}
+    weights = {k: w.to(torch.bfloat16).contiguous() for k, w in video_weights(vae).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n")

@@ -1,15 +1,17 @@
-"""Small caches by content, so that a second seed encodes nothing again."""
+"""Small caches by content, so that a second step or seed computes nothing again."""
 
 from __future__ import annotations
 
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 V = TypeVar("V")
 
@@ -39,6 +41,52 @@ class LRU(Generic[V]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry(Generic[V]):
+    key: Hashable
+    tensors: tuple[Tensor, ...]
+    value: V
+
+
+class TensorCache(Generic[V]):
+    """At most `size` values by a key and the contents of tensors; the one not used for longest goes first.
+
+    Tensors are compared value by value where they are, which costs next to nothing beside what a network does to them,
+    and copied, so that what is written into them later does no harm.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._entries: list[_Entry[V]] = []
+
+    def get(self, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], V]) -> V:
+        """The value of `key` and `tensors`, made if it is not there."""
+        entry = next((e for e in self._entries if e.key == key and _same(e.tensors, tensors)), None)
+        if entry is None:
+            del self._entries[: max(len(self._entries) + 1 - self.size, 0)]  # first, so that its memory is free
+            entry = _Entry(key, tuple(t.detach().clone() for t in tensors), make())
+        else:
+            self._entries.remove(entry)
+        self._entries.append(entry)
+        return entry.value
+
+    def values(self) -> list[V]:
+        return [entry.value for entry in self._entries]
+
+    def clear(self) -> None:
+        self._entries.clear()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def _same(kept: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+    def equal(a: Tensor, b: Tensor) -> bool:
+        return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+    return len(kept) == len(given) and all(equal(a, b) for a, b in zip(kept, given, strict=True))
 
 
 def image_key(image: Image.Image) -> str:

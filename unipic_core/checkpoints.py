@@ -14,7 +14,7 @@ from torch import nn
 from .attention import Attention, scaled_dot_product_attention
 from .errors import CheckpointError
 from .mmdit import MMDiT, MMDiTConfig
-from .recipe import TRANSFORMER_FOLDERS
+from .recipe import TRANSFORMER_FOLDERS, recipe_of
 from .schedules import Shift
 from .weights import FP8, PathLike, Weights, find_weight_file, open_weights
 
@@ -234,9 +234,9 @@ def require_keys(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> N
 
 
 def open_transformer(path: PathLike) -> tuple[Weights, MMDiTConfig]:
-    """Weights under bare names and their config, checked against each other."""
+    """Weights under bare names and their config, checked against each other; a recipe may name the attention form."""
     weights = open_weights(find_transformer(path)).bare()
-    config = read_config(path, weights)
+    config = read_config(path, weights).with_form(recipe_of(path).causal_form)
     if config.num_layers and "transformer_blocks.0.attn.norm_q.weight" not in weights:
         raise CheckpointError(
             f"{weights.path} is not a UniPic transformer; it looks like {looks_like(weights.shapes())}"

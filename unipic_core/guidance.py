@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .sequence import PackedLatents, TextCond
 
-Network = Callable[[PackedLatents, float, TextCond], Tensor]
-"""(sequence, t, text) -> velocity [B, N, 4C], as `MMDiT`."""
+Network = Callable[[PackedLatents, Any, TextCond], Tensor]
+"""(sequence, t: [B] or a number, text) -> velocity [B, N, 4C], as `MMDiT`."""
 
 
 def guided_velocity(
-    network: Network, latents: PackedLatents, t: float, cond: TextCond, uncond: TextCond | None, scale: float
+    network: Network, latents: PackedLatents, t: Tensor | float, cond: TextCond, uncond: TextCond | None, scale: float
 ) -> Tensor:
     """Velocity [B, N, 4C] in float32, guided if there is an unconditional text: then two passes."""
     v = network(latents, t, cond).float()

@@ -3,7 +3,7 @@
 The VAE is a causal video model (Wan 2.1). One picture is one frame: every causal 3-D convolution then sees zeros before
 it, so only the last temporal slice of its kernel counts, and the temporal resamplers never run. What remains is this
 2-D network: the same numbers from about a third of the arithmetic. Parameter names are those of diffusers'
-`AutoencoderKLQwenImage`.
+`AutoencoderKLQwenImage`; vae_files.py reads and writes its folders.
 """
 
 from __future__ import annotations
@@ -83,16 +83,17 @@ class ImageVAE(nn.Module):
         return mean, log_var.clamp(-30, 20)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """The posterior's mode, normalised: (z - latents_mean) / latents_std."""
-        z, _ = self.posterior(pictures)
+        """The posterior's mode, normalised: (z - latents_mean) / latents_std, float32 whatever the weights are."""
+        z = self.posterior(pictures.to(self.quant_conv.weight))[0].float()
         mean, std = self._statistics(z)
         return ((z - mean) / std)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, z, 1, h, w] -> pictures [B, 3, 8h, 8w], clamped to [-1, 1]."""
-        z = latents[:, :, 0]
+        """Normalised latents [B, z, 1, h, w] -> pictures [B, 3, 8h, 8w] float32, clamped to [-1, 1]."""
+        z = latents[:, :, 0].float()
         mean, std = self._statistics(z)
-        return self.decode_raw(z * std + mean).clamp(-1, 1)
+        z = (z * std + mean).to(self.quant_conv.weight)
+        return self.decode_raw(z).float().clamp(-1, 1)
 
     def decode_raw(self, z: Tensor) -> Tensor:
         """Unnormalised latents [B, z, h, w] -> [B, 3, 8h, 8w], not clamped."""
@@ -101,34 +102,6 @@ class ImageVAE(nn.Module):
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
         stats = z.new_tensor([self.config.latents_mean, self.config.latents_std])[..., None, None]
         return stats[0], stats[1]
-
-
-def image_weights(video: dict[str, Tensor]) -> dict[str, Tensor]:
-    """diffusers' weights -> ImageVAE's: every kernel's last temporal slice; temporal resamplers are left out."""
-    return {k: _last_slice(w) for k, w in video.items() if ".time_conv." not in k}
-
-
-def _last_slice(w: Tensor) -> Tensor:
-    if w.ndim == 5:
-        return w[:, :, -1]
-    return w[..., 0] if w.ndim == 4 and w.shape[1:] == (1, 1, 1) else w
-
-
-def video_weights(image: dict[str, Tensor], video_shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """ImageVAE's weights -> diffusers': the kernel as last temporal slice, zeros before it and in the resamplers."""
-    out = {}
-    for name, shape in video_shapes.items():
-        w = image.get(name)
-        if w is None:
-            if ".time_conv." not in name:
-                raise ValueError(f"the image VAE has no weight {name}")
-            out[name] = torch.zeros(shape)
-        elif len(shape) == 5:
-            out[name] = w.new_zeros(shape)
-            out[name][:, :, -1] = w
-        else:
-            out[name] = w.reshape(shape)
-    return out
 
 
 def channels_last(vae: ImageVAE) -> ImageVAE:

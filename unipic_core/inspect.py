@@ -12,6 +12,7 @@ from .checkpoints import PARTS, find_transformer, looks_like, read_config
 from .errors import CheckpointError
 from .lora import common_targets, read_lora
 from .recipe import RECIPE_FROM, Recipe, released_recipe
+from .segments import FULL
 from .weights import FP8, PathLike, Weights, find_weight_file, open_weights
 
 _KINDS = {
@@ -108,6 +109,7 @@ def _sizes(path: Path, weights: Weights) -> dict[str, Any]:
         "text_dim": config.joint_attention_dim,
         "channels": config.in_channels,
         "zero_cond_t": config.zero_cond_t,
+        "attention_form": config.attention_form,
         "scaled_fp8": any(weights.dtype(name) in FP8 for name in weights),
     }
 
@@ -118,6 +120,7 @@ def _lora(path: Path) -> dict[str, Any]:
     return {
         "layers": len(lora.layers),
         "ranks": list(lora.ranks),
+        "alphas": sorted({layer.alpha for layer in lora.layers.values() if layer.alpha is not None}),
         "targets": common_targets(lora),
         "unread": list(lora.unread),
         "recipe": recipe,
@@ -176,10 +179,15 @@ def _summary(part: dict[str, Any]) -> str:
     facts = [f"{_count(part['parameters'])} parameters", dtypes, _size(part["bytes"]), part["format"]]
     if part["kind"] == "transformer":
         facts.insert(0, f"{part['layers']} layers, width {part['width']}, {part['heads']} heads of {part['head_dim']}")
+        if part["attention_form"] != FULL:
+            facts.append(f"attention {part['attention_form']}")
     if part["kind"] == "unknown":
         facts.insert(0, part["looks_like"])
     if part["kind"] == "lora":
-        facts.insert(0, f"{part['layers']} layers, rank {', '.join(map(str, part['ranks'])) or 'none'}")
+        numbers = f"rank {', '.join(map(str, part['ranks'])) or 'none'}"
+        if part["alphas"]:
+            numbers += f", alpha {', '.join(f'{alpha:g}' for alpha in part['alphas'])}"
+        facts.insert(0, f"{part['layers']} layers, {numbers}")
     return ", ".join(facts)
 
 
@@ -189,7 +197,7 @@ def _recipe_line(info: dict[str, Any]) -> str:
         return "none in the file"
     skipped = ("version", "made", "attention_form")
     said = ", ".join(f"{name} {value}" for name, value in recipe.items() if name not in skipped)
-    if recipe.get("attention_form", "full") != "full":
+    if recipe.get("attention_form", FULL) != FULL:
         said += f", attention {recipe['attention_form']}"
     return (said or "says nothing") + (
         " (known by the name of the folder or file)" if info["recipe_source"] == "name" else ""

@@ -65,7 +65,7 @@ def merge(
     fitted = [(lora.fit(weights.shapes()), strength) for lora, strength in adapters]
     dtype = dtype or form_of(weights, single)
     recipe = merged_recipe(source_recipe(src), adapters, {"source": src.absolute().name, "dtype": dtype})
-    network = Network(config, recipe, partial(_with_loras, weights, fitted))
+    network = Network(config.with_form(recipe.causal_form), recipe, partial(_with_loras, weights, fitted))
     if single:
         write_file(dst, network, dtype, progress)
     else:

@@ -1,28 +1,46 @@
 """The network: Qwen-Image's double-stream diffusion transformer, with diffusers' parameter names.
 
-Layers come from an `operations` namespace (Linear, LayerNorm, RMSNorm, Embedding as in torch.nn) and attention is one
-function, so a host such as ComfyUI can bring its own casting, quantised and attention parts.
+Layers come from an `operations` namespace and attention is one function, so a host such as ComfyUI can bring its own
+casting, quantised and attention parts.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention, scaled_dot_product_attention
-from .rope import Rotation, joint_positions, rotate, rotation
+from .blocks import Block, JointState, KeyValue, OutputNorm, TimeEmbedding
+from .rope import Rotation, joint_positions, rotation
+from .segments import (
+    ATTENTION_FORMS,
+    FULL,
+    REFERENCES,
+    SEGMENTS,
+    TARGET,
+    TEXT,
+    ConditionCache,
+    Segment,
+    Span,
+    advance,
+    key_mask,
+    reference_tokens,
+    spans,
+)
 from .sequence import PackedLatents, TextCond
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """All sizes of the network; the defaults are the released 20B weights'. Names as in diffusers' config.json."""
+    """All sizes of the network; the defaults are the released 20B weights'. Names as in diffusers' config.json.
+
+    attention_form: which tokens see which, see segments.py; diffusers' class knows "full" alone.
+    """
 
     patch_size: int = 2
     in_channels: int = 64
@@ -35,14 +53,21 @@ class MMDiTConfig:
     zero_cond_t: bool = False
     use_additional_t_cond: bool = False
     use_layer3d_rope: bool = False
+    attention_form: str = FULL
 
     def __post_init__(self) -> None:
+        if self.attention_form not in ATTENTION_FORMS:
+            raise ValueError(f"attention_form must be one of {', '.join(ATTENTION_FORMS)}, got {self.attention_form!r}")
         if sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to head size {self.attention_head_dim}")
 
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
+
+    def with_form(self, attention_form: str | None) -> MMDiTConfig:
+        """The same sizes with another attention form; None changes nothing."""
+        return self if attention_form is None else replace(self, attention_form=attention_form)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> MMDiTConfig:
@@ -62,7 +87,10 @@ class MMDiTConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json of a diffusers folder holds."""
-        return {"_class_name": "QwenImageTransformer2DModel", "guidance_embeds": False, **asdict(self)}
+        values = asdict(self)
+        if self.attention_form == FULL:  # a key that diffusers does not know, so only where it says something
+            del values["attention_form"]
+        return {"_class_name": "QwenImageTransformer2DModel", "guidance_embeds": False, **values}
 
 
 _IGNORED = {"guidance_embeds", "pooled_projection_dim"}
@@ -106,233 +134,124 @@ class MMDiT(nn.Module):
         return self.compute_dtype or self.img_in.weight.dtype
 
     def forward(
-        self, latents: PackedLatents, t: Tensor | float, text: TextCond, additional_t_cond: Tensor | None = None
+        self,
+        latents: PackedLatents,
+        t: Tensor | float,
+        text: TextCond,
+        additional_t_cond: Tensor | None = None,
+        cache: ConditionCache | None = None,
     ) -> Tensor:
         """Velocity [B, N_O, 4C] of the target tokens at time t (a number or [B], in [0, 1]).
 
-        Samples may differ in references and in text; each gives what it gives alone.
+        Samples may differ in references and in text; each gives what it gives alone. cache: of `prefill` with the same
+        references and text; what it holds is not computed again, and the velocity is the same with and without it.
         """
         batch = latents.tokens.shape[0]
         if text.embeds.shape[0] != batch:
             raise ValueError(f"expected {batch} text conditions, got {text.embeds.shape[0]}")
-        img, txt = self.img_in(latents.tokens.to(self.dtype)), self.embed_text(text.embeds)
-        temb = self.embed_time(t, batch, img, additional_t_cond)
-        state = JointState(
-            rope=self.rope(latents, txt.shape[1], img.device),
-            mask=joint_mask(latents, text, txt.shape[1]),
-            reference=reference_tokens(latents) if self.config.zero_cond_t else None,
-            attention=self.attention,
-        )
-        last = self.transformer_blocks[-1]
-        for block in self.transformer_blocks:
-            keep = latents.num_target_tokens if block is last else None
+        segments, past = self._segments(latents, t, text, additional_t_cond, cache or {})
+        for i, block in enumerate(self.transformer_blocks):
+            args = block, segments, tuple(kv[i] for kv in past), block is self.transformer_blocks[-1]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                img, txt = checkpoint(block, img, txt, temb, state, keep, use_reentrant=False)
+                segments, _ = checkpoint(advance, *args, use_reentrant=False)
             else:
-                img, txt = block(img, txt, temb, state, keep)
-        return self.proj_out(self.norm_out(img, temb[:batch]))
+                segments, _ = advance(*args)
+        moving = segments[-1]
+        return self.proj_out(self.norm_out(moving.img, moving.temb[:batch]))
+
+    def prefill(
+        self,
+        latents: PackedLatents,
+        text: TextCond | None = None,
+        additional_t_cond: Tensor | None = None,
+        cache: ConditionCache | None = None,
+    ) -> ConditionCache:
+        """Keys and values of the tokens that no step changes; nothing for the attention form "full".
+
+        Without text those of the references alone, which serve every prompt. cache: what is there already. The text's
+        depend on the references, and on the target's size, from which its positions start.
+        """
+        segments, past = self._segments(latents, None, text, additional_t_cond, cache or {})
+        kept = []
+        for i, block in enumerate(self.transformer_blocks):
+            last = block is self.transformer_blocks[-1]
+            segments, made = advance(block, segments, tuple(kv[i] for kv in past), last)
+            kept.append(made)
+        by_segment = zip(segments, zip(*kept, strict=True), strict=True)
+        return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in by_segment}}
+
+    def _segments(
+        self,
+        latents: PackedLatents,
+        t: Tensor | float | None,
+        text: TextCond | None,
+        additional_t_cond: Tensor | None,
+        cache: ConditionCache,
+    ) -> tuple[list[Segment], list[Sequence[KeyValue]]]:
+        """The segments to compute, and the cached ones before them. t: None = without the target's."""
+        places = spans(latents, text)
+        rope = self.rope(latents, places[TEXT].stop, latents.tokens.device)
+        segments: list[Segment] = []
+        past: list[Sequence[KeyValue]] = []
+        seen: list[Span] = []
+        for pieces in SEGMENTS[self.config.attention_form]:
+            start, stop = places[pieces[0]].start, places[pieces[-1]].stop
+            moving = TARGET in pieces
+            if start == stop or (moving and t is None):
+                continue
+            seen += [places[piece] for piece in pieces]
+            if not moving and pieces[0] in cache:
+                past.append(cache[pieces[0]])
+                continue
+            state = JointState(
+                rope=(rope[0][:, start:stop], rope[1][:, start:stop]),
+                mask=key_mask(seen, len(latents.tokens), latents.tokens.device),
+                reference=reference_tokens(latents) if self._two_times(pieces) else None,
+                attention=self.attention,
+                keeps=not moving,
+            )
+            segments.append(self._segment(pieces, latents, t if moving else 0.0, text, additional_t_cond, state))
+        return segments, past
+
+    def _segment(
+        self,
+        pieces: tuple[str, ...],
+        latents: PackedLatents,
+        t: Tensor | float | None,
+        text: TextCond | None,
+        additional_t_cond: Tensor | None,
+        state: JointState,
+    ) -> Segment:
+        """The embedded tokens of some pieces, as they enter the first block."""
+        n = latents.num_target_tokens
+        img = None
+        if TARGET in pieces or REFERENCES in pieces:
+            images = slice(0 if TARGET in pieces else n, None if REFERENCES in pieces else n)
+            img = self.img_in(latents.tokens[:, images].to(self.dtype))
+        txt = self.embed_text(text.embeds) if text is not None and TEXT in pieces else None
+        temb = self.embed_time(0.0 if t is None else t, latents.tokens, additional_t_cond, self._two_times(pieces))
+        return Segment(pieces, img, txt, temb, state, n if TARGET in pieces else 0)
+
+    def _two_times(self, pieces: tuple[str, ...]) -> bool:
+        """Whether references are modulated at t = 0 beside a target at t, in one segment."""
+        return self.config.zero_cond_t and TARGET in pieces and REFERENCES in pieces
 
     def embed_text(self, embeds: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, width]."""
         return self.txt_in(self.txt_norm(embeds.to(self.dtype)))
 
-    def embed_time(self, t: Tensor | float, batch: int, like: Tensor, additional: Tensor | None = None) -> Tensor:
-        """[B, width], or [2B, width] with zero_cond_t: the second half is t = 0, for the references."""
-        t = torch.as_tensor(t, dtype=torch.float32, device=like.device).reshape(-1).expand(batch)
-        if self.config.zero_cond_t:
+    def embed_time(
+        self, t: Tensor | float, like: Tensor, additional: Tensor | None = None, and_zero: bool = False
+    ) -> Tensor:
+        """[B, width] for tokens `like` [B, ...], or [2B, width] with a second half at t = 0."""
+        batch, device = like.shape[0], like.device
+        t = torch.as_tensor(t, dtype=torch.float32, device=device).reshape(-1).expand(batch)
+        additional = None if additional is None else additional.reshape(-1).expand(batch)
+        if and_zero:
             t = torch.cat([t, torch.zeros_like(t)])
-            additional = None if additional is None else additional.reshape(-1).expand(batch).repeat(2)
-        return self.time_text_embed(t, like.dtype, additional)
+            additional = None if additional is None else additional.repeat(2)
+        return self.time_text_embed(t, self.dtype, additional)
 
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
         positions = joint_positions(latents.shapes, text_tokens, self.config.use_layer3d_rope)
         return rotation(positions.to(device), self.config.axes_dims_rope)
-
-
-@dataclass(frozen=True)
-class JointState:
-    """What the blocks of one forward share. mask: [B, 1, 1, L + S] or None; reference: [1, S, 1] bool or None.
-
-    A host with hooks of its own around attention brings a subclass with another `attend`.
-    """
-
-    rope: Rotation
-    mask: Tensor | None
-    reference: Tensor | None
-    attention: Attention
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> Tensor:
-        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised but not yet rotated -> [B, Q, H * D].
-
-        start: the first query's place in the sequence [text | images].
-        """
-        cos, sin = (r[:, start : start + q.shape[1]] for r in self.rope)
-        q = rotate(q, (cos, sin))
-        k = rotate(k, self.rope)
-        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.mask)
-        return out.transpose(1, 2).flatten(2).to(v.dtype)
-
-
-def joint_mask(latents: PackedLatents, text: TextCond, text_tokens: int) -> Tensor | None:
-    """[B, 1, 1, L + S], True where a key may be attended to; None if nothing is padded."""
-    images = latents.mask
-    if images is None and text.mask is None:
-        return None
-    batch, seq, _ = latents.tokens.shape
-    device = latents.tokens.device
-    words = text.mask if text.mask is not None else torch.ones(batch, text_tokens, dtype=torch.bool, device=device)
-    if images is None:
-        images = torch.ones(batch, seq, dtype=torch.bool, device=device)
-    return torch.cat([words.bool(), images], dim=1)[:, None, None]
-
-
-def reference_tokens(latents: PackedLatents) -> Tensor:
-    """[1, S, 1] bool: True where a token belongs to a reference."""
-    seq = latents.tokens.shape[1]
-    return (torch.arange(seq, device=latents.tokens.device) >= latents.num_target_tokens)[None, :, None]
-
-
-class TimeEmbedding(nn.Module):
-    """t in [0, 1] -> [B, width]; sinusoids of 1000 t in float32."""
-
-    def __init__(self, width: int, additional: bool, operations: Any, kw: dict[str, Any]) -> None:
-        super().__init__()
-        layers = {"linear_1": operations.Linear(256, width, **kw), "linear_2": operations.Linear(width, width, **kw)}
-        self.timestep_embedder = nn.ModuleDict(layers)
-        if additional:
-            self.addition_t_embedding = operations.Embedding(2, width, **kw)
-
-    def forward(self, t: Tensor, dtype: torch.dtype, additional: Tensor | None = None) -> Tensor:
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)
-        angles = 1000 * (t.float()[:, None] * frequencies)
-        x = torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype)
-        x = self.timestep_embedder["linear_2"](F.silu(self.timestep_embedder["linear_1"](x)))
-        if hasattr(self, "addition_t_embedding"):
-            if additional is None:
-                raise ValueError("this network needs additional_t_cond (its config has use_additional_t_cond)")
-            x = x + self.addition_t_embedding(additional).to(dtype)
-        return x
-
-
-class Block(nn.Module):
-    """One double-stream block: images and text have weights of their own and attend jointly."""
-
-    def __init__(self, config: MMDiTConfig, operations: Any, kw: dict[str, Any]) -> None:
-        super().__init__()
-        width = config.width
-        self.img_mod = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **kw))
-        self.img_norm1 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.attn = JointAttention(width, config.attention_head_dim, operations, kw)
-        self.img_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.img_mlp = FeedForward(width, operations, kw)
-        self.txt_mod = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **kw))
-        self.txt_norm1 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.txt_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.txt_mlp = FeedForward(width, operations, kw)
-
-    def forward(
-        self, img: Tensor, txt: Tensor, temb: Tensor, state: JointState, keep: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """img [B, S, width], txt [B, L, width], temb [B or 2B, width] -> the same shapes.
-
-        keep: only the first `keep` image tokens are wanted, as after the last block; the text comes back as it was.
-        """
-        batch = img.shape[0]
-        shift1, scale1, gate1, *mod2 = self._per_token(self.img_mod(temb), batch, state.reference)
-        txt_mod = self.txt_mod(temb[:batch])[:, None].chunk(6, dim=-1)
-        t_shift1, t_scale1, t_gate1, t_shift2, t_scale2, t_gate2 = txt_mod
-
-        img_in = torch.addcmul(shift1, self.img_norm1(img), 1 + scale1)
-        txt_in = torch.addcmul(t_shift1, self.txt_norm1(txt), 1 + t_scale1)
-        img_out, txt_out = self.attn(img_in, txt_in, state, keep)
-        if keep is not None:
-            img, gate1, *mod2 = (x[:, :keep] for x in (img, gate1, *mod2))
-        shift2, scale2, gate2 = mod2
-        img = torch.addcmul(img, gate1, img_out)
-        img = torch.addcmul(img, gate2, self.img_mlp(torch.addcmul(shift2, self.img_norm2(img), 1 + scale2)))
-        if keep is not None:
-            return img, txt
-        txt = torch.addcmul(txt, t_gate1, txt_out)
-        txt_in = torch.addcmul(t_shift2, self.txt_norm2(txt), 1 + t_scale2)
-        return img, torch.addcmul(txt, t_gate2, self.txt_mlp(txt_in))
-
-    @staticmethod
-    def _per_token(mod: Tensor, batch: int, reference: Tensor | None) -> tuple[Tensor, ...]:
-        """Six of [B, 1, width], or with zero_cond_t [B, S, width]: references take the half made at t = 0."""
-        if reference is not None:
-            mod = torch.where(reference, mod[batch:, None], mod[:batch, None])
-        else:
-            mod = mod[:, None]
-        return mod.chunk(6, dim=-1)
-
-
-class JointAttention(nn.Module):
-    """Attention over [text | images], queries and keys normalised per head and rotated."""
-
-    def __init__(self, width: int, head_dim: int, operations: Any, kw: dict[str, Any]) -> None:
-        super().__init__()
-        self.head_dim = head_dim
-
-        def linear() -> nn.Module:
-            return operations.Linear(width, width, **kw)
-
-        def norm() -> nn.Module:
-            return operations.RMSNorm(head_dim, eps=1e-6, **kw)
-
-        self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
-        self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
-        self.norm_q, self.norm_k, self.norm_added_q, self.norm_added_k = norm(), norm(), norm(), norm()
-        self.to_out, self.to_add_out = nn.ModuleList([linear()]), linear()
-
-    def forward(
-        self, img: Tensor, txt: Tensor, state: JointState, keep: int | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Outputs for images and text; with `keep` for the first image tokens alone."""
-        words = txt.shape[1]
-        # no names for the three: a name would keep the unrotated tensors in memory while attention runs
-        out = state.attend(
-            self._queries(img, txt, keep), self._keys(img, txt), self._values(img, txt), 0 if keep is None else words
-        )
-        if keep is not None:
-            return self.to_out[0](out), None
-        return self.to_out[0](out[:, words:]), self.to_add_out(out[:, :words])
-
-    def _queries(self, img: Tensor, txt: Tensor, keep: int | None) -> Tensor:
-        if keep is None:
-            return self._joint(self.norm_added_q, self.add_q_proj(txt), self.norm_q, self.to_q(img))
-        return self.norm_q(self.to_q(img[:, :keep]).unflatten(-1, (-1, self.head_dim)))
-
-    def _keys(self, img: Tensor, txt: Tensor) -> Tensor:
-        return self._joint(self.norm_added_k, self.add_k_proj(txt), self.norm_k, self.to_k(img))
-
-    def _values(self, img: Tensor, txt: Tensor) -> Tensor:
-        return torch.cat([self.add_v_proj(txt), self.to_v(img)], dim=1).unflatten(-1, (-1, self.head_dim))
-
-    def _joint(self, txt_norm: nn.Module, txt: Tensor, img_norm: nn.Module, img: Tensor) -> Tensor:
-        heads = (-1, self.head_dim)
-        return torch.cat([txt_norm(txt.unflatten(-1, heads)), img_norm(img.unflatten(-1, heads))], dim=1)
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), Linear; fourfold inner width. The odd nesting gives diffusers' parameter names."""
-
-    def __init__(self, width: int, operations: Any, kw: dict[str, Any]) -> None:
-        super().__init__()
-        inner = nn.ModuleDict({"proj": operations.Linear(width, 4 * width, **kw)})
-        self.net = nn.ModuleList([inner, nn.Identity(), operations.Linear(4 * width, width, **kw)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
-
-
-class OutputNorm(nn.Module):
-    """LayerNorm modulated by the time embedding: scale first, then shift."""
-
-    def __init__(self, width: int, operations: Any, kw: dict[str, Any]) -> None:
-        super().__init__()
-        self.linear = operations.Linear(width, 2 * width, **kw)
-        self.norm = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        scale, shift = self.linear(F.silu(temb))[:, None].chunk(2, dim=-1)
-        return torch.addcmul(shift, self.norm(x), 1 + scale)

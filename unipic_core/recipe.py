@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from .errors import CheckpointError
+from .errors import CheckpointError, UniPicError
+from .segments import ATTENTION_FORMS, FULL
 from .tensor_files import read_safetensors
 from .weights import PathLike, find_weight_file
 
@@ -41,8 +42,8 @@ class Recipe:
     """How weights want to be used. None = not said.
 
     guidance: scale s of v = u + s (c - u); 1 = no unconditional pass. reference_budget, output_budget: side in pixels
-    of the square that all references together, or the output, may fill. attention_form: "full", or the form the
-    weights were trained with. made: how they were made, free form. extra: fields of newer versions.
+    of the square that all references together, or the output, may fill. attention_form: the one that the weights were
+    trained with, see segments.py. made: how they were made, free form. extra: fields of newer versions.
     """
 
     version: int = 1
@@ -52,7 +53,7 @@ class Recipe:
     schedule: Schedule | None = None
     reference_budget: int | None = None
     output_budget: int | None = None
-    attention_form: str = "full"
+    attention_form: str = FULL
     made: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -90,11 +91,24 @@ class Recipe:
         made = {"base": self.made, **over.made} if self.made and over.made else over.made or self.made
         return Recipe(
             version=max(self.version, over.version),
-            attention_form=self.attention_form if over.attention_form == "full" else over.attention_form,
+            attention_form=self.attention_form if over.attention_form == FULL else over.attention_form,
             made=made,
             extra={**self.extra, **over.extra},
             **values,
         )
+
+    @property
+    def causal_form(self) -> str | None:
+        """The attention form that a network must be switched to; None for the one that every network has.
+
+        UniPicError for a form that this version does not have.
+        """
+        if self.attention_form not in ATTENTION_FORMS:
+            raise UniPicError(
+                f"these weights want attention of the form {self.attention_form!r}, which this version does not have; "
+                "install a newer version"
+            )
+        return None if self.attention_form == FULL else self.attention_form
 
     @classmethod
     def read(cls, path: PathLike) -> Recipe | None:

@@ -43,6 +43,11 @@ class LatentShape:
             )
         return cls(1, height // PIXELS_PER_TOKEN, width // PIXELS_PER_TOKEN)
 
+    @classmethod
+    def of_latents(cls, latents: Tensor) -> LatentShape:
+        """Shape of the picture whose latents are [..., H, W]."""
+        return cls(1, latents.shape[-2] // PATCH, latents.shape[-1] // PATCH)
+
 
 SampleShapes = tuple[LatentShape, ...]
 """Shapes of one sample's pictures: the target first, then its references."""
@@ -108,6 +113,10 @@ class PackedLatents:
         """[B, N_O, 4C]."""
         return self.tokens[:, : self.num_target_tokens]
 
+    def row(self, i: int) -> PackedLatents:
+        """Sample i alone; its padding stays."""
+        return replace(self, tokens=self.tokens[i : i + 1], shapes=self.shapes[i : i + 1])
+
     def with_target(self, x_t: Tensor) -> PackedLatents:
         """The same references behind another target [B, N_O, 4C]; a sampler calls this every step."""
         if x_t.shape[1] != self.num_target_tokens:
@@ -134,7 +143,7 @@ def pack_with_references(
     for row, shape, latents in zip(x_t, targets, samples, strict=True):
         packed = [pack_latents(z if z.ndim == 5 else z[None])[0].to(row) for z in latents]
         rows.append(torch.cat([row, *packed]))
-        shapes.append((shape, *(LatentShape(1, z.shape[-2] // PATCH, z.shape[-1] // PATCH) for z in latents)))
+        shapes.append((shape, *map(LatentShape.of_latents, latents)))
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return PackedLatents(tokens, tuple(shapes), x_t.shape[1])
 

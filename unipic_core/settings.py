@@ -53,11 +53,7 @@ def resolve(
         reference_budget=_whole("the reference budget", references, *LIMITS["reference_budget"]),
         output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
     )
-    if recipe.attention_form != "full":
-        raise UniPicError(
-            f"these weights want attention of the form {recipe.attention_form!r}, which this version does not have; "
-            "install a newer version"
-        )
+    _ = recipe.causal_form  # refuses a form that this version does not have
     return settings
 
 

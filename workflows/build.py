@@ -57,7 +57,7 @@ def _compose(w: Workflow, model: Node, pictures: Sequence[Node], prompt: str, ba
 def _few_steps(w: Workflow, model: tuple[Node, str], made: Node, title: str = "") -> Node:
     wires = {"model": model, **{name: made[name] for name in ("positive", "negative", "latent")}}
     settings = {"seed": SEED, CONTROL: "fixed", "steps": 0, "cfg": 0, "sampler": "auto", "denoise": 1}
-    return w.add("FewStepSampler", wires, settings, title=title)
+    return w.add("FewStepSampler", wires, {**settings, "condition_cache": "auto"}, title=title)
 
 
 def _decode(w: Workflow, latent: tuple[Node, str], model: Node) -> Node:

@@ -24,9 +24,9 @@ KINDS = {
     ),
     "FewStepSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
-        ("seed", CONTROL, "steps", "cfg", "sampler", "denoise"),
+        ("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "condition_cache"),
         {"latent": "LATENT"},
-        (300, 310 + PREVIEW),
+        (300, 340 + PREVIEW),
     ),
     "UniPicSigmas": Kind(
         {"model": "MODEL", "latent": "LATENT"}, ("steps", "denoise"), {"sigmas": "SIGMAS"}, (300, 110)

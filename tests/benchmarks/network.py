@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import QwenImageTransformer2DModel
+from torch import Tensor, nn
 
 from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.segments import FULL
+
+from .arithmetic import Load
+from .common import Columns, heading, in_turns, line, machine, write_json
+from .systems import TIME, Inputs, Kind, square
 
 NANO = MMDiTConfig(
     num_layers=6, num_attention_heads=5, attention_head_dim=32, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
@@ -58,49 +59,66 @@ class Row:
     max_difference: float
 
 
+COLUMNS: Columns = {
+    "case": "<36",
+    "dtype": "<9",
+    "pass_": "<21",
+    "ours_seconds": ">12.4f",
+    "diffusers_seconds": ">17.4f",
+    "ratio": ">6.3f",
+}
+
+
+def diffusers_network(ours: MMDiT) -> Any:
+    """diffusers' class, which has the full form alone, on the same memory."""
+    sizes = ours.config.with_form(FULL).to_dict()
+    theirs = QwenImageTransformer2DModel(**{k: v for k, v in sizes.items() if not k.startswith("_")})
+    nn.Module.to(theirs, dtype=ours.dtype)  # diffusers' own warns about modules that it does not have
+    theirs.load_state_dict(ours.state_dict(), assign=True)
+    return theirs
+
+
+def evaluate_diffusers(theirs: Any, inputs: Inputs) -> Tensor:
+    """The target's velocity by diffusers' class."""
+    latents, text = inputs
+    shapes = [[(s.frames, s.height, s.width) for s in sample] for sample in latents.shapes]
+    t = torch.full((len(shapes),), TIME, dtype=text.embeds.dtype)
+    out = theirs(latents.tokens, text.embeds, timestep=t, img_shapes=shapes, return_dict=False)[0]
+    return out[:, : latents.num_target_tokens]
+
+
 def measure(case: Case, dtype: torch.dtype, backward: bool, rounds: int) -> Row:
     torch.manual_seed(0)
-    theirs = QwenImageTransformer2DModel(**{k: v for k, v in case.config.to_dict().items() if not k.startswith("_")})
-    ours = MMDiT(case.config)
-    ours.load_state_dict(theirs.state_dict())
-    for network in (theirs, ours):
-        torch.nn.Module.to(network, dtype=dtype)  # diffusers' own warns about modules that it does not have
-    shapes = tuple(LatentShape(1, s, s) for s in case.sides)
-    tokens = torch.randn(case.batch, sum(s.num_tokens for s in shapes), case.config.in_channels, dtype=dtype)
-    embeds = torch.randn(case.batch, case.text, case.config.joint_attention_dim, dtype=dtype)
-    t = torch.rand(case.batch)
-    packed = PackedLatents(tokens, (shapes,) * case.batch, shapes[0].num_tokens)
-    img_shapes = [[(1, s.height, s.width) for s in shapes]] * case.batch
+    kind = Kind(dtype)
+    ours = kind.random(case.config).requires_grad_(True)
+    theirs = diffusers_network(ours)
+    target, *references = map(square, case.sides)
+    inputs = kind.inputs(case.config, Load(target, tuple(references), case.text, case.batch))
 
-    def run_ours() -> torch.Tensor:
-        return ours(packed, t, TextCond(embeds))
+    def run_ours() -> Tensor:
+        return ours(inputs[0], TIME, inputs[1])
 
-    def run_theirs() -> torch.Tensor:
-        out = theirs(tokens, embeds, timestep=t.to(dtype), img_shapes=img_shapes, return_dict=False)[0]
-        return out[:, : packed.num_target_tokens]
+    def run_theirs() -> Tensor:
+        return evaluate_diffusers(theirs, inputs)
+
+    def passed(run: Any) -> None:
+        with torch.set_grad_enabled(backward):
+            out = run()
+        if backward:
+            out.float().square().mean().backward()
 
     with torch.no_grad():
         difference = float((run_ours() - run_theirs()).abs().max())
-    pairs = [(timed(run_ours, backward), timed(run_theirs, backward)) for _ in range(rounds + 1)][1:]
+    times = in_turns({"ours": lambda: passed(run_ours), "diffusers": lambda: passed(run_theirs)}, rounds)
     return Row(
         case.name,
         str(dtype).removeprefix("torch."),
         "forward and backward" if backward else "forward",
-        statistics.median(a for a, _ in pairs),
-        statistics.median(b for _, b in pairs),
-        statistics.median(a / b for a, b in pairs),
+        times.median("ours"),
+        times.median("diffusers"),
+        times.ratio("ours", "diffusers"),
         difference,
     )
-
-
-def timed(run: Callable[[], torch.Tensor], backward: bool) -> float:
-    start = time.perf_counter()
-    if backward:
-        run().float().square().mean().backward()
-    else:
-        with torch.no_grad():
-            run()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -108,17 +126,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    rows: list[Row] = []
-    print(f"{'case':36} {'dtype':9} {'pass':21} {'ours':>9} {'diffusers':>9} {'ratio':>6}")
+    rows: list[dict[str, Any]] = []
+    print(heading(COLUMNS))
     for case, dtype, backward in itertools.product(CASES, (torch.float32, torch.bfloat16), (False, True)):
-        row = measure(case, dtype, backward, args.rounds)
-        rows.append(row)
-        times = f"{row.ours_seconds * 1e3:7.1f}ms {row.diffusers_seconds * 1e3:7.1f}ms"
-        print(f"{row.case:36} {row.dtype:9} {row.pass_:21} {times} {row.ratio:6.3f}", flush=True)
-        if args.json:  # after every row: a long table may be cut short
-            table = {"machine": machine, "torch": torch.__version__, "rows": [asdict(r) for r in rows]}
-            args.json.write_text(json.dumps(table, indent=1) + "\n")
+        rows.append(asdict(measure(case, dtype, backward, args.rounds)))
+        print(line(COLUMNS, rows[-1]), flush=True)
+        write_json(args.json, {"machine": machine(), "rows": rows})  # after every row: a long table may be cut short
 
 
 if __name__ == "__main__":

@@ -10,17 +10,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from common import Run, in_turns, peak_added, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -31,22 +30,10 @@ MEGAPIXEL, SIX = (1024, 1024), 6
 LAYERS = 2
 
 
-def in_turns(first: Callable[[int], Any], second: Callable[[int], Any], runs: int) -> dict[str, float]:
-    """Median seconds of each, and the median of the ratios of neighbours. The first round is left out."""
-    times: list[tuple[float, float]] = []
-    for i in range(runs + 1):
-        both = []
-        for function in (first, second):
-            start = time.perf_counter()
-            function(i)
-            both.append(time.perf_counter() - start)
-        times.append((both[0], both[1]))
-    times = times[1:]
-    return {
-        "first": statistics.median(a for a, _ in times),
-        "second": statistics.median(b for _, b in times),
-        "ratio": statistics.median(a / b for a, b in times),
-    }
+def compared(first: Run, second: Run, runs: int) -> dict[str, float]:
+    """Median seconds of each, and the median of the ratios of neighbours."""
+    times = in_turns({"first": first, "second": second}, runs)
+    return {**{name: times.median(name) for name in times.seconds}, "ratio": times.ratio("first", "second")}
 
 
 def nodes_against_pipeline(runs: int) -> dict[str, float]:
@@ -66,19 +53,22 @@ def nodes_against_pipeline(runs: int) -> dict[str, float]:
     pipeline = UniPicPipeline.from_pretrained(find_model(DEFAULT_MODEL), torch_dtype=torch.float32, device="cpu")
     images = {name: to_image(picture) for name, picture in zip(IMAGES, pictures, strict=False)}
 
-    def by_nodes(seed: int) -> None:
+    seeds, own_seeds = itertools.count(), itertools.count()
+
+    def by_nodes() -> None:
+        seed = next(seeds)
         with torch.inference_mode():
             positive, negative, latent = MultiImageCompose.execute(clip, vae, PROMPT, images=images).result
             made = FewStepSampler.execute(model, positive, negative, latent, seed, 20, 1.0, "euler", 1.0).result[0]
             vae.decode(made["samples"])
 
-    def by_pipeline(seed: int) -> None:
-        pipeline(pictures, PROMPT, num_inference_steps=20, true_cfg_scale=1.0, sampler="euler", seed=seed)
+    def by_pipeline() -> None:
+        pipeline(pictures, PROMPT, num_inference_steps=20, true_cfg_scale=1.0, sampler="euler", seed=next(own_seeds))
 
-    return in_turns(by_nodes, by_pipeline, runs)
+    return compared(by_nodes, by_pipeline, runs)
 
 
-def step(shared: bool) -> Callable[[int], Any]:
+def step(shared: bool) -> Run:
     """One step at 4,096 target tokens, with six references of 4:3 sharing a megapixel or having one each."""
     import comfy.ops
     import torch
@@ -98,7 +88,7 @@ def step(shared: bool) -> Callable[[int], Any]:
     x = torch.randn(1, 16, 1, MEGAPIXEL[1] // 8, MEGAPIXEL[0] // 8)
     text = torch.randn(1, 1070 if shared else 6 * 196 + 100, config.joint_attention_dim)
 
-    def run(_: int) -> None:
+    def run() -> None:
         with torch.inference_mode():
             network(x, torch.tensor([0.5]), text, ref_latents=references)
 
@@ -110,20 +100,6 @@ def peak_bytes(shared: bool) -> int:
     command = [sys.executable, __file__, "--peak", "shared" if shared else "each"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])
-
-
-def print_peak(shared: bool) -> None:
-    run = step(shared)
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the largest memory so far
-    before = _status("VmRSS")
-    run(0)
-    print(_status("VmHWM") - before)
-
-
-def _status(field: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> int:
@@ -143,10 +119,10 @@ def main() -> int:
         comfyui.prepare(path, Path(base))
         comfyui.load_pack()
         if args.peak:
-            print_peak(args.peak == "shared")
+            print(peak_added(step(args.peak == "shared")))
             return 0
         picture = nodes_against_pipeline(args.runs)
-        six = in_turns(step(True), step(False), max(args.runs // 3, 3))
+        six = compared(step(True), step(False), max(args.runs // 3, 3))
     memory = {name: peak_bytes(name == "shared") for name in ("shared", "each")}
     print(f"a picture by nodes {picture['first']:.2f} s, by the pipeline {picture['second']:.2f} s: ", end="")
     print(f"ratio {picture['ratio']:.3f} (limit {LIMIT})")
@@ -154,9 +130,8 @@ def main() -> int:
         f"a step with six references sharing a megapixel {six['first']:.2f} s, a megapixel each {six['second']:.2f} s: "
     )
     print(f"ratio {six['ratio']:.3f}; peak memory {memory['shared'] / 1e6:.0f} MB, {memory['each'] / 1e6:.0f} MB")
-    if args.json:
-        result = {"picture": picture, "six": six, "peak_bytes": memory, "machine": platform.machine()}
-        args.json.write_text(json.dumps({**result, "cores": os.cpu_count()}, indent=1) + "\n")
+    result = {"picture": picture, "six": six, "peak_bytes": memory, "machine": platform.machine()}
+    write_json(args.json, {**result, "cores": os.cpu_count()})
     return int(picture["ratio"] > LIMIT)
 
 

@@ -5,6 +5,7 @@
 2. Tokens per second of a forward and backward pass, ours against diffusers' class: same weights, same inputs.
 3. An epoch from the cache against one that encodes pictures and prompts on the way.
 4. Samples with one to six references in one batch against one by one.
+5. A step of each method (training_steps.py): full attention against the causal forms, adapters against copies.
 
 Ratios are medians over neighbouring runs in one process, which machine noise moves least.
 """
@@ -12,14 +13,8 @@ Ratios are medians over neighbouring runs in one process, which machine noise mo
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,26 +33,19 @@ from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.pipeline.text import TextEncoder
 from unipic_core.sequence import LatentShape, TextCond, pack_with_references
 
+from .common import Run, in_turns, machine, peak_of_its_own, write_json
 from .network import CASES, measure
+from .training_steps import import_optimizers, step_rows
 
 SIDES = ((6, 6), (4, 6), (6, 4), (4, 4), (6, 2), (2, 6), (4, 2), (2, 4))
 """Latent tokens of references of the nano."""
 
 
-def in_turns(first: Callable[[], Any], second: Callable[[], Any], rounds: int) -> dict[str, float]:
-    """Median seconds of each, and the median of the ratios first / second. The first round is left out."""
-    pairs = [(timed(first), timed(second)) for _ in range(rounds + 1)][1:]
-    columns = {"first_seconds": [a for a, _ in pairs], "second_seconds": [b for _, b in pairs]}
-    return {
-        **{k: statistics.median(v) for k, v in columns.items()},
-        "ratio": statistics.median(a / b for a, b in pairs),
-    }
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+def compared(first: Run, second: Run, rounds: int) -> dict[str, float]:
+    """Median seconds of each, and the median of the ratios first / second."""
+    times = in_turns({"first": first, "second": second}, rounds)
+    seconds = {f"{name}_seconds": times.median(name) for name in times.seconds}
+    return {**seconds, "ratio": times.ratio("first", "second")}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -94,32 +82,26 @@ def parse_optimizer() -> Any:
     return parse_run({"method": "vae", "output": "x"}).optimizer
 
 
-def print_peak(adapters: bool) -> None:
-    """In a process of its own: bytes that loading and an update of each part add to its largest memory."""
+def loaded_and_updated(adapters: bool) -> Run:
+    """For a process of its own: load the roles, and update each part once."""
     torch.set_num_threads(1)
     batch = example((3,))
-    make_optimizers([("x", torch.nn.Parameter(torch.zeros(2, 2)))], parse_optimizer())  # imports
-    before = status("VmRSS")
-    roles = nano_roles(adapters)
-    for role in (FAKE_SCORE, STUDENT):
-        update(roles, role, batch)
-        with torch.no_grad():
-            roles(TEACHER, batch.latents, 0.5, batch.cond)
-    print(status("VmHWM") - before)
+    import_optimizers()
 
+    def run() -> None:
+        roles = nano_roles(adapters)
+        for role in (FAKE_SCORE, STUDENT):
+            update(roles, role, batch)
+            with torch.no_grad():
+                roles(TEACHER, batch.latents, 0.5, batch.cond)
 
-def status(name: str) -> int:
-    """Bytes of a field of /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return run
 
 
 def memory() -> dict[str, float]:
-    made = {}
+    made: dict[str, float] = {}
     for name in ("adapters", "copies"):
-        command = [sys.executable, "-m", "tests.benchmarks.training", "--peak", name]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        made[f"nano_{name}_bytes"] = int(done.stdout.split()[-1])
+        made[f"nano_{name}_bytes"] = peak_of_its_own(loaded_and_updated, name == "adapters")
     run = released()
     made |= {"released_adapters_gib": estimate(run).gpu / GIB, "released_copies_gib": four_copies(run).gpu / GIB}
     made["nano_ratio"] = made["nano_adapters_bytes"] / made["nano_copies_bytes"]
@@ -168,7 +150,7 @@ def cached_epochs(rounds: int, samples: int) -> dict[str, float]:
             build(replace(data, folder=f"{folder}/{next(made)}"), vae, text)
             cached()
 
-        return in_turns(cached, encoding, rounds)
+        return compared(cached, encoding, rounds)
 
 
 def mixed_references(rounds: int) -> dict[str, float]:
@@ -180,7 +162,7 @@ def mixed_references(rounds: int) -> dict[str, float]:
         for single in singles:
             update(roles, STUDENT, single)
 
-    made = in_turns(lambda: update(roles, STUDENT, whole), one_by_one, rounds)
+    made = compared(lambda: update(roles, STUDENT, whole), one_by_one, rounds)
     real = sum(sum(s.num_tokens for s in shapes) for shapes in whole.latents.shapes)
     padded = len(counts) * whole.latents.tokens.shape[1]
     return {**made, "padding": 1 - real / padded}
@@ -190,26 +172,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, and only the nano's cases")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--peak", choices=["adapters", "copies"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.peak:
-        print_peak(args.peak == "adapters")
-        return
     rounds = 7 if args.quick else 15
-    result: dict[str, Any] = {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    result: dict[str, Any] = {"machine": machine()}
 
-    def done(name: str, found: Any) -> None:
-        result[name] = found
-        for row in found if isinstance(found, list) else [found]:
+    def done(name: str, found: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
+        single = isinstance(found, Mapping)
+        rows: list[Mapping[str, Any]] = []
+        for row in [found] if single else found:
             print(name, *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), sep="  ")
-        sys.stdout.flush()
-        if args.json:  # after every part: a long run may be cut short
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            rows.append(row)
+            result[name] = row if single else rows
+            write_json(args.json, result)  # after every row: a long run may be cut short
 
     done("memory", memory())
     done("against_diffusers", against_diffusers(rounds, args.quick))
     done("cached_against_encoding", cached_epochs(1 if args.quick else 3, 24 if args.quick else 96))
     done("mixed_batch_against_one_by_one", mixed_references(rounds))
+    done("steps", step_rows(1 if args.quick else 5))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ import torch
 from PIL import Image
 
 from unipic_core import cli
+from unipic_core.attention import PACKAGES, matmul_attention
 from unipic_core.cli import lora_argument, main, size_argument
 from unipic_core.lora import save_lora
+from unipic_core.pipeline import command, pipeline
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--size", "32x16", "--steps", "1", "--cfg", "1", "--reference-budget", "32", "--device", "cpu"]
@@ -34,7 +36,7 @@ def picture(tmp_path: Path) -> Path:
 @pytest.fixture
 def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tiny pipeline in place of loading one."""
-    monkeypatch.setattr(cli, "load_pipeline", lambda args: tiny)
+    monkeypatch.setattr(command, "load_pipeline", lambda args: tiny)
     return tiny
 
 
@@ -45,7 +47,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(args: Any) -> Any:
         raise AssertionError("weights were loaded before the mistake was found")
 
-    monkeypatch.setattr(cli, "load_pipeline", load)
+    monkeypatch.setattr(command, "load_pipeline", load)
 
 
 def compose(model: Path, *arguments: object) -> list[str]:
@@ -97,7 +99,7 @@ def test_loras_are_loaded_with_their_strength(golden: Path, tmp_path: Path, tiny
     save_lora(tmp_path / "a.safetensors", {"img_in": (down, up)})
     lora = f"{tmp_path / 'a.safetensors'}:0.5"
     args = cli.parser().parse_args(compose(golden / "tiny", "--lora", lora, "--lora", lora))
-    loaded = cli.load_pipeline(args).transformer.img_in.weight
+    loaded = command.load_pipeline(args).transformer.img_in.weight
     torch.testing.assert_close(loaded, tiny.transformer.img_in.weight + 2 * 0.5 * up @ down)
     assert "a.safetensors: 1 layers added at strength 0.5" in capsys.readouterr().err
     absent = tmp_path / "b.safetensors:0.5"
@@ -146,16 +148,41 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) 
         (["--sampler", "heun"], "sampler must be one of consistency, euler, got 'heun'"),
         (["--reference-budget", "8"], "reference budget must be from 32"),
         (["--device", "gpu"], "no device 'gpu'"),
+        (["--attention", "fast"], "attention must be one of sdpa, matmul, flash, sage, got 'fast'"),
+        (["--attention", "sage"], "pip install sageattention, or choose sdpa"),
         (["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (["--lora", "absent.safetensors"], "absent.safetensors"),
     ],
 )
 def test_wrong_wishes_are_found_before_loading(
-    golden: Path, picture: Path, unloaded: None, capsys: Any, change: list[str], message: str
+    golden: Path,
+    picture: Path,
+    unloaded: None,
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    change: list[str],
+    message: str,
 ) -> None:
+    monkeypatch.setitem(sys.modules, PACKAGES["sage"].modules[0], None)
     out = picture.with_name("out.png")
     assert message in fails(compose(golden / "tiny", picture, "--out", out, *change), capsys)
     assert not out.exists()
+
+
+def test_compiling_without_a_compiler(
+    golden: Path, picture: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("CXX", "absent++")
+    assert "needs the C++ compiler absent++" in fails(compose(golden / "tiny", picture, "--compile"), capsys)
+
+
+def test_attention_and_compile_reach_the_network(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(pipeline, "compile_blocks", compiled.append)
+    args = cli.parser().parse_args(compose(golden / "tiny", "--attention", "matmul", "--compile"))
+    network = command.load_pipeline(args).transformer
+    assert network.attention is matmul_attention
+    assert compiled == [network]
 
 
 def test_a_prompt_too_long(golden: Path, picture: Path, loaded: Any, capsys: Any) -> None:
@@ -184,7 +211,7 @@ def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.Monk
     def broken(args: Any) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr(cli, "load_pipeline", broken)
+    monkeypatch.setattr(command, "load_pipeline", broken)
     assert "unforeseen KeyError: 'surprise'" in fails(compose(golden / "tiny", picture), capsys, code=1)
 
 

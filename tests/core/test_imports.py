@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CORE = ROOT / "unipic_core"
 CORE_NEEDS = {"torch", "numpy", "PIL", "safetensors"}
-PIPELINE_NEEDS = CORE_NEEDS | {"transformers", "diffusers"}
+PIPELINE_NEEDS = CORE_NEEDS | {"transformers"}
 CLI_NEEDS = PIPELINE_NEEDS | {"tqdm"}
 
 

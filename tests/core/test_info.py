@@ -105,14 +105,31 @@ def test_a_pickle(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_reading")
 def test_a_lora(tmp_path: Path) -> None:
     layers = {f"transformer_blocks.{i}.attn.to_q": (torch.zeros(4, 64), torch.zeros(64, 4)) for i in range(2)}
-    save_lora(tmp_path / "l.safetensors", layers, recipe=Recipe(steps=4))
+    save_lora(tmp_path / "l.safetensors", layers, recipe=Recipe(steps=4, attention_form="prefix_causal"))
     info = describe(tmp_path / "l.safetensors")
-    assert (info["kind"], info["layers"], info["ranks"]) == ("lora", 2, [4])
+    assert (info["kind"], info["layers"], info["ranks"], info["alphas"]) == ("lora", 2, [4], [])
     assert info["targets"] == {"attn.to_q": 2}
     assert info["recipe"]["steps"] == 4
     text = format_description(info)
-    assert "2 layers, rank 4" in text
+    assert "2 layers, rank 4," in text
     assert "2 x attn.to_q" in text
+    assert "attention prefix_causal" in text
+    others = {"down.weight": torch.zeros(4, 64), "up.weight": torch.zeros(64, 4)}
+    named = {f"lora_unet_transformer_blocks_0_attn_to_q.lora_{part}": tensor for part, tensor in others.items()}
+    save_file(
+        {**named, "lora_unet_transformer_blocks_0_attn_to_q.alpha": torch.tensor(8.0)}, tmp_path / "o.safetensors"
+    )
+    assert "1 layers, rank 4, alpha 8" in format_description(describe(tmp_path / "o.safetensors"))
+
+
+def test_a_causal_network(tmp_path: Path) -> None:
+    folder = shutil.copytree(TINY / "transformer", tmp_path / "transformer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attention_form": "reference_causal"}))
+    info = describe(folder)
+    assert info["attention_form"] == "reference_causal"
+    assert "attention reference_causal" in format_description(info)
+    assert "attention" not in format_description(describe(TINY / "transformer"))
 
 
 def test_other_weights_are_named(tmp_path: Path) -> None:

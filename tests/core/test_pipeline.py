@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from unipic_core.caching import LRU
 from unipic_core.errors import CheckpointError, LoRAError, UniPicError
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.pipeline.loading import check_fit, load_parts
 from unipic_core.pipeline.offload import Placement, checked_device, needs_offload, readable_out_of_memory
-from unipic_core.pipeline.vae import VAE
 from unipic_core.recipe import Recipe
 from unipic_core.settings import resolve
 
@@ -40,20 +40,23 @@ def picture(seed: int = 0, width: int = 40, height: int = 30) -> Image.Image:
 
 @pytest.fixture
 def calls(tiny: UniPicPipeline, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts calls of the three networks."""
+    """Counts calls of the networks; "pictures" counts what goes through the VAE's encoder."""
     counts: Counter[str] = Counter()
 
-    def counted(owner: Any, method: str, name: str) -> None:
+    def counted(owner: Any, method: str, name: str, pictures: str | None = None) -> None:
         original = getattr(owner, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             counts[name] += 1
+            if pictures:
+                counts[pictures] += len(args[0])
             return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, method, call)
 
     counted(tiny.text_encoder, "encode", "text")
-    counted(tiny.vae, "encode", "vae")
+    counted(tiny.text_encoder.network.visual, "forward", "vision")
+    counted(tiny.vae, "encode", "vae", "pictures")
     counted(tiny.transformer, "forward", "network")
     return counts
 
@@ -61,9 +64,9 @@ def calls(tiny: UniPicPipeline, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
 def test_a_second_seed_encodes_nothing_again(tiny: UniPicPipeline, calls: Counter[str]) -> None:
     images = [picture(0), picture(1)]
     first = tiny(images, "a", **SMALL, seed=1).images
-    assert calls == {"text": 1, "vae": 2, "network": 2}
+    assert calls == {"text": 1, "vision": 1, "vae": 1, "pictures": 2, "network": 2}
     second = tiny([i.copy() for i in images], "a", **SMALL, seed=2).images
-    assert calls == {"text": 1, "vae": 2, "network": 4}
+    assert calls == {"text": 1, "vision": 1, "vae": 1, "pictures": 2, "network": 4}
     assert not torch.equal(first, second)
     assert torch.equal(tiny(images, "a", **SMALL, seed=1).images, first)
 
@@ -71,16 +74,17 @@ def test_a_second_seed_encodes_nothing_again(tiny: UniPicPipeline, calls: Counte
 def test_caches_notice_what_changes(tiny: UniPicPipeline, calls: Counter[str]) -> None:
     tiny([picture(0), picture(1)], "a", **SMALL)
     tiny([picture(0), picture(1)], "b", **SMALL)
-    assert (calls["text"], calls["vae"]) == (2, 2)
+    assert (calls["text"], calls["pictures"]) == (2, 2)
     tiny([picture(1), picture(0)], "b", **SMALL)  # the order counts for the text, not for the latents
-    assert (calls["text"], calls["vae"]) == (3, 2)
+    assert (calls["text"], calls["pictures"]) == (3, 2)
     tiny([picture(1), picture(0)], "b", **{**SMALL, "reference_budget": 96})
-    assert (calls["text"], calls["vae"]) == (4, 4)
+    assert (calls["text"], calls["pictures"]) == (4, 4)
     changed = picture(1)
     changed.putpixel((0, 0), (1, 2, 3))
     tiny([changed, picture(0)], "b", **SMALL)
-    assert (calls["text"], calls["vae"]) == (5, 5)
-    for module, part in ((tiny.text_encoder.network, "text"), (tiny.vae.model, "vae")):
+    assert (calls["text"], calls["pictures"]) == (5, 5)
+    assert calls["vision"] == 4  # every change but that of the prompt
+    for module, part in ((tiny.text_encoder.network, "text"), (tiny.vae.model, "pictures")):
         before, weight = calls[part], next(module.parameters())
         weight.mul_(1.0)  # an optimizer step in place
         tiny([changed, picture(0)], "b", **SMALL)
@@ -89,9 +93,39 @@ def test_caches_notice_what_changes(tiny: UniPicPipeline, calls: Counter[str]) -
 
 def test_guidance_one_runs_and_encodes_no_unconditional(tiny: UniPicPipeline, calls: Counter[str]) -> None:
     tiny([picture()], "a", negative_prompt="<|im_end|> would be refused if it were read", **SMALL)
-    assert calls == {"text": 1, "vae": 1, "network": 2}
+    assert calls == {"text": 1, "vision": 1, "vae": 1, "pictures": 1, "network": 2}
     tiny([picture()], "a", **{**SMALL, "true_cfg_scale": 2.0})
-    assert calls == {"text": 2, "vae": 1, "network": 6}
+    assert calls == {"text": 2, "vision": 1, "vae": 1, "pictures": 1, "network": 6}
+
+
+def test_prompt_and_negative_prompt_share_the_vision_tower(tiny: UniPicPipeline, calls: Counter[str]) -> None:
+    tiny([picture(0), picture(1)], "a", **{**SMALL, "true_cfg_scale": 2.0})
+    assert (calls["text"], calls["vision"]) == (2, 1)
+    tiny([picture(0), picture(1)], "another", **{**SMALL, "true_cfg_scale": 2.0})
+    assert (calls["text"], calls["vision"]) == (3, 1)
+    with pytest.warns(UserWarning, match="no pictures given"):
+        tiny([], "a", **SMALL)
+    assert (calls["text"], calls["vision"]) == (4, 1)
+
+
+def test_references_of_one_size_go_through_the_vae_together(tiny: UniPicPipeline, calls: Counter[str]) -> None:
+    pictures = [picture(0, 64, 32), picture(1, 32, 32), picture(2, 64, 32), picture(0, 64, 32)]
+    known = tiny._encode_references([picture(1, 32, 32)])[0]
+    together = tiny._encode_references(pictures)
+    assert (calls["vae"], calls["pictures"]) == (2, 3)  # the second is known and the fourth is the first
+    assert together[1] is known
+    tiny.clear_cache()
+    for latent, reference in zip(together, pictures, strict=True):
+        torch.testing.assert_close(latent, tiny._encode_references([reference])[0], rtol=0, atol=1e-5)
+    assert tiny._encode_references([]) == []
+
+
+def test_a_full_cache_keeps_what_is_asked_for(tiny: UniPicPipeline, calls: Counter[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(tiny, "_reference_cache", LRU(2))
+    old, *new = (picture(i, 32, 32) for i in range(3))
+    first = tiny._encode_references([old])[0]
+    assert tiny._encode_references([*new, old])[-1] is first
+    assert calls["pictures"] == 3
 
 
 def test_image_i_of_many_is_what_its_seed_gives_alone(tiny: UniPicPipeline) -> None:
@@ -304,13 +338,14 @@ def test_damaged_vae(folder: Path) -> None:
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     good = load_file(weights)
     save_file({n: t for n, t in good.items() if "conv_in.weight" not in n}, weights)
-    with pytest.raises(CheckpointError, match=r"VAE in .* cannot be loaded: .*Missing key"):
+    with pytest.raises(CheckpointError, match=r"VAE in .* does not fit its config\.json .*conv_in\.weight"):
         load(folder)
     weights.write_bytes(b"\x00" * 40)
     with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model.safetensors"):
         load(folder)
+    save_file(good, weights)
     (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(CheckpointError, match="holds a AutoencoderKL, expected an AutoencoderKLQwenImage"):
+    with pytest.raises(CheckpointError, match="describes a AutoencoderKL, expected an AutoencoderKLQwenImage"):
         load(folder)
 
 
@@ -397,14 +432,14 @@ def test_offloading_keeps_the_caches(tiny: UniPicPipeline, calls: Counter[str], 
     tiny([picture()], "a", **SMALL)
     assert set(moved) == {"transformer", "text_encoder", "vae"}
     tiny([picture()], "a", **SMALL, seed=3)
-    assert calls == {"text": 1, "vae": 1, "network": 4}
+    assert calls == {"text": 1, "vision": 1, "vae": 1, "pictures": 1, "network": 4}
 
 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA"), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()]
 )
 def test_out_of_memory_says_what_to_lower(tiny: UniPicPipeline, monkeypatch: Any, error: Exception) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise error
 
     monkeypatch.setattr(tiny.transformer, "forward", fail)
@@ -418,19 +453,3 @@ def test_out_of_memory_says_what_to_lower(tiny: UniPicPipeline, monkeypatch: Any
 def test_other_runtime_errors_are_not_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"), readable_out_of_memory("x"):
         raise RuntimeError("shapes do not match")
-
-
-def test_vae_tiles_large_pictures(tiny: UniPicPipeline, monkeypatch: Any) -> None:
-    picture = torch.rand(3, 64, 176, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    vae = VAE(tiny.vae.model)
-    with torch.no_grad():
-        whole = vae.encode(picture)
-        decoded = vae.decode(whole)
-        assert not vae.model.use_tiling
-        vae.tile_above, vae.tile, vae.stride = 0, 96, 64
-        tiled, redecoded = vae.encode(picture), vae.decode(whole)
-        assert vae.model.use_tiling
-    assert tiled.shape == whole.shape
-    assert redecoded.shape == decoded.shape
-    assert (tiled - whole).abs().mean() < 0.2 * whole.abs().mean()
-    assert (redecoded - decoded).abs().mean() < 0.05

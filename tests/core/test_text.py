@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,52 @@ def test_mixed_batch_gives_what_each_sample_gives_alone(encoder: TextEncoder, po
             assert alone.mask is None
             kept = together.embeds[i][together.mask[i]]
             torch.testing.assert_close(kept, alone.embeds[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def towers(encoder: TextEncoder) -> Iterator[list[int]]:
+    """Patches of every run of the vision tower."""
+    runs: list[int] = []
+    hook = encoder.network.visual.register_forward_hook(lambda tower, given, made: runs.append(len(given[0])))
+    yield runs
+    hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["sequential", "multimodal"])
+def test_several_prompts_share_one_run_of_the_vision_tower(
+    encoder: TextEncoder, towers: list[int], positions: str
+) -> None:
+    """The numbers are those of transformers' own way from pixels and ids, to the bit."""
+    enc = TextEncoder(encoder.model, encoder.tokenizer, encoder.image_processor, positions)
+    images, prompts = zip(*SAMPLES, strict=True)
+    vision = enc.vision(images)
+    assert vision.shape == (2 * 3 + 4 * 1 + 1, 32)
+    for some in (prompts, ("x", "", " ")):
+        shared = enc.encode(images, some, vision)
+        assert len(towers) == 1
+        inputs = enc.prepare(images, some)
+        hidden = enc.network(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            position_ids=enc.position_ids(inputs["input_ids"], inputs["image_grid_thw"]),
+            pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"],
+            use_cache=False,
+        ).last_hidden_state
+        assert torch.equal(shared.embeds, hidden[:, enc.dropped :])
+        assert torch.equal(shared.embeds, enc.forward(inputs).embeds)
+        assert towers.pop() == towers.pop()
+
+
+@torch.no_grad()
+def test_no_pictures_run_no_vision_tower(encoder: TextEncoder, towers: list[int]) -> None:
+    vision = encoder.vision([[], []])
+    assert vision.shape == (0, 32)
+    assert torch.equal(
+        encoder.encode([[], []], ["a", "b c"], vision).embeds, encoder.encode([[], []], ["a", "b c"]).embeds
+    )
+    assert towers == []
 
 
 def test_cached_inputs_can_be_put_together(encoder: TextEncoder) -> None:
@@ -114,6 +161,8 @@ def test_wrong_use(encoder: TextEncoder) -> None:
         encoder.prepare([[]], ["a", "b"])
     with pytest.raises(UniPicError, match="pictures from `resize_references`, got one of 33x32"):
         encoder.prepare([[picture(33, 32)]], ["a"])
+    with pytest.raises(UniPicError, match="pictures from `resize_references`, got one of 33x32"):
+        encoder.vision([[picture(33, 32)]])
     with pytest.raises(UniPicError, match="positions must be one of"):
         TextEncoder(encoder.model, encoder.tokenizer, positions="other")
 

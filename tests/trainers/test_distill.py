@@ -13,6 +13,7 @@ from trainers.joint import JointTraining
 from trainers.loop import train
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER
 from trainers.train import make_method
+from unipic_core.checkpoints import read_config
 from unipic_core.lora import read_lora
 from unipic_core.pipeline import UniPicPipeline
 
@@ -33,7 +34,7 @@ def distilling(changed):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("network", [ADAPTER, {}], ids=["adapters", "full"])
-def test_each_method_trains_resumes_and_exports(distilling, tmp_path, metrics, method, network):
+def test_each_method_trains_resumes_and_exports(distilling, tmp_path, metrics, broken_off, method, network):
     config = distilling(method, network=network, output=str(tmp_path / "whole"))
     made = make_method(config)
     assert type(made) is METHODS[method]
@@ -44,18 +45,8 @@ def test_each_method_trains_resumes_and_exports(distilling, tmp_path, metrics, m
         assert all(same) == (role == TEACHER), role
 
     config = distilling(method, network=network, output=str(tmp_path / "broken"))
-    broken = make_method(config)
-    batch, asked = broken.batch, iter(range(1000))
-
-    def fails(index):
-        if next(asked) == broken.slots * 2 + broken.slots // 2:  # after the second step, within the third
-            raise KeyboardInterrupt
-        return batch(index)
-
-    broken.batch = fails
-    with pytest.raises(KeyboardInterrupt):
-        train(config, broken)
-    resumed = train(config, make_method(config))
+    within_the_third_step = made.slots * 2 + made.slots // 2
+    resumed = broken_off(config, make_method, within_the_third_step)
     assert metrics(config.output) == metrics(whole.parent)
     files = sorted(f.relative_to(whole) for f in whole.rglob("*.safetensors"))
     for file in files:
@@ -86,6 +77,32 @@ def test_what_a_distillation_leaves_opens_everywhere(distilling, run):
     latents = {k: p(images=pictures, prompt="a red cup", seed=3, output_type="latent").images for k, p in ways.items()}
     assert torch.equal(latents["folder"], latents["file"])
     assert torch.allclose(latents["lora"], latents["folder"], atol=0.05)  # the merged weights are bfloat16
+
+
+@pytest.mark.parametrize("method", ["sft", "consistency", "dmd"])
+@pytest.mark.parametrize("network", [ADAPTER, {}], ids=["adapters", "full"])
+def test_a_causal_student_of_a_full_teacher(distilling, run, tmp_path, method, network):
+    """It trains in its form, its teacher and fake score keep theirs, and its files bring the form along."""
+    form = "prefix_causal"
+    config = distilling(method, network={**network, "attention_form": form}, output=str(tmp_path), steps=2)
+    made = make_method(config)
+    forms = {role: made.roles.config_of(role).attention_form for role in made.roles.names}
+    assert forms == {role: form if role in (STUDENT, EMA) else "full" for role in forms}
+    export = train(config, made)
+    name = f"unipic_{'sft' if method == 'sft' else 'distill'}_{form}"
+    assert read_config(export / name).attention_form == form
+    folder = UniPicPipeline.from_pretrained(export / name, torch_dtype=torch.float32, device="cpu")
+    assert folder.transformer.config.attention_form == folder.recipe.attention_form == form
+    if network is not ADAPTER:
+        return
+    lora = UniPicPipeline.from_pretrained(run.network.model, torch_dtype=torch.float32, device="cpu")
+    lora.load_lora(export / f"{name}.safetensors")
+    assert lora.transformer.config.attention_form == form
+    settings = {"images": [Image.new("RGB", (96, 64), "red")], "prompt": "a cup", "seed": 3, "num_inference_steps": 2}
+    latents = [pipe(**settings, output_type="latent").images for pipe in (lora, folder)]
+    assert torch.allclose(*latents, atol=0.05)  # the merged weights are bfloat16
+    lora.load_lora(export / f"{name}.safetensors", -1.0)
+    assert lora.transformer.config.attention_form == "full"
 
 
 def test_the_first_step_of_a_student_is_its_teacher(distilling):

@@ -103,10 +103,15 @@ def test_the_gradient_belongs_to_its_role_whoever_was_asked_in_between(inputs, c
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_role_brings_its_form(inputs):
-    """A student with another time modulation than its teacher: switched with the adapter, both ways."""
+@pytest.mark.parametrize(
+    "form",
+    [{"zero_cond_t": True}, {"attention_form": "reference_causal"}, {"attention_form": "prefix_causal"}],
+    ids=str,
+)
+def test_a_role_brings_its_form(inputs, form):
+    """A student with other modulation or attention than its teacher: switched with the adapter, both ways."""
     base = network()
-    modulated = network(zero_cond_t=True)  # the same weights
+    modulated = network(**form)  # the same weights
     with torch.no_grad():
         plain, zero = base(*inputs), modulated(*inputs)
         assert not torch.allclose(plain, zero, atol=1e-3)

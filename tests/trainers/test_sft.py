@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
@@ -22,23 +21,12 @@ from unipic_core.recipe import Recipe
 FROZEN = {"sft": {"train_text_encoder": False}}
 
 
-def test_training_resumes_exactly_and_exports_a_pipeline(changed, tmp_path, metrics):
+def test_training_resumes_exactly_and_exports_a_pipeline(changed, tmp_path, metrics, broken_off):
     whole = train(changed(), SFTWithText(changed()))
     expected = metrics(whole.parent)
 
     config = replace(changed(), output=str(tmp_path / "broken"))
-    method = SFTWithText(config)
-    batch = method.batch
-
-    def fails(step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return batch(step)
-
-    method.batch = fails
-    with pytest.raises(KeyboardInterrupt):
-        train(config, method)
-    resumed = train(config, SFTWithText(config))
+    resumed = broken_off(config, SFTWithText, after=5)
     assert metrics(config.output) == expected
     parts = [f.relative_to(whole) for f in whole.rglob("*.safetensors")]
     assert {f.parent.name for f in parts} >= {"transformer", "text_encoder", "vae"}

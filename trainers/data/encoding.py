@@ -58,6 +58,6 @@ def encode_pictures(vae: ImageVAE, pictures: Sequence[np.ndarray]) -> list[Tenso
         for at in range(0, len(members), size):
             some = members[at : at + size]
             batch = torch.stack([to_tensor(Image.fromarray(pictures[i])) for i in some]).to(weight)
-            made = vae.encode(batch.contiguous(memory_format=torch.channels_last))[:, :, 0]
+            made = vae.encode(batch)[:, :, 0]
             latents.update(zip(some, made.bfloat16().cpu().contiguous(), strict=True))
     return [latents[i] for i in range(len(pictures))]

@@ -18,7 +18,7 @@ from PIL import Image
 from unipic_core.errors import UniPicError
 from unipic_core.image_vae import ImageVAE
 from unipic_core.images import load_image, output_size
-from unipic_core.sequence import PATCH, LatentShape
+from unipic_core.sequence import LatentShape
 
 from ..config import ConfigError, DataConfig, PreviewConfig
 from .catalogue import Split
@@ -117,8 +117,7 @@ def read_preview_file(path: Path, text: str | None) -> list[PreviewRow]:
     for shapes, i in shard.metadata["order"]:
         rows = buckets[shapes].take([i])
         truth = Image.fromarray(shard.tensors[f"{shapes}/truth"][i].numpy().copy())
-        height, width = rows.target.shape[-2:]
-        shape = LatentShape(1, height // PATCH, width // PATCH)
+        shape = LatentShape.of_latents(rows.target)
         references = [v[0].numpy() for v in rows.vision]
         made.append(PreviewRow(rows, shape, strip(references, max(truth.size)), truth))
     return made

@@ -1,4 +1,4 @@
-"""The whole pipeline: adds transformers (the condition encoder) and diffusers (the VAE) to the core."""
+"""The whole pipeline: adds transformers (the condition encoder) to the core."""
 
 from .pipeline import UniPicOutput, UniPicPipeline
 from .text import TextEncoder

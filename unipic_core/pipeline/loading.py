@@ -22,8 +22,9 @@ from ..mmdit import MMDiT
 from ..recipe import Recipe, recipe_of
 from ..schedules import Shift
 from ..sequence import PATCH
+from ..vae_files import vae_parameters
 from .offload import checked_device, needs_offload, readable_out_of_memory
-from .text import TextEncoder
+from .text import TextEncoder, encoder_parameters
 from .vae import VAE
 
 NEEDED = tuple(part for part in PARTS if part not in ("transformer", "processor", "scheduler"))
@@ -57,19 +58,21 @@ def load_parts(
     source, recipe = find_recipe(folder, transformer)
     shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):
-        encoder = TextEncoder.from_pretrained(folder, dtype)
-        vae = VAE.from_pretrained(folder / "vae", dtype)
-        network_bytes = sum(math.prod(s) for s in expected_shapes(read_config(source)).values()) * dtype.itemsize
-        modules = (encoder.network, vae.model)
-        part_bytes = [network_bytes, *(sum(p.nbytes for p in m.parameters()) for m in modules)]
-        offload = needs_offload(device, part_bytes)
-        network = load_transformer(source, dtype=dtype, device="cpu" if offload else device)
-        if not offload:
-            encoder.to(device)
-            vae.to(device)
+        offload = needs_offload(device, part_bytes(folder, source, dtype))
+        place = torch.device("cpu") if offload else device
+        encoder = TextEncoder.from_pretrained(folder, dtype, place)
+        vae = VAE.from_pretrained(folder / "vae", dtype, place)
+        network = load_transformer(source, dtype=dtype, device=place)
     network.requires_grad_(False)
     check_fit(network, encoder, vae)
     return Parts(network, encoder, vae, recipe, shift, device, offload)
+
+
+def part_bytes(folder: Path, source: Path, dtype: torch.dtype) -> list[int]:
+    """Bytes of the network, the condition encoder and the VAE once loaded, from headers alone. CheckpointError."""
+    network = sum(math.prod(shape) for shape in expected_shapes(read_config(source)).values())
+    encoder = encoder_parameters(folder / "text_encoder")
+    return [count * dtype.itemsize for count in (network, encoder, vae_parameters(folder / "vae"))]
 
 
 def find_recipe(folder: Path, transformer: str | Path | None) -> tuple[Path, Recipe]:

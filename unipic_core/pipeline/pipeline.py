@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ..attention import attention_named
 from ..caching import LRU, WeightsKey, image_key
+from ..compiling import check_compiler, compile_blocks
+from ..conditions import Conditions
 from ..errors import UniPicError
 from ..guidance import guided_velocity
 from ..images import resize_references, to_images, to_rgb, to_tensor
@@ -24,15 +27,18 @@ from ..recipe import Recipe
 from ..samplers import Callback, NoiseSource, sample_consistency, sample_euler, seeded_noise
 from ..schedules import Shift
 from ..sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
-from ..settings import Settings, plan
+from ..settings import Settings, plan, resolve
 from .loading import load_parts
-from .offload import Placement, readable_out_of_memory
+from .offload import Placement, checked_device, readable_out_of_memory
 from .text import TextEncoder
 from .vae import VAE
+
+K = TypeVar("K", bound=Hashable)
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
 CACHED_REFERENCES = 32
+CACHED_VISION = 4
 CACHED_TEXTS = 16
 
 
@@ -70,7 +76,10 @@ class UniPicPipeline:
         self.shift = shift
         self.placement = Placement(torch.device(device), offload)
         self._reference_cache: LRU[Tensor] = LRU(CACHED_REFERENCES)
+        self._vision_cache: LRU[Tensor] = LRU(CACHED_VISION)
         self._text_cache: LRU[TextCond] = LRU(CACHED_TEXTS)
+        self._conditions = Conditions()
+        self._own_form = transformer.config.attention_form
 
     @classmethod
     def from_pretrained(
@@ -79,12 +88,23 @@ class UniPicPipeline:
         transformer: str | Path | None = None,
         torch_dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
+        attention: str = "sdpa",
+        compile: bool = False,
     ) -> UniPicPipeline:
         """From a pipeline folder; `transformer` takes the network from another folder or file.
 
-        Raises UniPicError: missing parts are named with what to download; without a GPU pass device="cpu".
+        attention: a name in attention.ATTENTIONS. compile: torch.compile for the network's blocks, minutes before the
+        first step and faster steps after it. Raises UniPicError: missing parts are named with what to download; without
+        a GPU pass device="cpu".
         """
-        return cls(**vars(load_parts(folder, transformer, torch_dtype, device)))
+        if compile:
+            check_compiler(checked_device(device))
+        attend = attention_named(attention)
+        pipe = cls(**vars(load_parts(folder, transformer, torch_dtype, device)))
+        pipe.transformer.attention = attend
+        if compile:
+            compile_blocks(pipe.transformer)
+        return pipe
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +127,7 @@ class UniPicPipeline:
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
             raise UniPicError(f"the strength of a LoRA must be a number, got {strength!r}")
         lora = read_lora(path)
+        resolve(self.recipe.merge(lora.recipe))  # refuses what this version does not have before the weights change
         report = merge_lora(self.transformer, lora, strength)
         file = Path(path).resolve()
         total = self._loras.get(file, (None, 0.0))[1] + strength
@@ -114,15 +135,19 @@ class UniPicPipeline:
             self._loras[file] = (lora.recipe, total)
         else:
             self._loras.pop(file, None)
+        form = self.recipe.causal_form or self._own_form
+        self.transformer.config = self.transformer.config.with_form(form)
         if report.unmatched:
             strange = f"{len(report.unmatched)} not known here ({', '.join(report.unmatched[:3])})"
             warnings.warn(f"{lora.name}: {report.matched} layers added, {strange}", stacklevel=2)
         return report
 
     def clear_cache(self) -> None:
-        """Forget reference latents and text embeddings. Changed weights and other parts are noticed without it."""
+        """Forget what was made of references and prompts. Changed weights and other parts are noticed without it."""
         self._reference_cache.clear()
+        self._vision_cache.clear()
         self._text_cache.clear()
+        self._conditions.clear()
 
     @torch.no_grad()
     def __call__(
@@ -184,6 +209,8 @@ class UniPicPipeline:
                 x0 = sample_euler(velocity, start, times.tolist(), callback)
             else:
                 x0 = sample_consistency(velocity, start, times.tolist(), noise, callback)
+            if self.placement.offload:  # the memory is for the next part
+                self._conditions.clear()
             made = x0 if output_type == "latent" else self._decode(x0, shape)
         seeds = [seed + i for i in range(len(start))]
         return UniPicOutput(to_images(made) if output_type == "pil" else made, seeds, settings)
@@ -194,20 +221,34 @@ class UniPicPipeline:
         return self.placement.place(parts, name)
 
     def _encode_text(self, references: list[Image.Image], prompt: str) -> TextCond:
-        encoder = self.text_encoder
-        weights = WeightsKey(encoder.network)
-        key = (weights, encoder.positions, tuple(image_key(r) for r in references), prompt)
-        return self._text_cache.get(key, lambda: self._use("text_encoder").encode([references], [prompt]))
+        """The prompt's embeddings; the vision tower runs once for all prompts on the same references."""
+        encoder, weights = self.text_encoder, WeightsKey(self.text_encoder.network)
+        pictures = tuple(image_key(r) for r in references)
+
+        def make() -> TextCond:
+            self._use("text_encoder")
+            vision = self._vision_cache.get((weights, pictures), lambda: encoder.vision([references]))
+            return encoder.encode([references], [prompt], vision)
+
+        return self._text_cache.get((weights, encoder.positions, pictures, prompt), make)
 
     def _encode_references(self, references: list[Image.Image]) -> list[Tensor]:
         """Latents [1, C, 1, h, w] of the resized references."""
-        weights = WeightsKey(self.vae.model)
-        return [
-            self._reference_cache.get((weights, image_key(r)), partial(self._encode_reference, r)) for r in references
-        ]
+        weights, cache = WeightsKey(self.vae.model), self._reference_cache
+        keys = [(weights, image_key(r)) for r in references]
+        new = self._encode_at_once({k: r for k, r in zip(keys, references, strict=True) if k not in cache})
+        known_first = sorted(keys, key=new.__contains__)  # no new one may push out one that is asked for
+        latents = {key: cache.get(key, partial(new.__getitem__, key)) for key in known_first}
+        return [latents[key] for key in keys]
 
-    def _encode_reference(self, reference: Image.Image) -> Tensor:
-        return self._use("vae").encode(to_tensor(reference).to(self.device))
+    def _encode_at_once(self, references: Mapping[K, Image.Image]) -> dict[K, Tensor]:
+        """Latents [1, C, 1, h, w]; those of one size go through the VAE together."""
+        latents: dict[K, Tensor] = {}
+        for size in {r.size: None for r in references.values()}:
+            alike = {key: to_tensor(r) for key, r in references.items() if r.size == size}
+            made = self._use("vae").encode(torch.stack(list(alike.values())).to(self.device))
+            latents |= zip(alike, made.split(1), strict=True)
+        return latents
 
     def _velocity(
         self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, guidance: float
@@ -215,10 +256,14 @@ class UniPicPipeline:
         """v(x_t, t) in float32, guided if there is an unconditional text."""
         batch = packed.tokens.shape[0]
         transformer = self._use("transformer")
-        conds, unconds = cond.expand(batch), None if uncond is None else uncond.expand(batch)
+        texts = [cond] if uncond is None else [cond, uncond]
+        kept = {id(text): self._conditions.get(transformer, packed.row(0), text) for text in texts}
+
+        def network(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
+            return transformer(latents, t, text.expand(batch), cache=kept[id(text)])
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return guided_velocity(transformer, packed.with_target(x_t), t, conds, unconds, guidance)
+            return guided_velocity(network, packed.with_target(x_t), t, cond, uncond, guidance)
 
         return velocity
 

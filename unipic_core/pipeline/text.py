@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,18 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import CheckpointError, UniPicError
-from ..images import REFERENCE_MULTIPLE, resize_for_vision
+from ..images import REFERENCE_MULTIPLE, resize_for_vision, vision_size
 from ..prompt import IMAGE_PAD, LONG_PROMPT, PREFIX, body_text
 from ..sequence import TextCond
-from ..vision import POSITIONS, encoder_positions
+from ..vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..weights import open_weights
 
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
 patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
+
+HEAD = "lm_head."
+"""Start of the names of the head over the vocabulary, which is not needed: it stays on the CPU."""
 
 
 class TextEncoder:
@@ -63,13 +66,13 @@ class TextEncoder:
         open_weights(folder / "text_encoder")  # checks the files: truncated, hostile, leaving the folder
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = _load_model(folder / "text_encoder", dtype)
+            model = _load_model(folder / "text_encoder", dtype, torch.device(device))
             processor = _image_processor(folder)
         except CheckpointError:
             raise
         except Exception as error:  # transformers, tokenizers and safetensors raise their own kinds
             raise CheckpointError(f"the encoder in {folder} cannot be loaded: {_first_line(error)}") from error
-        return cls(model.eval().requires_grad_(False), tokenizer, processor).to(device)
+        return cls(model.eval().requires_grad_(False), tokenizer, processor)
 
     @property
     def network(self) -> Any:
@@ -95,43 +98,55 @@ class TextEncoder:
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else int(pad)
 
-    def encode(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> TextCond:
-        """embeds [B, L, D] and mask of B samples. images: each sample's references of `resize_references`."""
-        return self.forward(self.prepare(images, prompts))
+    def encode(
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], vision: Tensor | None = None
+    ) -> TextCond:
+        """embeds [B, L, D] and mask of B samples. images: each sample's references of `resize_references`.
+
+        vision: what `vision` gave for the same images, for another prompt on them; None: the tower runs.
+        """
+        words = self._words(images, prompts)
+        return self.forward(words, self.vision(images) if vision is None else vision)
+
+    def vision(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
+        """[N, D]: what the vision tower makes of the references, the N image tokens of all samples in order."""
+        return self.see(self._pixels(images))
 
     def prepare(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
         """What `forward` takes, on the CPU; can be cached, and put together by `collate`."""
-        if len(images) != len(prompts):
-            raise UniPicError(f"expected as many lists of images as prompts, got {len(images)} and {len(prompts)}")
-        return self.collate([self._prepare_one(i, p) for i, p in zip(images, prompts, strict=True)])
+        return {**self._words(images, prompts), **self._pixels(images)}
 
     def collate(self, samples: Sequence[EncoderInputs]) -> EncoderInputs:
         """Prepared inputs of several batches as one, padded right."""
         rows = [r[m.bool()] for s in samples for r, m in zip(s["input_ids"], s["attention_mask"], strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
-        lengths = torch.tensor([len(r) for r in rows])
-        return {
-            "input_ids": ids,
-            "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long(),
-            "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
-            "image_grid_thw": torch.cat([s["image_grid_thw"] for s in samples]),
-        }
+        pictures = {k: torch.cat([s[k] for s in samples]) for k in ("pixel_values", "image_grid_thw")}
+        return {**self._padded(rows), **pictures}
 
-    def forward(self, inputs: EncoderInputs) -> TextCond:
-        """Hidden states of prepared inputs after the dropped prefix; mask None if nothing is padded."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        grid = inputs["image_grid_thw"]
-        device = self.device
-        vision: dict[str, Tensor] = {}
-        if len(grid):
-            vision = {"pixel_values": inputs["pixel_values"].to(device), "image_grid_thw": grid.to(device)}
+    def see(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[N, D]: the vision tower on the pixel_values and the image_grid_thw of prepared inputs; N image tokens."""
+        grid, width = inputs["image_grid_thw"], self.network.get_input_embeddings().weight.shape[1]
+        if not len(grid):
+            return torch.empty(0, width, device=self.device)
+        pixels = inputs["pixel_values"].to(self.device)
+        return torch.cat(self.network.get_image_features(pixels, grid.to(self.device), return_dict=True).pooler_output)
+
+    def forward(self, inputs: EncoderInputs, vision: Tensor | None = None) -> TextCond:
+        """Hidden states of prepared inputs after the dropped prefix; mask None if nothing is padded.
+
+        vision: what `see` gave for inputs with the same pictures, whose pixel_values are then not needed.
+        """
+        ids, mask, device = inputs["input_ids"], inputs["attention_mask"], self.device
+        embeds = self.network.get_input_embeddings()(ids.to(device))
+        seen = self.see(inputs) if vision is None else vision
+        if len(seen):
+            images = (ids == self.image_token).to(device)[..., None]
+            embeds = embeds.masked_scatter(images, seen.to(embeds))
         padded = not bool(mask.all())
         hidden = self.network(
-            input_ids=ids.to(device),
+            inputs_embeds=embeds,
             attention_mask=mask.to(device),
-            position_ids=self.position_ids(ids, grid).to(device),
+            position_ids=self.position_ids(ids, inputs["image_grid_thw"]).to(device),
             use_cache=False,
-            **vision,
         ).last_hidden_state
         kept = mask[:, self.dropped :].bool().to(device) if padded else None
         return TextCond(hidden[:, self.dropped :], kept)
@@ -165,25 +180,30 @@ class TextEncoder:
                 start += at - run
         return torch.cat(pieces, dim=1)
 
-    def _prepare_one(self, images: Sequence[Image.Image], prompt: str) -> EncoderInputs:
-        wrong = next((i.size for i in images if i.width % REFERENCE_MULTIPLE or i.height % REFERENCE_MULTIPLE), None)
-        if wrong:
-            raise UniPicError(f"the encoder takes pictures from `resize_references`, got one of {wrong[0]}x{wrong[1]}")
-        pictures = [resize_for_vision(image) for image in images]
-        vision = self._patches(pictures)
-        merged = self.image_processor.merge_size**2
-        counts = (vision["image_grid_thw"].prod(-1) // merged).tolist()
-        ids = self.prompt_ids(prompt, counts)
-        mask = torch.ones(1, len(ids), dtype=torch.long)
-        return {"input_ids": torch.tensor([ids]), "attention_mask": mask, **vision}
+    def _words(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
+        """The part of prepared inputs that needs only the pictures' sizes: all but pixel_values."""
+        if len(images) != len(prompts):
+            raise UniPicError(f"expected as many lists of images as prompts, got {len(images)} and {len(prompts)}")
+        grids = [_grids(some) for some in images]
+        counts = [(grid.prod(-1) // MERGE**2).tolist() for grid in grids]
+        rows = [torch.tensor(self.prompt_ids(p, c)) for p, c in zip(prompts, counts, strict=True)]
+        return {**self._padded(rows), "image_grid_thw": torch.cat(grids)}
 
-    def _patches(self, pictures: list[Image.Image]) -> EncoderInputs:
-        processor = self.image_processor
-        if not pictures:
-            values = 3 * processor.temporal_patch_size * processor.patch_size**2
-            return {"pixel_values": torch.empty(0, values), "image_grid_thw": torch.empty(0, 3, dtype=torch.long)}
-        features = processor(images=pictures, do_resize=False, return_tensors="pt")
-        return {k: features[k] for k in ("pixel_values", "image_grid_thw")}
+    def _pixels(self, images: Sequence[Sequence[Image.Image]]) -> EncoderInputs:
+        """The part of prepared inputs that is the same for every prompt: pixel_values and image_grid_thw."""
+        references = [image for some in images for image in some]
+        grids = _grids(references)
+        values = torch.empty(0, 3 * FRAMES * PATCH**2)
+        if references:
+            pictures = [resize_for_vision(image) for image in references]
+            values = self.image_processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values, "image_grid_thw": grids}
+
+    def _padded(self, rows: Sequence[Tensor]) -> EncoderInputs:
+        """input_ids and attention_mask of rows of ids, padded right."""
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
     def prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
         """Prefix and body are tokenized apart: no token spans the cut. IMAGE_PAD is repeated for every image token."""
@@ -209,6 +229,15 @@ class TextEncoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+def _grids(references: Sequence[Image.Image]) -> Tensor:
+    """[images, 3]: the patches that each will have over (time, height, width)."""
+    wrong = next((i.size for i in references if any(side % REFERENCE_MULTIPLE for side in i.size)), None)
+    if wrong:
+        raise UniPicError(f"the encoder takes pictures from `resize_references`, got one of {wrong[0]}x{wrong[1]}")
+    sizes = [vision_size(image.size) for image in references]
+    return torch.tensor([grid_thw(height, width) for width, height in sizes], dtype=torch.long).reshape(-1, 3)
+
+
 def positions_of(config: Any) -> str:
     """Which of POSITIONS an encoder's config asks for."""
     version = getattr(config, "transformers_version", None)
@@ -229,19 +258,31 @@ def image_processor_class() -> Any:
     raise ImportError("this version of transformers has no Qwen2-VL image processor; install transformers 5")
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The model, or CheckpointError naming weights that transformers would have made up."""
+def encoder_parameters(folder: Path) -> int:
+    """Parameters of a text_encoder/ folder that make hidden states, from the files' headers. CheckpointError."""
+    weights = open_weights(folder)
+    return sum(weights.count(name) for name in weights if not name.startswith(HEAD))
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model on the device, or CheckpointError naming weights that transformers would have made up."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, output_loading_info=True
+        folder,
+        dtype=dtype,
+        device_map=None if device.type == "cpu" else {"": device},
+        local_files_only=True,
+        output_loading_info=True,
     )
     model, found = loaded
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head."))
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(HEAD))
     if missing:
         raise CheckpointError(
             f"{folder} does not fit Qwen2.5-VL: {len(missing)} missing ({', '.join(missing[:3])}); download it again"
         )
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        model.lm_head.to("cpu")
     return model
 
 

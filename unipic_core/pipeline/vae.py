@@ -1,86 +1,73 @@
-"""The Qwen-Image VAE (diffusers' AutoencoderKLQwenImage) for single pictures, with normalised latents."""
+"""The VAE of the pipeline: pictures of any size, within bounded memory."""
 
 from __future__ import annotations
 
-import json
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import CheckpointError
-from ..weights import open_weights
+from ..image_vae import ImageVAE
+from ..sequence import VAE_SCALE
+from ..tiling import tiled
+from ..vae_files import load_image_vae
 
 TILE_ABOVE = 1536 * 1536
-"""Pictures of more pixels are encoded and decoded in overlapping tiles."""
+"""So many pixels are encoded or decoded at once; larger pictures in overlapping tiles."""
 
-TILE, STRIDE = 768, 640
-"""Side of a tile and distance of tiles, in pixels."""
+TILE, OVERLAP = 1152, 192
+"""Longest side of a tile, and what neighbours share at least, in pixels."""
 
 
 class VAE:
-    """Pictures <-> normalised latents (z - latents_mean) / latents_std, one picture at a time."""
+    """Pictures <-> normalised latents (z - latents_mean) / latents_std.
 
-    def __init__(self, model: Any) -> None:
+    Tiles are cross-faded. What they change: the attention in the middle of the VAE sees its own tile instead of the
+    whole picture, and the convolutions see zeros beyond a tile's edge, where its weight is small. The norms are per
+    position, so tiles do not change them.
+    """
+
+    def __init__(self, model: ImageVAE) -> None:
         self.model = model
-        self.tile_above, self.tile, self.stride = TILE_ABOVE, TILE, STRIDE
-        shape = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(model.config.latents_mean, dtype=torch.float32).reshape(shape)
-        self._std = torch.tensor(model.config.latents_std, dtype=torch.float32).reshape(shape)
+        self.tile_above, self.tile, self.overlap = TILE_ABOVE, TILE, OVERLAP
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> VAE:
         """From a vae/ folder of diffusers' layout. CheckpointError if it is damaged or of another architecture."""
-        from diffusers import AutoencoderKLQwenImage
-
-        folder = Path(folder)
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if config.get("_class_name") != "AutoencoderKLQwenImage":
-                raise CheckpointError(
-                    f"{folder} holds a {config.get('_class_name')}, expected an AutoencoderKLQwenImage; "
-                    "take vae/ from a Qwen-Image or UniPic 3 repository"
-                )
-            weights = open_weights(folder)
-            model = AutoencoderKLQwenImage.from_config(config)
-            model.load_state_dict({name: weights.get(name) for name in weights}, strict=True)
-        except CheckpointError:
-            raise
-        except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            detail = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"the VAE in {folder} cannot be loaded: {detail}") from error
-        model = nn.Module.to(model, device=device, dtype=dtype)  # diffusers' own warns about modules it does not have
-        return cls(model.eval().requires_grad_(False))
+        return cls(load_image_vae(folder, dtype, device))
 
     @property
     def channels(self) -> int:
-        return self._mean.shape[1]
+        return self.model.config.z_dim
 
     def to(self, device: torch.device | str) -> VAE:
         self.model.to(device)
         return self
 
-    def encode(self, picture: Tensor) -> Tensor:
-        """[3, H, W] in [-1, 1] -> [1, C, 1, H/8, W/8] float32: the posterior's mode, normalised."""
-        self._tile(picture.shape[-2], picture.shape[-1])
-        weight = next(self.model.parameters())
-        z = self.model.encode(picture[None, :, None].to(weight)).latent_dist.mode().float()
-        return (z - self._mean.to(z)) / self._std.to(z)
+    def encode(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, C, 1, H/8, W/8] float32: the posterior's mode, normalised."""
+        rows = pictures.split(self._at_once(pictures.shape[-2] * pictures.shape[-1]))
+        return torch.cat([self._encode(row) for row in rows])
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, 1, h, w] normalised -> [B, 3, 8h, 8w] float32 in [-1, 1]."""
-        self._tile(8 * latents.shape[-2], 8 * latents.shape[-1])
-        weight = next(self.model.parameters())
-        z = latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
-        rows = [self.model.decode(row.to(weight), return_dict=False)[0][:, :, 0] for row in z.split(1)]
-        return torch.cat(rows).float().clamp(-1, 1)
+        rows = latents.split(self._at_once(VAE_SCALE**2 * latents.shape[-2] * latents.shape[-1]))
+        return torch.cat([self._decode(row) for row in rows])
 
-    def _tile(self, height: int, width: int) -> None:
-        """Switch tiling on for large pictures; the seams are blended, so small ones are left exact."""
-        if height * width > self.tile_above:
-            self.model.enable_tiling(self.tile, self.tile, self.stride, self.stride)
-        else:
-            self.model.use_tiling = False
+    def _at_once(self, pixels: int) -> int:
+        """How many pictures of so many pixels."""
+        return max(self.tile_above // pixels, 1)
+
+    def _encode(self, pictures: Tensor) -> Tensor:
+        if pictures.shape[-2] * pictures.shape[-1] <= self.tile_above:
+            return self.model.encode(pictures)
+        return tiled(self.model.encode, pictures, self.tile, self.overlap, Fraction(1, VAE_SCALE))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if VAE_SCALE**2 * latents.shape[-2] * latents.shape[-1] <= self.tile_above:
+            return self.model.decode(latents)
+        tile, overlap = self.tile // VAE_SCALE, self.overlap // VAE_SCALE
+        return tiled(self.model.decode, latents, tile, overlap, Fraction(VAE_SCALE))

@@ -7,13 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import folder_paths
 import pytest
 import torch
 from comfyui import CASES
 from safetensors.torch import load_file
-from unipic_pack.nodes import sampling
+from sampled import sample_from
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.facts import facts_of
 from unipic_pack.nodes.load import LoadUniPic
@@ -55,18 +54,8 @@ def test_case(loaded: tuple[Any, ...], golden: Path, name: str) -> None:
             images=images,
         ).result
         settings = resolve(facts_of(model).recipe, case["steps"], case["true_cfg_scale"], case["sampler"])
-        out = comfy.sample.sample_custom(
-            sampling.with_guidance(model),
-            unpack_latents(tensors["noise"], shape),
-            settings.guidance,
-            sampling.ksampler(settings.sampler, **({"step_noise": step_noise} if step_noise else {})),
-            sampling.sigmas_of(settings, facts_of(model).shift, shape.num_tokens),
-            positive,
-            negative,
-            sampling.prepared(model, latent),
-            disable_pbar=True,
-            seed=0,
-        )
+        start = unpack_latents(tensors["noise"], shape)
+        out = sample_from(model, settings, start, step_noise, positive, negative, latent)
         x0, decoded = pack_latents(model.model.process_latent_in(out)), vae.decode(out)
     want = tensors[f"latents_after_step_{case['steps']}"]
     assert float((positive[0][0] - tensors["prompt_embeds"]).abs().max()) < CLOSE

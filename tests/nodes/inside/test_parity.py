@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import pytest
 import torch
+from sampled import sample_from
 from torch import Tensor
-from unipic_pack.nodes import sampling
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.facts import facts_of
 from unipic_pack.nodes.load import LoadUniPic
@@ -50,19 +49,8 @@ def by_nodes(loaded: tuple[Any, ...], count: int, sampler: str, cfg: float, shap
     positive, negative, latent = MultiImageCompose.execute(clip, vae, PROMPT, images=pictures).result
     start, *added = (unpack_latents(n, shape) for n in noises(shape, model.model.diffusion_model.config.in_channels))
     settings = resolve(facts_of(model).recipe, STEPS, cfg, sampler)
-    options = {"step_noise": added} if sampler == "consistency" else {}
-    out = comfy.sample.sample_custom(
-        sampling.with_guidance(model),
-        start,
-        cfg,
-        sampling.ksampler(sampler, **options),
-        sampling.sigmas_of(settings, facts_of(model).shift, shape.num_tokens),
-        positive,
-        negative,
-        sampling.prepared(model, latent),
-        disable_pbar=True,
-        seed=0,
-    )
+    used = added if sampler == "consistency" else []
+    out = sample_from(model, settings, start, used, positive, negative, latent)
     return pack_latents(model.model.process_latent_in(out))
 
 

@@ -8,9 +8,10 @@ import torch
 from comfyui import CASES
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes.pictures import to_image
-from unipic_pack.nodes.vae import load_vae, vae_config
+from unipic_pack.nodes.vae import load_vae
 from unipic_pack.unipic_core.errors import CheckpointError
 from unipic_pack.unipic_core.images import load_image, resize_references
+from unipic_pack.unipic_core.vae_files import read_vae_config
 
 import nodes as comfy_nodes
 
@@ -57,7 +58,7 @@ def test_numbers_of_the_pipeline(small, nano, pipeline):
     vae, image = pipeline.VAE.from_pretrained(nano / "vae", torch.float32), smooth(96, 64)
     pixels = (image[0] * 255).round().to(torch.uint8)
     latent = small.encode(pixels[None] / 255)
-    want = vae.encode(pixels.movedim(-1, 0) / 127.5 - 1)
+    want = vae.encode((pixels.movedim(-1, 0) / 127.5 - 1)[None])
     assert distance(normalised(small, latent), want) < 1e-4
     assert distance(small.decode(latent)[:, 0], (vae.decode(want).movedim(1, -1) + 1) / 2) < 1e-4
 
@@ -133,7 +134,7 @@ def test_a_second_copy_of_the_weights(tiny):
 
 
 def test_config(golden):
-    config = vae_config(golden / "tiny")
+    config = read_vae_config(golden / "tiny" / "vae")
     assert config.z_dim == 4
     assert config.latents_std == (0.9, 1.1, 1.3, 0.7)
 

@@ -1,0 +1,70 @@
+"""Attention as ComfyUI computes it: its function, its patches, its forms of rotations and masks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.ldm.flux.math import apply_rope1
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention_masked
+from torch import Tensor
+
+from ..unipic_core.blocks import JointState, KeyValue, joined
+from ..unipic_core.rope import rotation
+
+Options = dict[str, Any]
+"""ComfyUI's transformer_options."""
+
+
+@dataclass(frozen=True)
+class HookedState(JointState):
+    """Attention by ComfyUI's function, and the patches before it.
+
+    rope: [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1, keys] or None; attention: of ComfyUI's signature; words: L;
+    past: [B or 1, H, N, D] each.
+    """
+
+    rope: Any
+    attention: Any
+    options: Options = field(default_factory=dict)
+    words: int = 0
+
+    def placed(self, k: Tensor, v: Tensor) -> KeyValue:
+        k = apply_rope1(k.transpose(1, 2).contiguous(), self.rope[:, :, : k.shape[1]])
+        return k, v.transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> tuple[Tensor, KeyValue | None]:
+        """As `JointState.attend`; patches see q and k before they are rotated, as in ComfyUI's own network."""
+        q, k, v = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
+        rope, mask = self.rope, self.mask
+        extra = {**self.options, "img_slice": [self.words, q.shape[2]]}
+        for patch in self.options.get("patches", {}).get("attn1_patch", ()):
+            out = patch(q, k, v, pe=rope, attn_mask=mask, extra_options=extra)
+            q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
+            rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
+        q = apply_rope1(q, rope[:, :, start : start + q.shape[2]])
+        own = apply_rope1(k, rope[:, :, : k.shape[2]]), v
+        k, v = joined(self.past, own, dim=2)
+        out = self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
+        return out, own if self.keeps else None
+
+
+def rotation_matrices(ids: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:
+    """Positions [B, N, 3] -> [B, 1, N, D / 2, 2, 2] float32, the form that ComfyUI's patches and kernels know."""
+    cos, sin = rotation(ids.float(), axes_dims)
+    return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).transpose(1, 2).contiguous()
+
+
+def text_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Text mask [B, L], true or whole numbers (0 = padding) or a bias already -> bias that adds to the scores."""
+    if mask is None:
+        return None
+    bias = mask.to(dtype)
+    return bias if mask.is_floating_point() else (bias - 1) * torch.finfo(dtype).max
+
+
+def attention_on(device: torch.device) -> Any:
+    """ComfyUI's attention function for a device."""
+    # ComfyUI's choice on a CPU is made for little memory, and PyTorch's own needs less and is faster
+    return attention_pytorch if device.type == "cpu" else optimized_attention_masked

@@ -1,0 +1,221 @@
+"""`python -m tests.benchmarks.approximate [--model PATH] [--lora FILE] [--steps N] [--n N] [--json FILE]`
+
+What an approximate cache costs in quality, on weights of the release's attention form: references see the picture that
+is being made, so their keys and values change with every step. Here those of an earlier step are used again, for cond
+and uncond apart.
+
+1. Error of a step's velocity (relative, all samples) when it uses the keys and values of each earlier step.
+2. The rule: refresh wherever t has moved further than a limit since; the pack's is REUSE_WITHIN.
+3. For each limit, against the run that refreshes in every step: PSNR of the pictures and relative error of the
+   latents, beside how far the pictures of two seeds lie apart, and the time on the released sizes by arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainers.data.emoji import Bank, default_folder
+from trainers.data.render import Sample, render
+from trainers.data.scenes import make_scene
+from unipic_core.blocks import KeyValue
+from unipic_core.cli import DEFAULT_MODEL
+from unipic_core.conditions import REUSE_WITHIN
+from unipic_core.mmdit import MMDiT, MMDiTConfig
+from unipic_core.pipeline import UniPicPipeline
+from unipic_core.segments import FULL, REFERENCE_CAUSAL, REFERENCES, advance, spans
+from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+
+from .arithmetic import Load, step_flops
+from .common import RESULTS, device_name, draw, heading, line, machine, write_json
+
+LIMITS = (0.0, 0.1, REUSE_WITHIN, 0.35, 0.5, 1.0)
+COLUMNS = {"limit": ">6.2f", "refreshed": "<26", "time": ">6.2f", "psnr_db": ">8.1f", "latents": ">8.3f"}
+RELEASE = Load(LatentShape(1, 64, 64), (LatentShape(1, 64, 64),), 1070)
+"""1024^2 with the shared budget."""
+
+Kept = tuple[KeyValue, ...]
+
+
+class Reusing:
+    """A network of the full form that computes its references' keys and values in some steps alone.
+
+    refreshed: these steps; None = all, and then `errors[i, j]` collects how far a velocity of step j is off with the
+    keys and values of step i.
+    """
+
+    def __init__(self, network: MMDiT, refreshed: Sequence[int] | None = None) -> None:
+        assert network.config.attention_form == FULL
+        self.network, self.refreshed = network, refreshed
+        self.errors: dict[tuple[int, int], list[float]] = {}
+        self.times: list[float] = []
+        self._kept: dict[tuple[int, int], Kept] = {}
+
+    def begin(self) -> None:
+        """Forget the run before."""
+        self.times, self._kept, self._calls = [], {}, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.network, name)
+
+    def to(self, device: torch.device | str) -> Reusing:
+        self.network.to(device)
+        return self
+
+    def __call__(self, latents: PackedLatents, t: float, text: TextCond, cache: Any = None) -> Tensor:
+        if not self.times or self.times[-1] != t:
+            self.times.append(t)
+            self._calls = 0
+        step, branch = len(self.times) - 1, self._calls  # the first call of a step is cond, the second uncond
+        self._calls += 1
+        if self.refreshed is not None and step not in self.refreshed:
+            return self.reused(latents, t, text, self._kept[max(s for s, b in self._kept if b == branch), branch])
+        v, kept = self.fresh(latents, t, text)
+        if self.refreshed is None:
+            for (earlier, b), old in self._kept.items():
+                if b == branch:
+                    off = self.reused(latents, t, text, old) - v
+                    self.errors.setdefault((earlier, step), []).append(float(off.norm() / v.norm()))
+        self._kept[step, branch] = kept
+        return v
+
+    def fresh(self, latents: PackedLatents, t: float, text: TextCond) -> tuple[Tensor, Kept]:
+        """The velocity, and the references' keys and values of this step."""
+        network, references = self.network, spans(latents, text)[REFERENCES]
+        segments, _ = network._segments(latents, t, text, None, {})
+        segments = [replace(segments[0], state=replace(segments[0].state, keeps=True))]
+        kept = []
+        for block in network.transformer_blocks:
+            segments, [(k, v)] = advance(block, segments, (), block is network.transformer_blocks[-1])
+            kept.append((k[:, references.start :], v[:, references.start :]))
+        return network.proj_out(network.norm_out(segments[0].img, segments[0].temb)), tuple(kept)
+
+    def reused(self, latents: PackedLatents, t: float, text: TextCond, kept: Kept) -> Tensor:
+        network = self.network
+        network.config = network.config.with_form(REFERENCE_CAUSAL)
+        try:
+            return network(latents, t, text, cache={REFERENCES: kept})
+        finally:
+            network.config = network.config.with_form(FULL)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of running all samples."""
+
+    latents: Tensor
+    pictures: np.ndarray
+
+
+def run_all(pipe: UniPicPipeline, samples: Sequence[Sample], steps: int | None, seed: int = 0) -> Run:
+    latents, pictures = [], []
+    for i, sample in enumerate(samples):
+        if isinstance(pipe.transformer, Reusing):
+            pipe.transformer.begin()
+        size = {"width": sample.target.width, "height": sample.target.height}
+        made = pipe(
+            images=sample.references,
+            prompt=sample.instruction,
+            num_inference_steps=steps,
+            seed=seed + i,
+            output_type="latent",
+            **size,
+        ).images
+        latents.append(made.flatten())
+        decoded = pipe._decode(made, LatentShape.of_pixels(*sample.target.size))
+        pictures.append(((decoded[0] + 1) / 2).numpy())
+    return Run(torch.stack(latents), np.stack(pictures))
+
+
+def psnr(a: Run, b: Run) -> float:
+    """Median over the samples, dB."""
+    errors = ((a.pictures - b.pictures) ** 2).mean(axis=(1, 2, 3))
+    return float(np.median(-10 * np.log10(np.maximum(errors, 1e-12))))
+
+
+def choice(times: Sequence[float], limit: float) -> list[int]:
+    """The steps to refresh: the first, and each before which t has moved further than the limit."""
+    refreshed = [0]
+    for step, t in enumerate(times):
+        if times[refreshed[-1]] - t > limit:
+            refreshed.append(step)
+    return refreshed
+
+
+def relative_time(refreshed: Sequence[int], steps: int) -> float:
+    """Of a run on the released sizes, by arithmetic, against one that refreshes in every step."""
+    full = step_flops(MMDiTConfig(), RELEASE)
+    reused = step_flops(MMDiTConfig(attention_form=REFERENCE_CAUSAL), RELEASE, cached=True)
+    return (len(refreshed) * full + (steps - len(refreshed)) * reused) / (steps * full)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--n", type=int, default=24)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="no pictures given")
+    bank = Bank(default_folder())
+    scenes = (make_scene(bank, "heldout", 1, i) for i in range(10 * args.n))
+    samples = [s for s in (render(bank, scene) for scene in scenes) if s.references][: args.n]
+    pipe = UniPicPipeline.from_pretrained(args.model, torch_dtype=torch.float32, device="cpu")
+    if args.lora:
+        pipe.load_lora(args.lora)
+
+    network = pipe.transformer
+    everywhere = pipe.transformer = Reusing(network)  # type: ignore[assignment]
+    exact = run_all(pipe, samples, args.steps)
+    errors = {pair: statistics.median(found) for pair, found in everywhere.errors.items()}
+    times = list(everywhere.times)
+    print("median relative error of the velocity; row: step of the keys and values, column: step of their use")
+    for i in range(args.steps - 1):
+        print(" ".join(f"{errors[i, j]:6.3f}" if j > i else " " * 6 for j in range(1, args.steps)))
+
+    pipe.transformer = network
+    other = run_all(pipe, samples, args.steps, seed=100_000)
+    print(f"\npictures of two seeds lie {psnr(exact, other):.1f} dB apart\n{heading(COLUMNS)}")
+    rows: list[dict[str, Any]] = []
+    for limit in LIMITS:
+        refreshed = choice(times, limit)
+        pipe.transformer = Reusing(network, refreshed)  # type: ignore[assignment]
+        made = run_all(pipe, samples, args.steps)
+        off = (made.latents - exact.latents).norm(dim=1) / exact.latents.norm(dim=1)
+        row = {
+            "limit": limit,
+            "refreshed": ", ".join(map(str, refreshed)),
+            "time": relative_time(refreshed, args.steps),
+            "psnr_db": psnr(exact, made),
+            "latents": float(off.median()),
+        }
+        rows.append(row)
+        print(line(COLUMNS, row), flush=True)
+    file = args.json or RESULTS / f"approximate-{device_name()}.json"
+    table = [[errors.get((i, j)) for j in range(args.steps)] for i in range(args.steps)]
+    write_json(
+        file, {**machine(), "steps": args.steps, "n": len(samples), "times": times, "errors": table, "rows": rows}
+    )
+
+    def fill(panels: Sequence[Any]) -> None:
+        panels[0].imshow([[math.nan if e is None else e for e in row] for row in table])
+        panels[0].set(xlabel="step of use", ylabel="step of the keys and values")
+        panels[1].plot([r["time"] for r in rows], [min(r["psnr_db"], 60) for r in rows], "o-")
+        panels[1].set(xlabel="time of a run, of the exact one's", ylabel="PSNR against the exact run, dB")
+
+    draw(file, ["relative error of the velocity", "what refreshing buys"], fill)
+
+
+if __name__ == "__main__":
+    main()

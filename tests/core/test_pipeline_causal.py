@@ -1,0 +1,115 @@
+"""The pipeline's condition cache: what is read once, and that nothing stale is ever used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unipic_core.cli import DEFAULT_MODEL
+from unipic_core.errors import UniPicError
+from unipic_core.lora import save_lora
+from unipic_core.pipeline import UniPicPipeline
+from unipic_core.recipe import Recipe
+from unipic_core.segments import FULL
+
+CAUSAL = ("reference_causal", "prefix_causal")
+RED, BLUE = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (40, 64), "blue")
+
+
+def pipeline(form: str, tmp_path: Path) -> UniPicPipeline:
+    """The nano's weights in another form: noise for a picture, but the same arithmetic."""
+    folder = tmp_path / form
+    if not folder.exists():
+        shutil.copytree(DEFAULT_MODEL, folder)
+        config = folder / "transformer" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "attention_form": form}))
+    return UniPicPipeline.from_pretrained(folder, torch_dtype=torch.float32, device="cpu")
+
+
+def latents(pipe: UniPicPipeline, **wishes: Any) -> Tensor:
+    given = {"images": [RED, BLUE], "prompt": "a cup", "seed": 1, "num_inference_steps": 2, "reference_budget": 64}
+    given |= {"width": 64, "height": 48, "output_type": "latent"}
+    return pipe(**{**given, **wishes}).images
+
+
+class Prefills:
+    """Counts what a pipeline's network reads before it samples."""
+
+    def __init__(self, pipe: UniPicPipeline) -> None:
+        self.network, self.original = pipe.transformer, pipe.transformer.prefill
+        self.count = 0
+        pipe.transformer.prefill = self  # type: ignore[method-assign,assignment]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.count += 1
+        return self.original(*args, **kwargs)
+
+    def since(self) -> int:
+        count, self.count = self.count, 0
+        return count
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_read_once_and_never_stale(form: str, tmp_path: Path) -> None:
+    pipe, texts = pipeline(form, tmp_path), int(form == "prefix_causal")
+    prefills = Prefills(pipe)
+    for wishes, read in (
+        ({}, 1 + texts),
+        ({"seed": 2, "num_images": 2}, 0),
+        ({"num_inference_steps": 3, "sampler": "consistency"}, 0),
+        ({"prompt": "a hat"}, texts),
+        ({"true_cfg_scale": 3.0}, texts),  # the prompt is there still
+        ({"images": [BLUE, RED]}, 1 + texts),
+        ({"images": [RED]}, 1 + texts),
+        ({"images": [RED], "width": 128}, texts),  # the text starts behind half the largest side
+        ({"images": [RED], "width": 96, "height": 128}, 0),
+    ):
+        got = latents(pipe, **wishes)
+        assert prefills.since() == read, wishes
+        fresh = latents(pipeline(form, tmp_path), **wishes)
+        assert float((got - fresh).abs().max()) < 1e-5, wishes
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_a_lora_in_and_out(form: str, tmp_path: Path) -> None:
+    """Weights that change are noticed; the LoRA's form comes and goes with it."""
+    generator = torch.Generator().manual_seed(0)
+    layer = "transformer_blocks.0.attn.to_v"
+    pairs = {layer: (torch.randn(2, 160, generator=generator), torch.randn(160, 2, generator=generator))}
+    save_lora(tmp_path / "causal.safetensors", pairs, recipe=Recipe(attention_form=form))
+
+    full, causal = pipeline(FULL, tmp_path), pipeline(form, tmp_path)
+    plain = latents(full)
+    for pipe in (full, causal):
+        latents(pipe)
+        pipe.load_lora(tmp_path / "causal.safetensors")
+        assert pipe.transformer.config.attention_form == form
+    prefills = Prefills(causal)
+    assert torch.equal(latents(full), latents(causal))
+    assert prefills.since() > 0, "the weights are others now"
+    full.load_lora(tmp_path / "causal.safetensors", -1.0)
+    assert full.transformer.config.attention_form == FULL
+    assert float((latents(full) - plain).abs().max()) < 1e-4
+    causal.load_lora(tmp_path / "causal.safetensors", -1.0)
+    assert causal.transformer.config.attention_form == form
+
+
+def test_a_lora_of_an_unknown_form_changes_nothing(tmp_path: Path) -> None:
+    pipe = pipeline(FULL, tmp_path)
+    layer = "transformer_blocks.0.attn.to_v"
+    save_lora(
+        tmp_path / "new.safetensors",
+        {layer: (torch.ones(1, 160), torch.ones(160, 1))},
+        recipe=Recipe(attention_form="some_causal"),
+    )
+    before = pipe.transformer.get_parameter(f"{layer}.weight").clone()
+    with pytest.raises(UniPicError, match="want attention of the form 'some_causal', which this version does not have"):
+        pipe.load_lora(tmp_path / "new.safetensors")
+    assert torch.equal(pipe.transformer.get_parameter(f"{layer}.weight"), before)

@@ -1,0 +1,32 @@
+"""Sampling as the node does it, but from given noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import comfy.sample
+from torch import Tensor
+from unipic_pack.nodes import sampling
+from unipic_pack.nodes.facts import facts_of
+from unipic_pack.unipic_core.sequence import LatentShape
+
+
+def sample_from(
+    model: Any, settings: Any, start: Tensor, added: Sequence[Tensor], positive: Any, negative: Any, latent: Any
+) -> Tensor:
+    """ComfyUI's latents. start: [1, C, 1, h, w]; added: the noises of the consistency sampler, none for Euler."""
+    options = {"step_noise": list(added)} if added else {}
+    tokens = LatentShape.of_latents(start).num_tokens
+    return comfy.sample.sample_custom(
+        sampling.with_guidance(model),
+        start,
+        settings.guidance,
+        sampling.ksampler(settings.sampler, **options),
+        sampling.sigmas_of(settings, facts_of(model).shift, tokens),
+        positive,
+        negative,
+        sampling.prepared(model, latent),
+        disable_pbar=True,
+        seed=0,
+    )
