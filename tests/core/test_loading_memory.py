@@ -22,6 +22,8 @@ from unipic_core.saving import write_safetensors
 from unipic_core.vae_files import video_shapes
 
 MEASURE = """
+import ctypes
+import gc
 import sys
 import torch
 from pathlib import Path
@@ -38,6 +40,10 @@ def touched(module):
         p.detach().reshape(-1)[::512].sum()  # every page, also of what is only mapped
     return module
 
+def settle():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for reuse is in `before` and would hide from the peak
+
 bf16 = torch.bfloat16
 LOAD = {
     "transformer": lambda folder: touched(load_transformer(folder, dtype=bf16)),
@@ -51,6 +57,7 @@ tiny, large = map(Path, sys.argv[1:])
 for load in LOAD.values():
     load(tiny)
 for name, load in LOAD.items():
+    settle()
     with open("/proc/self/clear_refs", "w") as f:
         f.write("5")
     before = status("VmRSS")
