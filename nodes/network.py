@@ -21,7 +21,7 @@ from ..unipic_core.blocks import KeyValue
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.mmdit import MMDiT, MMDiTConfig
 from ..unipic_core.rope import joint_positions
-from ..unipic_core.segments import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, Segment, advance
+from ..unipic_core.segments import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, Segment, advance_all
 from ..unipic_core.sequence import PATCH, LatentShape, PackedLatents, pack_latents, unpack_latents
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .conditions import FORM, Conditions, Fixed, Kept, Past, Reused
@@ -234,14 +234,11 @@ class Network(MMDiT):
             words=words if piece == TEXT else 0,
             keeps=True,
         )
-        temb = self._time(torch.zeros(1, device=tokens.device), tokens, False, fixed.additional)
-        segments = [Segment((piece,), img, txt, temb, state, 0)]
-        kept = []
-        for i, block in enumerate(self.transformer_blocks):
-            last = block is self.transformer_blocks[-1]
-            segments, made = advance(block, segments, tuple(kv[i] for kv in past), last)
-            kept += made
-        return tuple(kept)
+        additional = None if fixed.additional is None else fixed.additional[:rows]
+        temb = self._time(torch.zeros(1, device=tokens.device), tokens, False, additional)
+        segment = Segment((piece,), img, txt, temb, state, 0)
+        _, [kept] = advance_all(self.transformer_blocks, [segment], past)
+        return kept
 
     def pe_embedder(self, ids: Tensor) -> Tensor:
         """Rotation matrices of positions [B, N, 3]; ControlNets that share layers with the network ask for it too."""
@@ -290,17 +287,9 @@ class Network(MMDiT):
 
     def _time(self, t: Tensor, like: Tensor, at_zero: bool, additional: Tensor | None) -> Tensor:
         """[B, width], or [2B, width] with the second half at t = 0, for the references."""
-        t = t.reshape(-1).expand(like.shape[0])
-        if not self.config.use_additional_t_cond:
-            additional = None
-        elif additional is None:
-            additional = torch.zeros_like(t, dtype=torch.long)
-        else:
-            additional = additional.reshape(-1).expand(like.shape[0])
-        if at_zero:
-            t = torch.cat([t, torch.zeros_like(t)])
-            additional = None if additional is None else additional.repeat(2)
-        return self.time_text_embed(t, like.dtype, additional)
+        if self.config.use_additional_t_cond and additional is None:
+            additional = torch.zeros(1, dtype=torch.long, device=like.device)
+        return self.embed_time(t, like, additional, at_zero)
 
     def _positions(self, latents: PackedLatents, batch: int, words: int, device: torch.device, method: str) -> Tensor:
         """Positions [B, L + S, 3], text first; patches may change them."""

@@ -28,6 +28,7 @@ from .segments import (
     Segment,
     Span,
     advance,
+    advance_all,
     key_mask,
     reference_tokens,
     spans,
@@ -172,13 +173,8 @@ class MMDiT(nn.Module):
         depend on the references, and on the target's size, from which its positions start.
         """
         segments, past = self._segments(latents, None, text, additional_t_cond, cache or {})
-        kept = []
-        for i, block in enumerate(self.transformer_blocks):
-            last = block is self.transformer_blocks[-1]
-            segments, made = advance(block, segments, tuple(kv[i] for kv in past), last)
-            kept.append(made)
-        by_segment = zip(segments, zip(*kept, strict=True), strict=True)
-        return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in by_segment}}
+        done, kept = advance_all(self.transformer_blocks, segments, past)
+        return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in zip(done, kept, strict=True)}}
 
     def _segments(
         self,
@@ -229,7 +225,9 @@ class MMDiT(nn.Module):
             images = slice(0 if TARGET in pieces else n, None if REFERENCES in pieces else n)
             img = self.img_in(latents.tokens[:, images].to(self.dtype))
         txt = self.embed_text(text.embeds) if text is not None and TEXT in pieces else None
-        temb = self.embed_time(0.0 if t is None else t, latents.tokens, additional_t_cond, self._two_times(pieces))
+        like = txt if img is None else img
+        assert like is not None  # a segment has tokens
+        temb = self.embed_time(0.0 if t is None else t, like, additional_t_cond, self._two_times(pieces))
         return Segment(pieces, img, txt, temb, state, n if TARGET in pieces else 0)
 
     def _two_times(self, pieces: tuple[str, ...]) -> bool:
@@ -243,14 +241,14 @@ class MMDiT(nn.Module):
     def embed_time(
         self, t: Tensor | float, like: Tensor, additional: Tensor | None = None, and_zero: bool = False
     ) -> Tensor:
-        """[B, width] for tokens `like` [B, ...], or [2B, width] with a second half at t = 0."""
+        """[B, width] for embedded tokens `like` [B, ...], or [2B, width] with a second half at t = 0."""
         batch, device = like.shape[0], like.device
         t = torch.as_tensor(t, dtype=torch.float32, device=device).reshape(-1).expand(batch)
         additional = None if additional is None else additional.reshape(-1).expand(batch)
         if and_zero:
             t = torch.cat([t, torch.zeros_like(t)])
             additional = None if additional is None else additional.repeat(2)
-        return self.time_text_embed(t, self.dtype, additional)
+        return self.time_text_embed(t, like.dtype, additional)
 
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
         positions = joint_positions(latents.shapes, text_tokens, self.config.use_layer3d_rope)

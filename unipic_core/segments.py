@@ -8,7 +8,7 @@ computed once and kept (`MMDiT.prefill`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,17 @@ def advance(
             past = (*past, kept)
             made.append(kept)
     return done, made
+
+
+def advance_all(
+    blocks: Iterable[Any], segments: Sequence[Segment], past: Sequence[Sequence[KeyValue]]
+) -> tuple[Sequence[Segment], list[tuple[KeyValue, ...]]]:
+    """All segments through all blocks, and what each that keeps them has of keys and values in every block."""
+    blocks, made = list(blocks), []
+    for i, block in enumerate(blocks):
+        segments, kept = advance(block, segments, tuple(kv[i] for kv in past), block is blocks[-1])
+        made.append(kept)
+    return segments, list(zip(*made, strict=True))
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.conditions import REUSE_WITHIN
 from unipic_core.mmdit import MMDiT, MMDiTConfig
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.segments import FULL, REFERENCE_CAUSAL, REFERENCES, advance, spans
+from unipic_core.segments import FULL, REFERENCE_CAUSAL, REFERENCES, advance_all, spans
 from unipic_core.sequence import LatentShape, PackedLatents, TextCond
 
 from .arithmetic import Load, step_flops
@@ -93,12 +93,10 @@ class Reusing:
         """The velocity, and the references' keys and values of this step."""
         network, references = self.network, spans(latents, text)[REFERENCES]
         segments, _ = network._segments(latents, t, text, None, {})
-        segments = [replace(segments[0], state=replace(segments[0].state, keeps=True))]
-        kept = []
-        for block in network.transformer_blocks:
-            segments, [(k, v)] = advance(block, segments, (), block is network.transformer_blocks[-1])
-            kept.append((k[:, references.start :], v[:, references.start :]))
-        return network.proj_out(network.norm_out(segments[0].img, segments[0].temb)), tuple(kept)
+        keeping = replace(segments[0], state=replace(segments[0].state, keeps=True))
+        [done], [kept] = advance_all(network.transformer_blocks, [keeping], ())
+        v = network.proj_out(network.norm_out(done.img, done.temb))
+        return v, tuple((k[:, references.start :], v[:, references.start :]) for k, v in kept)
 
     def reused(self, latents: PackedLatents, t: float, text: TextCond, kept: Kept) -> Tensor:
         network = self.network
