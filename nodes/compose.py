@@ -20,10 +20,11 @@ from ..unipic_core.images import MAX_REFERENCES, Size, resize_references
 from ..unipic_core.recipe import LIMITS, Recipe
 from ..unipic_core.sequence import VAE_SCALE
 from ..unipic_core.settings import Plan, plan
+from . import vision
 from .facts import facts_of
 from .messages import tell
 from .pictures import to_image, to_pictures
-from .text import Conditioning, encode_prompt
+from .text import Conditioning, changes_weights, encode_prompt
 
 IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
 MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))
@@ -41,13 +42,15 @@ def clear_caches() -> None:
     """Forget all encodings; changed weights are noticed without it."""
     _references.clear()
     _texts.clear()
+    vision.clear_cache()
 
 
 class MultiImageCompose(io.ComfyNode):
     """Pictures and a prompt to positive, negative and an empty latent.
 
     The negative is encoded whatever the guidance, since the sampler comes later and may want it. It costs one pass of
-    the text encoder per set of pictures: it is kept, so a new prompt does not encode it again.
+    the language model per set of pictures: it is kept, so a new prompt does not encode it again, and the vision tower
+    runs once per picture for all texts.
     """
 
     @classmethod
@@ -206,8 +209,7 @@ def _text(clip: Any, text: str, references: list[Image.Image], latents: list[Ten
     def encode() -> Conditioning:
         return encode_prompt(clip, text, references)
 
-    hooks = clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule
-    made = encode() if hooks else _texts.get(_text_key(clip, text, references), encode)
+    made = encode() if changes_weights(clip) else _texts.get(_text_key(clip, text, references), encode)
     return node_helpers.conditioning_set_values(made, {"reference_latents": latents} if latents else {})
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from comfy.patcher_extension import CallbacksMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ..unipic_core.blocks import KeyValue
 from ..unipic_core.caching import TensorCache
 from ..unipic_core.conditions import still_serves
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.segments import FULL, REFERENCE_CAUSAL, REFERENCES, TARGET, TEXT
-from ..unipic_core.sequence import PackedLatents
+from ..unipic_core.segments import FULL, REFERENCES, TARGET, TEXT, fixed_pieces
+from ..unipic_core.sequence import PATCH, PackedLatents
 
 FORM, CACHE = "unipic_attention_form", "unipic_condition_cache"
 """Keys of transformer_options: the attention form in the place of the network's own, and one of CACHES."""
@@ -28,11 +29,17 @@ CACHES = AUTO, OFF, APPROXIMATE = "auto", "off", "approximate"
 
 KEY = "unipic"
 
+HELD = "unipic_held"
+"""Key of a conditioning: `held_shapes` of it in the run that has begun."""
+
+ONCE, EACH = "unipic_held_once", "unipic_held_each"
+"""Names by which held tokens reach the memory estimate: the same for all conditionings, and each conditioning's own."""
+
 Kept = tuple[KeyValue, ...]
 """Keys and values in every block."""
 
-Past = tuple[Kept, ...]
-"""Of the segments before the target's, in order."""
+Past = Iterator[tuple[KeyValue, ...]]
+"""Block by block, those of the segments before the target's, in order."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +65,15 @@ class Fixed:
         return self.latents.tokens[:, self.latents.num_target_tokens :]
 
     @cached_property
-    def alike(self) -> bool:
-        """All samples have the same condition, as those of a batch of seeds have."""
-        tensors = (t for t in (self.references, self.context, self.bias, self.additional) if t is not None)
-        return all(torch.equal(t, t[:1].expand_as(t)) for t in tensors)
+    def rows(self) -> dict[str, int]:
+        """How many samples of REFERENCES and of TEXT to compute: one, if all of the batch are alike, as seeds are."""
+        references = [self.references, self.additional]
+        decide = {REFERENCES: references, TEXT: [*references, self.context, self.bias]}
+        return {piece: 1 if _alike(tensors) else len(self.context) for piece, tensors in decide.items()}
 
     def identity(self, piece: str) -> tuple[Hashable, Sequence[Tensor]]:
         """All that a piece's keys and values depend on beside the weights; text also on what stands before it."""
-        rows = 1 if self.alike else len(self.context)
+        rows = self.rows[piece]
         tensors = [t[:rows] for t in (self.references, self.additional) if t is not None]
         shapes = self.latents.shapes[0]
         if piece == REFERENCES:
@@ -84,6 +92,10 @@ class Fixed:
         return F.pad(self.bias, (before, after))[:, None]
 
 
+def _alike(tensors: Sequence[Tensor | None]) -> bool:
+    return all(torch.equal(t, t[:1].expand_as(t)) for t in tensors if t is not None)
+
+
 @dataclass
 class Reused:
     """References' keys and values of the full form, as they were at t."""
@@ -96,7 +108,7 @@ class Reused:
 
 
 class Conditions:
-    """Keys and values of one run. Closed, it keeps nothing and every call computes them."""
+    """Keys and values of one run. Closed, it keeps nothing, and every step computes them."""
 
     def __init__(self) -> None:
         # guided runs have two texts; a few more serve conditionings of areas or times of their own
@@ -115,32 +127,67 @@ class Conditions:
             cache.clear()
         self._patcher = None
 
-    @property
-    def keeps(self) -> bool:
-        """Hooks change the weights while a run goes on: nothing may be kept then."""
-        return self._patcher is not None and not self._patcher.hook_patches
+    def keeps(self, fixed: Fixed) -> bool:
+        """Whether a run has begun and may keep something: hooks may change the weights while it goes on."""
+        return self._patcher is not None and not self._patcher.hook_patches and fixed.options.get(CACHE) != OFF
 
     def get(self, piece: str, fixed: Fixed, make: Callable[[], Kept]) -> Kept:
-        if not self.keeps or fixed.options.get(CACHE) == OFF:
-            return make()
+        """A piece's keys and values in every block, made if they are not kept."""
         return self.kept[piece].get(*fixed.identity(piece), make)
 
     def approximate(self, fixed: Fixed) -> Reused | None:
         """What is used again for this condition, if that was asked for; each text has its own."""
         asked = fixed.options.get(CACHE) == APPROXIMATE and fixed.form == FULL
-        if not asked or not self.keeps or not fixed.latents.shapes[0][1:]:
+        if not asked or not self.keeps(fixed) or not fixed.latents.shapes[0][1:]:
             return None
         return self.reused.get(*fixed.identity(TEXT), Reused)
 
 
 def keep_during_runs(patcher: Any) -> None:
-    """Let a ModelPatcher and its clones open their network's conditions for each run, and free them after it."""
+    """Let a ModelPatcher and its clones open their network's conditions for each run, and free them after it.
+
+    And count their memory: what a run keeps is written onto its conditionings before ComfyUI estimates.
+    """
 
     def conditions(patcher: Any) -> Conditions:
         return patcher.model.diffusion_model.conditions
 
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda p, *_: conditions(p).open(p))
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda p, *_: conditions(p).close())
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _note_held)
+
+
+def _note_held(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Around a guider's whole run: HELD for each of its conditionings."""
+    guider = executor.class_obj
+    options = guider.model_options.get("transformer_options", {})
+    form = options.get(FORM) or guider.model_patcher.model.diffusion_model.config.attention_form
+    for name, conds in guider.conds.items():
+        pictures = 0 if name == "negative" and _leaves_negative(guider) else len(noise)
+        for cond in conds:
+            cond[HELD] = held_shapes(cond, form, options.get(CACHE, AUTO), pictures)
+    return executor(noise, *args, **kwargs)
+
+
+def _leaves_negative(guider: Any) -> bool:
+    """Whether the negative is never evaluated, as ComfyUI has it at guidance 1."""
+    stock = type(guider).predict_noise is CFGGuider.predict_noise
+    return stock and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization")
+
+
+def held_shapes(cond: Mapping[str, Any], form: str, cache: str, pictures: int) -> dict[str, list[int]]:
+    """ONCE and EACH -> [1, tokens] whose keys and values stay in memory while a run lasts.
+
+    cond: a conditioning with its cross_attn and reference_latents; pictures: for how many of the run it is evaluated.
+    """
+    if cache == OFF or not pictures:
+        return {}
+    sides = [z.shape[-2:] for z in cond.get("reference_latents") or ()]
+    references = sum(math.ceil(height / PATCH) * math.ceil(width / PATCH) for height, width in sides)
+    if form == FULL:  # references see the target then: each picture has its own
+        return {EACH: [1, references * pictures]} if cache == APPROXIMATE else {}
+    text = cond.get("cross_attn") if TEXT in fixed_pieces(form) else None
+    return {ONCE: [1, references], EACH: [1, 0 if text is None else text.shape[1]]}
 
 
 def with_cache(model: Any, cache: str) -> Any:
@@ -149,12 +196,11 @@ def with_cache(model: Any, cache: str) -> Any:
     UniPicError if references are to be used again by a network that cannot.
     """
     clone = model.clone()
-    if cache == APPROXIMATE:
-        if not isinstance(getattr(model.model.diffusion_model, "conditions", None), Conditions):
-            raise UniPicError(
-                "condition_cache approximate needs a model from LoadUniPic; ComfyUI's own Qwen-Image network does not "
-                "have it: choose auto"
-            )
-        clone.model.reserve(REFERENCE_CAUSAL)
+    known = isinstance(getattr(model.model.diffusion_model, "conditions", None), Conditions)
+    if cache == APPROXIMATE and not known:
+        raise UniPicError(
+            "condition_cache approximate needs a model from LoadUniPic; ComfyUI's own Qwen-Image network does not have "
+            "it: choose auto"
+        )
     clone.model_options.setdefault("transformer_options", {})[CACHE] = cache
     return clone

@@ -16,6 +16,7 @@ from comfy_api.latest import io
 from ..unipic_core.checkpoints import looks_like
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.tensor_files import read_table
+from ..unipic_core.vae_files import config_of_file
 from . import sources
 from .facts import attach, facts_of
 from .latent_format import PictureLatents, fit_preview, read_latent_format
@@ -101,12 +102,11 @@ def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
 
 
 def load_vae(path: Path) -> comfy.sd.VAE:
-    """From a pipeline folder's vae/, or a file as ComfyUI has it. UniPicError."""
-    if path.is_dir():
-        from .vae import load_vae as from_folder
+    """From a pipeline folder's vae/, or a file: in two dimensions where it is the Qwen-Image VAE. UniPicError."""
+    if path.is_dir() or config_of_file(checked_shapes(path, "a VAE", sources.VAE)) is not None:
+        from .vae import load_vae as for_pictures
 
-        return from_folder(path)
-    checked_shapes(path, "a VAE", sources.VAE)
+        return for_pictures(path)
     with readable(path, sources.VAE):
         tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         vae = comfy.sd.VAE(sd=tensors, metadata=metadata)

@@ -99,7 +99,6 @@ def switch_form(model: Any, name: str, form: str) -> None:
             "have; load the model with LoadUniPic"
         )
     model.model_options.setdefault("transformer_options", {})[FORM] = form
-    model.model.reserve(form)
 
 
 def _bias_patch(layer: LoRALayer) -> Any:

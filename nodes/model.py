@@ -21,19 +21,16 @@ from ..unipic_core.errors import CheckpointError, UniPicError
 from ..unipic_core.images import DEFAULT_BUDGET
 from ..unipic_core.recipe import TRANSFORMER_FOLDERS, recipe_of
 from ..unipic_core.schedules import resolution_shift
-from ..unipic_core.segments import REFERENCES, TEXT, condition_bytes, fixed_pieces
+from ..unipic_core.segments import condition_bytes
 from ..unipic_core.sequence import PATCH, PIXELS_PER_TOKEN
 from ..unipic_core.tensor_files import read_table
 from ..unipic_core.weights import FP8, Weights
-from .conditions import keep_during_runs
+from .conditions import EACH, HELD, ONCE, keep_during_runs
 from .facts import Facts, attach
 from .latent_format import PictureLatents, read_latent_format
 from .network import Network, network_options
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-
-KEPT = "unipic_kept_tokens"
-"""Name under which a conditioning's kept tokens reach the memory estimate."""
 
 _CHECKED = 1 << 20
 """Tensors up to this many values are checked for NaN on loading: all norms and biases, so all that a failed training or
@@ -49,12 +46,6 @@ class UniPicModel(comfy.model_base.QwenImage):
 
     def __init__(self, model_config: Any, device: torch.device | None = None) -> None:
         super().__init__(model_config, device=device, unet_model=Network)
-        self.fixed_pieces: frozenset[str] = frozenset()
-        self.reserve(self.diffusion_model.config.attention_form)
-
-    def reserve(self, form: str) -> None:
-        """From now on, count the memory of what this attention form keeps during a run."""
-        self.fixed_pieces |= set(fixed_pieces(form))
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         mask = kwargs.get("attention_mask")
@@ -64,23 +55,20 @@ class UniPicModel(comfy.model_base.QwenImage):
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
         """References count by their area; the stock estimate divides by the release's 16 channels."""
-        references, text = kwargs.get("reference_latents"), kwargs.get("cross_attn")
-        shapes, kept = {}, 0
+        references = kwargs.get("reference_latents")
+        shapes = dict(kwargs.get(HELD, {}))
         if references is not None:
             area = sum(z[0, 0].numel() for z in references)
             shapes["ref_latents"] = [1, self.latent_format.latent_channels, area]
-            kept += area // PATCH**2 * (REFERENCES in self.fixed_pieces)
-        if text is not None:
-            kept += text.shape[1] * (TEXT in self.fixed_pieces)
-        return {**shapes, KEPT: [1, kept]} if kept else shapes
+        return shapes
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
         """The stock estimate, and the keys and values that stay in memory while a run lasts."""
         config, cond_shapes = self.diffusion_model.config, cond_shapes or {}
-        tokens = sum(shape[1] for shape in cond_shapes.get(KEPT, ()))
+        once, each = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (ONCE, EACH))
         itemsize = management.dtype_size(self.get_dtype_inference())
-        kept = condition_bytes(tokens, config.num_layers, config.width, itemsize)
-        return super().memory_required(input_shape, cond_shapes) + kept
+        held = condition_bytes(max(once, default=0) + sum(each), config.num_layers, config.width, itemsize)
+        return super().memory_required(input_shape, cond_shapes) + held
 
 
 class UniPicConfig(comfy.supported_models.QwenImage):

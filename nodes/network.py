@@ -18,16 +18,12 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ..unipic_core.blocks import KeyValue
-from ..unipic_core.errors import UniPicError
 from ..unipic_core.mmdit import MMDiT, MMDiTConfig
-from ..unipic_core.rope import joint_positions
-from ..unipic_core.segments import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, Segment, advance_all
-from ..unipic_core.sequence import PATCH, LatentShape, PackedLatents, pack_latents, unpack_latents
+from ..unipic_core.segments import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, Segment, advance, advance_all
+from ..unipic_core.sequence import PATCH, PackedLatents, unpack_latents
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .conditions import FORM, Conditions, Fixed, Kept, Past, Reused
-
-REFERENCE_METHODS = ("index", "index_timestep_zero", "negative_index")
-"""Ways to number references that the network has: frames 1, 2, ...; the same modulated at t = 0; frames -1, -2, ..."""
+from .inputs import checked_method, checked_text, packed, positions
 
 
 def network_options(config: MMDiTConfig) -> Options:
@@ -96,23 +92,23 @@ class Network(MMDiT):
         ref_latents_method: str | None = None,
         **_: Any,
     ) -> Tensor:
-        method = _checked_method(ref_latents_method or self.default_ref_method)
+        method = checked_method(ref_latents_method or self.default_ref_method)
         options = transformer_options or {}
         form = options.get(FORM) or self.config.attention_form
-        latents = self._pack(x, ref_latents or ())
+        latents = packed(x, ref_latents or (), self.config.in_channels)
         fixed = Fixed(
             form=form,
             key=(form, method, x.dtype),
             latents=latents,
-            context=context,
-            ids=self._positions(latents, x.shape[0], context.shape[1], x.device, method),
+            context=checked_text(context, self.config.joint_attention_dim),
+            ids=self._positions(latents, context.shape[1], x.device, method),
             bias=text_bias(attention_mask, x.dtype),
             additional=additional_t_cond,
             options={key: value for key, value in options.items() if not key.startswith("patches")},
         )
         reused = self.conditions.approximate(fixed)
         if reused is not None and reused.serves(float(timestep[0])):
-            fixed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), (reused.kept,), None
+            fixed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), _by_block([reused.kept]), None
         else:
             past = self._past(fixed)
         options = self._options(latents, options)
@@ -186,9 +182,9 @@ class Network(MMDiT):
         hooked = bool(options.get("patches") or replacements or residuals or "optimized_attention_override" in options)
         last, references = len(self.transformer_blocks) - 1, state.words + num_target_tokens
         keeps: list[KeyValue] = []
-        for i, block in enumerate(self.transformer_blocks):
+        for i, (block, seen) in enumerate(zip(self.transformer_blocks, past, strict=True)):
             options["block_index"] = i
-            state = replace(state, past=tuple(kept[i] for kept in past))
+            state = replace(state, past=seen)
             if ("double_block", i) in replacements:
                 args = {"img": img, "txt": txt, "vec": temb, "pe": state.rope, "transformer_options": options}
                 out = replacements[("double_block", i)](args, {"original_block": _original(block, state)})
@@ -207,38 +203,47 @@ class Network(MMDiT):
     # --- what no step changes ---
 
     def _past(self, fixed: Fixed) -> Past:
-        """Keys and values of the segments before the target's, kept for the run."""
-        past: list[Kept] = []
-        for (piece,) in SEGMENTS[fixed.form][:-1]:
-            if piece == REFERENCES and not fixed.latents.shapes[0][1:]:
-                continue
-            past.append(self.conditions.get(piece, fixed, partial(self._prefill, piece, fixed, tuple(past))))
-        return tuple(past)
+        """Keys and values of the segments before the target's: the run's own, or made as each block comes."""
+        pieces = [piece for (piece,) in SEGMENTS[fixed.form][:-1] if piece != REFERENCES or fixed.latents.shapes[0][1:]]
+        if not pieces or not self.conditions.keeps(fixed):
+            return self._in_passing([self._segment(piece, fixed) for piece in pieces])
+        made: list[Kept] = []
+        for piece in pieces:
+            made.append(self.conditions.get(piece, fixed, partial(self._prefill, piece, fixed, tuple(made))))
+        return _by_block(made)
 
-    def _prefill(self, piece: str, fixed: Fixed, past: Past) -> Kept:
-        """Keys and values of references or text in every block; of one sample, if all of a batch are alike."""
-        rows = 1 if fixed.alike else len(fixed.context)
-        words, n = fixed.context.shape[1], fixed.latents.num_target_tokens
-        references = fixed.latents.tokens[:rows, n:] if piece == REFERENCES else None
-        img = None if references is None else self.img_in(references)
-        txt = self._text(fixed.context[:rows], fixed.latents.tokens.dtype) if piece == TEXT else None
+    def _prefill(self, piece: str, fixed: Fixed, past: Sequence[Kept]) -> Kept:
+        """Keys and values of references or text in every block."""
+        _, [kept] = advance_all(self.transformer_blocks, [self._segment(piece, fixed)], past)
+        return kept
+
+    def _in_passing(self, segments: Sequence[Segment]) -> Past:
+        """The segments go through each block just before the target's, so no block's keys and values stay for long."""
+        for block in self.transformer_blocks:
+            segments, made = advance(block, segments, (), block is self.transformer_blocks[-1])
+            yield tuple(made)
+
+    def _segment(self, piece: str, fixed: Fixed) -> Segment:
+        """References or text as they enter the first block; of one sample, if all of a batch are alike."""
+        rows, words, n = fixed.rows[piece], fixed.context.shape[1], fixed.latents.num_target_tokens
+        is_text = piece == TEXT
+        img = None if is_text else self.img_in(fixed.references[:rows])
+        txt = self._text(fixed.context[:rows], fixed.latents.tokens.dtype) if is_text else None
         tokens = img if txt is None else txt
         assert tokens is not None  # a segment that never changes is one of the two
-        mask = fixed.mask(((REFERENCES,), (TEXT,)), 0) if piece == TEXT else None
+        mask = fixed.mask(((REFERENCES,), (TEXT,)), 0) if is_text else None
         state = HookedState(
-            rope=self.pe_embedder(fixed.ids[:rows, :words] if piece == TEXT else fixed.ids[:rows, words + n :]),
+            rope=self.pe_embedder(fixed.ids[:rows, :words] if is_text else fixed.ids[:rows, words + n :]),
             mask=None if mask is None else mask[:rows],
             reference=None,
             attention=attention_on(tokens.device),
             options=fixed.options,
-            words=words if piece == TEXT else 0,
+            words=words if is_text else 0,
             keeps=True,
         )
         additional = None if fixed.additional is None else fixed.additional[:rows]
         temb = self._time(torch.zeros(1, device=tokens.device), tokens, False, additional)
-        segment = Segment((piece,), img, txt, temb, state, 0)
-        _, [kept] = advance_all(self.transformer_blocks, [segment], past)
-        return kept
+        return Segment((piece,), img, txt, temb, state, 0)
 
     def pe_embedder(self, ids: Tensor) -> Tensor:
         """Rotation matrices of positions [B, N, 3]; ControlNets that share layers with the network ask for it too."""
@@ -246,37 +251,12 @@ class Network(MMDiT):
 
     def process_img(self, x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
         """Tokens [B, S, 4C] and positions [B, S, 3] of a picture, and its shape padded to whole tokens; as above."""
-        latents = self._pack(x, ())
-        ids = self._positions(latents, x.shape[0], 0, x.device, "index")
+        latents = packed(x, (), self.config.in_channels)
+        ids = self._positions(latents, 0, x.device, "index")
         return latents.tokens, ids, pad_to_patch_size(x, (1, PATCH, PATCH)).shape
-
-    def _pack(self, x: Tensor, references: Sequence[Tensor]) -> PackedLatents:
-        """[target | reference 1 | ...], each padded to whole tokens; one reference may serve a whole batch."""
-        pieces, shapes = [], []
-        for latent in (x, *references):
-            self._check_latent(latent)
-            latent = pad_to_patch_size(latent, (PATCH,) * 2 if latent.ndim == 4 else (1, PATCH, PATCH))
-            shapes.append(LatentShape.of_latents(latent))
-            pieces.append(pack_latents(latent).to(x.dtype).expand(x.shape[0], -1, -1))
-        return PackedLatents(torch.cat(pieces, dim=1), (tuple(shapes),) * x.shape[0], shapes[0].num_tokens)
-
-    def _check_latent(self, latent: Tensor) -> None:
-        channels, frames = latent.shape[1], latent.shape[2] if latent.ndim == 5 else 1
-        if channels * PATCH**2 != self.config.in_channels:
-            raise UniPicError(
-                f"this model works on latents of {self.config.in_channels // PATCH**2} channels and was given "
-                f"{channels}; use the VAE that LoadUniPic gives with it"
-            )
-        if frames != 1:
-            raise UniPicError(f"UniPic makes single pictures and was given a latent of {frames} frames; give it one")
 
     def _text(self, context: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, L, D] -> [B, L, width]."""
-        if context.shape[-1] != self.config.joint_attention_dim:
-            raise UniPicError(
-                f"this model takes text of width {self.config.joint_attention_dim} and was given {context.shape[-1]}; "
-                "use the CLIP that LoadUniPic gives with it"
-            )
         return self.txt_in(self.txt_norm(context.to(dtype)))
 
     def _options(self, latents: PackedLatents, given: Options) -> Options:
@@ -291,12 +271,14 @@ class Network(MMDiT):
             additional = torch.zeros(1, dtype=torch.long, device=like.device)
         return self.embed_time(t, like, additional, at_zero)
 
-    def _positions(self, latents: PackedLatents, batch: int, words: int, device: torch.device, method: str) -> Tensor:
+    def _positions(self, latents: PackedLatents, words: int, device: torch.device, method: str) -> Tensor:
         """Positions [B, L + S, 3], text first; patches may change them."""
-        ids = joint_positions(latents.shapes, words, self.config.use_layer3d_rope).to(device).repeat(batch, 1, 1)
-        if method == "negative_index":
-            ids[:, words:, 0] = -ids[:, words:, 0].abs()
-        return ids
+        return positions(latents, words, self.config.use_layer3d_rope, method).to(device)
+
+
+def _by_block(made: Sequence[Kept]) -> Past:
+    """For each block, the keys and values of all these segments."""
+    return zip(*made, strict=True)
 
 
 def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -> Callable[[Options], Options]:
@@ -308,12 +290,3 @@ def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -
         return {"img": img, "txt": txt}
 
     return run
-
-
-def _checked_method(method: str) -> str:
-    if method not in REFERENCE_METHODS:
-        raise UniPicError(
-            f"this model numbers its references by {' or '.join(REFERENCE_METHODS)}; the conditioning asks for "
-            f"{method!r}: remove the node that set it, or choose index"
-        )
-    return method

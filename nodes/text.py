@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .pictures import to_image
 from .text_config import EncoderConfig
 from .text_model import TextModel
 from .text_tokens import KEY, Tokenizer
+from .vision import shared_tower
 
 STOCK_LEAST_PIXELS = 3136
 """ComfyUI's own Qwen2.5-VL enlarges pictures of fewer pixels."""
@@ -88,7 +90,8 @@ def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> 
     """Conditioning of the release's template: references in order, no labels, the prompt.
 
     clip: from `load_clip`, or ComfyUI's own Qwen2.5-VL. references: from `resize_references`; the vision encoder gets
-    them at exactly 28/32 of their sides. Raises UniPicError for another kind of CLIP and for marks in the prompt.
+    them at exactly 28/32 of their sides, once for all texts. Raises UniPicError for another kind of CLIP and for marks
+    in the prompt.
     """
     text = prompt_text(prompt, len(references))  # begins with a turn: every tokenizer takes such a text as it is
     pictures = [resize_for_vision(reference) for reference in references]
@@ -97,7 +100,13 @@ def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> 
         _warn_of_enlarging(pictures)
     tokens = clip.tokenize(text, images=[to_image(picture) for picture in pictures])
     _check_tokens(tokens, len(references))
-    return clip.encode_from_tokens_scheduled(tokens)
+    with nullcontext() if changes_weights(clip) else shared_tower(clip):
+        return clip.encode_from_tokens_scheduled(tokens)
+
+
+def changes_weights(clip: Any) -> bool:
+    """Whether hooks may change a CLIP's weights while it encodes, so that nothing of it may be kept."""
+    return bool(clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule)
 
 
 def _escaped(text: str) -> str:

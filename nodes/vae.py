@@ -1,4 +1,4 @@
-"""VAE: the Qwen-Image VAE of a pipeline folder as ComfyUI's own kind, for single pictures of any size of network."""
+"""VAE: the Qwen-Image VAE, from a folder or a file, as ComfyUI's own kind, for single pictures and any width."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..unipic_core.image_vae import ImageVAE, VAEConfig
-from ..unipic_core.vae_files import load_image_vae, read_vae_config
+from ..unipic_core.vae_files import load_image_vae
 
 ENCODE_VALUES, DECODE_VALUES = 1000, 1100
 """Values to reserve per pixel when a VAE of base_dim 96 encodes or decodes. Counted at 512x512 in bf16: 581 and 675
@@ -51,20 +51,22 @@ def _per_frame(x: Tensor, function: Any) -> Tensor:
 class UniPicVAE(comfy.sd.VAE):
     """ComfyUI's VAE around a FramesVAE. A batch of images is that many pictures, not a video.
 
-    folder: the vae/ of a pipeline. config: the sizes, and the statistics that a MODEL normalises latents with.
+    source: the vae/ of a pipeline, or a file. config: the sizes, and the statistics that a MODEL normalises latents
+    with.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, source: Path) -> None:
         with _without("No VAE weights detected"):
             super().__init__(sd={})  # without weights it leaves ComfyUI's defaults, whichever this version has
-        self.config = config = read_vae_config(folder)
-        self._describe(config)
+        self.working_dtypes = [torch.bfloat16, torch.float32]
         self.device = comfy.model_management.vae_device()
         self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
         self.output_device = comfy.model_management.intermediate_device()
         operations = comfy.ops.disable_weight_init
-        network = load_image_vae(folder, self.vae_dtype, kind=FramesVAE, operations=operations)
+        network = load_image_vae(source, self.vae_dtype, kind=FramesVAE, operations=operations)
         self.first_stage_model = network
+        self.config = network.config
+        self._describe(network.config)
         comfy.model_management.archive_model_dtypes(network)
         # whole or not at all, since its norms are plain parameters that streaming would leave behind; it is small
         self.disable_offload = True
@@ -78,7 +80,6 @@ class UniPicVAE(comfy.sd.VAE):
         self.latent_dim, self.not_video = 3, True
         self.downscale_ratio = self.upscale_ratio = (_same, 8, 8)
         self.downscale_index_formula = self.upscale_index_formula = (1, 8, 8)
-        self.working_dtypes = [torch.bfloat16, torch.float32]
         width = config.base_dim / _BASE_DIM
 
         def memory(values: int, shape: Any, dtype: torch.dtype) -> float:
@@ -107,13 +108,16 @@ def _without(message: str) -> Iterator[None]:
         log.removeFilter(other)
 
 
-def load_vae(folder: Path) -> UniPicVAE:
-    """The VAE of a pipeline folder's vae/ (diffusers' layout, any z_dim and base_dim). CheckpointError."""
-    folder = Path(folder)
-    vae = UniPicVAE(folder / "vae")
-    vae.patcher.cached_patcher_init = (_load_patcher, (folder,))
+def load_vae(source: Path) -> UniPicVAE:
+    """The VAE of a pipeline folder's vae/ (diffusers' layout, any z_dim and base_dim), or of ComfyUI's file.
+
+    Raises CheckpointError.
+    """
+    source = Path(source)
+    vae = UniPicVAE(source if source.is_file() else source / "vae")
+    vae.patcher.cached_patcher_init = (_load_patcher, (source,))
     return vae
 
 
-def _load_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
-    return load_vae(folder).patcher  # never dynamic
+def _load_patcher(source: Path, disable_dynamic: bool = False) -> Any:
+    return load_vae(source).patcher  # never dynamic

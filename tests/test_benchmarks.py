@@ -8,27 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from tests.benchmarks import gpu, peers, scaling
-from tests.benchmarks.arithmetic import Load, cache_bytes, fill_flops, step_flops, whole_flops
-from tests.benchmarks.common import Bar, Times, heading, in_turns, line, write_json
+from tests.benchmarks import approximate, gpu, network, peers, scaling, training, training_steps, vae
+from tests.benchmarks.arithmetic import Load, cache_bytes, count_flops, fill_flops, step_flops, whole_flops
+from tests.benchmarks.common import Bar, Times, draw, draw_bars, heading, in_turns, line, write_json
 from tests.benchmarks.network import diffusers_network, evaluate_diffusers
 from tests.benchmarks.scaled_fp8 import ScaledLinear
 from tests.benchmarks.systems import CAUSAL, TINY_SIZES, Kind, evaluate, fill, sharing, square, with_text
-from unipic_core.attention import matmul_attention
 from unipic_core.mmdit import MMDiTConfig
 from unipic_core.segments import ATTENTION_FORMS, FULL
 from unipic_core.sequence import LatentShape
 
-KIND = Kind(torch.float32, attention=matmul_attention)  # torch's counter does not know the fused one on a CPU
-
-
-def counted(run) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+KIND = Kind(torch.float32)
 
 
 # --- the arithmetic ---
@@ -41,9 +32,9 @@ def test_operations_are_those_that_torch_counts(form, count):
     network = KIND.random(TINY_SIZES.with_form(form))
     inputs = KIND.inputs(TINY_SIZES, load)
     cache = fill(network, inputs)
-    assert counted(lambda: evaluate(network, inputs)) == step_flops(network.config, load)
-    assert counted(lambda: evaluate(network, inputs, cache)) == step_flops(network.config, load, cached=True)
-    assert counted(lambda: fill(network, inputs)) == fill_flops(network.config, load)
+    assert count_flops(lambda: evaluate(network, inputs)) == step_flops(network.config, load)
+    assert count_flops(lambda: evaluate(network, inputs, cache)) == step_flops(network.config, load, cached=True)
+    assert count_flops(lambda: fill(network, inputs)) == fill_flops(network.config, load)
     kept = sum(x.nbytes for pairs in cache.values() for pair in pairs for x in pair)
     assert kept == cache_bytes(network.config, load, 4)
 
@@ -52,8 +43,7 @@ def test_operations_of_diffusers_class():
     load = with_text(square(4), sharing(4, 3))
     ours = KIND.random(TINY_SIZES)
     theirs, inputs = diffusers_network(ours), KIND.inputs(TINY_SIZES, load)
-    with sdpa_kernel(SDPBackend.MATH):
-        assert counted(lambda: evaluate_diffusers(theirs, inputs)) == whole_flops(TINY_SIZES, load)
+    assert count_flops(lambda: evaluate_diffusers(theirs, inputs)) == whole_flops(TINY_SIZES, load)
     assert (evaluate(ours, inputs) - evaluate_diffusers(theirs, inputs)).abs().max() < 1e-5
 
 
@@ -78,6 +68,21 @@ def test_exponents_are_slopes():
     points = {float(x): 3.0 * x**1.5 for x in (1, 2, 4, 8)}
     assert scaling.exponent({0.0: 5.0, **points}) == pytest.approx(1.5)
     assert scaling.exponent({0.0: 1.0, 2.0: 1.0}) is None
+
+
+@pytest.mark.parametrize("direction", ["encode", "decode"])
+@torch.no_grad()
+def test_operations_of_the_vae_are_counted_without_memory(direction):
+    """The counts on empty tensors are those of a run."""
+    on_meta, on_cpu = (
+        {
+            whose: count_flops(run)
+            for whose, run in vae.runs_of(vae.pair(vae.TINY.config, torch.device(device)), 32)[direction].items()
+        }
+        for device in ("meta", "cpu")
+    )
+    assert on_meta == on_cpu
+    assert 1 / 3 < on_meta[vae.OURS] / on_meta[vae.DIFFUSERS] < 0.45
 
 
 # --- what they share ---
@@ -118,6 +123,21 @@ def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path):
         write_json(path, {"rows": [object()]})
     assert json.loads(path.read_text()) == {"rows": [1]}
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_plots_show_the_arithmetic_beside_every_bar(tmp_path):
+    figures = {"a": (2.0, 1.0), "b": (3.0, 0.5)}
+    drawn = []
+
+    def fill(axes):
+        draw_bars(axes[0], figures)
+        drawn.extend(axes)
+
+    draw(tmp_path / "x.json", ["title"], fill)
+    assert [bar.get_width() for bar in drawn[0].patches] == [2.0, 3.0]
+    (lines,) = drawn[0].collections
+    assert [segment[0][0] for segment in lines.get_segments()] == [1.0, 0.5]
+    assert [label.get_text() for label in drawn[0].get_yticklabels()] == ["a", "b"]
 
 
 @pytest.mark.parametrize("rows", [1, 40])
@@ -182,6 +202,69 @@ def test_scaling(tmp_path, monkeypatch, capsys):
     assert [row["time_arithmetic"] for row in batch] == pytest.approx([1.0, 1.0, 1.0])
     assert all(row["peak_mib"] >= 0 for row in result["rows"] if row["run"] != "fill")
     assert capsys.readouterr().out.count("memory_arithmetic") == 1
+
+
+def test_vae(tmp_path, capsys):
+    path = tmp_path / "vae.json"
+    assert vae.main(["--tiny", "--rounds", "2", "--json", str(path)]) == 0
+    rows = read(path)["rows"]
+    assert [(row["direction"], row["size"]) for row in rows] == [(d, s) for s in (32, 64) for d in ("encode", "decode")]
+    for row in rows:
+        assert row["ratio_floor"] == pytest.approx(row["ours_floor"] / row["diffusers_floor"])
+        assert row["ours_seconds"] > row["ours_floor"] > 0 < row["ratio"]
+        assert 0 < row["max_difference"] < 1e-4
+    assert capsys.readouterr().out.count("code ") == 4
+
+
+def test_network(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(network, "PRODUCT_SIDE", 64)
+    path = tmp_path / "network.json"
+    assert network.main(["--tiny", "--rounds", "1", "--json", str(path)]) == 0
+    rows = read(path)["rows"]
+    assert [(row["dtype"], row["pass_"]) for row in rows] == [
+        (dtype, pass_) for dtype in ("float32", "bfloat16") for pass_ in network.PASSES
+    ]
+    assert all(0 < row["ratio_floor"] < 1 and row["ratio"] > 0 for row in rows)
+    assert rows[1]["max_difference"] < 1e-5
+    assert "ratio_floor" in capsys.readouterr().out
+
+
+def test_training(tmp_path, monkeypatch, capsys):
+    """All of it but the processes that measure memory, which take seconds each to start."""
+    for module in (training, training_steps):
+        monkeypatch.setattr(module, "peak_of_its_own", lambda make, *args: 2**20)
+        monkeypatch.setattr(module, "PRODUCT_SIDE", 64)
+    path = tmp_path / "training.json"
+    assert training.main(["--tiny", "--rounds", "1", "--json", str(path)]) == 0
+    result, printed = read(path), capsys.readouterr().out
+    assert [(row["form"], row["roles"]) for row in result["steps"]] == [
+        (form, roles) for roles in ("adapters", "copies") for form in ATTENTION_FORMS
+    ]
+    floors = [row["time_ratio_arithmetic"] for row in result["steps"]]
+    assert floors[0] == 1.0 == result["steps"][0]["time_ratio"]
+    assert floors[2] < floors[1] < 1 < floors[3]  # causal forms do less, gradients of all weights are more
+    assert result["memory"]["nano_ratio_arithmetic"] < 1
+    assert result["cached_against_encoding"]["ratio_arithmetic"] < 1
+    found = [result["memory"], result["cached_against_encoding"], *result["against_diffusers"], *result["steps"]]
+    for row in (*found, result["mixed_batch_against_one_by_one"]):
+        figures = {k for k in row if not k.endswith("_arithmetic")} - {"method", "form", "roles", "case", "padding"}
+        assert {f"{key}_arithmetic" for key in figures} <= set(row)
+    assert all(f"\n{name}\n" in printed for name in result if name != "machine")
+
+
+def test_approximate(tmp_path, capsys):
+    path = tmp_path / "approximate.json"
+    assert approximate.main(["--steps", "3", "--n", "1", "--json", str(path)]) == 0
+    result = read(path)
+    assert [row["limit"] for row in result["rows"]] == list(approximate.LIMITS)
+    first, *_, last = result["rows"]
+    assert (first["refreshed"], first["latents"], first["time"]) == ("0, 1, 2", pytest.approx(0, abs=1e-5), 1.0)
+    assert last["refreshed"] == "0"
+    assert last["time"] < 1
+    assert last["latents"] > 1e-4
+    table = result["errors"]
+    assert [(i, j) for i in range(3) for j in range(3) if table[i][j] is not None] == [(0, 1), (0, 2), (1, 2)]
+    assert "dB apart" in capsys.readouterr().out
 
 
 def test_gpu(tmp_path, monkeypatch, capsys):

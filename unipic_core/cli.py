@@ -26,6 +26,10 @@ FORMS = ("bf16", "fp32", "fp8_scaled")
 SOURCE = "pipeline folder, transformer folder, or a .safetensors or .bin file"
 LORA = "FILE[=STRENGTH]"
 AGAIN = "may be given again; strength 1 unless said"
+FORM_NOTE = (
+    "If the weights attend in a causal form (`unipic info` says so), only unipic and the node LoadUniPic compute it: "
+    "other programs read the result as full attention and make wrong pictures without an error."
+)
 
 EXAMPLES = """examples:
   unipic compose person.png guitar.png --prompt "Put the guitar from image 2 in the hands of the person from image 1"
@@ -101,12 +105,16 @@ def parser() -> argparse.ArgumentParser:
     info.add_argument("path", type=Path, help="folder or file")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=run_info)
-    convert = commands.add_parser("convert", help="write a transformer as one safetensors file that ComfyUI reads")
+    convert = commands.add_parser(
+        "convert", help="write a transformer as one safetensors file that ComfyUI reads", description=FORM_NOTE
+    )
     convert.add_argument("src", type=Path, help=SOURCE)
     convert.add_argument("dst", type=Path, help="the file to write")
     convert.add_argument("--dtype", type=form_argument, choices=FORMS, default="bf16", help="default: %(default)s")
     convert.set_defaults(run=run_convert)
-    merge = commands.add_parser("merge", help="bake LoRAs into a transformer: one file, or a model folder")
+    merge = commands.add_parser(
+        "merge", help="bake LoRAs into a transformer: one file, or a model folder", description=FORM_NOTE
+    )
     merge.add_argument("src", type=Path, help=SOURCE)
     merge.add_argument(
         "dst",

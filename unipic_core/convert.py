@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from .errors import CheckpointError
 from .mmdit import MMDiTConfig
 from .recipe import METADATA_KEY, RECIPE_FROM, Recipe, released_recipe
 from .saving import Described, Progress, write_safetensors
+from .segments import FULL
 from .weights import PathLike, Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp8_scaled": torch.bfloat16, "fp32": torch.float32}
@@ -52,7 +54,7 @@ def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Prog
 
     dtype: "bf16", "fp32", or "fp8_scaled": the blocks' matrices in float8_e4m3fn with one scale each, as ComfyUI 0.33
     reads them, all else in bf16. progress: called with (bytes written, bytes in all). Raises CheckpointError; on any
-    failure, Ctrl-C included, nothing is left behind and an older `dst` stays.
+    failure, Ctrl-C included, nothing is left behind and an older `dst` stays. Warns of a form that is not full.
     """
     src, dst = Path(src), Path(dst)
     checked_form(dtype)
@@ -66,8 +68,21 @@ def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Prog
     recipe = source_recipe(src)
     how = {"source": src.absolute().name, "dtype": dtype}
     recipe = replace(recipe, made={**recipe.made, "convert": how})
-    write_file(dst, Network(config, recipe, partial(stored, weights)), dtype, progress)
+    network = Network(config.with_form(recipe.causal_form), recipe, partial(stored, weights))
+    write_file(dst, network, dtype, progress)
+    for caution in form_cautions(dst, network.config):
+        warnings.warn(caution, stacklevel=2)
     return dst
+
+
+def form_cautions(dst: Path, config: MMDiTConfig) -> Iterator[str]:
+    """What to say of a checkpoint written at `dst` in an attention form that other programs do not know: they report
+    no error."""
+    if config.attention_form != FULL:
+        yield (
+            f"{dst.name}: its attention is {config.attention_form}, which only unipic and the node LoadUniPic compute; "
+            "other programs read it as full and make wrong pictures without an error"
+        )
 
 
 def stored(weights: Weights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:

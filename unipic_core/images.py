@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from os import PathLike
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import UniPicError
+from .numeric import whole
 from .sequence import PIXELS_PER_TOKEN, nearest_multiple
 
 Size = tuple[int, int]
@@ -180,25 +181,34 @@ def output_size(
     such sizes are accepted when asked for. One side given alone takes the other from the aspect.
     Raises UniPicError naming a size to use.
     """
+    width, height = _whole_side("width", width, budget), _whole_side("height", height, budget)
     widest = _widest(budget)
     aspect = min(max(first_reference[0] / first_reference[1], 1 / widest), widest) if first_reference else 1.0
     if width is None and height is None:
         root = math.sqrt(aspect)
         return _to_multiple((round(budget * root), round(budget / root)))
     if width is None and height is not None:
-        width = nearest_multiple(max(height, 1) * aspect, PIXELS_PER_TOKEN)
+        width = nearest_multiple(height * aspect, PIXELS_PER_TOKEN)
     elif height is None and width is not None:
-        height = nearest_multiple(max(width, 1) / aspect, PIXELS_PER_TOKEN)
+        height = nearest_multiple(width / aspect, PIXELS_PER_TOKEN)
     assert width is not None
     assert height is not None
     return _checked_size(width, height, budget)
 
 
+def _whole_side(name: str, side: Any, budget: int) -> int | None:
+    """A side that was asked for, as a whole number; None where none was."""
+    pixels = whole(side)
+    if side is not None and (pixels is None or pixels < 1):
+        raise UniPicError(
+            f"the output {name} must be positive whole pixels, got {side!r}; try {_shrunk(budget, budget, budget)}"
+        )
+    return pixels
+
+
 def _checked_size(width: int, height: int, budget: int) -> Size:
     multiple = PIXELS_PER_TOKEN
     asked = f"{width}x{height}"
-    if width != int(width) or height != int(height) or width <= 0 or height <= 0:
-        raise UniPicError(f"the output size must be positive whole pixels, got {asked}; try {budget}x{budget}")
     if not _within_budget(width, height, budget):
         fitting = _shrunk(width, height, budget)
         raise UniPicError(f"the output size {asked} is over this model's {budget}x{budget} pixels; use {fitting}")

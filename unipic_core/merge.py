@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,17 @@ import torch
 from torch import Tensor
 
 from .checkpoints import PARTS, expected_shapes, open_transformer, stored_dtype
-from .convert import DTYPES, Network, checked_form, encoded, keep_sources, source_recipe, stored, write_file
+from .convert import (
+    DTYPES,
+    Network,
+    checked_form,
+    encoded,
+    form_cautions,
+    keep_sources,
+    source_recipe,
+    stored,
+    write_file,
+)
 from .errors import CheckpointError, LoRAError
 from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe
@@ -49,7 +59,7 @@ def merge(
 
     dst: a name that ends in .safetensors becomes one file, as `convert` writes it; any other a diffusers folder, with
     the text encoder and the other parts copied where `src` is a pipeline folder. The recipe is the source's with the
-    LoRAs' over it. Sums are taken in float32 and rounded once.
+    LoRAs' over it. Sums are taken in float32 and rounded once. Warns where the result's attention form is not full.
 
     dtype: one of DTYPES, None = the source's own; a folder holds no fp8. overwrite: replace what is at `dst`. progress:
     called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure, Ctrl-C included,
@@ -70,13 +80,18 @@ def merge(
         write_file(dst, network, dtype, progress)
     else:
         write_folder(dst, network, dtype, src, progress)
-    for (lora, _), (fit, _) in zip(adapters, fitted, strict=True):
-        if strange := fit.report.unmatched:
-            warnings.warn(
-                f"{lora.name}: {len(strange)} keys not known here ({', '.join(strange[:3])})",
-                stacklevel=2,
-            )
-    return tuple(fit.report for fit, _ in fitted)
+    names = [lora.name for lora, _ in adapters]
+    reports = tuple(fit.report for fit, _ in fitted)
+    for caution in (*key_cautions(names, reports), *form_cautions(dst, network.config)):
+        warnings.warn(caution, stacklevel=2)
+    return reports
+
+
+def key_cautions(names: Sequence[str], reports: Sequence[MergeReport]) -> Iterator[str]:
+    """What to say of LoRAs, by their names, that hold keys which belong to nothing."""
+    for name, report in zip(names, reports, strict=True):
+        if strange := report.unmatched:
+            yield f"{name}: {len(strange)} keys not known here ({', '.join(strange[:3])})"
 
 
 def checked_strength(strength: Any) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import UniPicError
 from .images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
+from .numeric import finite, whole
 from .prompt import body_text
 from .recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
 from .schedules import Shift, base_times, few_step_times
@@ -101,25 +102,26 @@ def _first(*values: Any) -> Any:
 
 
 def _whole(what: str, value: Any, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+    number = whole(value)
+    if number is None:
         raise UniPicError(f"{what} must be a whole number, got {value!r}")
-    if not least <= value <= most:
+    if not least <= number <= most:
         raise UniPicError(f"{what} must be from {least} to {most}, got {value}")
-    if value != int(value):
-        raise UniPicError(f"{what} must be a whole number, got {value!r}")
-    return int(value)
+    return number
 
 
 def _guidance(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_GUIDANCE:
+    number = finite(value)
+    if number is None or not 0 <= number <= MAX_GUIDANCE:
         raise UniPicError(
             f"the guidance scale must be a number from 0 to {MAX_GUIDANCE:g} (1 switches guidance off), got {value!r}"
         )
-    return float(value)
+    return float(number)
 
 
 def checked_seed(seed: Any, num_images: Any) -> tuple[int, int]:
     """(seed, num_images) as whole numbers, or UniPicError."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = whole(seed)
+    if number is None:
         raise UniPicError(f"the seed must be a whole number, got {seed!r}")
-    return seed, _whole("the number of images", num_images, 1, 1024)
+    return number, _whole("the number of images", num_images, 1, 1024)

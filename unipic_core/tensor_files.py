@@ -1,30 +1,23 @@
 """Tensor files as tables: where each tensor lies, read without loading any of them.
 
-A safetensors header is parsed and checked here, byte by byte, because it may come from anyone. A pickled `.bin` is
-walked by `torch.load(weights_only=True)`, which never runs code from the file; its tensors are then read from their
-places in the zip.
+A safetensors header is parsed and checked here, byte by byte, because it may come from anyone; pickles are read in
+pickles.py.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import os
-import pickle
-import re
 import struct
-import warnings
-import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .errors import CheckpointError
+from .pickles import read_pickle
+from .tensor_specs import Table, TensorSpec
 
 MAX_HEADER = 100_000_000
 """Longest safetensors header accepted, in bytes; the format's own limit."""
@@ -46,69 +39,6 @@ _DTYPES: dict[str, torch.dtype] = {
 if hasattr(torch, "float8_e8m0fnu"):
     _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One stored tensor: its type and shape, and where its bytes are.
-
-    offset: first byte of the tensor's storage in `file`. first: index of its first element in that storage; stride: in
-    elements, None = contiguous. loaded: the tensor itself, for the old pickles that cannot be read piecewise.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    file: Path
-    offset: int = 0
-    first: int = 0
-    stride: tuple[int, ...] | None = None
-    loaded: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    @property
-    def extent(self) -> int:
-        """Elements from the first to the last that the tensor touches."""
-        if not prod(self.shape):
-            return 0
-        if self.stride is None:
-            return prod(self.shape)
-        return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-
-    def read(self) -> Tensor:
-        """The tensor in memory of its own. CheckpointError if the file has become shorter."""
-        if self.loaded is not None:
-            return self.loaded.clone()
-        size = self.extent * self.dtype.itemsize
-        buffer = torch.empty(size, dtype=torch.uint8)
-        try:
-            with open(self.file, "rb") as f:
-                f.seek(self.offset + self.first * self.dtype.itemsize)
-                got = f.readinto(buffer.numpy().data)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {self.file}: {error.strerror or error}") from error
-        if got != size:
-            raise CheckpointError(
-                f"{self.file} ends {size - got} bytes too early: it changed or is damaged; fetch it again"
-            )
-        return self._shaped(buffer.view(self.dtype))
-
-    def mapped(self, area: mmap.mmap) -> Tensor:
-        """The tensor as a view of its mapped file: no memory until touched; writing to it does not reach the file."""
-        start = self.offset + self.first * self.dtype.itemsize
-        if self.loaded is not None or not self.extent or start % self.dtype.itemsize:
-            return self.read()
-        return self._shaped(torch.frombuffer(area, dtype=self.dtype, count=self.extent, offset=start))
-
-    def _shaped(self, flat: Tensor) -> Tensor:
-        if self.stride is None or not self.extent:
-            return flat.reshape(self.shape)
-        return flat.as_strided(self.shape, self.stride).contiguous()
-
-
-Table = dict[str, TensorSpec]
 
 
 def read_table(path: Path) -> tuple[Table, dict[str, str]]:
@@ -223,100 +153,3 @@ def safetensors_header(
     text += b" " * (-len(text) % 8)
     data = 8 + len(text)
     return struct.pack("<Q", len(text)) + text, {name: data + start for name, start in starts.items()}, data + at
-
-
-def read_pickle(path: Path) -> Table:
-    """Table of a pickled state dict; nested ones ("state_dict", or one key around all) are unwrapped.
-
-    Only tensors and plain containers are unpickled: a file that names any other function is refused before anything of
-    it is called (`weights_only=True`).
-    """
-    try:
-        if zipfile.is_zipfile(path):
-            records = _zip_records(path)
-            table = _places(path, _tensors(_torch_load(path, map_location="meta")), records)
-            if table is not None:
-                return table
-            tensors = _tensors(_torch_load(path, map_location="cpu", mmap=True))
-        elif tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-            # the old format could run code in spite of weights_only (CVE-2025-32434)
-            raise CheckpointError(
-                f"{path} is in PyTorch's old format, safe to open from PyTorch 2.6 on; update PyTorch"
-            )
-        else:
-            tensors = _tensors(_torch_load(path, map_location="cpu"))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, error)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not a readable PyTorch file ({_one_line(error)}); fetch it again") from error
-    except (zipfile.BadZipFile, struct.error, IndexError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_one_line(error)}); fetch it again") from error
-    return {name: TensorSpec(t.dtype, tuple(t.shape), path, loaded=t) for name, t in tensors.items()}
-
-
-def _torch_load(path: Path, **how: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, weights_only=True, **how)
-
-
-def _tensors(loaded: Any) -> dict[str, Tensor]:
-    """The state dict inside what was pickled."""
-    for _ in range(3):
-        if not isinstance(loaded, Mapping):
-            break
-        if any(isinstance(v, Tensor) for v in loaded.values()):
-            return {str(k): v.detach() for k, v in loaded.items() if isinstance(v, Tensor)}
-        inner = [v for k, v in loaded.items() if isinstance(v, Mapping) and (k == "state_dict" or len(loaded) == 1)]
-        loaded = inner[0] if inner else None
-    raise ValueError("it holds no table of tensors")
-
-
-def _zip_records(path: Path) -> dict[int, int]:
-    """Start -> size of every tensor storage that lies uncompressed in the zip.
-
-    Empty if they do not lie in the order of their numbers: torch computes places from that order, and would be wrong.
-    """
-    records, numbers = {}, []
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as f:
-        for info in sorted(archive.infolist(), key=lambda i: i.header_offset):
-            folder, _, number = info.filename.rpartition("/")
-            if not folder.endswith("/data") or info.compress_type != zipfile.ZIP_STORED:
-                continue
-            f.seek(info.header_offset)
-            name, extra = struct.unpack("<26xHH", f.read(30))
-            records[info.header_offset + 30 + name + extra] = info.file_size
-            numbers.append(number)
-    return records if numbers == [str(n) for n in range(len(numbers))] else {}
-
-
-def _places(path: Path, tensors: dict[str, Tensor], records: dict[int, int]) -> Table | None:
-    """Where each tensor lies, checked against the zip's own directory; None if torch is too old to say it."""
-    size = os.path.getsize(path)
-    table = {}
-    for name, tensor in tensors.items():
-        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or (offset not in records and tensor.numel()):
-            return None
-        stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-        spec = TensorSpec(tensor.dtype, tuple(tensor.shape), path, offset, int(tensor.storage_offset()), stride)
-        needed = (spec.first + spec.extent) * spec.dtype.itemsize
-        if tensor.numel() and (needed > records[offset] or offset + needed > size):
-            raise CheckpointError(f"{path} is damaged: tensor {name!r} reaches beyond its data; fetch it again")
-        table[name] = spec
-    return table
-
-
-def _refusal(path: Path, error: Exception) -> str:
-    """torch's long message as one sentence."""
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if asked:
-        what = f"asks to run code when opened ({asked[1]})"
-        return f"{path} {what} and was refused; use a .safetensors version of these weights"
-    return f"{path} is not a pickle of plain tensors and was refused; use a .safetensors version of these weights"
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]

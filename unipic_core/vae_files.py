@@ -1,12 +1,14 @@
-"""The `vae/` folder of a pipeline, in diffusers' layout: its config, and its weights in two dimensions and back.
+"""VAEs on disk: a pipeline's `vae/` folder as diffusers has it, or one file as ComfyUI has it (qwen_image_vae).
 
-diffusers stores the video model (`AutoencoderKLQwenImage`). Of its causal 3-D kernels only the last temporal slices act
-on single pictures, and its temporal resamplers (`time_conv`) not at all; see image_vae.py.
+Both store the video model; diffusers calls it `AutoencoderKLQwenImage`. Of its causal 3-D kernels only the last
+temporal slices act on single pictures, and its temporal resamplers (`time_conv`) not at all; see image_vae.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -72,36 +74,51 @@ def _wrong(config: VAEConfig) -> str:
     return ""
 
 
+def open_vae(source: PathLike) -> tuple[VAEConfig, Weights, dict[str, str]]:
+    """Config and weights of a vae/ folder or of a file, and diffusers' name -> stored name. CheckpointError."""
+    source = Path(source)
+    if not source.is_file():
+        config, weights = read_vae_config(source), open_weights(source)
+        return config, weights, {name: name for name in weights}
+    weights = open_weights(source)
+    found = config_of_file(weights.shapes())
+    if found is None:
+        raise CheckpointError(
+            f"{source} is not the Qwen-Image VAE in ComfyUI's layout; use qwen_image_vae.safetensors, or a vae/ folder"
+        )
+    return found, weights, {name: name_in_file(name, found) for name in _video_shapes(found)}
+
+
 def load_image_vae(
-    folder: PathLike,
+    source: PathLike,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     *,
     kind: type[ImageVAE] = ImageVAE,
     operations: Any = nn,
 ) -> ImageVAE:
-    """The 2-D VAE of a vae/ folder, frozen, in eval mode, its kernels in channels_last.
+    """The 2-D VAE of a vae/ folder or of a file, frozen, in eval mode, its kernels in channels_last.
 
     Built without memory, then filled tensor by tensor in its final type and place: beside it there is never more than
-    one stored tensor. kind, operations: a class derived from
-    ImageVAE, and the layers to build it of. Raises CheckpointError.
+    one stored tensor. kind, operations: a class derived from ImageVAE, and the layers to build it of. Raises
+    CheckpointError.
     """
-    folder = Path(folder)
-    config, weights = read_vae_config(folder), open_weights(folder)
+    config, weights, stored = open_vae(source)
     with torch.device("meta"):
         model = kind(config, operations=operations)
-    _require_weights(folder, model, weights)
+    _require_weights(Path(source), model, {name: weights.shape(stored[name]) for name in stored})
     for module_name, module in model.named_modules():
-        for name in list(module._parameters):
-            if module._parameters[name] is not None:
-                tensor = image_weight(f"{module_name}.{name}", weights.get(f"{module_name}.{name}"))
-                module._parameters[name] = nn.Parameter(_placed(tensor, dtype, device), requires_grad=False)
+        for parameter in list(module._parameters):
+            if module._parameters[parameter] is not None:
+                name = f"{module_name}.{parameter}"
+                tensor = image_weight(name, weights.get(stored[name]))
+                module._parameters[parameter] = nn.Parameter(_placed(tensor, dtype, device), requires_grad=False)
     return model.eval()
 
 
-def _require_weights(folder: Path, model: ImageVAE, weights: Weights) -> None:
+def _require_weights(folder: Path, model: ImageVAE, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: _image_shape(name, shape) for name, shape in weights.shapes().items() if not _is_temporal(name)}
+    found = {name: _image_shape(name, shape) for name, shape in shapes.items() if not _is_temporal(name)}
     report = check_keys(expected, found)
     if not report.fits:
         raise CheckpointError(
@@ -178,3 +195,47 @@ def video_weights(vae: ImageVAE) -> dict[str, Tensor]:
         else:
             out[name] = image[name].reshape(shape)
     return out
+
+
+# --- one file, as ComfyUI has it --------------------------------------------------------------------------------------
+
+_FILE_NAMES = (
+    *((".norm1.", ".residual.0."), (".conv1.", ".residual.2.")),
+    *((".norm2.", ".residual.3."), (".conv2.", ".residual.6."), (".conv_shortcut.", ".shortcut.")),
+    *((".mid_block.resnets.0.", ".middle.0."), (".mid_block.resnets.1.", ".middle.2.")),
+    *((".mid_block.attentions.0.", ".middle.1."), (".down_blocks.", ".downsamples.")),
+    *((".conv_in.", ".conv1."), (".norm_out.", ".head.0."), (".conv_out.", ".head.2.")),
+    *(("post_quant_conv.", "conv2."), ("quant_conv.", "conv1.")),
+)
+"""diffusers' words and those of Wan 2.1's own program, to be replaced in this order."""
+
+
+def name_in_file(name: str, config: VAEConfig) -> str:
+    """The name that a weight of the video model has in ComfyUI's file, which counts all blocks of a half in one row."""
+    blocks = config.num_res_blocks + 1
+
+    def counted(found: re.Match[str]) -> str:
+        level, kind, i = found.groups()
+        return f".upsamples.{int(level) * (blocks + 1) + (int(i) if kind == 'resnets' else blocks)}."
+
+    for ours, theirs in _FILE_NAMES:
+        name = name.replace(ours, theirs)
+    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", counted, name)
+
+
+def config_of_file(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig | None:
+    """The config of a file with these tensors, or None if it is another VAE (other channels, other blocks, a prefix).
+
+    The file does not hold one: all but its width is the release's.
+    """
+    width = shapes.get("decoder.head.0.gamma", (0,))[:1]
+    if not width or not 0 < width[0] <= _LARGEST:
+        return None
+    config = VAEConfig(base_dim=width[0])
+    expected = {name_in_file(name, config): shape for name, shape in _video_shapes(config).items()}
+    return config if check_keys(expected, shapes).fits else None
+
+
+def _video_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return video_shapes(ImageVAE(config))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
-from .tensor_files import Table, TensorSpec, read_table
+from .tensor_files import read_table
+from .tensor_specs import Table, TensorSpec
 
 PathLike = str | os.PathLike[str]
 

@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,63 +159,92 @@ def relative_time(refreshed: Sequence[int], steps: int) -> float:
     return (len(refreshed) * full + (steps - len(refreshed)) * reused) / (steps * full)
 
 
-def main() -> None:
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def samples_of(n: int) -> list[Sample]:
+    """The first held-out compositions that have references."""
+    bank = Bank(default_folder())
+    scenes = (make_scene(bank, "heldout", 1, i) for i in range(10 * n))
+    return [s for s in (render(bank, scene) for scene in scenes) if s.references][:n]
+
+
+def measure_errors(pipe: UniPicPipeline, samples: Sequence[Sample], steps: int) -> tuple[Run, dict[str, Any]]:
+    """The exact run; its times, and a table [step of the keys and values][step of use] of the velocity's error."""
+    network = pipe.transformer
+    everywhere = pipe.transformer = Reusing(network)  # type: ignore[assignment]
+    exact = run_all(pipe, samples, steps)
+    pipe.transformer = network
+    medians = {pair: statistics.median(found) for pair, found in everywhere.errors.items()}
+    table = [[medians.get((i, j)) for j in range(steps)] for i in range(steps)]
+    return exact, {"times": list(everywhere.times), "errors": table}
+
+
+def measure_limits(
+    pipe: UniPicPipeline, samples: Sequence[Sample], exact: Run, times: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """A row for each limit."""
+    network, steps = pipe.transformer, len(times)
+    for limit in LIMITS:
+        refreshed = choice(times, limit)
+        pipe.transformer = Reusing(network, refreshed)  # type: ignore[assignment]
+        made = run_all(pipe, samples, steps)
+        off = (made.latents - exact.latents).norm(dim=1) / exact.latents.norm(dim=1)
+        yield {
+            "limit": limit,
+            "refreshed": ", ".join(map(str, refreshed)),
+            "time": relative_time(refreshed, steps),
+            "psnr_db": psnr(exact, made),
+            "latents": float(off.median()),
+        }
+    pipe.transformer = network
+
+
+def measure(pipe: UniPicPipeline, samples: Sequence[Sample], steps: int) -> dict[str, Any]:
+    """All figures, printed as they come."""
+    exact, result = measure_errors(pipe, samples, steps)
+    print("median relative error of the velocity; row: step of the keys and values, column: step of their use")
+    for row in result["errors"][:-1]:
+        print(" ".join(" " * 6 if error is None else f"{error:6.3f}" for error in row[1:]))
+    between = psnr(exact, run_all(pipe, samples, steps, seed=100_000))
+    print(f"\npictures of two seeds lie {between:.1f} dB apart\n{heading(COLUMNS)}")
+    rows = []
+    for row in measure_limits(pipe, samples, exact, result["times"]):
+        rows.append(row)
+        print(line(COLUMNS, row), flush=True)
+    return {"steps": steps, "n": len(samples), **result, "psnr_db_of_two_seeds": between, "rows": rows}
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+def plot(result: dict[str, Any], axes: Sequence[Any]) -> None:
+    rows = result["rows"]
+    axes[0].imshow([[math.nan if e is None else e for e in row] for row in result["errors"]])
+    axes[0].set(xlabel="step of use", ylabel="step of the keys and values")
+    axes[1].plot([r["time"] for r in rows], [min(r["psnr_db"], 60) for r in rows], "o-")
+    axes[1].axhline(result["psnr_db_of_two_seeds"], color="black", linestyle="dotted")
+    axes[1].set(xlabel="time of a run by arithmetic, of the exact one's", ylabel="PSNR, dB (dotted: two seeds)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
     parser.add_argument("--lora", type=Path)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="no pictures given")
-    bank = Bank(default_folder())
-    scenes = (make_scene(bank, "heldout", 1, i) for i in range(10 * args.n))
-    samples = [s for s in (render(bank, scene) for scene in scenes) if s.references][: args.n]
     pipe = UniPicPipeline.from_pretrained(args.model, torch_dtype=torch.float32, device="cpu")
     if args.lora:
         pipe.load_lora(args.lora)
-
-    network = pipe.transformer
-    everywhere = pipe.transformer = Reusing(network)  # type: ignore[assignment]
-    exact = run_all(pipe, samples, args.steps)
-    errors = {pair: statistics.median(found) for pair, found in everywhere.errors.items()}
-    times = list(everywhere.times)
-    print("median relative error of the velocity; row: step of the keys and values, column: step of their use")
-    for i in range(args.steps - 1):
-        print(" ".join(f"{errors[i, j]:6.3f}" if j > i else " " * 6 for j in range(1, args.steps)))
-
-    pipe.transformer = network
-    other = run_all(pipe, samples, args.steps, seed=100_000)
-    print(f"\npictures of two seeds lie {psnr(exact, other):.1f} dB apart\n{heading(COLUMNS)}")
-    rows: list[dict[str, Any]] = []
-    for limit in LIMITS:
-        refreshed = choice(times, limit)
-        pipe.transformer = Reusing(network, refreshed)  # type: ignore[assignment]
-        made = run_all(pipe, samples, args.steps)
-        off = (made.latents - exact.latents).norm(dim=1) / exact.latents.norm(dim=1)
-        row = {
-            "limit": limit,
-            "refreshed": ", ".join(map(str, refreshed)),
-            "time": relative_time(refreshed, args.steps),
-            "psnr_db": psnr(exact, made),
-            "latents": float(off.median()),
-        }
-        rows.append(row)
-        print(line(COLUMNS, row), flush=True)
-    file = args.json or RESULTS / f"approximate-{device_name()}.json"
-    table = [[errors.get((i, j)) for j in range(args.steps)] for i in range(args.steps)]
-    write_json(
-        file, {**machine(), "steps": args.steps, "n": len(samples), "times": times, "errors": table, "rows": rows}
-    )
-
-    def fill(panels: Sequence[Any]) -> None:
-        panels[0].imshow([[math.nan if e is None else e for e in row] for row in table])
-        panels[0].set(xlabel="step of use", ylabel="step of the keys and values")
-        panels[1].plot([r["time"] for r in rows], [min(r["psnr_db"], 60) for r in rows], "o-")
-        panels[1].set(xlabel="time of a run, of the exact one's", ylabel="PSNR against the exact run, dB")
-
-    draw(file, ["relative error of the velocity", "what refreshing buys"], fill)
+    result = {**machine(), **measure(pipe, samples_of(args.n), args.steps)}
+    path = args.json or RESULTS / f"approximate-{device_name()}.json"
+    write_json(path, result)
+    draw(path, ["relative error of the velocity", "what refreshing buys"], partial(plot, result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,9 +14,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from unipic_core.mmdit import MMDiTConfig
 from unipic_core.segments import REFERENCES, SEGMENTS, TARGET, TEXT, condition_bytes, fixed_pieces
 from unipic_core.sequence import LatentShape
+
+from .common import Run
 
 TIME_FREQUENCIES = 256
 
@@ -104,3 +109,13 @@ def cache_bytes(config: MMDiTConfig, load: Load, itemsize: int) -> int:
     """Memory of what is kept of the fixed pieces."""
     fixed = sum(load.tokens[piece] for piece in fixed_pieces(config.attention_form))
     return load.batch * condition_bytes(fixed, config.num_layers, config.width, itemsize)
+
+
+def count_flops(run: Run) -> int:
+    """Operations of a run as torch counts them, backward passes too; on tensors without memory nothing is computed.
+
+    Attention is taken apart into its products, because torch does not know those of the CPU's fused kernel.
+    """
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return int(counter.get_total_flops())

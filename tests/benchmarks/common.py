@@ -228,6 +228,17 @@ def draw(path: Path | None, panels: Sequence[str], fill: Callable[[Sequence[Any]
     pyplot.close(figure)
 
 
+def draw_bars(axis: Any, figures: Mapping[str, tuple[float, float]]) -> None:
+    """What was measured, by name, as bars from the top; the arithmetic's beside each as a dotted line across it."""
+    places = range(len(figures))
+    axis.barh(places, [measured for measured, _ in figures.values()], height=0.5)
+    ends = [[place + end for place in places] for end in (-0.45, 0.45)]
+    axis.vlines([floor for _, floor in figures.values()], *ends, "black", "dotted")
+    axis.set_yticks(places, labels=list(figures), fontsize=7)
+    axis.set(ylim=(len(figures) - 0.4, -0.6), xlim=(0, None))
+    axis.set_xlabel("dotted: arithmetic", fontsize=8)
+
+
 def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     """The options that all benchmarks of the network have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)

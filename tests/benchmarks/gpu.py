@@ -26,7 +26,7 @@ from unipic_core.mmdit import MMDiT, MMDiTConfig
 from unipic_core.segments import FULL
 from unipic_core.sequence import LatentShape
 
-from .arithmetic import Load, fill_flops, step_flops
+from .arithmetic import Load, count_flops, fill_flops, step_flops
 from .common import (
     MIB,
     Bar,
@@ -44,13 +44,13 @@ from .common import (
     result_file,
     write_json,
 )
-from .gpu_parts import RELEASED, Parts, count_flops, reference_pixels, text_runs, vae_runs
+from .gpu_parts import RELEASED, Parts, reference_pixels, text_runs, vae_runs
 from .gpu_parts import TINY as TINY_PARTS
 from .scaled_fp8 import ScaledOperations
-from .systems import CAUSAL, CPU, SHIPPED, STEPS, TINY_SIZES, Inputs, Kind, evaluate, fill, product, with_text
+from .systems import CAUSAL, CPU, PRODUCT, SHIPPED, STEPS, TINY_SIZES, Inputs, Kind, evaluate, fill, product, with_text
 
 PRECISIONS: dict[str, Any] = {"bf16": nn, "fp8": ScaledOperations}
-UNCACHED, FILL, CACHED, PRODUCT = "uncached", "fill", "cached", "product"
+UNCACHED, FILL, CACHED = "uncached", "fill", "cached"
 COMPILED = " compiled"
 SPARE = 1.3
 """Memory that must be free, over that of the weights."""

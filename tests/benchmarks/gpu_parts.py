@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from trainers.nano import text_encoder_config
@@ -98,10 +97,3 @@ def text_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
 def _without_gradient(function: Callable[..., Any], *args: Any) -> None:
     with torch.no_grad():
         function(*args)
-
-
-def count_flops(run: Run) -> int:
-    """Operations of a run as torch counts them; on a CPU it leaves fused attention out."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return int(counter.get_total_flops())

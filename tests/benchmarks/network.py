@@ -1,27 +1,30 @@
 """`python -m tests.benchmarks.network [--json FILE]`: our MMDiT against diffusers' class, same weights, same inputs.
 
 Both run in this process, in turns; the figure is the median of the ratios of neighbouring runs, which machine noise
-moves least.
+moves least. A floor is what arithmetic asks for: operations at the rate of a large matrix product of the same type,
+timed in the same rounds; of the ratio, operations over operations.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from unipic_core.mmdit import MMDiT, MMDiTConfig
 from unipic_core.segments import FULL
 
-from .arithmetic import Load
-from .common import Columns, heading, in_turns, line, machine, write_json
-from .systems import TIME, Inputs, Kind, square
+from .arithmetic import Load, step_flops, whole_flops
+from .common import Columns, draw, draw_bars, heading, line, machine, make_parser, result_file, write_json
+from .systems import DTYPES, TIME, TINY_SIZES, Inputs, Kind, rated, square
 
 NANO = MMDiTConfig(
     num_layers=6, num_attention_heads=5, attention_head_dim=32, joint_attention_dim=128, axes_dims_rope=(8, 12, 12)
@@ -38,6 +41,11 @@ class Case:
     text: int
     batch: int = 1
 
+    @property
+    def load(self) -> Load:
+        target, *references = map(square, self.sides)
+        return Load(target, tuple(references), self.text, self.batch)
+
 
 CASES = (
     Case("nano, 3 references", NANO, (8, 6, 6, 6), 70),
@@ -45,6 +53,11 @@ CASES = (
     Case("width 1536, 2 layers, 1 reference", WIDE, (32, 32), 320),
     Case("width 1536, 2 layers, 6 references", WIDE, (32, 12, 12, 12, 12, 12, 12), 320),
 )
+TINY = (Case("toy", TINY_SIZES, (4, 3), 8),)
+
+PRODUCT_SIDE = 2048
+PASSES = {"forward": 1, "forward and backward": 3}
+"""Name -> how many forward passes it costs by arithmetic: a product has two gradients, each as dear as itself."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +66,12 @@ class Row:
     dtype: str
     pass_: str
     ours_seconds: float
+    ours_floor: float
     diffusers_seconds: float
+    diffusers_floor: float
     ratio: float
     """Ours over diffusers': below 1 is faster."""
+    ratio_floor: float
     max_difference: float
 
 
@@ -64,16 +80,20 @@ COLUMNS: Columns = {
     "dtype": "<9",
     "pass_": "<21",
     "ours_seconds": ">12.4f",
+    "ours_floor": ">10.4f",
     "diffusers_seconds": ">17.4f",
+    "diffusers_floor": ">15.4f",
     "ratio": ">6.3f",
+    "ratio_floor": ">11.3f",
+    "max_difference": ">14.1e",
 }
 
 
 def diffusers_network(ours: MMDiT) -> Any:
     """diffusers' class, which has the full form alone, on the same memory."""
     sizes = ours.config.with_form(FULL).to_dict()
-    theirs = QwenImageTransformer2DModel(**{k: v for k, v in sizes.items() if not k.startswith("_")})
-    nn.Module.to(theirs, dtype=ours.dtype)  # diffusers' own warns about modules that it does not have
+    with init_empty_weights():  # weights of its own, never used, would count in a peak of memory
+        theirs = QwenImageTransformer2DModel(**{k: v for k, v in sizes.items() if not k.startswith("_")})
     theirs.load_state_dict(ours.state_dict(), assign=True)
     return theirs
 
@@ -87,13 +107,12 @@ def evaluate_diffusers(theirs: Any, inputs: Inputs) -> Tensor:
     return out[:, : latents.num_target_tokens]
 
 
-def measure(case: Case, dtype: torch.dtype, backward: bool, rounds: int) -> Row:
+def measure(case: Case, dtype: torch.dtype, pass_: str, rounds: int) -> Row:
     torch.manual_seed(0)
-    kind = Kind(dtype)
+    kind, backward = Kind(dtype), pass_ != "forward"
     ours = kind.random(case.config).requires_grad_(True)
     theirs = diffusers_network(ours)
-    target, *references = map(square, case.sides)
-    inputs = kind.inputs(case.config, Load(target, tuple(references), case.text, case.batch))
+    inputs = kind.inputs(case.config, case.load)
 
     def run_ours() -> Tensor:
         return ours(inputs[0], TIME, inputs[1])
@@ -109,30 +128,40 @@ def measure(case: Case, dtype: torch.dtype, backward: bool, rounds: int) -> Row:
 
     with torch.no_grad():
         difference = float((run_ours() - run_theirs()).abs().max())
-    times = in_turns({"ours": lambda: passed(run_ours), "diffusers": lambda: passed(run_theirs)}, rounds)
+    runs = {"ours": lambda: passed(run_ours), "diffusers": lambda: passed(run_theirs)}
+    times, per_second = rated(runs, kind, PRODUCT_SIDE, rounds)
+    own, whole = (PASSES[pass_] * flops(case.config, case.load) for flops in (step_flops, whole_flops))
     return Row(
         case.name,
         str(dtype).removeprefix("torch."),
-        "forward and backward" if backward else "forward",
+        pass_,
         times.median("ours"),
+        own / per_second,
         times.median("diffusers"),
+        whole / per_second,
         times.ratio("ours", "diffusers"),
+        own / whole,
         difference,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+def plot(rows: Sequence[Mapping[str, Any]], axes: Sequence[Any]) -> None:
+    for axis, pass_ in zip(axes, PASSES, strict=True):
+        mine = [row for row in rows if row["pass_"] == pass_]
+        draw_bars(axis, {f"{row['case']}\n{row['dtype']}": (row["ratio"], row["ratio_floor"]) for row in mine})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser(__doc__, rounds=15).parse_args(argv)
+    path, rows = result_file(args, "network"), list[dict[str, Any]]()
     print(heading(COLUMNS))
-    for case, dtype, backward in itertools.product(CASES, (torch.float32, torch.bfloat16), (False, True)):
-        rows.append(asdict(measure(case, dtype, backward, args.rounds)))
+    for case, dtype, pass_ in itertools.product(TINY if args.tiny else CASES, DTYPES.values(), PASSES):
+        rows.append(asdict(measure(case, dtype, pass_, args.rounds)))
         print(line(COLUMNS, rows[-1]), flush=True)
-        write_json(args.json, {"machine": machine(), "rows": rows})  # after every row: a long table may be cut short
+        write_json(path, {"machine": machine(), "rows": rows})  # after every row: a long table may be cut short
+    draw(path, [f"{pass_}: time over diffusers'" for pass_ in PASSES], partial(plot, rows))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

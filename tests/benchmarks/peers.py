@@ -48,6 +48,7 @@ from .network import diffusers_network, evaluate_diffusers
 from .systems import (
     CAUSAL,
     DTYPES,
+    PRODUCT,
     SHIPPED,
     STEPS,
     TINY_SIZES,
@@ -63,7 +64,7 @@ from .systems import (
 )
 
 SYSTEMS = ("unipic", "unipic-cached", "release", "editplus")
-CACHED, FILL, PRODUCT = "unipic-cached", "fill", "product"
+CACHED, FILL = "unipic-cached", "fill"
 RELEASED_STEPS, RELEASED_GUIDANCE = 50, 4.0
 DEPTH = MMDiTConfig().num_layers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from unipic_core.segments import ATTENTION_FORMS, FULL, PREFIX_CAUSAL, Condition
 from unipic_core.sequence import LatentShape, PackedLatents, TextCond
 
 from .arithmetic import Load
-from .common import Run
+from .common import Run, Times, in_turns
 from .scaled_fp8 import FP8, ScaledLinear, ScaledOperations, scaled_product
 
 CPU = torch.device("cpu")
@@ -136,6 +136,10 @@ def fill(network: MMDiT, inputs: Inputs) -> ConditionCache:
 # --- the machine's own rate -------------------------------------------------------------------------------------------
 
 
+PRODUCT = "product"
+"""Its name among the runs."""
+
+
 @dataclass(frozen=True)
 class Product:
     """A large product of two matrices side x side, by which the machine's rate is measured."""
@@ -151,3 +155,10 @@ def product(kind: Kind, side: int) -> Product:
         return Product(lambda: x @ x, 2 * side**3)
     values, one = x.to(FP8), torch.ones((), device=kind.device)
     return Product(lambda: scaled_product(values, values, one, one, kind.dtype), 2 * side**3)
+
+
+def rated(runs: Mapping[str, Run], kind: Kind, side: int, rounds: int, warmup: int = 1) -> tuple[Times, float]:
+    """Runs in turns with a large product: their times, and the operations per second of the product."""
+    large = product(kind, side)
+    times = in_turns({PRODUCT: large.run, **runs}, rounds, warmup=warmup)
+    return times, large.flops / times.median(PRODUCT)

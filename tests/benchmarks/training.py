@@ -1,4 +1,4 @@
-"""`python -m tests.benchmarks.training [--quick] [--json FILE]`: what a training step costs, and what is saved.
+"""`python -m tests.benchmarks.training [--json FILE]`: what a training step costs, and what is saved.
 
 1. Memory of one base with adapters against a network per role: one update of fake score and student each, measured on
    the nano (a process each, beyond what it held before; Linux) and computed for the released sizes.
@@ -7,16 +7,18 @@
 4. Samples with one to six references in one batch against one by one.
 5. A step of each method (training_steps.py): full attention against the causal forms, adapters against copies.
 
-Ratios are medians over neighbouring runs in one process, which machine noise moves least.
+Ratios are medians over neighbouring runs in one process, which machine noise moves least. Beside every figure stands
+what arithmetic makes of it (`_arithmetic`; training_steps.py says how); the released sizes are arithmetic alone.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
+import sys
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,21 +33,64 @@ from trainers.text_cache import encoder_fingerprint
 from trainers.training import Inputs, make_inputs
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.pipeline.text import TextEncoder
+from unipic_core.segments import FULL
 from unipic_core.sequence import LatentShape, TextCond, pack_with_references
 
-from .common import Run, in_turns, machine, peak_of_its_own, write_json
-from .network import CASES, measure
-from .training_steps import import_optimizers, step_rows
+from .arithmetic import count_flops
+from .common import (
+    Columns,
+    Run,
+    draw,
+    draw_bars,
+    heading,
+    line,
+    machine,
+    make_parser,
+    peak_of_its_own,
+    result_file,
+    write_json,
+)
+from .network import CASES, Case, measure
+from .network import TINY as TINY_CASES
+from .systems import rated
+from .training_steps import (
+    KIND,
+    METHODS,
+    PRODUCT_SIDE,
+    ROLES,
+    Variant,
+    bytes_by_arithmetic,
+    import_optimizers,
+    step_rows,
+)
 
 SIDES = ((6, 6), (4, 6), (6, 4), (4, 4), (6, 2), (2, 6), (4, 2), (2, 4))
 """Latent tokens of references of the nano."""
 
 
-def compared(first: Run, second: Run, rounds: int) -> dict[str, float]:
-    """Median seconds of each, and the median of the ratios first / second."""
-    times = in_turns({"first": first, "second": second}, rounds)
-    seconds = {f"{name}_seconds": times.median(name) for name in times.seconds}
-    return {**seconds, "ratio": times.ratio("first", "second")}
+@dataclass(frozen=True)
+class Setup:
+    """cases: of `against_diffusers`. samples: of an epoch. methods: of `step_rows`."""
+
+    cases: Sequence[Case]
+    samples: int
+    methods: Sequence[str]
+
+
+FULL_SIZE = Setup(CASES, 96, METHODS)
+TINY = Setup(TINY_CASES, 8, METHODS[:1])
+
+
+def compared(runs: Mapping[str, Run], rounds: int) -> dict[str, float]:
+    """Of two runs: median seconds of each, and the median of the ratios first / second."""
+    flops = {name: count_flops(run) for name, run in runs.items()}  # also the round before those that count
+    times, per_second = rated(runs, KIND, PRODUCT_SIDE, rounds, warmup=0)
+    made: dict[str, float] = {}
+    for name in runs:
+        made[f"{name}_seconds"] = times.median(name)
+        made[f"{name}_seconds_arithmetic"] = flops[name] / per_second
+    first, second = runs
+    return {**made, "ratio": times.ratio(first, second), "ratio_arithmetic": flops[first] / flops[second]}
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -100,13 +145,16 @@ def loaded_and_updated(adapters: bool) -> Run:
 
 def memory() -> dict[str, float]:
     made: dict[str, float] = {}
-    for name in ("adapters", "copies"):
+    for name in ROLES:
         made[f"nano_{name}_bytes"] = peak_of_its_own(loaded_and_updated, name == "adapters")
+        one_sample = replace(Variant("dmd", FULL, name).config("x"), batch_size=1)
+        made[f"nano_{name}_bytes_arithmetic"] = bytes_by_arithmetic(one_sample)
+    for end in ("", "_arithmetic"):
+        made[f"nano_ratio{end}"] = made[f"nano_adapters_bytes{end}"] / made[f"nano_copies_bytes{end}"]
     run = released()
-    made |= {"released_adapters_gib": estimate(run).gpu / GIB, "released_copies_gib": four_copies(run).gpu / GIB}
-    made["nano_ratio"] = made["nano_adapters_bytes"] / made["nano_copies_bytes"]
-    made["released_ratio"] = made["released_adapters_gib"] / made["released_copies_gib"]
-    return made
+    adapters, copies = estimate(run).gpu / GIB, four_copies(run).gpu / GIB
+    of_gib = {"released_adapters_gib_arithmetic": adapters, "released_copies_gib_arithmetic": copies}
+    return {**made, **of_gib, "released_ratio_arithmetic": adapters / copies}
 
 
 def released() -> RunConfig:
@@ -121,14 +169,20 @@ def released() -> RunConfig:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def against_diffusers(rounds: int, quick: bool) -> list[dict[str, Any]]:
-    rows = []
-    for case in CASES[:2] if quick else CASES:
-        row = measure(case, torch.float32, True, rounds)
-        tokens = case.batch * (sum(s * s for s in case.sides) + case.text)
-        speeds = {"ours_tokens": tokens / row.ours_seconds, "diffusers_tokens": tokens / row.diffusers_seconds}
-        rows.append({"case": case.name, **speeds, "ratio": 1 / row.ratio})
-    return rows
+def against_diffusers(rounds: int, cases: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Tokens per second of each, and ours over diffusers'."""
+    for case in cases:
+        row = measure(case, torch.float32, "forward and backward", rounds)
+        tokens = case.batch * case.load.total
+        yield {
+            "case": case.name,
+            "ours_tokens": tokens / row.ours_seconds,
+            "ours_tokens_arithmetic": tokens / row.ours_floor,
+            "diffusers_tokens": tokens / row.diffusers_seconds,
+            "diffusers_tokens_arithmetic": tokens / row.diffusers_floor,
+            "ratio": 1 / row.ratio,
+            "ratio_arithmetic": 1 / row.ratio_floor,
+        }
 
 
 def cached_epochs(rounds: int, samples: int) -> dict[str, float]:
@@ -139,7 +193,7 @@ def cached_epochs(rounds: int, samples: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         data = DataConfig(f"{folder}/0", samples=samples, samples_per_shard=samples, workers=0)
         build(data, vae, text)
-        made = iter(range(1, rounds + 2))
+        made = itertools.count(1)
 
         def cached() -> None:
             for bucket in read_cache(data, name).values():
@@ -150,7 +204,7 @@ def cached_epochs(rounds: int, samples: int) -> dict[str, float]:
             build(replace(data, folder=f"{folder}/{next(made)}"), vae, text)
             cached()
 
-        return compared(cached, encoding, rounds)
+        return compared({"cached": cached, "encoding": encoding}, rounds)
 
 
 def mixed_references(rounds: int) -> dict[str, float]:
@@ -162,35 +216,72 @@ def mixed_references(rounds: int) -> dict[str, float]:
         for single in singles:
             update(roles, STUDENT, single)
 
-    made = compared(lambda: update(roles, STUDENT, whole), one_by_one, rounds)
+    made = compared({"batch": lambda: update(roles, STUDENT, whole), "one_by_one": one_by_one}, rounds)
     real = sum(sum(s.num_tokens for s in shapes) for shapes in whole.latents.shapes)
     padded = len(counts) * whole.latents.tokens.shape[1]
     return {**made, "padding": 1 - real / padded}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and only the nano's cases")
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    rounds = 7 if args.quick else 15
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+PANELS = {
+    "tokens_per_second": "tokens per second of a step",
+    "time_ratio": "time of a step over the first's",
+    "peak_mib": "peak memory of a step, MiB",
+}
+"""Figure of a step -> title."""
+
+
+def columns_of(row: Mapping[str, Any]) -> Columns:
+    """A table's, from its first row."""
+    return {key: "<34" if isinstance(value, str) else f">{max(len(key), 9)}.4g" for key, value in row.items()}
+
+
+def pair_of(row: Mapping[str, Any], key: str) -> tuple[float, float]:
+    """A figure, and what arithmetic makes of it."""
+    return row[key], row[f"{key}_arithmetic"]
+
+
+def ratios_of(result: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """What the trainers have over what they could have instead, by name."""
+    named = {
+        "memory: adapters\nover copies": pair_of(result["memory"], "nano_ratio"),
+        "epoch: cached\nover encoding": pair_of(result["cached_against_encoding"], "ratio"),
+        "mixed batch\nover one by one": pair_of(result["mixed_batch_against_one_by_one"], "ratio"),
+    }
+    speeds = {f"tokens/s over diffusers'\n{r['case']}": pair_of(r, "ratio") for r in result["against_diffusers"]}
+    return {**named, **speeds}
+
+
+def plot(result: Mapping[str, Any], axes: Sequence[Any]) -> None:
+    draw_bars(axes[0], ratios_of(result))
+    for axis, key in zip(axes[1:], PANELS, strict=True):
+        draw_bars(axis, {f"{r['method']}, {r['form']}, {r['roles']}": pair_of(r, key) for r in result["steps"]})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser(__doc__, rounds=15).parse_args(argv)
+    setup, path, fewer = TINY if args.tiny else FULL_SIZE, result_file(args, "training"), -(-args.rounds // 3)
     result: dict[str, Any] = {"machine": machine()}
 
     def done(name: str, found: Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> None:
         single = isinstance(found, Mapping)
         rows: list[Mapping[str, Any]] = []
         for row in [found] if single else found:
-            print(name, *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), sep="  ")
+            columns = columns_of(row)
+            print(*([] if rows else [f"\n{name}", heading(columns)]), line(columns, row), sep="\n", flush=True)
             rows.append(row)
             result[name] = row if single else rows
-            write_json(args.json, result)  # after every row: a long run may be cut short
+            write_json(path, result)  # after every row: a long run may be cut short
 
     done("memory", memory())
-    done("against_diffusers", against_diffusers(rounds, args.quick))
-    done("cached_against_encoding", cached_epochs(1 if args.quick else 3, 24 if args.quick else 96))
-    done("mixed_batch_against_one_by_one", mixed_references(rounds))
-    done("steps", step_rows(1 if args.quick else 5))
+    done("against_diffusers", against_diffusers(args.rounds, setup.cases))
+    done("cached_against_encoding", cached_epochs(fewer, setup.samples))
+    done("mixed_batch_against_one_by_one", mixed_references(args.rounds))
+    done("steps", step_rows(fewer, setup.methods))
+    draw(path, ["ratios", *PANELS.values()], partial(plot, result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

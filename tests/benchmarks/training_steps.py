@@ -1,13 +1,15 @@
 """What a training step costs by method, attention form of the student, and kind of roles, on the nano.
 
 A step is what the training loop does between two steps: every update of its parts, with backward pass, clipping,
-optimizer and moving average. Tokens are those of the samples that its updates are given, without padding.
+optimizer and moving average. Tokens are those of the samples that its updates are given, without padding. What stands
+beside a figure by arithmetic: of times, operations (counted by torch) at the rate of a large matrix product, timed in
+the same rounds; of ratios, operations over operations; of memory, the trainers' own estimate (trainers/memory.py).
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +18,21 @@ import torch
 from trainers.cache import build, load_image_vae
 from trainers.config import DataConfig, RunConfig, given, parse_run
 from trainers.loop import MAIN, make_parts, update_average
+from trainers.memory import OUTSIDE, estimate
 from trainers.train import make_method
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.pipeline.text import TextEncoder
 from unipic_core.segments import ATTENTION_FORMS
 
-from .common import MIB, Run, in_turns, peak_of_its_own
+from .arithmetic import count_flops
+from .common import MIB, Run, peak_of_its_own
+from .systems import Kind, rated
 
 METHODS = ("sft", "consistency", "dmd")
 ROLES: dict[str, dict[str, Any]] = {"adapters": {"adapter": {"rank": 32}}, "copies": {}}
 BATCH = 8
+KIND = Kind(torch.float32)
+PRODUCT_SIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -83,26 +90,36 @@ def step_for_memory(variant: Variant, folder: str) -> Run:
     return lambda: step_of(variant, folder)[0]()
 
 
+def bytes_by_arithmetic(config: RunConfig) -> float:
+    """What a run holds at most, without what a GPU's libraries take."""
+    return estimate(config).gpu - OUTSIDE
+
+
 def method_rows(method: str, folder: str, rounds: int) -> Iterator[dict[str, Any]]:
     """All variants of a method in turns; ratios of time are over the full form with adapters."""
     variants = [Variant(method, form, roles) for roles in ROLES for form in ATTENTION_FORMS]
     steps = {variant.name: step_of(variant, folder) for variant in variants}
-    times = in_turns({name: step for name, (step, _) in steps.items()}, rounds)
+    flops = {name: count_flops(step) for name, (step, _) in steps.items()}  # also the round before those that count
+    times, per_second = rated({name: step for name, (step, _) in steps.items()}, KIND, PRODUCT_SIDE, rounds, warmup=0)
     first = variants[0].name
     for variant in variants:
+        name, tokens = variant.name, steps[variant.name][1]
         yield {
             "method": method,
             "form": variant.form,
             "roles": variant.roles,
-            "tokens_per_second": steps[variant.name][1] / times.median(variant.name),
-            "time_ratio": times.ratio(variant.name, first),
+            "tokens_per_second": tokens / times.median(name),
+            "tokens_per_second_arithmetic": tokens / flops[name] * per_second,
+            "time_ratio": times.ratio(name, first),
+            "time_ratio_arithmetic": flops[name] / flops[first],
             "peak_mib": peak_of_its_own(step_for_memory, variant, folder) / MIB,
+            "peak_mib_arithmetic": bytes_by_arithmetic(variant.config(folder)) / MIB,
         }
 
 
-def step_rows(rounds: int) -> Iterator[dict[str, Any]]:
+def step_rows(rounds: int, methods: Sequence[str] = METHODS) -> Iterator[dict[str, Any]]:
     """The rows of all methods."""
     with tempfile.TemporaryDirectory() as folder:
         cache_samples(given(Variant("sft", "full", "adapters").config(folder).data))
-        for method in METHODS:
+        for method in methods:
             yield from method_rows(method, folder, rounds)

@@ -244,7 +244,7 @@ FAILS: dict[str, tuple[Callable[[Place], Any], str]] = {
     "7 pictures": (lambda p: setattr(p, "images", p.images * 7), "at most 6 pictures can be composed, got 7"),
     "size not of 16": (having("--size", "50x48"), "multiples of 16, got 50x48; use 48x48"),
     "size over the budget": (having("--size", "4096x4096"), "over this model's 1024x1024 pixels; use 1024x1024"),
-    "negative size": (having("--size=-16x16"), "positive whole pixels, got -16x16"),
+    "negative size": (having("--size=-16x16"), "width must be positive whole pixels, got -16"),
     "wrong folder": (wrong_folder, "has no text_encoder/, tokenizer/, vae/; download"),
     "missing parts": (missing_parts, "no text_encoder/, vae/; download Qwen/Qwen-Image-Edit"),
     "one file as the model": (one_file, "give the file as --transformer and, as the model, a folder with"),

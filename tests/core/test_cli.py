@@ -139,7 +139,7 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) 
     [
         (["--size", "50x48"], "multiples of 16, got 50x48; use 48x48"),
         (["--size", "4096x4096"], "use 1024x1024"),
-        (["--size=-16x16"], "positive whole pixels, got -16x16"),
+        (["--size=-16x16"], "output width must be positive whole pixels, got -16; try 1024x1024"),
         (["--steps", "0"], "steps must be from 1"),
         (["--num-images", "0"], "number of images must be from 1"),
         (["--cfg", "nan"], "guidance scale must be"),

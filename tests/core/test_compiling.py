@@ -16,18 +16,29 @@ from torch._dynamo.testing import CompileCounter
 
 from unipic_core.attention import Checked
 from unipic_core.compiling import check_compiler, compile_blocks
+from unipic_core.conditions import Conditions
 from unipic_core.errors import UniPicError
 from unipic_core.lora import merge_lora, read_lora, save_lora
 from unipic_core.mmdit import MMDiT, MMDiTConfig
+from unipic_core.segments import FULL, PREFIX_CAUSAL, REFERENCE_CAUSAL
 from unipic_core.sequence import LatentShape, PackedLatents, TextCond
 
 TARGET = LatentShape(1, 4, 5)
 
+MOST_COMPILATIONS = {FULL: 2, REFERENCE_CAUSAL: 6, PREFIX_CAUSAL: 9}
+"""Form -> one for the last block and one for all others, for each segment and what it comes after.
+
+reference_causal: the references; the rest alone, and after them. prefix_causal: the references; the text alone, and
+after them; the target after the text, and after both. The last block makes no more of a text than keys and values,
+which is the same with references and without: one less.
+"""
+
 Network = tuple[MMDiT, MMDiT, CompileCounter]
 
 
-def network() -> MMDiT:
+def network(form: str = FULL) -> MMDiT:
     config = MMDiTConfig(
+        attention_form=form,
         num_layers=3,
         attention_head_dim=16,
         num_attention_heads=2,
@@ -50,29 +61,37 @@ def sample(references: int, words: int) -> tuple[PackedLatents, float, TextCond]
 
 
 @pytest.fixture(scope="module")
-def networks() -> Iterator[Network]:
+def networks(request: pytest.FixtureRequest) -> Iterator[Network]:
     """A plain network, a compiled one with the same weights, and its count of compilations."""
     torch.compiler.reset()
-    plain, compiled, count = network(), network(), CompileCounter()
+    plain, compiled, count = network(request.param), network(request.param), CompileCounter()
     compile_blocks(compiled, count)
     yield plain, compiled, count
     torch.compiler.reset()
 
 
 def agree(networks: Network, references: int, words: int) -> None:
+    """The compiled network, with the condition cache where its form has one, against the plain one without."""
     plain, compiled, _ = networks
+    latents, t, text = sample(references, words)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(*sample(references, words)), plain(*sample(references, words)))
+        got = compiled(latents, t, text, cache=Conditions().get(compiled, latents, text))
+        torch.testing.assert_close(got, plain(latents, t, text))
 
 
-def test_two_compilations_serve_all_references_and_prompts(networks: Network) -> None:
-    """One for the last block, one for all others. Without references comes first: there two lengths are equal."""
+@pytest.mark.parametrize("networks", MOST_COMPILATIONS, indirect=True)
+def test_a_few_compilations_serve_all_references_and_prompts(networks: Network) -> None:
+    """Without references comes first: there two lengths are equal, and the code must not count on that."""
     lengths = {0: 7, 1: 7, 2: 7, 3: 11, 6: TARGET.num_tokens}
-    for references, words in lengths.items():
-        agree(networks, references, words)
-    assert networks[2].frame_count == 2
+    counts = []
+    for more_words in (0, 1):
+        for references, words in lengths.items():
+            agree(networks, references, words + more_words)
+        counts.append(networks[2].frame_count)
+    assert counts[0] == counts[1] <= MOST_COMPILATIONS[networks[0].config.attention_form]
 
 
+@pytest.mark.parametrize("networks", [FULL], indirect=True)
 def test_weights_may_change_and_move(networks: Network, tmp_path: Path) -> None:
     agree(networks, 1, 7)
     before, still = networks[2].frame_count, sample(1, 7)

@@ -34,6 +34,21 @@ def test_float32_is_the_same_file_of_weights(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_a_form_that_other_programs_do_not_know_is_named(tmp_path: Path) -> None:
+    base = shutil.copytree(TINY, tmp_path / "base")
+    (base / "recipe.json").write_text(json.dumps({"attention_form": "reference_causal"}))
+    with pytest.warns(UserWarning, match=r"^out\.safetensors: its attention is reference_causal, which only unipic"):
+        out = convert(base, tmp_path / "out.safetensors")
+    assert read_config(out).attention_form == "reference_causal"
+    with pytest.warns(UserWarning, match=r"^again\.safetensors: its attention is reference_causal"):
+        convert(out, tmp_path / "again.safetensors")
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_full_attention_nothing_is_said(tmp_path: Path) -> None:
+    convert(TINY, tmp_path / "out.safetensors")
+
+
 def test_bfloat16_from_every_kind_of_source(tmp_path: Path) -> None:
     source = load_file(SOURCE)
     torch.save(source, tmp_path / "m.bin")

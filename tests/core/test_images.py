@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,6 +211,17 @@ def test_extreme_aspects() -> None:
         output_size(None, 1024, 65536, 32)
 
 
+@pytest.mark.parametrize("side", [64.0, np.int64(64), np.uint8(64), np.float32(64)])
+def test_a_whole_number_of_any_type_is_a_side(side: Any) -> None:
+    for size in (
+        output_size(None, 128, side, 32),
+        output_size((2, 1), 128, side),
+        output_size((1, 2), 128, None, side),
+    ):
+        assert sorted(size) == [32, 64]
+        assert {type(n) for n in size} == {int}
+
+
 def test_one_side_takes_the_other_from_the_aspect() -> None:
     assert output_size((200, 100), 1024, width=512) == (512, 256)
     assert output_size((200, 100), 1024, height=256) == (512, 256)
@@ -224,9 +236,14 @@ def test_one_side_takes_the_other_from_the_aspect() -> None:
         ((2048, 1024), "over this model's 1024x1024 pixels; use 1440x720"),
         ((1040, 1024), "over this model's 1024x1024 pixels; use 1024x1008"),
         ((100000, 16), "use 65536x16"),
-        ((-64, 64), "positive whole pixels, got -64x64"),
-        ((0, 64), "positive whole pixels, got 0x64"),
-        ((64.5, 64), "positive whole pixels"),
+        ((-64, 64), "output width must be positive whole pixels, got -64; try 1024x1024"),
+        ((64, 0), "output height must be positive whole pixels, got 0; try"),
+        ((None, -16), "output height must be positive whole pixels, got -16; try"),
+        ((64.5, 64), "output width must be positive whole pixels, got 64.5; try"),
+        ((float("nan"), None), "output width must be positive whole pixels, got nan; try"),
+        ((64, float("inf")), "output height must be positive whole pixels, got inf; try"),
+        (("64", 64), "output width must be positive whole pixels, got '64'; try"),
+        ((None, True), "output height must be positive whole pixels, got True; try"),
     ],
 )
 def test_wrong_output_sizes_name_one_to_use(asked: tuple[int, int], message: str) -> None:

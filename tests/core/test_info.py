@@ -15,7 +15,7 @@ from unipic_core.errors import CheckpointError
 from unipic_core.inspect import describe, format_description
 from unipic_core.lora import save_lora
 from unipic_core.recipe import Recipe
-from unipic_core.tensor_files import TensorSpec
+from unipic_core.tensor_specs import TensorSpec
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 

@@ -33,6 +33,11 @@ TINY = Path(__file__).parents[1] / "golden" / "tiny"
 SOURCE = TINY / "transformer" / "diffusion_pytorch_model.safetensors"
 LAYERS = ("img_in", "transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2")
 STUDENT = Recipe(steps=4, guidance=1.0, sampler="consistency", made={"by": "dmd"})
+CAUSAL = Recipe(attention_form="prefix_causal")
+CAUTION = (
+    "its attention is prefix_causal, which only unipic and the node LoadUniPic compute; "
+    "other programs read it as full and make wrong pictures without an error"
+)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +207,25 @@ def test_keys_that_are_not_known_are_named(tmp_path: Path, lora: Path) -> None:
         merge(TINY, tmp_path / "o.safetensors", [(lora, 1.0)])
 
 
+@pytest.mark.parametrize("dst", ["o.safetensors", "model"])
+def test_a_form_that_other_programs_do_not_know_is_named(dst: str, tmp_path: Path) -> None:
+    make_lora(tmp_path / "causal.safetensors", 1, CAUSAL)
+    with pytest.warns(UserWarning, match=CAUTION) as caught:
+        merge(TINY, tmp_path / dst, [(tmp_path / "causal.safetensors", 1.0)])
+    assert [str(warning.message) for warning in caught] == [f"{dst}: {CAUTION}"]
+    assert caught[0].filename == __file__
+    assert load_transformer(tmp_path / dst).config.attention_form == "prefix_causal"
+    make_lora(tmp_path / "style.safetensors", 2)  # says nothing of the form: it is the base's
+    with pytest.warns(UserWarning, match=f"again.safetensors: {CAUTION}"):
+        merge(tmp_path / dst, tmp_path / "again.safetensors", [(tmp_path / "style.safetensors", 1.0)])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dst", ["o.safetensors", "model"])
+def test_of_full_attention_nothing_is_said(dst: str, out: Path, lora: Path) -> None:
+    merge(TINY, out / dst, [(lora, 1.0)])
+
+
 # --- what is refused ---
 
 
@@ -363,6 +387,23 @@ def test_the_command(out: Path, lora: Path, capsys: pytest.CaptureFixture[str]) 
         assert message in line
     assert main([*command, "--overwrite"]) == 0
     assert [p.name for p in out.iterdir()] == ["o.safetensors"]
+
+
+def test_the_command_warns_of_the_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_lora(tmp_path / "causal.safetensors", 1, CAUSAL)
+    target = tmp_path / "o.safetensors"
+    assert main(["merge", str(TINY), str(target), "--lora", str(tmp_path / "causal.safetensors")]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(target)
+    assert said.err.count(f"warning: o.safetensors: {CAUTION}\n") == 1
+
+
+@pytest.mark.parametrize("command", ["convert", "merge"])
+def test_the_help_says_who_computes_a_causal_form(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "only unipic and the node LoadUniPic compute it: other programs read the result as full attention" in said
 
 
 # --- memory ---

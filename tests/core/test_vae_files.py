@@ -1,4 +1,4 @@
-"""vae/ folders: our names and shapes against diffusers', there and back, and what can be wrong with a folder."""
+"""VAEs on disk: our names and shapes against diffusers', there and back, single files, and what can be wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from unipic_core.errors import CheckpointError
 from unipic_core.image_vae import ImageVAE, VAEConfig
-from unipic_core.vae_files import load_image_vae, read_vae_config, vae_parameters, video_shapes, video_weights
+from unipic_core.vae_files import (
+    config_of_file,
+    load_image_vae,
+    name_in_file,
+    read_vae_config,
+    vae_parameters,
+    video_shapes,
+    video_weights,
+)
 
 CONFIGS = [
     VAEConfig(),
@@ -128,3 +136,47 @@ def test_damaged_weights(folder: Path) -> None:
     file.unlink()
     with pytest.raises(CheckpointError, match="expected a .safetensors or .bin file"):
         load_image_vae(folder)
+
+
+# --- one file, as ComfyUI has it (tests/nodes/inside/test_vae.py holds it against ComfyUI's own network) ---
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [
+        ("post_quant_conv.bias", "conv2.bias"),
+        ("encoder.down_blocks.3.conv_shortcut.weight", "encoder.downsamples.3.shortcut.weight"),
+        ("encoder.mid_block.attentions.0.norm.gamma", "encoder.middle.1.norm.gamma"),
+        ("decoder.up_blocks.1.resnets.2.conv2.weight", "decoder.upsamples.6.residual.6.weight"),
+        ("decoder.up_blocks.2.upsamplers.0.time_conv.bias", "decoder.upsamples.11.time_conv.bias"),
+    ],
+)
+def test_names_in_a_file(name: str, stored: str) -> None:
+    assert name_in_file(name, VAEConfig()) == stored
+
+
+def in_one_file(file: Path, vae: ImageVAE, **changes: torch.Tensor) -> Path:
+    tensors = {name_in_file(k, vae.config): w.contiguous() for k, w in video_weights(vae).items()}
+    assert len(tensors) == len(video_weights(vae))
+    save_file(tensors | changes, file)
+    return file
+
+
+def test_a_file_gives_the_same_as_its_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = ImageVAE(VAEConfig(base_dim=8))
+    loaded = load_image_vae(in_one_file(tmp_path / "qwen_image_vae.safetensors", vae))
+    assert loaded.config == vae.config
+    assert all(torch.equal(w, vae.state_dict()[name]) for name, w in loaded.state_dict().items())
+    assert loaded.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_files_of_another_vae(tmp_path: Path) -> None:
+    vae = ImageVAE(VAEConfig(base_dim=8))
+    layered = {"encoder.conv1.weight": torch.zeros(8, 4, 3, 3, 3)}  # pictures of four channels
+    for changes in (layered, {"vae.more.weight": torch.zeros(1)}):
+        with pytest.raises(CheckpointError, match=r"is not the Qwen-Image VAE in ComfyUI's layout; use qwen_image_vae"):
+            load_image_vae(in_one_file(tmp_path / "other.safetensors", vae, **changes))
+    for shape in ((), (0,), (10**9,)):
+        assert config_of_file({"decoder.head.0.gamma": shape}) is None
+    assert config_of_file({}) is None

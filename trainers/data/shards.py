@@ -29,7 +29,8 @@ from torch import Tensor
 
 from unipic_core.saving import write_safetensors
 from unipic_core.sequence import PATCH, TextCond
-from unipic_core.tensor_files import Table, read_safetensors
+from unipic_core.tensor_files import read_safetensors
+from unipic_core.tensor_specs import Table
 
 
 def shard_path(folder: Path, index: int) -> Path:

@@ -19,8 +19,9 @@ from ..compiling import check_compiler
 from ..errors import UniPicError
 from ..images import load_image
 from ..lora import read_lora
-from ..settings import plan
+from ..settings import plan, resolve
 from .loading import find_recipe
+from .loras import AddedLoRAs
 from .offload import checked_device
 from .pipeline import UniPicPipeline
 
@@ -54,13 +55,15 @@ def compose(args: argparse.Namespace) -> None:
 def check_wishes(args: argparse.Namespace, sizes: list[tuple[int, int]], wishes: dict[str, Any]) -> int:
     """The number of steps, after checking all that can be checked before gigabytes are read."""
     _, recipe = find_recipe(args.model, args.transformer)
-    for path, _ in args.lora:
-        recipe = recipe.merge(read_lora(path, mapped=True).recipe)
+    loras = AddedLoRAs()
+    for path, strength in args.lora:
+        loras = loras.add(path, read_lora(path, mapped=True).recipe, strength)
+        resolve(loras.over(recipe))  # as load_lora will, one by one
     device = checked_device(device_name(args))
     attention_named(args.attention)
     if args.compile:
         check_compiler(device)
-    return plan(recipe, sizes, args.prompt, args.negative, **wishes).settings.steps
+    return plan(loras.over(recipe), sizes, args.prompt, args.negative, **wishes).settings.steps
 
 
 def load_pipeline(args: argparse.Namespace) -> Any:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,15 +19,17 @@ from ..compiling import check_compiler, compile_blocks
 from ..conditions import Conditions
 from ..errors import UniPicError
 from ..guidance import guided_velocity
-from ..images import resize_references, to_images, to_rgb, to_tensor
+from ..images import resize_references, to_images, to_tensor
 from ..lora import MergeReport, merge_lora, read_lora
 from ..mmdit import MMDiT
 from ..recipe import Recipe
-from ..samplers import Callback, NoiseSource, sample_consistency, sample_euler, seeded_noise
+from ..samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
 from ..schedules import Shift
 from ..sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
 from ..settings import Settings, plan, resolve
+from .inputs import checked_images, memory_advice, noise_of
 from .loading import load_parts
+from .loras import AddedLoRAs
 from .offload import Placement, checked_device, readable_out_of_memory
 from .text import TextEncoder
 from .vae import VAE
@@ -72,7 +73,7 @@ class UniPicPipeline:
         self.text_encoder = text_encoder
         self.vae = vae
         self.base_recipe = recipe
-        self._loras: dict[Path, tuple[Recipe | None, float]] = {}
+        self._loras = AddedLoRAs()
         self.shift = shift
         self.placement = Placement(torch.device(device), offload)
         self._reference_cache: LRU[Tensor] = LRU(CACHED_REFERENCES)
@@ -113,10 +114,7 @@ class UniPicPipeline:
     @property
     def recipe(self) -> Recipe:
         """The checkpoint's, with those of the LoRAs that are in its weights over it, in the order they came."""
-        recipe = self.base_recipe
-        for over, _ in self._loras.values():
-            recipe = recipe.merge(over)
-        return recipe
+        return self._loras.over(self.base_recipe)
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> MergeReport:
         """Add a LoRA to the network's weights; its recipe, if it has one, goes over the checkpoint's.
@@ -124,18 +122,15 @@ class UniPicPipeline:
         Load it again with -strength to take it out, recipe and all; strength 0 changes nothing. Raises LoRAError when
         nothing matches, and UniPicError for a strength that is not a finite number.
         """
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
-            raise UniPicError(f"the strength of a LoRA must be a number, got {strength!r}")
         lora = read_lora(path)
-        resolve(self.recipe.merge(lora.recipe))  # refuses what this version does not have before the weights change
-        report = merge_lora(self.transformer, lora, strength)
-        file = Path(path).resolve()
-        total = self._loras.get(file, (None, 0.0))[1] + strength
-        if abs(total) > 1e-6:
-            self._loras[file] = (lora.recipe, total)
-        else:
-            self._loras.pop(file, None)
-        form = self.recipe.causal_form or self._own_form
+        loras = self._loras.add(path, lora.recipe, strength)
+        recipe = loras.over(self.base_recipe)
+        resolve(recipe)  # refuses what this version does not have before the weights change
+        self._conditions.clear()  # of the old weights: WeightsKey does not see writes to inference tensors
+        with torch.inference_mode():  # weights that were loaded under it can be written under it alone
+            report = merge_lora(self.transformer, lora, float(strength))
+        self._loras = loras
+        form = recipe.causal_form or self._own_form
         self.transformer.config = self.transformer.config.with_form(form)
         if report.unmatched:
             strange = f"{len(report.unmatched)} not known here ({', '.join(report.unmatched[:3])})"
@@ -143,7 +138,11 @@ class UniPicPipeline:
         return report
 
     def clear_cache(self) -> None:
-        """Forget what was made of references and prompts. Changed weights and other parts are noticed without it."""
+        """Forget what was made of references and prompts.
+
+        Changed weights and other parts are noticed without it, but for weights that were loaded under
+        torch.inference_mode and then written to by anything other than load_lora.
+        """
         self._reference_cache.clear()
         self._vision_cache.clear()
         self._text_cache.clear()
@@ -179,7 +178,7 @@ class UniPicPipeline:
         """
         if output_type not in OUTPUT_TYPES:
             raise UniPicError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        originals = _checked_images(images)
+        originals = checked_images(images)
         planned = plan(
             self.recipe,
             [image.size for image in originals],
@@ -194,26 +193,39 @@ class UniPicPipeline:
             num_images=num_images,
             reference_budget=reference_budget,
         )
-        settings, size, seed, num_images = planned.settings, planned.size, planned.seed, planned.num_images
-        shape = LatentShape.of_pixels(*size)
-        times = settings.times(shape.num_tokens, self.shift)
-        start, noise = self._noise(shape, seed, num_images, settings.steps, latents, step_noise)
-        advice = _memory_advice(size, settings, len(originals), len(start))
-        with readable_out_of_memory(advice):
-            references = resize_references(originals, settings.reference_budget)
-            cond = self._encode_text(references, prompt)
-            uncond = self._encode_text(references, negative_prompt) if settings.guidance != 1 else None
-            packed = pack_with_references(start, shape, [self._encode_references(references)] * len(start))
+        settings, shape = planned.settings, LatentShape.of_pixels(*planned.size)
+        token = shape.num_tokens, self.transformer.config.in_channels
+        start, noise = noise_of(planned, token, self.device, latents, step_noise)
+        with readable_out_of_memory(memory_advice(planned, len(originals), len(start))):
+            references, cond, uncond = self._encode(originals, prompt, negative_prompt, settings)
+            packed = pack_with_references(start, shape, [references] * len(start))
             velocity = self._velocity(packed, cond, uncond, settings.guidance)
-            if settings.sampler == "euler":
-                x0 = sample_euler(velocity, start, times.tolist(), callback)
-            else:
-                x0 = sample_consistency(velocity, start, times.tolist(), noise, callback)
-            if self.placement.offload:  # the memory is for the next part
-                self._conditions.clear()
+            x0 = self._sample(velocity, start, noise, settings, callback)
             made = x0 if output_type == "latent" else self._decode(x0, shape)
-        seeds = [seed + i for i in range(len(start))]
+        seeds = [planned.seed + i for i in range(len(start))]
         return UniPicOutput(to_images(made) if output_type == "pil" else made, seeds, settings)
+
+    def _encode(
+        self, originals: list[Image.Image], prompt: str, negative_prompt: str, settings: Settings
+    ) -> tuple[list[Tensor], TextCond, TextCond | None]:
+        """The references' latents [1, C, 1, h, w], the prompt, and the negative prompt where guidance asks for it."""
+        references = resize_references(originals, settings.reference_budget)
+        cond = self._encode_text(references, prompt)
+        uncond = self._encode_text(references, negative_prompt) if settings.guidance != 1 else None
+        return self._encode_references(references), cond, uncond
+
+    def _sample(
+        self, velocity: Velocity, start: Tensor, noise: NoiseSource, settings: Settings, callback: Callback | None
+    ) -> Tensor:
+        """x0 [B, N_O, 4C] of the whole run from the start noise."""
+        times = settings.times(start.shape[1], self.shift).tolist()
+        if settings.sampler == "euler":
+            x0 = sample_euler(velocity, start, times, callback)
+        else:
+            x0 = sample_consistency(velocity, start, times, noise, callback)
+        if self.placement.offload:  # the memory is for the next part
+            self._conditions.clear()
+        return x0
 
     def _use(self, name: str) -> Any:
         """A part, on the device."""
@@ -250,9 +262,7 @@ class UniPicPipeline:
             latents |= zip(alike, made.split(1), strict=True)
         return latents
 
-    def _velocity(
-        self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, guidance: float
-    ) -> Callable[[Tensor, float], Tensor]:
+    def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, guidance: float) -> Velocity:
         """v(x_t, t) in float32, guided if there is an unconditional text."""
         batch = packed.tokens.shape[0]
         transformer = self._use("transformer")
@@ -269,55 +279,3 @@ class UniPicPipeline:
 
     def _decode(self, x0: Tensor, shape: LatentShape) -> Tensor:
         return self._use("vae").decode(unpack_latents(x0, shape)).cpu()
-
-    def _noise(
-        self,
-        shape: LatentShape,
-        seed: int,
-        num_images: int,
-        steps: int,
-        latents: Tensor | None,
-        step_noise: Sequence[Tensor] | None,
-    ) -> tuple[Tensor, NoiseSource]:
-        """Start noise [B, N_O, 4C] float32 on the device, and the source of the consistency sampler's noises."""
-        token = (shape.num_tokens, self.transformer.config.in_channels)
-        if latents is not None:
-            if latents.ndim != 3 or tuple(latents.shape[1:]) != token or num_images not in (1, latents.shape[0]):
-                expected = [num_images, *token]
-                raise UniPicError(f"latents must be packed start noise {expected}, got {list(latents.shape)}")
-            num_images = latents.shape[0]
-        sources = [seeded_noise(token, seed + i) for i in range(num_images)]
-
-        def noise(step: int) -> Tensor:
-            return torch.stack([source(step) for source in sources]).to(self.device)
-
-        start = noise(-1) if latents is None else latents.to(self.device, torch.float32)
-        if step_noise is None:
-            return start, noise
-        given, expected = [list(n.shape) for n in step_noise], [num_images, *token]
-        if len(given) < steps - 1 or any(shape != expected for shape in given):
-            raise UniPicError(f"step_noise must hold {steps - 1} tensors of {expected}, got {given}")
-        return start, lambda step: step_noise[step].to(self.device, torch.float32)
-
-
-def _checked_images(images: Sequence[Image.Image] | Image.Image) -> list[Image.Image]:
-    """The pictures as RGB. None at all is allowed, with a warning."""
-    images = [images] if isinstance(images, Image.Image) else list(images)
-    wrong = next((i for i in images if not isinstance(i, Image.Image)), None)
-    if wrong is not None:
-        raise UniPicError(
-            f"images must be Pillow pictures, got {type(wrong).__name__}; open files with unipic_core.images.load_image"
-        )
-    if not images:
-        warnings.warn("no pictures given: the model was tuned to compose pictures, not to make them", stacklevel=4)
-    return [to_rgb(image) for image in images]
-
-
-def _memory_advice(size: tuple[int, int], settings: Settings, references: int, batch: int) -> str:
-    """What to lower, given what this run asked for."""
-    steps = [f"lower the output size (now {size[0]}x{size[1]})"]
-    if references:
-        steps.append(f"the reference budget (now {settings.reference_budget})")
-    if batch > 1:
-        steps.append(f"the number of images (now {batch})")
-    return ", or ".join(steps)

@@ -4,7 +4,9 @@ By hand: COMFYUI_PATH=... UNIPIC_INSIDE_COMFYUI=1 python -m pytest tests/nodes/i
 """
 
 import importlib
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -52,6 +54,25 @@ def nano_model(nano):
     from unipic_pack.nodes.model import load_model
 
     return load_model(nano)
+
+
+@pytest.fixture(scope="module")
+def causal_folders(nano, tmp_path_factory):
+    """By form: the nano, as if its weights had been trained in it."""
+    made = {}
+    for form in ("reference_causal", "prefix_causal"):
+        made[form] = shutil.copytree(nano, tmp_path_factory.mktemp(form) / "nano")
+        config = made[form] / "transformer" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "attention_form": form}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def causal_models(causal_folders):
+    """By form: the MODEL of such a folder."""
+    from unipic_pack.nodes.model import load_model
+
+    return {form: load_model(folder) for form, folder in causal_folders.items()}
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""MultiImageCompose: sizes, numbers, caches, bad input, and the node in a graph."""
+"""MultiImageCompose: sizes, numbers, bad input, and the node in a graph."""
 
 import asyncio
 import importlib
@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 from comfyui import CASES
+from compose_tools import distance, image, run
 from PIL import Image
 from safetensors.torch import load_file
 from unipic_pack.nodes import compose
@@ -42,25 +43,6 @@ def small(nano):
 @pytest.fixture(autouse=True)
 def fresh():
     compose.clear_caches()
-
-
-def image(index=0, width=70, height=50):
-    noise = torch.rand(1, 3, 5, 5, generator=torch.Generator().manual_seed(index))
-    return torch.nn.functional.interpolate(noise, (height, width), mode="bilinear").movedim(1, -1).clamp(0, 1)
-
-
-def sockets(*images):
-    return {f"image_{i + 1}": x for i, x in enumerate(images)}
-
-
-@torch.inference_mode()
-def run(parts, *images, prompt="Blend them.", **inputs):
-    return MultiImageCompose.execute(*parts, prompt, images=sockets(*images), **inputs).args
-
-
-def distance(a, b):
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
 
 
 def normalised(vae, latent):
@@ -161,86 +143,6 @@ def test_reference_budget(small):
 
 def facts_budget(parts):
     return parts[0].patcher.get_attachment("unipic").recipe.reference_budget
-
-
-# --- caches --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def counted(tiny, monkeypatch):
-    """(clip, vae) of the golden model, and how often each was asked."""
-    clip, vae = tiny
-    counts = {"text": 0, "vae": 0}
-
-    def counting(name, function):
-        def wrapped(*args, **kwargs):
-            counts[name] += 1
-            return function(*args, **kwargs)
-
-        return wrapped
-
-    monkeypatch.setattr(vae, "encode", counting("vae", vae.encode))
-    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", counting("text", clip.encode_from_tokens_scheduled))
-    return tiny, counts
-
-
-def test_nothing_is_encoded_twice(counted):
-    parts, counts = counted
-    small = {"reference_budget": 64, "width": 64, "height": 64}
-    first = run(parts, image(0), image(1), **small)
-    assert counts == {"text": 2, "vae": 2}
-    again = run(parts, image(0), image(1), prompt="Something else.", **small)
-    assert counts == {"text": 3, "vae": 2}  # neither pictures nor the negative
-    assert distance(again[1][0][0], first[1][0][0]) == 0
-    assert again[1][0][0].shape != again[0][0][0].shape
-    run(parts, image(1), image(0), **small)
-    assert counts == {"text": 5, "vae": 2}  # the order changes the text's numbers, not the pictures'
-    run(parts, image(0), image(2), **small)
-    assert counts == {"text": 7, "vae": 3}
-
-
-def test_changed_weights_are_noticed(counted):
-    parts, counts = counted
-    small = {"reference_budget": 64, "width": 64, "height": 64}
-    before = run(parts, image(0), **small)
-    layer = parts[1].first_stage_model.quant_conv
-    kept = layer.bias.detach().clone()
-    try:
-        layer.load_state_dict({**layer.state_dict(), "bias": kept + 1})
-        after = run(parts, image(0), **small)
-    finally:
-        layer.load_state_dict({**layer.state_dict(), "bias": kept})
-    assert counts == {"text": 2, "vae": 2}
-    assert distance(after[0][0][1]["reference_latents"][0], before[0][0][1]["reference_latents"][0]) > 0.5
-
-
-def test_patches_and_layers_of_the_clip_are_noticed(counted):
-    (clip, vae), counts = counted
-    small = {"reference_budget": 64, "width": 64, "height": 64}
-    run((clip, vae), image(0), **small)
-    patched = clip.clone()
-    patched.add_patches({"qwen25_7b.transformer.model.norm.weight": ("diff", (torch.ones(32),))})
-    changed = run((patched, vae), image(0), **small)
-    assert distance(changed[1][0][0], run((clip, vae), image(0), **small)[1][0][0]) > 1e-2
-    assert counts["vae"] == 1
-
-
-def test_caches_are_small_and_on_the_cpu(tiny):
-    for i in range(compose.CACHED_REFERENCES + 2):
-        run(tiny, image(i), reference_budget=32, width=32, height=32)
-    assert len(compose._references) == compose.CACHED_REFERENCES
-    assert len(compose._texts) == compose.CACHED_TEXTS
-    assert all(x.device.type == "cpu" for x in compose._references._values.values())
-
-
-def test_a_later_node_cannot_change_what_is_kept(tiny):
-    wishes = {"reference_budget": 32, "width": 32, "height": 32}
-    first = run(tiny, image(), **wishes)
-    first[1][0][1]["reference_latents"].clear()
-    first[1][0][1]["strength"] = 0
-    second = run(tiny, image(), **wishes)
-    assert len(second[1][0][1]["reference_latents"]) == 1
-    assert "strength" not in second[1][0][1]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 from comfyui import CASES
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from unipic_pack.nodes import vision
 from unipic_pack.nodes.text import comfy_name, encode_prompt, load_clip, read_encoder_weights
 from unipic_pack.nodes.text_config import EncoderConfig
 from unipic_pack.nodes.text_model import Qwen25VL
@@ -306,6 +307,23 @@ def test_stock_clip_agrees_with_ours(real, count):
     tokens = [pair[0] for pair in ours.tokenize("x")[KEY][0]]
     assert ours.tokenizer.dropped(tokens) == 64  # MODEL.md's number for the released tokenizer
     assert type(theirs.tokenizer) is not type(ours.tokenizer)
+
+
+@torch.inference_mode()
+def test_stock_clip_sees_a_picture_once(real):
+    theirs, references = real[1], pictures(2, 320)
+    vision.clear_cache()
+    passes, tower = [], theirs.cond_stage_model.qwen25_7b.transformer.visual
+    hook = tower.patch_embed.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        [[shared, _]] = [encode_prompt(theirs, text, references)[0] for text in ("A hat", " ")][1:]
+        assert len(passes) == 2
+        vision.clear_cache()
+        assert torch.equal(encode_prompt(theirs, " ", references)[0][0], shared)
+        assert len(passes) == 4
+    finally:
+        hook.remove()
+    assert "forward" not in vars(tower)
 
 
 @torch.inference_mode()

@@ -1,17 +1,22 @@
-"""The VAE of a pipeline folder against the golden numbers and the pipeline, and ComfyUI's nodes on it."""
+"""The VAE of a folder against the golden numbers and the pipeline, that of a file against ComfyUI's; nodes on both."""
 
 import json
 import shutil
 
+import comfy.sd
+import comfy.utils
 import pytest
 import torch
+from comfy.ldm.wan.vae import WanVAE
 from comfyui import CASES
 from safetensors.torch import load_file, save_file
+from unipic_pack.nodes import load
 from unipic_pack.nodes.pictures import to_image
-from unipic_pack.nodes.vae import load_vae
+from unipic_pack.nodes.vae import UniPicVAE, load_vae
 from unipic_pack.unipic_core.errors import CheckpointError
+from unipic_pack.unipic_core.image_vae import ImageVAE, VAEConfig
 from unipic_pack.unipic_core.images import load_image, resize_references
-from unipic_pack.unipic_core.vae_files import read_vae_config
+from unipic_pack.unipic_core.vae_files import name_in_file, read_vae_config, video_shapes
 
 import nodes as comfy_nodes
 
@@ -158,3 +163,66 @@ def test_damaged_folders(nano, tmp_path):
     config.write_text("[]")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_vae(tmp_path)
+
+
+# --- one file, as ComfyUI has it -----------------------------------------------------------------------------------
+
+SIZES = {"z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+
+
+def wan_file(folder, **sizes):
+    """ComfyUI's network with random weights that keep what goes through it at a size near one."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, p in WanVAE(**{**SIZES, "dim": 8, **sizes}).state_dict().items():
+        scale = (p[0].numel() / (3 if p.ndim == 5 and p.shape[2] == 3 else 1)) ** -0.5 if p.ndim > 3 else 0.1
+        noise = torch.randn(p.shape, generator=generator)
+        tensors[name] = 1 + 0.2 * noise if name.endswith("gamma") else scale * noise
+    save_file(tensors, folder / "qwen_image_vae.safetensors")
+    return folder / "qwen_image_vae.safetensors"
+
+
+def test_names_of_the_released_file():
+    config = VAEConfig()
+    with torch.device("meta"):
+        ours, theirs = ImageVAE(config), WanVAE(dim=config.base_dim, **SIZES)
+    expected = {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
+    assert {name_in_file(name, config): shape for name, shape in video_shapes(ours).items()} == expected
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("dim", [8, 12])
+def test_a_file_gives_comfyuis_numbers(dim, tmp_path):
+    file = wan_file(tmp_path, dim=dim)
+    ours, stock = load.load_vae(file), comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
+    assert isinstance(ours, UniPicVAE)
+    assert isinstance(stock.first_stage_model, WanVAE)
+    for image in (smooth(64, 48), smooth(40, 96)):
+        latent = stock.encode(image)
+        assert latent.std() > 0.1
+        assert distance(ours.encode(image), latent) < 1e-5
+        decoded = stock.decode(latent)
+        assert decoded.std() > 0.1
+        assert distance(ours.decode(latent), decoded) < 1e-5
+    assert ours.memory_used_decode((1, 16, 1, 32, 32), torch.bfloat16) < stock.memory_used_decode(
+        (1, 16, 1, 32, 32), torch.bfloat16
+    )
+
+
+@torch.inference_mode()
+def test_a_file_in_tiles_and_batches(tmp_path):
+    vae = load.load_vae(wan_file(tmp_path))
+    images = smooth(96, 64, batch=2)
+    together = vae.encode(images)
+    assert distance(together, torch.cat([vae.encode(image[None]) for image in images])) < 1e-5
+    [one_tile] = comfy_nodes.VAEDecodeTiled().decode(vae, {"samples": together}, tile_size=512)
+    [whole] = comfy_nodes.VAEDecode().decode(vae, {"samples": together})
+    assert distance(one_tile, whole) < 1e-5
+    make, args = vae.patcher.cached_patcher_init
+    copy = make(*args, disable_dynamic=True).model
+    assert torch.equal(copy.decoder.conv_in.weight, vae.first_stage_model.decoder.conv_in.weight)
+
+
+def test_files_of_another_vae_are_left_to_comfyui(tmp_path):
+    vae = load.load_vae(wan_file(tmp_path, image_channels=4, conv_out_channels=4))
+    assert isinstance(vae.first_stage_model, WanVAE)

@@ -1,0 +1,44 @@
+"""What the tests of causal attention forms share: a run of FewStepSampler, and LoRAs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from model_tools import random_inputs
+from torch import Tensor
+from unipic_pack.nodes.sample import FewStepSampler
+from unipic_pack.unipic_core.lora import build_lora
+from unipic_pack.unipic_core.recipe import Recipe
+
+CAUSAL = ("reference_causal", "prefix_causal")
+EXACT = 1e-5
+STEPS = 3
+
+
+def conditioning(text: Tensor, references: list[Tensor]) -> list:
+    return [[text, {"reference_latents": references}]]
+
+
+def run(model: Any, cache: str = "auto", cfg: float = 1.0, seed: int = 3, batch: int = 1, **changes: Any) -> Tensor:
+    x, text, references = random_inputs(batch)
+    text, references = changes.get("text", text[:1]), changes.get("references", references)
+    positive, negative = conditioning(text, references), conditioning(text[:, :4] * -0.5, references)
+    empty = {"samples": torch.zeros_like(x)}
+    out = FewStepSampler.execute(
+        model, positive, negative, empty, seed, changes.get("steps", STEPS), cfg, "consistency", 1.0, cache
+    )
+    return out[0]["samples"]
+
+
+def kept(model: Any) -> dict[str, int]:
+    return {piece: len(cache) for piece, cache in model.model.diffusion_model.conditions.kept.items()}
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=EXACT * float(b.abs().max().clamp_min(1)))
+
+
+def build(tensors: dict[str, Tensor], recipe: Recipe | None = None) -> Any:
+    return build_lora(tensors, tensors.__getitem__, Path("test.safetensors"), {}, recipe)

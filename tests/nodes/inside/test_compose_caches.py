@@ -1,0 +1,161 @@
+"""What MultiImageCompose keeps: nothing is encoded twice, nothing stale is used."""
+
+import pytest
+import torch
+from compose_tools import distance, image, run
+from PIL import Image
+from unipic_pack.nodes import compose
+from unipic_pack.nodes.text import encode_prompt, load_clip
+from unipic_pack.nodes.vae import load_vae
+from unipic_pack.unipic_core.images import MAX_REFERENCES, resize_references
+
+
+@pytest.fixture(scope="module")
+def tiny(golden):
+    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    compose.clear_caches()
+
+
+@pytest.fixture
+def counted(tiny, monkeypatch):
+    """(clip, vae) of the golden model, and how often each was asked."""
+    clip, vae = tiny
+    counts = {"text": 0, "vae": 0}
+
+    def counting(name, function):
+        def wrapped(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    monkeypatch.setattr(vae, "encode", counting("vae", vae.encode))
+    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", counting("text", clip.encode_from_tokens_scheduled))
+    return tiny, counts
+
+
+def test_nothing_is_encoded_twice(counted):
+    parts, counts = counted
+    small = {"reference_budget": 64, "width": 64, "height": 64}
+    first = run(parts, image(0), image(1), **small)
+    assert counts == {"text": 2, "vae": 2}
+    again = run(parts, image(0), image(1), prompt="Something else.", **small)
+    assert counts == {"text": 3, "vae": 2}  # neither pictures nor the negative
+    assert distance(again[1][0][0], first[1][0][0]) == 0
+    assert again[1][0][0].shape != again[0][0][0].shape
+    run(parts, image(1), image(0), **small)
+    assert counts == {"text": 5, "vae": 2}  # the order changes the text's numbers, not the pictures'
+    run(parts, image(0), image(2), **small)
+    assert counts == {"text": 7, "vae": 3}
+
+
+@pytest.fixture
+def passes(tiny):
+    """A list that grows by one with every pass of the vision tower."""
+    seen = []
+    hook = tiny[0].cond_stage_model.qwen25_7b.transformer.visual.patch_embed.register_forward_hook(
+        lambda *_: seen.append(1)
+    )
+    yield seen
+    hook.remove()
+
+
+def test_the_vision_tower_sees_a_picture_once(tiny, passes):
+    """Prompt, negative, the next prompt and another order take the same; one exchanged picture is one pass."""
+    wishes = {"reference_budget": 64, "width": 64, "height": 64}
+    first = run(tiny, image(0), image(1), image(2), **wishes)
+    assert len(passes) == 3
+    second = run(tiny, image(0), image(1), image(2), prompt="Something else.", **wishes)
+    run(tiny, image(2), image(0), image(1), **wishes)
+    assert len(passes) == 3
+    run(tiny, image(2), image(0), image(3), **wishes)
+    assert len(passes) == 4
+    for shared, prompt in ((first, "Blend them."), (second, "Something else.")):
+        compose.clear_caches()
+        passes.clear()
+        alone = run(tiny, image(0), image(1), image(2), prompt=prompt, negative_prompt=prompt, **wishes)
+        assert len(passes) == 3, "freed with the other caches"
+        assert torch.equal(alone[0][0][0], shared[0][0][0])
+    compose.clear_caches()
+    references = resize_references([Image.new("RGB", (64, 64))], 64)
+    tower = tiny[0].cond_stage_model.qwen25_7b.transformer.visual
+    tower.forward = tower.forward  # as another node pack may do
+    try:
+        for text in ("a", "b"):
+            encode_prompt(tiny[0], text, references)
+    finally:
+        del tower.forward
+    assert len(passes) == 3 + 2, "somebody else's tower is asked every time"
+
+
+def test_a_changed_tower_is_noticed(tiny, passes):
+    """Patched by ComfyUI, which says so by the patches' id, and changed in place."""
+    clip, vae = tiny
+    wishes = {"reference_budget": 64, "width": 64, "height": 64}
+    before = run(tiny, image(0), **wishes)
+    name = "qwen25_7b.transformer.visual.merger.ln_q.weight"
+    patched = clip.clone()
+    assert patched.add_patches({name: ("diff", (torch.ones(32),))})
+    changed = run((patched, vae), image(0), **wishes)
+    assert len(passes) == 2
+    assert distance(changed[0][0][0], before[0][0][0]) > 1e-3
+    assert distance(run(tiny, image(0), prompt="x", **wishes)[1][0][0], before[1][0][0]) == 0
+    passes.clear()
+    norm = clip.cond_stage_model.get_submodule(name.removesuffix(".weight"))
+    kept = norm.weight.detach().clone()
+    try:
+        norm.load_state_dict({"weight": kept + 1})
+        assert distance(run(tiny, image(0), **wishes)[0][0][0], changed[0][0][0]) == 0
+    finally:
+        norm.load_state_dict({"weight": kept})
+    assert len(passes) == 1
+
+
+def test_changed_weights_are_noticed(counted):
+    parts, counts = counted
+    small = {"reference_budget": 64, "width": 64, "height": 64}
+    before = run(parts, image(0), **small)
+    layer = parts[1].first_stage_model.quant_conv
+    kept = layer.bias.detach().clone()
+    try:
+        layer.load_state_dict({**layer.state_dict(), "bias": kept + 1})
+        after = run(parts, image(0), **small)
+    finally:
+        layer.load_state_dict({**layer.state_dict(), "bias": kept})
+    assert counts == {"text": 2, "vae": 2}
+    assert distance(after[0][0][1]["reference_latents"][0], before[0][0][1]["reference_latents"][0]) > 0.5
+
+
+def test_patches_and_layers_of_the_clip_are_noticed(counted):
+    (clip, vae), counts = counted
+    small = {"reference_budget": 64, "width": 64, "height": 64}
+    run((clip, vae), image(0), **small)
+    patched = clip.clone()
+    patched.add_patches({"qwen25_7b.transformer.model.norm.weight": ("diff", (torch.ones(32),))})
+    changed = run((patched, vae), image(0), **small)
+    assert distance(changed[1][0][0], run((clip, vae), image(0), **small)[1][0][0]) > 1e-2
+    assert counts["vae"] == 1
+
+
+def test_caches_are_small_and_on_the_cpu(tiny):
+    for i in range(compose.CACHED_REFERENCES + 2):
+        run(tiny, image(i), reference_budget=32, width=32, height=32)
+    assert len(compose._references) == compose.CACHED_REFERENCES
+    assert len(compose._texts) == compose.CACHED_TEXTS
+    assert all(x.device.type == "cpu" for x in compose._references._values.values())
+    assert len(compose.vision._seen) == MAX_REFERENCES
+    assert all(x.device.type == "cpu" for x in compose.vision._seen.values())
+
+
+def test_a_later_node_cannot_change_what_is_kept(tiny):
+    wishes = {"reference_budget": 32, "width": 32, "height": 32}
+    first = run(tiny, image(), **wishes)
+    first[1][0][1]["reference_latents"].clear()
+    first[1][0][1]["strength"] = 0
+    second = run(tiny, image(), **wishes)
+    assert len(second[1][0][1]["reference_latents"]) == 1
+    assert "strength" not in second[1][0][1]

@@ -1,0 +1,114 @@
+"""The memory of kept keys and values: what ComfyUI's estimate is told, against what a run holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sampler_helpers
+import pytest
+import torch
+from causal_tools import CAUSAL, build, run
+from model_tools import lora_file
+from unipic_pack.nodes import conditions
+from unipic_pack.nodes.conditions import EACH, HELD, ONCE
+from unipic_pack.nodes.lora import add_lora
+from unipic_pack.nodes.model import load_model
+from unipic_pack.unipic_core.recipe import Recipe
+from unipic_pack.unipic_core.segments import condition_bytes
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("inference")
+
+
+def held(model: Any) -> int:
+    """Bytes of all keys and values in memory, with those of the approximate way."""
+    conditions = model.model.diffusion_model.conditions
+    values = [value for cache in conditions.kept.values() for value in cache.values()]
+    values += [reused.kept for reused in conditions.reused.values()]
+    return sum(t.untyped_storage().nbytes() for value in values for pair in value for t in pair)
+
+
+@pytest.fixture
+def estimates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """For each run, by how much ComfyUI's estimate of its memory is raised for what is held."""
+    seen: list[float] = []
+    original = comfy.sampler_helpers.estimate_memory
+
+    def watched(model: Any, shape: Any, conds: dict[str, list[dict]]) -> Any:
+        bare = {k: [{n: v for n, v in c.items() if n != HELD} for c in cs] for k, cs in conds.items()}
+        found, without = original(model, shape, conds), original(model, shape, bare)
+        seen.append(found[0] - without[0])
+        assert 0 <= found[1] - without[1] <= seen[-1]
+        return found
+
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", watched)
+    return seen
+
+
+@pytest.fixture
+def most_held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes held at the end of each run."""
+    seen: list[int] = []
+    original = conditions.Conditions.close
+
+    def watched(self: Any) -> None:
+        if self._patcher is not None:
+            seen.append(held(self._patcher))
+        original(self)
+
+    monkeypatch.setattr(conditions.Conditions, "close", watched)
+    return seen
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("form", CAUSAL)
+def test_the_estimate_counts_what_a_run_keeps(
+    form: str, cfg: float, causal_models: dict[str, Any], estimates: list[float], most_held: list[int]
+) -> None:
+    """References once, though both conditionings bring them; texts of the conditionings that are evaluated."""
+    run(causal_models[form], cfg=cfg, batch=2)
+    texts = 0 if form == "reference_causal" else 9 if cfg == 1 else 9 + 4
+    config = causal_models[form].model.diffusion_model.config
+    assert most_held == [condition_bytes(15 + 12 + texts, config.num_layers, config.width, 4)]
+    assert estimates == pytest.approx(most_held)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_the_estimate_counts_the_approximate_cache(
+    cfg: float, nano: Path, estimates: list[float], most_held: list[int]
+) -> None:
+    """There the references' are each picture's and each conditioning's own."""
+    run(load_model(nano), "approximate", cfg=cfg, batch=2)
+    assert most_held[0] > 0
+    assert estimates == pytest.approx(most_held)
+
+
+def test_the_estimate_counts_nothing_that_is_not_kept(
+    nano: Path, causal_models: dict[str, Any], estimates: list[float], most_held: list[int]
+) -> None:
+    full = load_model(nano)
+    run(full)
+    run(causal_models["prefix_causal"], "off")
+    assert estimates == most_held == [0, 0]
+    lora = build(lora_file("transformer.{}.lora_{}.weight"), Recipe(attention_form="reference_causal"))
+    run(add_lora(full, lora, 1.0)[0])
+    run(full)
+    assert estimates[2:] == pytest.approx(most_held[2:])
+    assert most_held[2] > most_held[3] == 0
+
+
+def test_the_estimate_takes_the_negative_where_a_guider_may(
+    causal_models: dict[str, Any], estimates: list[float]
+) -> None:
+    model = causal_models["prefix_causal"].clone()
+    run(model)
+    model.model_options["disable_cfg1_optimization"] = True
+    run(model)
+    config = model.model.diffusion_model.config
+    assert estimates[1] - estimates[0] == pytest.approx(condition_bytes(4, config.num_layers, config.width, 4))
+
+
+def test_odd_references_are_counted_in_whole_tokens() -> None:
+    cond = {"cross_attn": torch.zeros(1, 7, 8), "reference_latents": [torch.zeros(1, 16, 1, 5, 7)]}
+    assert conditions.held_shapes(cond, "prefix_causal", "auto", 1) == {ONCE: [1, 3 * 4], EACH: [1, 7]}
