@@ -42,11 +42,17 @@ def resume(
     if changed:
         raise TrainingError(
             f"{output} was started with other values of {', '.join(changed)}; choose another output, or allow it with "
-            f"--allow-config-change {' '.join(changed)}"
+            f"{' '.join(f'--allow-config-change {key}' for key in changed)}"
         )
     if run["step"] > config.steps:
         raise TrainingError(f"{output} has already trained {run['step']} steps, more than the {config.steps} asked for")
-    accelerator.load_state(str(path))  # the random states
+    processes = accelerator.num_processes
+    then = run.get("processes", processes)  # older checkpoints do not say
+    if state.sharded and then != processes:
+        raise TrainingError(
+            f"the networks in {path} are spread over {then} processes, and this run has {processes}; "
+            f"start it with {then}"
+        )
     state.load(path, accelerator.process_index)
     accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
     return run["step"]
@@ -68,10 +74,10 @@ def changed_keys(before: Any, now: Any, where: str = "") -> list[str]:
 def save(accelerator: Accelerator, state: State, output: Path, step: int, config: RunConfig) -> None:
     """Write a checkpoint aside and rename it; remove the oldest ones."""
     with replaced(accelerator, output / "checkpoints" / f"step-{step:07d}") as folder:
-        accelerator.save_state(str(folder))
         state.save(folder, accelerator.process_index)
         if accelerator.is_main_process:
-            (folder / "run.json").write_text(json.dumps({"step": step, "config": to_dict(config)}, indent=1))
+            run = {"step": step, "processes": accelerator.num_processes, "config": to_dict(config)}
+            (folder / "run.json").write_text(json.dumps(run, indent=1))
     if accelerator.is_main_process:
         for old in sorted((output / "checkpoints").glob("step-*"))[: -config.keep_checkpoints]:
             shutil.rmtree(old)

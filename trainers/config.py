@@ -13,32 +13,11 @@ import yaml
 from unipic_core.attention import TRAINABLE
 from unipic_core.segments import ATTENTION_FORMS
 
+from .method_config import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parsing import ConfigError as ConfigError
-from .parsing import override, parse
+from .parsing import above, at_least, one_of, override, parse, within
 
 Section = typing.TypeVar("Section")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with warm-up and cosine decay; the defaults are the paper's SFT values.
-
-    kind: "adamw", or "adamw8bit" (bitsandbytes). muon_lr: above 0, Muon trains the hidden matrices with this rate and
-    AdamW the rest.
-    """
-
-    kind: str = "adamw"
-    lr: float = 1e-4
-    muon_lr: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.05
-    warmup_steps: int = 500
-    final_lr_ratio: float = 0.0
-    max_grad_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        _one_of(self, "kind", ("adamw", "adamw8bit"))
 
 
 # --- what the network's methods share ---------------------------------------------------------------------------------
@@ -57,7 +36,8 @@ class AdapterConfig:
     targets: tuple[str, ...] = ALL_LAYERS
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "rank")
+        at_least(self, 1, "rank")
+        above(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout must be from 0 to below 1, got {self.dropout}")
 
@@ -87,11 +67,11 @@ class NetworkConfig:
     shard: bool = False
 
     def __post_init__(self) -> None:
-        _one_of(self, "weights", ("fp32", "bf16", "fp8", "nf4"))
-        _one_of(self, "attention", TRAINABLE)
+        one_of(self, "weights", ("fp32", "bf16", "fp8", "nf4"))
+        one_of(self, "attention", TRAINABLE)
         if self.attention_form is not None:
-            _one_of(self, "attention_form", ATTENTION_FORMS)
-        _at_least(self, 0, "block_swap")
+            one_of(self, "attention_form", ATTENTION_FORMS)
+        at_least(self, 0, "block_swap")
         if self.adapter is None and (self.weights in ("fp8", "nf4") or self.block_swap):
             raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base: add an adapter section")
         if self.adapter is not None and self.shard:
@@ -121,10 +101,10 @@ class DataConfig:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        _one_of(self, "kind", ("nano", "jsonl", "folder", "datasets"))
-        _at_least(self, 0, "samples", "workers")
-        _at_least(self, 1, "samples_per_shard")
-        _at_least(self, 32, "size", "reference_budget")
+        one_of(self, "kind", ("nano", "jsonl", "folder", "datasets"))
+        at_least(self, 0, "samples", "workers")
+        at_least(self, 1, "samples_per_shard")
+        at_least(self, 32, "size", "reference_budget")
         if (self.kind == "nano") == (self.path is not None):
             raise ConfigError(f"data.path is needed for every kind but nano; got kind {self.kind}, path {self.path}")
         if self.kind == "nano" and (self.samples < 1 or self.samples % self.samples_per_shard):
@@ -154,121 +134,8 @@ class PreviewConfig:
     guidance: float | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "samples")
-
-
-# --- methods ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class VAEMethod:
-    """Train a Qwen-Image VAE from nothing: squared error + L1 + KL to a prior.
-
-    prior: "normal" is N(0, 1); "linear" is N(principal components of the patches, prior_std^2), see latents.py.
-    """
-
-    base_dim: int = 16
-    num_res_blocks: int = 1
-    crop: int = 64
-    l1_weight: float = 0.1
-    kl_weight: float = 1e-3
-    prior: str = "normal"
-    prior_std: float = 0.12
-    loader_workers: int = 1
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "base_dim", "num_res_blocks")
-        _one_of(self, "prior", ("normal", "linear"))
-        if self.crop not in range(16, 129, 8):
-            raise ConfigError(f"vae.crop must be a multiple of 8 from 16 to 128, got {self.crop}")
-
-
-@dataclass(frozen=True)
-class Times:
-    """Training times: sigmoid(N(mean, std)), shifted as the sampler's, and kept within least .. most."""
-
-    mean: float = 0.0
-    std: float = 1.0
-    least: float = 0.0
-    most: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.least < self.most <= 1:
-            raise ConfigError(f"times must have 0 <= least < most <= 1, got {self.least} and {self.most}")
-
-
-@dataclass(frozen=True)
-class SFTMethod:
-    """Flow matching of the network, with its text encoder frozen or training along."""
-
-    train_text_encoder: bool = False
-    prompt_dropout: float = 0.1
-    times: Times = field(default_factory=Times)
-
-
-@dataclass(frozen=True)
-class ConsistencyMethod:
-    """Consistency tuning (losses.py). The defaults are ours; `released` in a comment marks the release's.
-
-    velocity: along which the student is made consistent: "teacher" (the frozen base's, guided by `guidance`) or "data"
-    (eps - x0; released). guidance: the scale to distil; with velocity "data" it adds (guidance - 1) (F(cond) -
-    F(uncond)) of the base, or of the student's own EMA (guidance_from "ema", released: 2.75).
-    tangent: "difference" (step e) or "jvp", along the "velocity" to be consistent with, or along the "data" (released:
-    with guidance that ends on another map). normalisation of the residual: "none", "rms", or "tangent" (released).
-    times: wider than the data's, because sampling begins at t = 1.
-    """
-
-    velocity: str = "teacher"
-    guidance: float = 1.0
-    guidance_from: str = "base"
-    tangent: str = "difference"
-    tangent_along: str = "velocity"
-    e: float = 5e-3
-    normalisation: str = "rms"
-    cosine: bool = False
-    prompt_dropout: float = 0.0
-    times: Times = field(default_factory=lambda: Times(mean=-0.5, std=1.8))
-
-    def __post_init__(self) -> None:
-        _one_of(self, "velocity", ("teacher", "data"))
-        _one_of(self, "guidance_from", ("base", "ema"))
-        _one_of(self, "tangent", ("difference", "jvp"))
-        _one_of(self, "tangent_along", ("velocity", "data"))
-        _one_of(self, "normalisation", ("none", "rms", "tangent"))
-        if not 0 < self.e <= 0.1:
-            raise ConfigError(f"consistency.e must be above 0 and at most 0.1, got {self.e}")
-        if self.velocity == "teacher" and self.guidance_from == "ema":
-            raise ConfigError("guidance_from ema goes with velocity data; the teacher's velocity is guided by the base")
-
-
-@dataclass(frozen=True)
-class DMDMethod:
-    """Distribution matching (losses.py). max_steps: the student is rolled out in 1 .. max_steps steps of its sampler.
-
-    fake_updates: of the fake score, per update of the student; fake_warmup_steps: so many steps train it alone.
-    weighting: "final", "first" or "released", see dmd_direction. optimizer: the fake score's own.
-    """
-
-    max_steps: int = 4
-    teacher_guidance: float = 6.0
-    weighting: str = "first"
-    fake_updates: int = 5
-    fake_warmup_steps: int = 0
-    times: Times = field(default_factory=lambda: Times(least=0.02, most=0.98))
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "max_steps", "fake_updates")
-        _at_least(self, 0, "fake_warmup_steps")
-        _one_of(self, "weighting", ("final", "first", "released"))
-
-
-@dataclass(frozen=True)
-class JointMethod:
-    """L = consistency_weight L_CM + dmd_weight L_DMD, with the options of both sections."""
-
-    consistency_weight: float = 1.0
-    dmd_weight: float = 1.0
+        at_least(self, 1, "samples", "steps")
+        at_least(self, 0, "guidance")
 
 
 NETWORK_SECTIONS = ("network", "data", "preview")
@@ -309,10 +176,16 @@ class RunConfig:
     joint: JointMethod | None = None
 
     def __post_init__(self) -> None:
-        _one_of(self, "method", SECTIONS)
+        one_of(self, "method", SECTIONS)
         counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
-        _at_least(self, 1, *counts)
-        _one_of(self, "precision", ("no", "bf16"))
+        at_least(self, 1, *counts)
+        one_of(self, "precision", ("no", "bf16"))
+        within(self, 0, 1, "ema_decay")
+        if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:
+            raise ConfigError(
+                f"dmd.fake_warmup_steps must be below steps, or no step trains the student; got "
+                f"{self.dmd.fake_warmup_steps} of {self.steps}"
+            )
         if self.network is not None and self.network.shard and self.optimizer.muon_lr:
             raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
 
@@ -322,17 +195,6 @@ def given(section: Section | None) -> Section:
     if section is None:
         raise ConfigError("a section is missing that the method needs; make configs with parse_run")
     return section
-
-
-def _at_least(config: Any, least: int, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < least:
-            raise ConfigError(f"{name} must be at least {least}, got {getattr(config, name)}")
-
-
-def _one_of(config: Any, name: str, choices: typing.Collection[str]) -> None:
-    if getattr(config, name) not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:

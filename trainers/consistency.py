@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unipic_core.flow import add_noise, velocity
 from unipic_core.recipe import RELEASED_FEW_STEP
 
-from .config import ConsistencyMethod, RunConfig, given
+from .config import RunConfig, given
 from .losses import (
     TimedVelocity,
     consistency_loss,
@@ -22,6 +22,7 @@ from .losses import (
     scaled_residual,
     scaled_tangent,
 )
+from .method_config import ConsistencyMethod
 from .records import Metrics
 from .roles import EMA, STUDENT, TEACHER, Roles
 from .training import Draws, Inputs, NetworkTraining

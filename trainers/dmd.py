@@ -13,8 +13,9 @@ from unipic_core.recipe import RELEASED_FEW_STEP
 from unipic_core.samplers import NoiseSource, sample_consistency
 from unipic_core.schedules import few_step_times
 
-from .config import OptimizerConfig, RunConfig, given
+from .config import RunConfig, given
 from .losses import TimedVelocity, dmd_direction, dmd_loss, fake_score_loss
+from .method_config import OptimizerConfig
 from .records import Metrics
 from .roles import FAKE_SCORE, STUDENT, TEACHER, Roles
 from .training import Draws, Inputs, NetworkTraining

@@ -199,6 +199,7 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--controls-only", action="store_true", help="no model: judge the controls")
     top.add_argument("--n", type=int, default=600, help="number of scenes (%(default)s)")
     top.add_argument("--seed", type=int, default=0, help="of the scenes and of the noise (%(default)s)")
+    top.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (%(default)s)")
     top.add_argument("--split", default="heldout", choices=["heldout", "train", "all"], help="%(default)s")
     top.add_argument(
         "--seeds-per-scene", type=int, default=1, metavar="K", help="above 1: how far pictures of a scene differ"
@@ -219,7 +220,7 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Everything but the exit code. Raises ValueError in one sentence for bad input."""
     systems = systems_of(args)
-    plan = Plan(args.n, args.seed, args.split, tuple(args.task), True, args.seeds_per_scene)
+    plan = Plan(args.n, args.seed, args.split, tuple(args.task), True, args.seeds_per_scene, args.size)
     check_outputs(args, len(systems))
     device = find_device(args.device) if systems else None
     about = {one.label: one.about() | {"device": device} for one in systems}

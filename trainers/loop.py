@@ -6,16 +6,18 @@ of samples in the whole batch, and gradients are added over processes: so any nu
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import AutocastKwargs, ProjectConfiguration
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from PIL import Image
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,8 +25,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from unipic_core.samplers import NonFiniteLatent
+
 from .checkpointing import TrainingError, newest_checkpoint, replaced, resume, save
-from .config import ConfigError, OptimizerConfig, RunConfig
+from .config import ConfigError, RunConfig
+from .losses import mix
+from .method_config import OptimizerConfig
 from .optimizers import Named, lr_factor, make_optimizers
 from .records import MetricLog, Metrics
 from .sharding import sum_gradients, whole
@@ -32,6 +38,9 @@ from .state import State
 
 MAIN = "student"
 """The part whose update makes a step; its metrics carry no prefix."""
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for one that draws a preview or writes an export; torch's own is ten minutes."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Part:
     def update(self) -> Metrics:
         """One step of the optimizers with the gradients there are; returns their norm and the rate."""
         sum_gradients(self.parameters)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(f"the gradients of {self.name} became {float(norm)}")
         lr = float(self.schedulers[0].get_last_lr()[0])
@@ -151,24 +160,11 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     averaged = method.averaged()
     state = State(list(parts.values()), [average for average, _ in averaged])
     start = resume(accelerator, state, output, config, allow_change)
-    batches = iter(
-        DataLoader(
-            MicroSteps(method, start, config.steps, config.accumulation),
-            batch_size=None,
-            num_workers=method.loader_workers,
-        )
-    )
+    batches = load_batches(config, method, start)
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
     log = MetricLog(accelerator, output, start)
     for step in range(start, config.steps):
-        for name in method.updates(step):
-            for _ in range(config.accumulation):
-                batch = next(batches).to(accelerator.device)
-                log.add(backward(accelerator, config, method, parts[name], batch, step), config.batch_size)
-            try:
-                log.add(parts[name].update())
-            except FloatingPointError as error:
-                raise unusable(str(error), f"the update after {batch.name}", step, output) from error
+        run_step(accelerator, config, method, parts, batches, step, log)
         if MAIN in method.updates(step):
             update_average(averaged, config.ema_decay, state.updates)
             state.updates += 1
@@ -191,6 +187,32 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     return export
 
 
+def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batch]:
+    """Those of all steps from `start` on, in order."""
+    steps = MicroSteps(method, start, config.steps, config.accumulation)
+    return iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
+
+
+def run_step(
+    accelerator: Accelerator,
+    config: RunConfig,
+    method: Method,
+    parts: dict[str, Part],
+    batches: Iterator[Batch],
+    step: int,
+    log: MetricLog,
+) -> None:
+    """The updates of one step, each after `accumulation` batches."""
+    for name in method.updates(step):
+        for _ in range(config.accumulation):
+            batch = next(batches).to(accelerator.device)
+            log.add(backward(accelerator, config, method, parts[name], batch, step), config.batch_size)
+        try:
+            log.add(parts[name].update())
+        except FloatingPointError as error:
+            raise unusable(str(error), f"the update after {batch.name}", step, Path(config.output)) from error
+
+
 def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
     output.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(
@@ -199,7 +221,7 @@ def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
         step_scheduler_with_optimizer=False,
         # a weight cast without gradient (a rollout, a tangent) must not be taken for one cast with it
-        kwargs_handlers=[AutocastKwargs(cache_enabled=False)],
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     accelerator.init_trackers("tensorboard")
     return accelerator
@@ -218,8 +240,13 @@ def backward(
     accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
 ) -> Metrics:
     """Add one micro batch's share of the gradient."""
-    with accelerator.autocast():
-        losses, metrics = method.loss(part.name, batch)
+    torch.manual_seed(mix(config.seed, batch.index, accelerator.process_index))  # for dropout
+    try:
+        with accelerator.autocast():
+            losses, metrics = method.loss(part.name, batch)
+    except NonFiniteLatent as error:  # at once: others may wait for this process inside their networks
+        what = "a picture of the student's became NaN or infinite"
+        raise unusable(what, batch.name, step, Path(config.output)) from error
     check_losses(accelerator, losses, batch, step, Path(config.output))
     loss = losses.sum() / config.batch_size
     (loss / config.accumulation).backward()
@@ -248,7 +275,7 @@ def unusable(what: str, where: str, step: int, output: Path) -> TrainingError:
     last = newest_checkpoint(output)
     return TrainingError(
         f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower optimizer.lr, or "
-        "set precision: 'no', and start again: the run resumes from there"
+        "set precision: no, and start again: the run resumes from there"
     )
 
 

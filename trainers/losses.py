@@ -167,10 +167,11 @@ def logit_normal_times(
 
 def sample_generators(seed: int, step: int, samples: int, first: int = 0) -> list[torch.Generator]:
     """One generator per sample, from (seed, step, sample index) alone: batches may be split over devices in any way."""
-    return [torch.Generator().manual_seed(_mix(seed, step, first + i)) for i in range(samples)]
+    return [torch.Generator().manual_seed(mix(seed, step, first + i)) for i in range(samples)]
 
 
-def _mix(*values: int) -> int:
+def mix(*values: int) -> int:
+    """One seed from several numbers; near ones give seeds far apart."""
     state = 0x9E3779B97F4A7C15
     for value in values:
         state = ((state ^ value) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64

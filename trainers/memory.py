@@ -23,8 +23,9 @@ from unipic_core.mmdit import MMDiTConfig
 from unipic_core.recipe import TRANSFORMER_FOLDERS
 from unipic_core.sequence import PIXELS_PER_TOKEN
 
-from .config import AdapterConfig, ConfigError, NetworkConfig, OptimizerConfig, RunConfig, given, load_config
+from .config import AdapterConfig, ConfigError, NetworkConfig, RunConfig, given, load_config
 from .frozen import form_of, stored_form
+from .method_config import OptimizerConfig
 from .optimizers import is_hidden_matrix
 from .roles import EMA, FAKE_SCORE, STUDENT, TEACHER, targets_of
 

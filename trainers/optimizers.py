@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from .config import ConfigError, OptimizerConfig
+from .method_config import OptimizerConfig
+from .parsing import ConfigError
 
 Named = list[tuple[str, nn.Parameter]]
 """Parameters under their names."""

@@ -23,12 +23,10 @@ class MetricLog:
         self.values: dict[str, list[float]] = defaultdict(list)
         self.mean_loss = float("nan")
         self.since, self.samples = time.perf_counter(), 0
-        path = output / "metrics.jsonl"
-        kept = [
-            line for line in _whole_lines(path) if json.loads(line)["step"] <= start
-        ]  # a resumed run repeats no step
-        self.file = Path(path if accelerator.is_main_process else os.devnull).open("w")  # noqa: SIM115 - closed by close
-        self.file.writelines(kept)
+        path = output / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
+        if accelerator.is_main_process:
+            forget_after(path, start)
+        self.file = path.open("a")
 
     def add(self, metrics: Metrics, samples: int = 0) -> None:
         """Values of one update, or of one batch of so many samples."""
@@ -54,14 +52,19 @@ class MetricLog:
         self.file.close()
 
 
+def forget_after(path: Path, start: int) -> None:
+    """Keep the records up to a step, for the resumed run writes the later ones again; whole or untouched if killed."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of one
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+    os.replace(aside, path)
+
+
 def peak_memory() -> int:
     """Most bytes in use so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """Lines that end; a killed run may leave half of one."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]

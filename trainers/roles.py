@@ -53,7 +53,7 @@ class Roles(Protocol):
 
 
 def require(roles: Roles, trained: Iterable[str], frozen: Iterable[str]) -> None:
-    """ConfigError unless exactly these roles train and these are there and frozen."""
+    """ConfigError unless exactly these roles train, and the frozen ones are there."""
     for role in (*trained, *frozen):
         if role not in roles.names:
             have = ", ".join(sorted(roles.names))
@@ -61,8 +61,8 @@ def require(roles: Roles, trained: Iterable[str], frozen: Iterable[str]) -> None
     for role in trained:
         if not roles.trained(role):
             raise ConfigError(f"the role {role} must train in this method, but it is frozen")
-    for role in (*frozen, EMA):
-        if role in roles.names and roles.trained(role):
+    for role in sorted(roles.names.difference(trained)):
+        if roles.trained(role):
             raise ConfigError(f"the role {role} must be frozen in this method, but it trains")
 
 
@@ -116,17 +116,16 @@ class AdapterRoles(nn.Module):
         return frozenset(self.forms)
 
     def forward(self, role: str, latents: PackedLatents, t: Tensor | float, text: TextCond) -> Tensor:
-        self.switch(role)
-        if self.dropout:  # evaluations without gradient must agree with each other, and with the sampler
-            self.network.train(torch.is_grad_enabled())
+        # evaluations without gradient must agree with each other, and with the sampler: no dropout there
+        self.switch(role, training=torch.is_grad_enabled())
         v = self.network(latents, t, text)
         if v.requires_grad:
-            # gradient checkpointing computes blocks again in the backward pass: by the same adapter
-            v.register_hook(lambda grad: self.switch(role))
+            # gradient checkpointing computes blocks again in the backward pass: by the same adapter, and as in training
+            v.register_hook(lambda grad: self.switch(role, training=True))
         return v
 
-    def switch(self, role: str) -> None:
-        """Adapter, attention form and time modulation of a role, together."""
+    def switch(self, role: str, training: bool = False) -> None:
+        """Adapter, attention form and time modulation of a role, together; and whether there is dropout."""
         form = self.forms[role]
         self.network.config = form.config
         for layer in self.layers.values():
@@ -134,6 +133,8 @@ class AdapterRoles(nn.Module):
             # and forward-mode differentiation refuses that
             layer._disable_adapters = form.adapter is None
             layer._active_adapter = form.adapter or STUDENT
+        if self.dropout:
+            self.network.train(training)
 
     def trained(self, role: str) -> Named:
         return self.parameters_of(role) if role in self._trained else []

@@ -27,14 +27,16 @@ from .training import Inputs, make_inputs
 
 @dataclass(frozen=True)
 class LiveInputs(Inputs):
-    """A batch whose text is still to be encoded."""
+    """A batch whose text is still to be encoded. nothing: the unconditional branch's, which samples alone need."""
 
     words: EncoderInputs = field(default_factory=dict)
+    nothing: EncoderInputs = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> LiveInputs:
         moved = super().to(device)
         assert isinstance(moved, LiveInputs)  # replace() keeps the class
-        return replace(moved, words={k: v.to(device) for k, v in self.words.items()})
+        words, nothing = ({k: v.to(device) for k, v in one.items()} for one in (self.words, self.nothing))
+        return replace(moved, words=words, nothing=nothing)
 
 
 class SFTWithText(SFTTraining):
@@ -75,6 +77,11 @@ class SFTWithText(SFTTraining):
         batch = make_inputs(replace(rows, cond=nothing, uncond=nothing), index, first, name)
         return LiveInputs(**vars(batch), words=encoder_inputs(self.text, rows, prompts))
 
+    def sample_inputs(self, rows: Rows) -> Inputs:
+        batch = super().sample_inputs(rows)
+        assert isinstance(batch, LiveInputs)  # made by `inputs`
+        return replace(batch, nothing=encoder_inputs(self.text, rows, [UNCOND_PROMPT] * len(rows.prompts)))
+
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
         return super().loss(part, self._encoded(self.text, batch))
 
@@ -85,8 +92,8 @@ class SFTWithText(SFTTraining):
     @staticmethod
     def _encoded(text: TextEncoder, batch: Inputs) -> Inputs:
         assert isinstance(batch, LiveInputs)  # made by `inputs`
-        cond = text.forward(batch.words)
-        return replace(batch, cond=cond)
+        encoded = replace(batch, cond=text.forward(batch.words))
+        return replace(encoded, uncond=text.forward(batch.nothing)) if batch.nothing else encoded
 
     def export_role(self, folder: Path, role: str, name: str) -> None:
         """The network's files, and the encoder that belongs to them."""

@@ -13,12 +13,20 @@ from torch.distributed.tensor import DTensor
 
 from unipic_core.mmdit import MMDiT
 
+from .parsing import ConfigError
+
 
 def shard(network: MMDiT, device: torch.device) -> None:
     """Spread a network over all processes, block by block (torch's fully_shard).
 
-    Gradients are added, not averaged: losses are already divided by the size of the whole batch.
+    Gradients are added, not averaged: losses are already divided by the size of the whole batch. ConfigError in a run
+    of one process.
     """
+    if not torch.distributed.is_initialized():
+        raise ConfigError(
+            "network.shard spreads networks over several processes, and this run has one; start it with accelerate "
+            "launch, or set shard: false"
+        )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in (*network.transformer_blocks, network):
         sharded: Any = fully_shard(module, mesh=mesh)

@@ -40,14 +40,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="a YAML file, see trainers/configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example steps=100 optimizer.lr=1e-3")
     parser.add_argument(
-        "--allow-config-change", nargs="+", default=[], metavar="KEY", help="config keys that may differ on resuming"
+        "--allow-config-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a config key that may differ on resuming; may be repeated",
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
         print(f"exported to {train(config, make_method(config), args.allow_config_change)}")
     except (ConfigError, TrainingError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(
+            f"error: could not read or write {what}; mend that and run the same command again: it resumes from the "
+            "last checkpoint",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to resume from the last checkpoint", file=sys.stderr)

@@ -28,11 +28,12 @@ from unipic_core.settings import resolve
 
 from .batches import BucketOrder
 from .cache import Rows, load_image_vae, read_cache, read_preview
-from .config import OptimizerConfig, RunConfig, Times, given
+from .config import RunConfig, given
 from .export import export_adapter, export_network
 from .grid import picture_grid
 from .loop import Share
 from .losses import TimedVelocity, logit_normal_times, sample_generators
+from .method_config import OptimizerConfig, Times
 from .networks import load_roles
 from .optimizers import Named
 from .records import Metrics
@@ -176,6 +177,10 @@ class NetworkTraining:
 
     # --- what comes out ---
 
+    def sample_inputs(self, rows: Rows) -> Inputs:
+        """A batch to sample from, with both branches of the guidance."""
+        return self.inputs(rows, np.zeros(len(rows.prompts), dtype=bool))
+
     @property
     def own_recipe(self) -> Recipe:
         """How the student is sampled, and how it was made; of sizes the base's recipe speaks."""
@@ -188,7 +193,7 @@ class NetworkTraining:
         vae = load_image_vae(self.folder / "vae", device=self.device)
         columns = []
         for i, row in enumerate(read_preview(self.data, self.preview_config, self.encoder)):
-            inputs = self.inputs(row.rows, np.array([False])).to(self.device)
+            inputs = self.sample_inputs(row.rows).to(self.device)
             x0 = unpack_latents(self.sample(EMA, inputs, seed=i), row.shape)
             made = to_images(vae.decode(x0.to(vae.quant_conv.weight)).float().cpu())[0]
             columns.append((row.references, row.truth, made))

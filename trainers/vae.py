@@ -18,7 +18,7 @@ from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last
 from unipic_core.images import to_images, to_tensor
 from unipic_core.vae_files import video_weights
 
-from .config import OptimizerConfig, RunConfig, given
+from .config import RunConfig, given
 from .data.backgrounds import draw, sample_background
 from .data.catalogue import Split
 from .data.emoji import Bank
@@ -26,6 +26,7 @@ from .grid import picture_grid
 from .latents import PrincipalComponents, fold_statistics
 from .loop import MAIN, Share
 from .losses import sample_generators, vae_loss
+from .method_config import OptimizerConfig
 from .optimizers import Named
 from .records import Metrics
 

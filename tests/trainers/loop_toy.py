@@ -1,10 +1,13 @@
 """A method without pictures for the tests of the loop; also a program, so that it can be killed or run in parallel.
 
-python loop_toy.py OUTPUT STEPS
+python loop_toy.py OUTPUT STEPS [MOMENT]: with a moment it dies there as by kill -9
 """
 
+import importlib
+import itertools
+import os
+import signal
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainers.config import OptimizerConfig, RunConfig
+from trainers.config import RunConfig
 from trainers.loop import Share, train
+from trainers.method_config import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,20 @@ class Points:
 class Toy:
     """Regression of the student on data that is a function of the micro step; a second part trains twice a step.
 
-    fail_at: micro step that is interrupted; bad_loss_at: one whose second sample has no loss.
+    fail_at: micro step that is interrupted; bad_loss_at: one whose second sample has no loss; dropout: of the
+    student's inputs, from torch's global random state.
     """
 
     loader_workers = 0
     sharded = False
     slots = 3
 
-    def __init__(self, fail_at=None, bad_loss_at=None, pause=0.0):
+    def __init__(self, fail_at=None, bad_loss_at=None, dropout=0.0):
         torch.manual_seed(0)
-        self.student = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.student = nn.Sequential(nn.Dropout(dropout), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
         self.other = nn.Linear(6, 2)
         self.ema = [p.detach().clone() for p in self.student.parameters()]
-        self.fail_at, self.bad_loss_at, self.pause = fail_at, bad_loss_at, pause
+        self.fail_at, self.bad_loss_at = fail_at, bad_loss_at
         self.share = Share()
 
     def place(self, device, share):
@@ -62,7 +67,6 @@ class Toy:
     def batch(self, index):
         if index == self.fail_at:
             raise KeyboardInterrupt
-        time.sleep(self.pause)
         whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(index))
         return Points(whole[self.share.part(4)], index, f"points {index}")
 
@@ -99,6 +103,29 @@ def config(output, **changes):
     return RunConfig(**{**values, **changes})
 
 
+MOMENTS = {
+    "trains": ("trainers.loop", "backward", 46),
+    "writes a checkpoint": ("torch", "save", 2),
+    "starts": ("trainers.loop", "backward", 1),
+}
+"""Name -> the function of a module after whose nth return the program dies."""
+
+
+def die_after(module, name, calls):
+    owner, count = importlib.import_module(module), itertools.count(1)
+    real = getattr(owner, name)
+
+    def deadly(*args, **kwargs):
+        made = real(*args, **kwargs)
+        if next(count) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    setattr(owner, name, deadly)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    train(config(Path(sys.argv[1]), steps=int(sys.argv[2])), Toy(pause=0.002))
+    for moment in sys.argv[3:]:
+        die_after(*MOMENTS[moment])
+    train(config(Path(sys.argv[1]), steps=int(sys.argv[2])), Toy())

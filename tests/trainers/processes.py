@@ -20,5 +20,9 @@ def launch(processes, *arguments):
     for rank in range(processes):
         env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         running.append(subprocess.Popen([sys.executable, *arguments], env=env, stderr=subprocess.PIPE, text=True))
-    errors = [one.communicate(timeout=400)[1] for one in running]
+    try:
+        errors = [one.communicate(timeout=900)[1] for one in running]
+    finally:
+        for one in running:  # one that failed leaves the others waiting for it
+            one.kill()
     assert all(one.returncode == 0 for one in running), "\n".join(errors)

@@ -6,6 +6,7 @@ import pytest
 
 from trainers.config import ConfigError, load_config, parse_run, to_dict
 
+REQUIRED = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
 CONFIGS = sorted((Path(__file__).parents[2] / "trainers" / "configs").glob("*.yaml"))
 
 
@@ -16,8 +17,8 @@ def test_shipped_configs_parse(path):
 
 
 def test_overrides():
-    config = load_config(CONFIGS[-1], ["steps=7", "optimizer.lr=1e-3"])
-    assert (config.steps, config.optimizer.lr) == (7, 1e-3)
+    config = load_config(CONFIGS[-1], ["steps=70", "optimizer.lr=1e-3"])
+    assert (config.steps, config.optimizer.lr) == (70, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +61,23 @@ def test_unreadable_file(tmp_path):
             load_config(tmp_path / name)
 
 
+def test_a_section_keeps_its_method_s_defaults_of_the_keys_that_it_is_not_given():
+    def parsed(method, options):
+        return getattr(parse_run({"method": method, "output": "x", **REQUIRED, method: options}), method)
+
+    assert parsed("dmd", {"optimizer": {"kind": "adamw8bit"}}).optimizer.lr == 4e-7
+    times = parsed("dmd", {"times": {"mean": 0.3}}).times
+    assert (times.mean, times.std, times.least, times.most) == (0.3, 1.0, 0.02, 0.98)
+    times = parsed("consistency", {"times": {"std": 1}}).times
+    assert (times.mean, times.std) == (-0.5, 1.0)
+
+
+@pytest.mark.parametrize("word", ["no", "'no'", "off"])
+def test_precision_no_needs_no_quotes(tmp_path, word):
+    (tmp_path / "a.yaml").write_text(f"method: vae\noutput: x\nprecision: {word}\n")
+    assert load_config(tmp_path / "a.yaml").precision == "no"
+
+
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
@@ -78,10 +96,29 @@ def test_unreadable_file(tmp_path):
         ("dmd", {"dmd": {"fake_updates": 0}}, "fake_updates must be at least 1"),
         ("dmd", {"consistency": {}}, "the section consistency is not for method dmd"),
         ("dmd", {"optimizer": {"kind": "sgd"}}, "kind must be one of adamw, adamw8bit"),
+        (
+            "dmd",
+            {"dmd": {"fake_warmup_steps": 1000}},
+            "must be below steps, or .*; got 1000 of 1000",
+        ),
+        ("joint", {"dmd": {"fake_warmup_steps": 2000}}, "must be below steps"),
+        ("joint", {"joint": {"dmd_weight": -1}}, "dmd_weight must be at least 0"),
+        ("sft", {"optimizer": {"lr": -1}}, "lr must be at least 0, got -1"),
+        ("sft", {"optimizer": {"lr": "nan"}}, "lr must be at least 0, got nan"),
+        ("sft", {"optimizer": {"max_grad_norm": -1}}, "max_grad_norm must be at least 0"),
+        ("sft", {"optimizer": {"eps": 0}}, "eps must be above 0"),
+        ("sft", {"optimizer": {"betas": [0.9, 1]}}, "betas must be from 0 to below 1"),
+        ("sft", {"optimizer": {"final_lr_ratio": 2}}, "final_lr_ratio must be from 0 to 1"),
+        ("sft", {"ema_decay": 3}, "ema_decay must be from 0 to 1, got 3"),
+        ("sft", {"sft": {"prompt_dropout": 7}}, "prompt_dropout must be from 0 to 1, got 7"),
+        ("sft", {"sft": {"times": {"std": -1}}}, "std must be at least 0"),
+        ("sft", {"network": {"adapter": {"alpha": 0}}}, "alpha must be above 0, got 0"),
+        ("sft", {"preview": {"steps": 0}}, "steps must be at least 1, got 0"),
+        ("sft", {"preview": {"guidance": -1}}, "guidance must be at least 0"),
+        ("consistency", {"consistency": {"prompt_dropout": -0.1}}, "prompt_dropout must be from 0 to 1"),
     ],
 )
 def test_wrong_network_configs(method, change, message):
-    good = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
-    sections = {name: {**good.get(name, {}), **change.get(name, {})} for name in {**good, **change}}
+    sections = {name: {**kept, **change.get(name, {})} for name, kept in REQUIRED.items()}
     with pytest.raises(ConfigError, match=message):
-        parse_run({"method": method, "output": "x", **sections})
+        parse_run({"method": method, "output": "x", **change, **sections})

@@ -16,9 +16,9 @@ import torch
 from mixture import STD, Batch, Network, distribution_distance, draw, pretrained, solve, train, two_conditions
 from torch import Tensor
 
-from trainers.config import ConsistencyMethod
 from trainers.consistency import Guide, consistency_terms
 from trainers.losses import difference_tangent, flow_matching_loss, jvp_tangent
+from trainers.method_config import ConsistencyMethod
 from unipic_core.flow import add_noise
 from unipic_core.samplers import sample_consistency
 from unipic_core.schedules import few_step_times

@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trainers.checkpointing import TrainingError
 from trainers.config import ConfigError
 from trainers.consistency import ConsistencyTraining
 from trainers.dmd import DMDTraining
@@ -18,6 +19,7 @@ from unipic_core.lora import read_lora
 from unipic_core.pipeline import UniPicPipeline
 
 ADAPTER = {"adapter": {"rank": 2, "alpha": 4.0}}
+DROPPING = {"adapter": {**ADAPTER["adapter"], "dropout": 0.5}, "gradient_checkpointing": True}
 METHODS = {"consistency": ConsistencyTraining, "dmd": DMDTraining, "joint": JointTraining}
 FAST = {"dmd": {"fake_updates": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 2}}}
 
@@ -33,13 +35,14 @@ def distilling(changed):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("network", [ADAPTER, {}], ids=["adapters", "full"])
+@pytest.mark.parametrize("network", [ADAPTER, DROPPING, {}], ids=["adapters", "dropout", "full"])
 def test_each_method_trains_resumes_and_exports(distilling, tmp_path, metrics, broken_off, method, network):
     config = distilling(method, network=network, output=str(tmp_path / "whole"))
     made = make_method(config)
     assert type(made) is METHODS[method]
     before = {role: [p.detach().clone() for _, p in made.roles.parameters_of(role)] for role in made.roles.names}
     whole = train(config, made)
+    assert all(m["grad_norm"] > 0 for m in metrics(whole.parent))
     for role in made.roles.names:
         same = [torch.equal(a, p) for a, (_, p) in zip(before[role], made.roles.parameters_of(role), strict=True)]
         assert all(same) == (role == TEACHER), role
@@ -154,8 +157,16 @@ def test_a_method_refuses_roles_that_do_not_fit(distilling):
     with pytest.raises(ConfigError, match="needs the role fake_score"):
         DMDTraining(distilling("dmd"), consistency.roles)
     dmd = make_method(distilling("dmd"))
-    dmd.roles._trained = (STUDENT, FAKE_SCORE)
-    ConsistencyTraining(distilling("consistency"), dmd.roles)
+    with pytest.raises(ConfigError, match="the role fake_score must be frozen in this method, but it trains"):
+        ConsistencyTraining(distilling("consistency"), dmd.roles)
+
+
+def test_a_student_that_breaks_down_is_named_with_its_step(distilling):
+    config = distilling("dmd")
+    method = make_method(config)
+    method.roles.trained(STUDENT)[0][1].data.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"NaN or infinite in step 1 \(bucket .*, samples .*checkpoint is none"):
+        train(config, method)
 
 
 def test_previews_are_drawn_by_the_method_s_own_sampler(distilling):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,23 @@ def test_sample_i_is_scene_i_with_seed_plus_i_and_pictures_come_to_its_size(subs
     assert result.rows[0].outputs["model"].size == result.rows[0].sample.target.size
 
 
+def test_scenes_come_at_any_size_and_the_truth_is_judged_alike(subset: Bank) -> None:
+    sizes = set()
+
+    def large(sample: Sample, seed: int) -> Image.Image:
+        sizes.update({sample.target.size, *(max(r.size) for r in sample.references)})
+        return sample.target
+
+    plan = Plan(4, seed=3, progress=False, size=256)
+    scenes = [(plan.scene(subset, i), Plan(4, seed=3, progress=False).scene(subset, i)) for i in range(4)]
+    assert all(replace(wide, size=128) == small for wide, small in scenes)
+    report = compare({"truth": lambda: large}, subset, plan).report
+    assert sizes == {(256, 256), 256}
+    assert report["size"] == 256
+    assert report["judges"]["placement_iou"]["model"] > 0.8
+    assert report["judges"]["object_retrieval_top1"]["model"] > 0.9
+
+
 def test_options_make_one_system_each() -> None:
     args = parser().parse_args(
         ["--model", "a/nano", "--steps", "8", "--steps", "2", "--lora", "none", "--lora", "x.safetensors"]
@@ -99,10 +117,10 @@ def test_options_make_one_system_each() -> None:
 
 def test_controls_only_writes_numbers_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     numbers, sheet = tmp_path / "c.json", tmp_path / "c.png"
-    options = ["--controls-only", "--n", "3", "--data", str(SUBSET), "--sheet-rows", "2"]
+    options = ["--controls-only", "--n", "3", "--size", "160", "--data", str(SUBSET), "--sheet-rows", "2"]
     assert main([*options, "--json", str(numbers), "--sheet", str(sheet)]) == 0
     report = json.loads(numbers.read_text(encoding="utf-8"))
-    assert report["model"] is None
+    assert (report["model"], report["size"]) == (None, 160)
     assert report["judges"]["placement_iou"]["controls"]["background_alone"] == 0
     assert Image.open(sheet).height > 300
     assert "truth" in capsys.readouterr().out
@@ -124,6 +142,7 @@ def test_a_pipeline_folder_is_measured(tmp_path: Path) -> None:
         (["--controls-only", "--n", "1"], "n must be at least 2"),
         (["--n", "5"], "--model is missing"),
         (["--model", "no/such/model", "--n", "2"], "no/such/model"),
+        (["--controls-only", "--size", "100"], "a multiple of 32"),
         (["--controls-only", "--task", "dance"], "dance"),
         (["--controls-only", "--json", "no/such/folder/a.json"], "cannot write"),
         (["--controls-only", "--sheet", "sheet.txt"], ".png"),

@@ -1,41 +1,24 @@
-"""A frozen base in its stored forms: what it computes, what trains through it, what it holds in memory, and when."""
+"""A frozen base in its stored forms: what it keeps, what it computes, and what trains through it."""
 
 import builtins
-import subprocess
 import sys
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stored_bases import FORMS, NANO, base, distance, example, gradients, layers, roles, skip_without
 from torch import nn
 
-from trainers.config import AdapterConfig, ConfigError, NetworkConfig
+from trainers.config import ConfigError
 from trainers.frozen import FrozenLinear, load_frozen
-from trainers.roles import EMA, STUDENT, TEACHER, AdapterRoles
-from unipic_core.checkpoints import CONFIG_KEY, load_transformer
+from trainers.roles import EMA, STUDENT, TEACHER
+from unipic_core.checkpoints import load_transformer
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.convert import convert
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.saving import write_safetensors
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
 
-FORMS = ("fp32", "bf16", "fp8", "nf4")
 ERROR = {"fp32": 0.0, "bf16": 3e-3, "fp8": 0.035, "nf4": 0.11}
 """Most that a stored weight may be off, relative to the norm of the weights: about 2^-9, 2^-5 and a tenth."""
-
-NANO = NetworkConfig(str(DEFAULT_MODEL), adapter=AdapterConfig())
-
-
-def skip_without(kind):
-    if kind == "nf4":
-        pytest.importorskip("bitsandbytes")
-
-
-def base(kind="fp32", **options):
-    skip_without(kind)
-    return load_frozen(replace(NANO, weights=kind, **options))
 
 
 def layer(kind, seed=0):
@@ -48,40 +31,9 @@ def layer(kind, seed=0):
     return made, weight, bias
 
 
-def layers(network):
-    return {name: m for name, m in network.named_modules() if isinstance(m, FrozenLinear)}
-
-
 @pytest.fixture(scope="module")
 def inputs():
-    g = torch.Generator().manual_seed(1)
-    shape = LatentShape(1, 4, 4)
-    latents = PackedLatents(torch.randn(2, 32, 64, generator=g), ((shape, shape),) * 2, 16)
-    return latents, torch.tensor([0.3, 0.8]), TextCond(torch.randn(2, 5, 128, generator=g))
-
-
-def roles(kind="fp32", seed=2, **options):
-    """Adapters over a base, with weights that do something."""
-    made = AdapterRoles(base(kind, **options), AdapterConfig(rank=4, alpha=4.0), (STUDENT,), seed=0)
-    g = torch.Generator().manual_seed(seed)
-    for _, p in made.parameters_of(STUDENT):
-        p.data = torch.randn(p.shape, generator=g) * 0.05
-    return made
-
-
-def gradients(made, inputs, autocast=False):
-    """(velocity, gradients of the adapters, gradient of the input) of one student step."""
-    latents, t, text = inputs
-    x = latents.tokens.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):
-        v = made(STUDENT, replace(latents, tokens=x), t, text)
-        loss = v.float().square().mean()
-    loss.backward()
-    return v.detach(), [p.grad for _, p in made.trained(STUDENT) if p.grad is not None], x.grad
-
-
-def distance(a, b):
-    return float((a - b).norm() / b.norm())
+    return example()
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -213,92 +165,6 @@ def test_the_exact_tangent_goes_through(kind, inputs):
         difference = (network(x + 1e-2 * v, t) - network(x - 1e-2 * v, t)) / 2e-2
     assert tangent.dtype is torch.float32
     assert distance(tangent, difference) < 1e-2
-
-
-# --- what is held in memory -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", FORMS[1:])
-def test_a_restored_copy_lives_for_one_product(kind, inputs, monkeypatch):
-    made, seen = roles(kind), []
-    restore = FrozenLinear.restored
-
-    def recorded(self, device, dtype):
-        assert not any(r() is not None for r in seen), "another restored weight is still there"
-        weight = restore(self, device, dtype)
-        if weight.data_ptr() != self.weight.data_ptr():
-            seen.append(weakref.ref(weight))
-        return weight
-
-    monkeypatch.setattr(FrozenLinear, "restored", recorded)
-    gradients(made, inputs)
-    assert len(seen) > 150  # forward and backward
-
-
-def test_nothing_of_a_swapped_block_moves_and_the_rest_does():
-    swapped = base("fp8", block_swap=2)
-    for name, module in layers(swapped).items():
-        module.place(torch.device("meta"))  # any device that is not the main memory
-        behind = name.startswith(("transformer_blocks.4.", "transformer_blocks.5."))
-        assert (module.weight.device.type == "cpu") == behind, name
-        assert module.scale is None or (module.scale.device.type == "cpu") == behind, name
-        assert module.bias.device.type == "meta"
-    with pytest.raises(ConfigError, match=r"block_swap must be at most the network's 6 blocks, got 7"):
-        base(block_swap=7)
-
-
-def test_placing_on_the_cpu_changes_nothing(inputs):
-    made = roles("fp8", block_swap=3)
-    before = gradients(made, inputs)[0]
-    made.place(torch.device("cpu"))
-    assert torch.equal(gradients(made, inputs)[0], before)
-
-
-@pytest.mark.parametrize("kind", ["bf16", "fp8", "nf4"])
-def test_loading_needs_no_second_copy(kind, tmp_path):
-    """Most memory of a process of its own: what is stored, and a few layers on their way."""
-    skip_without(kind)
-    sizes = MMDiTConfig(num_layers=4, num_attention_heads=8, joint_attention_dim=128)
-    file = write_wide(tmp_path / "wide.safetensors", sizes)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(file), kind], check=True, capture_output=True, text=True, timeout=300
-    )
-    stored, peak = (int(n) for n in done.stdout.split()[-2:])
-    largest = 6 * sizes.width**2 * 4  # the modulation, in float32
-    assert stored < {"bf16": 1.02, "fp8": 0.52, "nf4": 0.32}[kind] * file.stat().st_size
-    assert peak < stored + 8 * largest, (stored / 1e6, peak / 1e6)
-
-
-PEAK = """
-import sys
-from pathlib import Path
-import torch
-from trainers.config import AdapterConfig, NetworkConfig
-from trainers.frozen import FrozenLinear, load_frozen
-if sys.argv[2] == "nf4":
-    import bitsandbytes
-
-def status(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-torch.set_num_threads(1)
-before = status("VmRSS")
-network = load_frozen(NetworkConfig(sys.argv[1], weights=sys.argv[2], adapter=AdapterConfig()))
-held = [p for p in network.parameters()] + [b for b in network.buffers()]
-print(sum(t.nbytes for t in held), status("VmHWM") - before)
-"""
-
-
-def write_wide(path, sizes):
-    """A checkpoint of about 300 MB in bfloat16; its numbers do not matter."""
-    import json
-
-    network = MMDiT(sizes, device="meta").state_dict()
-    described = {n: (torch.bfloat16, tuple(w.shape)) for n, w in network.items()}
-    data = ((n, torch.randn(w.shape).mul_(0.02).bfloat16()) for n, w in network.items())
-    write_safetensors(path, described, data, {CONFIG_KEY: json.dumps(sizes.to_dict())})
-    return path
 
 
 # --- roles over it, and messages --------------------------------------------------------------------------------------

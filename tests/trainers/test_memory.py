@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from trainers import memory
-from trainers.config import AdapterConfig, NetworkConfig, OptimizerConfig, load_config, parse_run
+from trainers.config import AdapterConfig, NetworkConfig, load_config, parse_run
 from trainers.frozen import FrozenLinear, load_frozen
 from trainers.memory import GIB, estimate, four_copies
+from trainers.method_config import OptimizerConfig
 from trainers.optimizers import make_optimizers
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, AdapterRoles
 from unipic_core.checkpoints import expected_shapes

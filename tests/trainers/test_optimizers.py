@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.config import OptimizerConfig
+from trainers.method_config import OptimizerConfig
 from trainers.optimizers import Muon, is_hidden_matrix, lr_factor, make_optimizers, orthogonalise
 
 

@@ -80,15 +80,17 @@ def test_an_adapter_is_the_lora_file_it_is_saved_as(inputs, tmp_path):
         adapters(targets=("to_q",)).start_from(tmp_path / "a.safetensors", (STUDENT,))
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_belongs_to_its_role_whoever_was_asked_in_between(inputs, checkpointing):
+def test_the_gradient_belongs_to_its_role_whoever_was_asked_in_between(inputs, checkpointing, dropout):
     """Blocks that are computed again in the backward pass run under the adapter of their own forward."""
     gradients = []
     for others in (False, True):
-        roles = adapters()
+        roles = adapters(dropout=dropout)
         roles.network.gradient_checkpointing = checkpointing
         fill(roles, STUDENT, 1)
         fill(roles, FAKE_SCORE, 2)
+        torch.manual_seed(0)
         v = roles(STUDENT, *inputs)
         if others:
             with torch.no_grad():
@@ -156,6 +158,8 @@ def test_wrong_sets_of_roles_are_refused():
     learning = FullRoles({STUDENT: network(), TEACHER: network(), EMA: network()}, (STUDENT, TEACHER))
     with pytest.raises(ConfigError, match="the role teacher must be frozen in this method, but it trains"):
         require(learning, (STUDENT,), (TEACHER,))
+    with pytest.raises(ConfigError, match="the role fake_score must be frozen in this method, but it trains"):
+        require(adapters(), (STUDENT,), (TEACHER,))
     still = FullRoles({STUDENT: network(), TEACHER: network(), EMA: network()}, ())
     with pytest.raises(ConfigError, match="the role student must train"):
         require(still, (STUDENT,), (TEACHER,))

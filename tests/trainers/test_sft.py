@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from trainers.cache import read_cache
+from trainers.cache import read_cache, read_preview
 from trainers.loop import train
 from trainers.sft import SFTTraining
 from trainers.sft_text import SFTWithText
@@ -53,6 +53,23 @@ def test_frozen_encoder_gives_the_embeddings_of_the_live_one(changed):
         mask = torch.ones_like(text.embeds[..., 0], dtype=torch.bool) if text.mask is None else text.mask
         assert torch.allclose(text.embeds[mask], b.cond.embeds[mask], atol=0.05)  # kept in bfloat16
     assert not any(n.startswith("encoder") for n, _ in frozen.trained("student"))
+
+
+def test_guided_samples_of_a_training_encoder_see_both_branches(changed):
+    """The unconditional branch is encoded for samples, as the frozen encoder's lies in the cache."""
+    live, frozen = (
+        make(changed(sections={**sections, "preview": {"samples": 2, "steps": 2, "guidance": 4.0}}))
+        for make, sections in ((SFTWithText, {}), (SFTTraining, FROZEN))
+    )
+    row = read_preview(live.data, live.preview_config, live.encoder)[0].rows
+    kept = read_preview(frozen.data, frozen.preview_config, frozen.encoder)[0].rows
+    with torch.no_grad():
+        made = live.sample("ema", live.sample_inputs(row), 0)
+        wanted = frozen.sample("ema", frozen.sample_inputs(kept), 0)
+        live.preview_config = replace(live.preview_config, guidance=1.0)
+        unguided = live.sample("ema", live.sample_inputs(row), 0)
+    assert torch.allclose(made, wanted, atol=0.05)  # the cache is in bfloat16
+    assert not torch.allclose(made, unguided, atol=0.05)
 
 
 def test_learns_one_batch(changed):

@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from unipic_core.images import REFERENCE_MULTIPLE
+
 from ..data.catalogue import Split
 from ..data.emoji import Bank
 from ..data.render import Sample
@@ -35,6 +37,7 @@ class Plan:
     """What is measured on: ``n`` scenes of a seed and split, of the given tasks in turn or of the natural mixture.
 
     Each system makes ``seeds_per_scene`` pictures of a scene. The judges see the first; all of them give the spread.
+    ``size``: side in pixels of the targets and of the longer side of their references.
     """
 
     n: int
@@ -43,8 +46,11 @@ class Plan:
     tasks: tuple[str, ...] = ()
     progress: bool = True
     seeds_per_scene: int = 1
+    size: int = 128
 
     def __post_init__(self) -> None:
+        if self.size < 64 or self.size % REFERENCE_MULTIPLE:
+            raise ValueError(f"the size must be a multiple of {REFERENCE_MULTIPLE} from 64 on, got {self.size}")
         if self.n < 2:
             raise ValueError(f"n must be at least 2 for an interval, got {self.n}")
         if self.seeds_per_scene < 1:
@@ -55,7 +61,7 @@ class Plan:
 
     def scene(self, bank: Bank, index: int) -> Scene:
         task = self.tasks[index % len(self.tasks)] if self.tasks else None
-        return make_scene(bank, self.split, self.seed, index, task=task)
+        return make_scene(bank, self.split, self.seed, index, task=task, size=self.size)
 
     def noise_seeds(self, index: int) -> list[int]:
         """Of scene ``index``; the first does not depend on how many there are."""
@@ -175,7 +181,8 @@ def compare(
             one["model"] |= {"seconds_per_picture": round(made[label].seconds, 4), **about.get(label, {})}
     tables = [table(one) for one in reports]
     report, *others = reports
-    report |= {"n": plan.n, "seed": plan.seed, "split": plan.split, "tasks": list(plan.tasks) or "mixture"}
+    report |= {"n": plan.n, "seed": plan.seed, "split": plan.split, "size": plan.size}
+    report |= {"tasks": list(plan.tasks) or "mixture"}
     report["bank"] = {"objects": len(bank.objects("all")), "persons": len(bank.persons("all"))}
     truth_spread = None
     if scores.spreads:
