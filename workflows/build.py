@@ -14,7 +14,7 @@ from .kinds import KINDS
 
 FOLDER = Path(__file__).parent
 NANO = "unipic-nano (bundled)"
-LORA = "unipic-nano-few-step.safetensors"
+LORA = "bundled: unipic-nano/unipic-nano-few-step.safetensors"
 """The few-step LoRA of the last workflow."""
 
 SEED = 7
@@ -231,7 +231,7 @@ def base_beside_few_step() -> Workflow:
         "LoRA. Both start from the same noise; each saved picture is such a pair.",
         "The LoRA brings its own steps, guidance and sampler, and *Few-Step Sampler* takes them: nothing to set. The "
         "line under each sampler says what it did.",
-        "**Your own LoRA:** put it into `models/loras/` and choose it in *Distill LoRA*.",
+        "The LoRA here comes with the nano. **Your own:** put it into `models/loras/` and choose it in *Distill LoRA*.",
     )
     w = Workflow("08-base-beside-few-step", KINDS, note)
     model = _load(w)

@@ -62,10 +62,10 @@ def test_the_workflows_know_the_nodes(schemas, name: str) -> None:
 
 
 def test_shipped_choices_exist(schemas) -> None:
-    """Every widget of our nodes in a workflow has a value that its list holds, but for the LoRA, which has a file."""
+    """Every widget of our nodes in a workflow has a value that its list holds."""
     lists = {(s["node_id"], i["id"]): i["options"] for s in schemas for i in s["inputs"] if i["type"] == "Combo"}
     for make in build.ALL:
         for node in make().nodes:
             for widget, value in node.values.items():
-                if (node.kind_name, widget) in lists and widget != "lora":
+                if (node.kind_name, widget) in lists:
                     assert value in lists[node.kind_name, widget], f"{make.__name__}: {widget} {value!r}"

@@ -23,10 +23,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import comfyui
-import torch
-from safetensors.torch import save_file
-from unipic_pack.unipic_core.recipe import METADATA_KEY, Recipe
-from unipic_pack.workflows.build import LORA
 
 UPDATE = bool(os.environ.get("UNIPIC_UPDATE_PICTURES"))
 """Write thumbnails and screenshots into the repository, where a test has just made them."""
@@ -35,21 +31,6 @@ START_SECONDS, RUN_SECONDS = 1200, 900
 """How long a server may take to start, and a graph to run, on a busy machine."""
 
 Graph = dict[str, Any]
-
-
-def make_lora(folder: Path, nano: Path) -> Path:
-    """The few-step LoRA that a shipped workflow names: small random weights for the nano, and a recipe."""
-    config = json.loads((nano / "transformer" / "config.json").read_text())
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for layer in ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_v"):
-        tensors[f"{layer}.lora_A.weight"] = 0.02 * torch.randn(4, width, generator=generator)
-        tensors[f"{layer}.lora_B.weight"] = 0.02 * torch.randn(width, 4, generator=generator)
-    recipe = Recipe(steps=4, guidance=1.0, sampler="consistency", schedule="few_step")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / LORA, metadata={METADATA_KEY: recipe.to_json()})
-    return folder / LORA
 
 
 def node_of(graph: Graph, kind: str) -> dict[str, Any]:
@@ -151,7 +132,6 @@ def server() -> Server:
     base = Path(tempfile.mkdtemp(prefix="unipic-server-"))
     (base / "custom_nodes").mkdir()
     (base / "custom_nodes" / PACK_FOLDER).symlink_to(comfyui.ROOT, target_is_directory=True)
-    make_lora(base / "models" / "loras", comfyui.ROOT / "unipic_core" / "models" / "unipic-nano")
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import UPDATE, Executor, make_lora, node_classes
+from running import UPDATE, Executor, node_classes
 from unipic_pack.workflows import build
 from unipic_pack.workflows.graph import CONTROL
 from unipic_pack.workflows.kinds import KINDS
@@ -25,9 +25,7 @@ PLAIN = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
 
 
 @pytest.fixture(scope="module")
-def executor(nano: Path) -> Executor:
-    make_lora(Path(folder_paths.get_folder_paths("loras")[0]), nano)
-    folder_paths.filename_list_cache.pop("loras", None)
+def executor() -> Executor:
     return Executor()
 
 
@@ -83,4 +81,4 @@ def test_the_few_step_side_took_the_loras_recipe(executor: Executor) -> None:
     graph[lora]["inputs"]["strength"] = 0.5  # a node that is in the cache shows nothing again
     done = executor.run(graph)
     assert done.success, done.error.get("exception_message")
-    assert "4 steps, consistency" in str(done.outputs[lora])
+    assert "8 steps, consistency" in str(done.outputs[lora])
