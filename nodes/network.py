@@ -135,7 +135,7 @@ class Network(MMDiT):
         at_zero = method == "index_timestep_zero" and images > latents.num_target_tokens
 
         img = self.img_in(latents.tokens[:, :images])
-        txt = self._text(fixed.context, x.dtype) if words else None
+        txt = self.embed_text(fixed.context.to(x.dtype)) if words else None
         start = fixed.context.shape[1]
         text_ids, picture_ids = fixed.ids[:, :words], fixed.ids[:, start : start + images]
         temb = self._time(timestep, img, at_zero, fixed.additional)
@@ -228,7 +228,7 @@ class Network(MMDiT):
         rows, words, n = fixed.rows[piece], fixed.context.shape[1], fixed.latents.num_target_tokens
         is_text = piece == TEXT
         img = None if is_text else self.img_in(fixed.references[:rows])
-        txt = self._text(fixed.context[:rows], fixed.latents.tokens.dtype) if is_text else None
+        txt = self.embed_text(fixed.context[:rows].to(fixed.latents.tokens.dtype)) if is_text else None
         tokens = img if txt is None else txt
         assert tokens is not None  # a segment that never changes is one of the two
         mask = fixed.mask(((REFERENCES,), (TEXT,)), 0) if is_text else None
@@ -254,10 +254,6 @@ class Network(MMDiT):
         latents = packed(x, (), self.config.in_channels)
         ids = self._positions(latents, 0, x.device, "index")
         return latents.tokens, ids, pad_to_patch_size(x, (1, PATCH, PATCH)).shape
-
-    def _text(self, context: Tensor, dtype: torch.dtype) -> Tensor:
-        """[B, L, D] -> [B, L, width]."""
-        return self.txt_in(self.txt_norm(context.to(dtype)))
 
     def _options(self, latents: PackedLatents, given: Options) -> Options:
         """A copy of transformer_options with what patches read there; the loop over blocks adds "block_index"."""

@@ -12,21 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
+from unipic_core import __version__
+from unipic_core.aside import aside
+
 from .data.catalogue import Split
 from .data.emoji import Bank
 from .data.render import Sample
 from .data.scenes import TASKS
+from .judges.kept import KeptPictures, files_stamp
 from .judges.measure import Evaluation, Generate, Plan, compare
 from .judges.plot import draw_plot
 from .judges.sheet import draw_sheet
@@ -64,6 +67,11 @@ class System:
         run = self.settings()
         facts = asdict(self) | {"series": describe(asdict(self) | {"steps": None})}
         return facts | {"steps": run.steps, "cfg": run.guidance, "sampler": run.sampler}
+
+    def files(self) -> list[tuple[str, int, int]]:
+        """What its weights are, without reading them. LoRAs that lie beside a model are no part of it."""
+        parts = [part for part in Path(self.model).iterdir() if part.name != "loras"]
+        return files_stamp(*sorted(parts), *([Path(self.lora)] if self.lora else []))
 
     def open(self, device: str, threads: int | None = None) -> Generate:
         """Load it. Raises UniPicError when the model or the LoRA cannot be read."""
@@ -175,16 +183,6 @@ def check_writable(path: Path | None) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the place and rename, so that a file at ``path`` is always whole."""
-    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="trainers.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,6 +206,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--data", metavar="DIR", help="pictures of the assets (default: the fetched set, else the subset)")
     top.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
     top.add_argument("--threads", type=int, help="CPU threads of the model")
+    top.add_argument("--keep", type=Path, metavar="DIR", help="keep the pictures there, and make only those missing")
     top.add_argument("--json", type=Path, metavar="FILE", help="the numbers")
     top.add_argument(
         "--sheet", type=Path, metavar="FILE.png", help="instruction, inputs, truth and outputs as a picture"
@@ -227,10 +226,22 @@ def run(args: argparse.Namespace) -> None:
     bank = Bank.open(args.data)
     print(f"{plan.n} scenes of {plan.split} assets, seed {plan.seed}; {bank.note}")
     openers = {one.label: (lambda one=one: one.open(device, args.threads)) for one in systems}
-    result = compare(openers, bank, plan, about=about, sheet_rows=args.sheet_rows if args.sheet else 0)
+    kept = kept_pictures(args, systems, plan, about)
+    result = compare(openers, bank, plan, about=about, kept=kept, sheet_rows=args.sheet_rows if args.sheet else 0)
     print("\n" + "\n\n".join(result.tables))
     print("\n* of a control: not beaten with 95% confidence; controls are judged on the items that they change")
     write_outputs(args, result, plan)
+
+
+def kept_pictures(
+    args: argparse.Namespace, systems: Sequence[System], plan: Plan, about: Mapping[str, Mapping[str, Any]]
+) -> dict[str, KeptPictures]:
+    """By label; empty without --keep. Other weights, scenes or settings have folders of their own."""
+    if args.keep is None:
+        return {}
+    scenes = {"seed": plan.seed, "split": plan.split, "size": plan.size, "tasks": plan.tasks, "data": args.data}
+    shared = scenes | {"threads": args.threads, "version": __version__}
+    return {one.label: KeptPictures(args.keep, {**about[one.label], **shared, "files": one.files()}) for one in systems}
 
 
 def check_outputs(args: argparse.Namespace, count: int) -> None:
@@ -248,13 +259,15 @@ def check_outputs(args: argparse.Namespace, count: int) -> None:
 
 def write_outputs(args: argparse.Namespace, result: Evaluation, plan: Plan) -> None:
     if args.json:
-        text = json.dumps(result.report, indent=1, allow_nan=False) + "\n"
-        write_aside(args.json, lambda path: path.write_text(text, encoding="utf-8"))
+        with aside(args.json) as path:
+            path.write_text(json.dumps(result.report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.sheet:
         title = f"{plan.n} unseen scenes, seed {plan.seed}: the first {len(result.rows)}"
-        write_aside(args.sheet, draw_sheet(result.rows, title, result.report.get("comparison")).save)
+        with aside(args.sheet) as path:
+            draw_sheet(result.rows, title, result.report.get("comparison")).save(path)
     if args.plot:
-        write_aside(args.plot, lambda path: draw_plot(result.report["comparison"], path))
+        with aside(args.plot) as path:
+            draw_plot(result.report["comparison"], path)
 
 
 def find_device(asked: str) -> str:
@@ -272,7 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("once")
             run(args)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
+        again = "the same command goes on" if args.keep else "with --keep DIR the next run goes on where it stops"
+        print(f"interrupted; nothing half-written is left; {again}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"trainers.evaluate: {' '.join(str(error).split())}", file=sys.stderr)

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from unipic_core.aside import aside
+
 Metrics = dict[str, float]
 
 
@@ -58,9 +60,8 @@ def forget_after(path: Path, start: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of one
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
-    os.replace(aside, path)
+    with aside(path) as partial:
+        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
 
 
 def peak_memory() -> int:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException) -> str:
+    """The first line of another library's message, for the inside of a sentence."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+
+
 class UniPicError(ValueError):
     """Base of the errors that a command line shows as one line, without a traceback."""
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from .errors import UniPicError
+from .errors import UniPicError, one_line
 from .numeric import whole
 from .sequence import PIXELS_PER_TOKEN, nearest_multiple
 
@@ -66,7 +66,7 @@ def load_image(source: str | PathLike[str] | IO[bytes]) -> Image.Image:
         if isinstance(error, UniPicError):
             raise
         # Pillow's decoders raise any of these on damaged files
-        raise UniPicError(f"{name} is damaged or truncated ({_one_line(error)}); save or download it again") from None
+        raise UniPicError(f"{name} is damaged or truncated ({one_line(error)}); save or download it again") from None
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -82,10 +82,6 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def _too_large(name: object) -> UniPicError:
     return UniPicError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first")
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

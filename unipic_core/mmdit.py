@@ -224,7 +224,7 @@ class MMDiT(nn.Module):
         if TARGET in pieces or REFERENCES in pieces:
             images = slice(0 if TARGET in pieces else n, None if REFERENCES in pieces else n)
             img = self.img_in(latents.tokens[:, images].to(self.dtype))
-        txt = self.embed_text(text.embeds) if text is not None and TEXT in pieces else None
+        txt = self.embed_text(text.embeds.to(self.dtype)) if text is not None and TEXT in pieces else None
         like = txt if img is None else img
         assert like is not None  # a segment has tokens
         temb = self.embed_time(0.0 if t is None else t, like, additional_t_cond, self._two_times(pieces))
@@ -236,7 +236,7 @@ class MMDiT(nn.Module):
 
     def embed_text(self, embeds: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, width]."""
-        return self.txt_in(self.txt_norm(embeds.to(self.dtype)))
+        return self.txt_in(self.txt_norm(embeds))
 
     def embed_time(
         self, t: Tensor | float, like: Tensor, additional: Tensor | None = None, and_zero: bool = False

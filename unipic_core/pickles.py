@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, one_line
 from .tensor_specs import Table, TensorSpec
 
 
@@ -48,9 +48,9 @@ def read_pickle(path: Path) -> Table:
     except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is not a readable PyTorch file ({_one_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{path} is not a readable PyTorch file ({one_line(error)}); fetch it again") from error
     except (zipfile.BadZipFile, struct.error, IndexError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({_one_line(error)}); fetch it again") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}); fetch it again") from error
     return {name: TensorSpec(t.dtype, tuple(t.shape), path, loaded=t) for name, t in tensors.items()}
 
 
@@ -114,7 +114,3 @@ def _refusal(path: Path, error: Exception) -> str:
         what = f"asks to run code when opened ({asked[1]})"
         return f"{path} {what} and was refused; use a .safetensors version of these weights"
     return f"{path} is not a pickle of plain tensors and was refused; use a .safetensors version of these weights"
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:150]

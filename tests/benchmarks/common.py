@@ -14,11 +14,12 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from unipic_core.aside import aside
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -187,17 +188,6 @@ def device_name(cuda: bool = False) -> str:
     if cuda:
         return re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     return f"cpu-{os.cpu_count()}cores"
-
-
-@contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A file beside `path`, renamed to it at the end: a run that is cut short leaves the last whole one."""
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:

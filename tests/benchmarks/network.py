@@ -93,7 +93,7 @@ def diffusers_network(ours: MMDiT) -> Any:
     """diffusers' class, which has the full form alone, on the same memory."""
     sizes = ours.config.with_form(FULL).to_dict()
     with init_empty_weights():  # weights of its own, never used, would count in a peak of memory
-        theirs = QwenImageTransformer2DModel(**{k: v for k, v in sizes.items() if not k.startswith("_")})
+        theirs = QwenImageTransformer2DModel.from_config(sizes)
     theirs.load_state_dict(ours.state_dict(), assign=True)
     return theirs
 

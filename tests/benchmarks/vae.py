@@ -56,7 +56,7 @@ def pair(config: VAEConfig, device: torch.device) -> tuple[ImageVAE, Any]:
     """Ours, as a vae/ folder is loaded, and diffusers', with the same weights."""
     with device:
         ours = ImageVAE(config)
-        theirs: Any = AutoencoderKLQwenImage(**{k: v for k, v in config.to_dict().items() if not k.startswith("_")})
+        theirs: Any = AutoencoderKLQwenImage.from_config(config.to_dict())
     video = theirs.state_dict()
     ours.load_state_dict({name: image_weight(name, video[name]) for name in ours.state_dict()})
     return channels_last(ours).eval().requires_grad_(False), theirs.eval().requires_grad_(False)

@@ -36,7 +36,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 def test_names_and_shapes_are_those_of_diffusers(config: VAEConfig) -> None:
     with torch.device("meta"):
         ours = ImageVAE(config)
-        theirs = AutoencoderKLQwenImage(**{k: v for k, v in config.to_dict().items() if not k.startswith("_")})
+        theirs = AutoencoderKLQwenImage.from_config(config.to_dict())
     assert video_shapes(ours) == {name: tuple(p.shape) for name, p in theirs.state_dict().items()}
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +15,8 @@ from PIL import Image
 from trainers.data.emoji import SUBSET, Bank
 from trainers.data.render import Sample
 from trainers.evaluate import evaluate, main, parser, systems_of
-from trainers.judges.measure import Plan, compare
+from trainers.judges.kept import KeptPictures
+from trainers.judges.measure import SEED_STRIDE, Generate, Plan, compare
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 N = 14
@@ -134,6 +138,62 @@ def test_a_pipeline_folder_is_measured(tmp_path: Path) -> None:
     report = json.loads(numbers.read_text(encoding="utf-8"))
     assert report["model"]["steps"] == 1
     assert report["model"]["seconds_per_picture"] > 0
+
+
+def test_a_run_that_was_broken_off_goes_on_with_its_pictures_and_their_times(subset: Bank, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def opener() -> Generate:
+        calls.append(-1)
+
+        def generate(sample: Sample, seed: int) -> Image.Image:
+            if calls.count(-1) == 1 and len(calls) == 6:
+                raise KeyboardInterrupt
+            calls.append(seed)
+            time.sleep(0.01)
+            return sample.background if seed % 2 else sample.target
+
+        return generate
+
+    plan = Plan(4, seed=3, progress=False, seeds_per_scene=2)
+
+    def measure(kept: KeptPictures | None) -> dict:
+        return compare({"m": opener}, subset, plan, kept=kept and {"m": kept}).report
+
+    kept = KeptPictures(tmp_path, {"label": "m: one/two", "steps": 4})
+    with pytest.raises(KeyboardInterrupt):
+        measure(kept)
+    assert calls == [-1, 3, 3 + SEED_STRIDE, 4, 4 + SEED_STRIDE, 5]
+    first = measure(kept)
+    assert calls[6:] == [-1, 5 + SEED_STRIDE, 6, 6 + SEED_STRIDE]
+    again = measure(KeptPictures(tmp_path, {"steps": 4, "label": "m: one/two"}))
+    assert again == first
+    assert len(calls) == 10  # nothing was opened
+    assert first["model"].pop("seconds_per_picture") >= 0.01
+    assert kept.folder.parent == tmp_path
+
+    other = measure(KeptPictures(tmp_path, {"label": "m: one/two", "steps": 8}))
+    assert len(calls) == 19  # other facts, other pictures
+    del other["model"]["seconds_per_picture"]
+    plain = measure(None)
+    del plain["model"]["seconds_per_picture"]
+    assert first == other == plain
+
+
+def test_the_command_keeps_pictures_until_the_weights_are_others(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    options = ["--model", str(model), "--steps", "1", "--cfg", "1", "--sampler", "consistency", "--device", "cpu"]
+    options += ["--n", "2", "--task", "compose2", "--data", str(SUBSET), "--keep", str(tmp_path / "kept")]
+    assert main(options) == 0
+    [folder] = (tmp_path / "kept").iterdir()
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert set(made) == {"0.png", "1.png"}
+    assert main(options) == 0
+    assert made == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    os.utime(next((model / "transformer").glob("*.safetensors")))
+    assert main(options) == 0
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
+
+from unipic_core.aside import aside
 
 from ..config import ConfigError, DataConfig
 from .rows import BadRow, Row
@@ -83,9 +84,8 @@ def printable(text: str) -> str:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    aside = path.with_name(f"{path.name}.partial-{os.getpid()}")
-    aside.write_text(json.dumps(values, indent=1))
-    os.replace(aside, path)
+    with aside(path) as partial:
+        partial.write_text(json.dumps(values, indent=1))
 
 
 class Tried(Dataset):

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..data.emoji import Bank
 from ..data.render import Sample
 from ..data.scenes import TASKS, Scene, make_scene
 from .comparison import comparison, comparison_table, gains_table
+from .kept import KeptPictures
 from .panel import CONTROL_NAMES, JUDGES, TRUTH, Case, Panel, control_pictures
 from .ratios import SPREAD_MEASURE, equal_steps, pairwise_rms
 from .sheet import Row
@@ -93,18 +95,37 @@ class Evaluation:
     rows: list[Row]
 
 
-def generate_all(label: str, generate: Generate, bank: Bank, plan: Plan) -> Made:
-    """All pictures of one system. Of a scene's pictures only the first is timed: the next find its inputs encoded."""
+def generate_all(
+    label: str, opener: Callable[[], Generate], bank: Bank, plan: Plan, kept: KeptPictures | None = None
+) -> Made:
+    """All pictures of one system, which is opened for the first that is not kept.
+
+    Of a scene's pictures only the first is timed: the next find its inputs encoded.
+    """
     pictures, spent, spreads = [], 0.0, []
+    opened = cache(opener)
+
+    def picture(sample: Sample, seed: int) -> tuple[Image.Image, float]:
+        found = kept.find(seed) if kept else None
+        if found is not None:
+            return found
+        generate = opened()
+        start = time.perf_counter()
+        made = generate(sample, seed)
+        seconds = time.perf_counter() - start
+        made = fitted(made, sample)
+        if kept:
+            kept.put(seed, made, seconds)
+        return made, seconds
+
     for index in plan.bar(label):
         sample = Case.of(bank, plan.scene(bank, index)).sample
         first, *more = plan.noise_seeds(index)
-        start = time.perf_counter()
-        made = generate(sample, first)
-        spent += time.perf_counter() - start
-        pictures.append(fitted(made, sample))
+        made, seconds = picture(sample, first)
+        spent += seconds
+        pictures.append(made)
         if more:
-            spreads.append(pairwise_rms([pictures[-1], *(fitted(generate(sample, seed), sample) for seed in more)]))
+            spreads.append(pairwise_rms([made, *(picture(sample, seed)[0] for seed in more)]))
     return Made(pictures, spent / plan.n, np.array(spreads)[:, None] if spreads else None)
 
 
@@ -161,6 +182,7 @@ def compare(
     plan: Plan,
     *,
     about: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: Mapping[str, KeptPictures] | None = None,
     sheet_rows: int = 12,
 ) -> Evaluation:
     """Measure systems, each opened only when its turn comes, on the same scenes; without any, the controls alone.
@@ -168,9 +190,10 @@ def compare(
     The report's top level is the first system's; ``others`` holds the rest, each with its paired difference
     ``versus_first`` and what it keeps of the first, ``retained``; ``comparison`` is all of them in one table.
     ``about``: by label, what else is known of a system, for the report; by its ``steps`` those of as many are paired.
+    ``kept``: by label, where its pictures are looked for and kept.
     """
-    about = about or {}
-    made = {label: generate_all(label, opener(), bank, plan) for label, opener in systems.items()}
+    about, kept = about or {}, kept or {}
+    made = {label: generate_all(label, opener, bank, plan, kept.get(label)) for label, opener in systems.items()}
     scores, rows = judge_all({label: one.pictures for label, one in made.items()}, Panel(bank), bank, plan, sheet_rows)
     scores.spreads = {label: one.spread for label, one in made.items() if one.spread is not None}
     bootstrap = Bootstrap(plan.n, plan.seed)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from ..aside import aside
 from ..attention import attention_named
 from ..cli import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
 from ..compiling import check_compiler
@@ -116,7 +116,6 @@ def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings:
 
 def save_image(image: Any, path: Path, made_by: dict[str, Any]) -> None:
     """Write aside and rename: no half-written file is ever seen. PNG keeps `made_by` in its text chunk "unipic"."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     kind = {"png": "PNG", "webp": "WEBP"}.get(path.suffix.lower()[1:], "JPEG")
     options: dict[str, Any] = {"quality": 95}
     if kind == "PNG":
@@ -124,9 +123,7 @@ def save_image(image: Any, path: Path, made_by: dict[str, Any]) -> None:
         info.add_text("unipic", json.dumps(made_by))
         options = {"pnginfo": info}
     try:
-        image.save(partial, format=kind, **options)
-        os.replace(partial, path)
+        with aside(path) as partial:
+            image.save(partial, format=kind, **options)
     except OSError as error:
         raise UniPicError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
