@@ -239,7 +239,7 @@ def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
 def backward(
     accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
 ) -> Metrics:
-    """Add one micro batch's share of the gradient."""
+    """Add one micro batch's share of the gradient; returns the loss and the means of metrics over all processes."""
     torch.manual_seed(mix(config.seed, batch.index, accelerator.process_index))  # for dropout
     try:
         with accelerator.autocast():
@@ -250,8 +250,9 @@ def backward(
     check_losses(accelerator, losses, batch, step, Path(config.output))
     loss = losses.sum() / config.batch_size
     (loss / config.accumulation).backward()
-    metrics = {**metrics, "loss": float(accelerator.reduce(loss.detach(), "sum"))}
-    return {f"{part.prefix}{name}": value for name, value in metrics.items()}
+    shares = [value / accelerator.num_processes for value in metrics.values()]
+    sums = accelerator.reduce(torch.tensor([*shares, float(loss.detach())], device=loss.device), "sum").tolist()
+    return {f"{part.prefix}{name}": value for name, value in zip((*metrics, "loss"), sums, strict=True)}
 
 
 def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:

@@ -185,6 +185,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, metrics):
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
         assert a["other/loss"] == pytest.approx(b["other/loss"], abs=1e-5)
+        assert a["other/half"] == pytest.approx(b["other/half"], abs=1e-5)  # of all samples, not of one process's share
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     alone, together = (torch.load(f / "ema.pt", weights_only=True) for f in (one, tmp_path / "two" / "export"))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(alone, together, strict=True))
