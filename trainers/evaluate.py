@@ -31,7 +31,7 @@ from .data.render import Sample
 from .data.scenes import TASKS
 from .judges.kept import KeptPictures, files_stamp
 from .judges.measure import Evaluation, Generate, Plan, compare
-from .judges.plot import draw_plot
+from .judges.plot import AXES, draw_plot
 from .judges.sheet import draw_sheet
 
 if TYPE_CHECKING:
@@ -213,6 +213,9 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--sheet-rows", type=int, default=12, help="%(default)s")
     top.add_argument("--plot", type=Path, metavar="FILE.png", help="quality kept of the first system against steps")
+    top.add_argument(
+        "--plot-against", default="steps", choices=list(AXES), help="seconds: what is best in equal time (%(default)s)"
+    )
     return top
 
 
@@ -267,7 +270,7 @@ def write_outputs(args: argparse.Namespace, result: Evaluation, plan: Plan) -> N
             draw_sheet(result.rows, title, result.report.get("comparison")).save(path)
     if args.plot:
         with aside(args.plot) as path:
-            draw_plot(result.report["comparison"], path)
+            draw_plot(result.report["comparison"], path, args.plot_against)
 
 
 def find_device(asked: str) -> str:

@@ -289,6 +289,10 @@ def test_a_series_is_a_line_over_steps() -> None:
     series = series_of({"systems": rows}, "placement_iou")
     assert [point[:2] for point in series["base"]] == [(2, 0.4), (8, 0.9)]
     assert [point[:2] for point in series["student"]] == [(4, 0.95)]
+    for row, seconds in zip(rows[1:], (0.2, 0.7, 0.1, 0.1), strict=True):
+        row["seconds_per_picture"] = seconds
+    by_time = series_of({"systems": rows}, "placement_iou", "seconds")
+    assert [point[:2] for point in by_time["base"]] == [(0.2, 0.9), (0.7, 0.4)]
 
 
 def test_a_plot_is_drawn_with_the_spread(toys: Evaluation, tmp_path: Path) -> None:
@@ -300,6 +304,8 @@ def test_a_plot_is_drawn_with_the_spread(toys: Evaluation, tmp_path: Path) -> No
     picture = Image.open(tmp_path / "plot.png")
     assert picture.width > 1000
     assert np.asarray(picture.convert("L")).min() < 100
+    draw_plot(block, tmp_path / "seconds.png", "seconds")
+    assert (np.asarray(Image.open(tmp_path / "seconds.png")) != np.asarray(picture)).any()
 
 
 # --- the command line

@@ -1,4 +1,4 @@
-"""Quality kept of the reference against the number of steps: a panel per judge, a line per model and guidance."""
+"""Quality kept of the reference against steps or seconds: a panel per judge, a line per model and guidance."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from .panel import Judge
 
 COLUMNS = 4
 ASIDE = 0.07  # of a doubling of the steps
-Point = tuple[int, float, float, float]  # steps, value, low, high
+Point = tuple[float, float, float, float]  # steps or seconds, value, low, high
+
+AXES = {"steps": "steps", "seconds": "seconds_per_picture"}
+"""What quality is drawn against, and where a comparison has it."""
 
 
-def draw_plot(block: Mapping[str, Any], out: Path) -> None:
+def draw_plot(block: Mapping[str, Any], out: Path, against: str = "steps") -> None:
     """A ``comparison`` as a PNG: error bars are 95% intervals, the dashed line is the reference itself.
 
-    Every system needs its ``steps``; systems of one ``series`` are joined by a line.
+    Every system needs its ``steps``; systems of one ``series`` are joined by a line. against: one of AXES.
     """
     import matplotlib
 
@@ -33,35 +36,40 @@ def draw_plot(block: Mapping[str, Any], out: Path) -> None:
         rows, COLUMNS, figsize=(4 * COLUMNS, 3 * rows), squeeze=False, sharex=True, layout="constrained"
     )
     for panel, (name, title) in zip(panels.flat, titles.items(), strict=False):
-        draw_panel(panel, block, name, title)
+        draw_panel(panel, block, name, title, against)
     for panel in panels.flat[len(titles) :]:
         panel.set_axis_off()
     # sharex hides the ticks of all rows but the last, where a column may end sooner
     for panel in panels.flat[max(0, len(titles) - COLUMNS) : len(titles)]:
         panel.tick_params(labelbottom=True)
-        panel.set_xlabel("steps")
+        panel.set_xlabel("steps" if against == "steps" else "seconds per picture")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
     figure.savefig(out, dpi=110)
     pyplot.close(figure)
 
 
-def draw_panel(panel: Any, block: Mapping[str, Any], name: str, title: str) -> None:
+def draw_panel(panel: Any, block: Mapping[str, Any], name: str, title: str, against: str) -> None:
     """One judge, or the spread."""
     decibels = block["kinds"].get(name) == "difference_db"
     even = 0.0 if decibels else 1.0
     panel.axhline(even, color="0.4", linestyle="--", linewidth=1, label=f"the reference: {block['reference']}")
-    panel.plot([block["systems"][0]["steps"]], [even], marker="s", color="0.4")
-    series = series_of(block, name)
+    panel.plot([block["systems"][0][AXES[against]]], [even], marker="s", color="0.4")
+    series = series_of(block, name, against)
     for index, (label, points) in enumerate(series.items()):
-        aside = 2 ** (ASIDE * (index - (len(series) - 1) / 2))  # so that bars at equal steps stand side by side
+        aside = (
+            2 ** (ASIDE * (index - (len(series) - 1) / 2)) if against == "steps" else 1.0
+        )  # equal steps: side by side
         # a percentile interval need not hold the value itself, and a bar has no negative length
         errors = [[max(v - low, 0) for _, v, low, _ in points], [max(high - v, 0) for _, v, _, high in points]]
-        steps, values = [point[0] * aside for point in points], [point[1] for point in points]
-        panel.errorbar(steps, values, errors, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
-    ticks = sorted({row["steps"] for row in block["systems"]})
+        places, values = [point[0] * aside for point in points], [point[1] for point in points]
+        panel.errorbar(places, values, errors, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
     panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    if against == "steps":
+        ticks = sorted({row["steps"] for row in block["systems"]})
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    else:
+        panel.xaxis.set_major_formatter("{x:.2g}")
     panel.set_title(title, fontsize=9)
     panel.grid(alpha=0.3)
 
@@ -72,14 +80,14 @@ def kept_words(judge: Judge) -> str:
     return "ratio kept" if judge.higher_is_better else "ratio kept (inverted)"
 
 
-def series_of(block: Mapping[str, Any], name: str) -> dict[str, list[Point]]:
-    """The points of each series, by rising number of steps; none where the ratio does not exist."""
+def series_of(block: Mapping[str, Any], name: str, against: str = "steps") -> dict[str, list[Point]]:
+    """The points of each series, by rising steps or seconds; none where the ratio does not exist."""
     series: dict[str, list[Point]] = {}
     for row in block["systems"][1:]:
         value, bounds = kept_of(row, name)
         points = series.setdefault(row.get("series", row["label"]), [])
         if value is not None and bounds is not None:
-            points.append((row["steps"], value, bounds[0], bounds[1]))
+            points.append((row[AXES[against]], value, bounds[0], bounds[1]))
     return {label: sorted(points) for label, points in series.items()}
 
 
