@@ -239,12 +239,16 @@ def run(args: argparse.Namespace) -> None:
 def kept_pictures(
     args: argparse.Namespace, systems: Sequence[System], plan: Plan, about: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, KeptPictures]:
-    """By label; empty without --keep. Other weights, scenes or settings have folders of their own."""
+    """By label; empty without --keep. Other weights, scenes or settings have folders of their own, other labels not."""
     if args.keep is None:
         return {}
     scenes = {"seed": plan.seed, "split": plan.split, "size": plan.size, "tasks": plan.tasks, "data": args.data}
     shared = scenes | {"threads": args.threads, "version": __version__}
-    return {one.label: KeptPictures(args.keep, {**about[one.label], **shared, "files": one.files()}) for one in systems}
+    kept: dict[str, KeptPictures] = {}
+    for one in systems:
+        runs = {name: value for name, value in about[one.label].items() if name not in ("label", "series")}
+        kept[one.label] = KeptPictures(args.keep, {**runs, **shared, "files": one.files()})
+    return kept
 
 
 def check_outputs(args: argparse.Namespace, count: int) -> None:

@@ -160,19 +160,19 @@ def test_a_run_that_was_broken_off_goes_on_with_its_pictures_and_their_times(sub
     def measure(kept: KeptPictures | None) -> dict:
         return compare({"m": opener}, subset, plan, kept=kept and {"m": kept}).report
 
-    kept = KeptPictures(tmp_path, {"label": "m: one/two", "steps": 4})
+    kept = KeptPictures(tmp_path, {"model": "m", "steps": 4})
     with pytest.raises(KeyboardInterrupt):
         measure(kept)
     assert calls == [-1, 3, 3 + SEED_STRIDE, 4, 4 + SEED_STRIDE, 5]
     first = measure(kept)
     assert calls[6:] == [-1, 5 + SEED_STRIDE, 6, 6 + SEED_STRIDE]
-    again = measure(KeptPictures(tmp_path, {"steps": 4, "label": "m: one/two"}))
+    again = measure(KeptPictures(tmp_path, {"steps": 4, "model": "m"}))
     assert again == first
     assert len(calls) == 10  # nothing was opened
     assert first["model"].pop("seconds_per_picture") >= 0.01
     assert kept.folder.parent == tmp_path
 
-    other = measure(KeptPictures(tmp_path, {"label": "m: one/two", "steps": 8}))
+    other = measure(KeptPictures(tmp_path, {"model": "m", "steps": 8}))
     assert len(calls) == 19  # other facts, other pictures
     del other["model"]["seconds_per_picture"]
     plain = measure(None)
@@ -189,7 +189,7 @@ def test_the_command_keeps_pictures_until_the_weights_are_others(tmp_path: Path)
     [folder] = (tmp_path / "kept").iterdir()
     made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     assert set(made) == {"0.png", "1.png"}
-    assert main(options) == 0
+    assert main([*options, "--label", "another name"]) == 0
     assert made == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     os.utime(next((model / "transformer").glob("*.safetensors")))
     assert main(options) == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from unipic_core.aside import aside
 class KeptPictures:
     """One system's pictures by noise seed, with the seconds that each took.
 
-    about: its "label", and all that its pictures depend on; any other answer has a folder of its own under `root`.
+    about: all that its pictures depend on; any other answer has a folder of its own under `root`.
     """
 
     def __init__(self, root: Path, about: Mapping[str, Any]) -> None:
         text = json.dumps(about, sort_keys=True, indent=1)
-        name = re.sub(r"[^\w.+-]+", "-", about["label"])[:80]
-        self.folder = root / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         with aside(self.folder / "system.json") as path:
             path.write_text(text + "\n", encoding="utf-8")
