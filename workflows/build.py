@@ -14,7 +14,7 @@ from .kinds import KINDS
 
 FOLDER = Path(__file__).parent
 NANO = "unipic-nano (bundled)"
-LORA = "bundled: unipic-nano/unipic-nano-few-step.safetensors"
+LORA = "bundled: unipic-nano/unipic-nano-few-step_prefix_causal.safetensors"
 """The few-step LoRA of the last workflow."""
 
 SEED = 7
