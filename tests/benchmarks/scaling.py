@@ -195,6 +195,9 @@ def plot(rows: Sequence[Mapping[str, Any]], axes: Sequence[Any]) -> None:
             (made,) = axis.plot(x, [row["seconds"] for row in mine], marker="o", label=name)
             axis.plot(x, [row["floor"] for row in mine], ":", color=made.get_color())
         axis.set(xscale="log", yscale="log", ylabel="seconds")
+        ticks = sorted({row["x"] for row in rows if row["axis"] == title and row["x"]})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=8)
+        axis.set_xticks([], minor=True)
     axes[0].legend(fontsize=8, title="dotted: arithmetic", title_fontsize=8)
 
 
