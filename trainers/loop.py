@@ -172,7 +172,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
         if done % config.log_every == 0 or done % config.save_every == 0:  # so a resumed run averages the same steps
             log.write(done)
         bar.update()
-        bar.set_postfix(loss=f"{log.mean_loss:.4f}", refresh=False)
+        bar.set_postfix(log.losses, refresh=False)
         if done % config.save_every == 0 or done == config.steps:
             save(accelerator, state, output, done, config)
         if done % config.sample_every == 0 or done == config.steps:
@@ -250,8 +250,8 @@ def backward(
     check_losses(accelerator, losses, batch, step, Path(config.output))
     loss = losses.sum() / config.batch_size
     (loss / config.accumulation).backward()
-    shares = [value / accelerator.num_processes for value in metrics.values()]
-    sums = accelerator.reduce(torch.tensor([*shares, float(loss.detach())], device=loss.device), "sum").tolist()
+    shares = torch.tensor([value / accelerator.num_processes for value in metrics.values()], device=loss.device)
+    sums = accelerator.reduce(torch.cat([shares, loss.detach()[None]]), "sum").tolist()  # the GPU is waited for once
     return {f"{part.prefix}{name}": value for name, value in zip((*metrics, "loss"), sums, strict=True)}
 
 

@@ -18,12 +18,15 @@ Metrics = dict[str, float]
 
 
 class MetricLog:
-    """TensorBoard and `metrics.jsonl`: the mean of each metric since the last record, throughput and memory."""
+    """TensorBoard and `metrics.jsonl`: the mean of each metric since the last record, throughput and memory.
+
+    losses: those of the last record; none before the first.
+    """
 
     def __init__(self, accelerator: Accelerator, output: Path, start: int) -> None:
         self.accelerator, self.written = accelerator, start
         self.values: dict[str, list[float]] = defaultdict(list)
-        self.mean_loss = float("nan")
+        self.losses: Metrics = {}
         self.since, self.samples = time.perf_counter(), 0
         path = output / "metrics.jsonl" if accelerator.is_main_process else Path(os.devnull)
         if accelerator.is_main_process:
@@ -40,7 +43,7 @@ class MetricLog:
         """Record the means since the last record."""
         steps, now = step - self.written, time.perf_counter()
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
-        self.mean_loss = means.get("loss", self.mean_loss)
+        self.losses = {name: mean for name, mean in means.items() if name.endswith("loss")}
         means["seconds_per_step"] = (now - self.since) / steps
         means["samples_per_second"] = self.samples / (now - self.since)
         means["peak_memory_gib"] = peak_memory() / 2**30

@@ -42,7 +42,7 @@ def draw_plot(block: Mapping[str, Any], out: Path, against: str = "steps") -> No
     # sharex hides the ticks of all rows but the last, where a column may end sooner
     for panel in panels.flat[max(0, len(titles) - COLUMNS) : len(titles)]:
         panel.tick_params(labelbottom=True)
-        panel.set_xlabel("steps" if against == "steps" else "seconds per picture")
+        panel.set_xlabel(AXES[against].replace("_", " "))
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
     figure.savefig(out, dpi=110)
@@ -56,10 +56,9 @@ def draw_panel(panel: Any, block: Mapping[str, Any], name: str, title: str, agai
     panel.axhline(even, color="0.4", linestyle="--", linewidth=1, label=f"the reference: {block['reference']}")
     panel.plot([block["systems"][0][AXES[against]]], [even], marker="s", color="0.4")
     series = series_of(block, name, against)
+    spacing = ASIDE if against == "steps" else 0  # bars at equal steps stand side by side
     for index, (label, points) in enumerate(series.items()):
-        aside = (
-            2 ** (ASIDE * (index - (len(series) - 1) / 2)) if against == "steps" else 1.0
-        )  # equal steps: side by side
+        aside = 2 ** (spacing * (index - (len(series) - 1) / 2))
         # a percentile interval need not hold the value itself, and a bar has no negative length
         errors = [[max(v - low, 0) for _, v, low, _ in points], [max(high - v, 0) for _, v, _, high in points]]
         places, values = [point[0] * aside for point in points], [point[1] for point in points]
