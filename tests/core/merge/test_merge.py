@@ -1,75 +1,30 @@
-"""Merging: the sums, both forms, what the recipe says, nothing half-written or lost, a few tensors in memory."""
+"""Merging: the sums, both forms, what the recipe says, the command."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_loras import SOURCE, TINY, files, make_lora
 from torch import Tensor
 
 from unipic_core import merge as merging
-from unipic_core.checkpoints import expected_shapes, load_transformer, read_config
+from unipic_core.checkpoints import load_transformer, read_config
 from unipic_core.cli import main
 from unipic_core.convert import convert, quantise_fp8
-from unipic_core.errors import CheckpointError, LoRAError
 from unipic_core.inspect import describe
-from unipic_core.lora import save_lora
 from unipic_core.merge import merge, plan_shards
-from unipic_core.mmdit import MMDiTConfig
 from unipic_core.recipe import Recipe
-from unipic_core.saving import write_safetensors
 
-TINY = Path(__file__).parents[1] / "golden" / "tiny"
-SOURCE = TINY / "transformer" / "diffusion_pytorch_model.safetensors"
-LAYERS = ("img_in", "transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2")
-STUDENT = Recipe(steps=4, guidance=1.0, sampler="consistency", made={"by": "dmd"})
 CAUSAL = Recipe(attention_form="prefix_causal")
 CAUTION = (
     "its attention is prefix_causal, which only unipic and the node LoadUniPic compute; "
     "other programs read it as full and make wrong pictures without an error"
 )
-
-
-@pytest.fixture(scope="module")
-def weights() -> dict[str, Tensor]:
-    return load_file(SOURCE)
-
-
-def make_lora(path: Path, seed: int, recipe: Recipe | None = None) -> dict[str, Tensor]:
-    """Writes a LoRA; returns what strength 1 adds, by parameter."""
-    shapes, g = expected_shapes(read_config(TINY)), torch.Generator().manual_seed(seed)
-    draw = lambda *size: (torch.randn(size, generator=g) * 0.1).bfloat16()  # noqa: E731
-    pairs = {n: (draw(4, shapes[f"{n}.weight"][1]), draw(shapes[f"{n}.weight"][0], 4)) for n in LAYERS}
-    save_lora(path, pairs, recipe=recipe)
-    return {f"{n}.weight": up.float() @ down.float() for n, (down, up) in pairs.items()}
-
-
-@pytest.fixture
-def lora(tmp_path: Path) -> Path:
-    folder = tmp_path / "loras"
-    folder.mkdir()
-    make_lora(folder / "student.safetensors", 1, STUDENT)
-    return folder / "student.safetensors"
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "out").mkdir()
-    return tmp_path / "out"
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- what is written ---
@@ -226,140 +181,6 @@ def test_of_full_attention_nothing_is_said(dst: str, out: Path, lora: Path) -> N
     merge(TINY, out / dst, [(lora, 1.0)])
 
 
-# --- what is refused ---
-
-
-@pytest.mark.parametrize(
-    ("dst", "how", "message"),
-    [
-        ("o.bin", {}, "should end in .safetensors or be a folder's name, got o.bin"),
-        ("o.safetensors", {"dtype": "int4"}, "dtype should be one of bf16, fp8_scaled, fp32, got 'int4'"),
-        ("model", {"dtype": "fp8_scaled"}, "diffusers does not read fp8_scaled"),
-        ("absent/o.safetensors", {}, "there is no folder"),
-        ("absent/model", {}, "there is no folder"),
-    ],
-)
-def test_wrong_destinations(dst: str, how: dict[str, str], message: str, out: Path, lora: Path) -> None:
-    with pytest.raises(CheckpointError, match=message):
-        merge(TINY, out / dst, [(lora, 1.0)], **how)  # type: ignore[arg-type]
-    assert list(out.iterdir()) == []
-
-
-@pytest.mark.parametrize("strength", [0, float("nan"), float("inf"), True, "1"])
-def test_strengths_that_change_nothing_or_everything(strength: Any, out: Path, lora: Path) -> None:
-    with pytest.raises(LoRAError, match="should be a number other than 0"):
-        merge(TINY, out / "o.safetensors", [(lora, strength)])
-    with pytest.raises(LoRAError, match="at least one LoRA"):
-        merge(TINY, out / "o.safetensors", [])
-
-
-@pytest.mark.parametrize("dst", ["o.safetensors", "model"])
-def test_loras_that_do_not_fit_or_are_damaged(dst: str, tmp_path: Path, out: Path, lora: Path) -> None:
-    bad = tmp_path / "bad.safetensors"
-    zeros = (torch.zeros(2, 8), torch.zeros(8, 2))
-    for layers, message in (
-        ({"double_blocks.0.img_attn.qkv": zeros}, "made for another architecture"),
-        ({"img_in": zeros}, "made for a model of other sizes"),
-        ({"img_in": (torch.full((2, 16), float("nan")), torch.ones(64, 2))}, "img_in.weight holds NaN or infinity"),
-    ):
-        save_lora(bad, layers)
-        with pytest.raises(LoRAError, match=message):
-            merge(TINY, out / dst, [(lora, 1.0), (bad, 1.0)])
-    bad.write_bytes(lora.read_bytes()[:-10])
-    with pytest.raises(LoRAError, match="truncated or damaged"):
-        merge(TINY, out / dst, [(lora, 1.0), (bad, 1.0)])
-    assert list(out.iterdir()) == []
-
-
-def test_what_is_there_stays_unless_overwriting_is_asked_for(out: Path, lora: Path) -> None:
-    for name in ("o.safetensors", "model"):
-        merge(TINY, out / name, [(lora, 1.0)])
-    before = files(out)
-    for name in ("o.safetensors", "model"):
-        with pytest.raises(CheckpointError, match="is there already; choose another name"):
-            merge(TINY, out / name, [(lora, 2.0)])
-    assert files(out) == before
-    for name in ("o.safetensors", "model"):
-        merge(TINY, out / name, [(lora, 2.0)], overwrite=True)
-    after = files(out)
-    assert set(after) == set(before)
-    changed = {n for n in after if after[n] != before[n]}
-    weights = "model/transformer/diffusion_pytorch_model.safetensors"
-    assert changed == {"o.safetensors", weights, "model/recipe.json"}
-
-
-def test_overwriting_takes_no_source_and_nothing_that_is_no_model(tmp_path: Path, out: Path, lora: Path) -> None:
-    base = shutil.copytree(TINY, out / "base")
-    inner = shutil.copy(lora, base / "vae" / "lora.safetensors")
-    (out / "mine").mkdir()
-    (out / "mine" / "photo.jpg").write_text("dear")
-    (out / "file").write_text("dear")
-    (out / "folder.safetensors").mkdir()
-    held = files(out)
-    for src, dst, message in (
-        (base, base, "part of the source"),
-        (base, base / "vae", "part of the source"),
-        (base / "transformer", base, "holds the source transformer"),
-        (TINY, base, "holds the source lora.safetensors"),
-        (TINY, inner, "same file"),
-        (TINY, out / "mine", "holds photo.jpg, which is no part of a model, and is not overwritten"),
-        (TINY, out / "file", "is a file; name a folder"),
-        (TINY, out / "folder.safetensors", "is a folder; name a file in it"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            merge(src, dst, [(inner, 1.0)], overwrite=True)
-    assert files(out) == held
-
-
-@pytest.mark.parametrize("dst", ["o.safetensors", "model"])
-@pytest.mark.parametrize("older", [False, True])
-@pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad")])
-def test_nothing_half_written_is_left(failure: BaseException, older: bool, dst: str, out: Path, lora: Path) -> None:
-    if older:
-        merge(TINY, out / dst, [(lora, 1.0)])
-    before = files(out)
-
-    def stop(done: int, total: int) -> None:
-        assert any("partial" in p.name for p in out.iterdir())
-        if done > total / 2:
-            raise failure
-
-    with pytest.raises(CheckpointError if isinstance(failure, OSError) else KeyboardInterrupt) as error:
-        merge(TINY, out / dst, [(lora, 2.0)], overwrite=True, progress=stop)
-    if isinstance(failure, OSError):
-        what = "not enough room for" if failure.errno == errno.ENOSPC else "cannot write"
-        assert f"{what} {out / dst}" in str(error.value)
-    assert files(out) == before
-    assert [p.name for p in out.iterdir()] == ([dst] if older else [])
-
-
-def test_an_interrupt_between_the_two_renames_keeps_the_older_folder(
-    out: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    merge(TINY, out / "model", [(lora, 1.0)])
-    before, replace = files(out), merging.os.replace
-
-    def interrupted(src: Path, dst: Path) -> None:
-        replace(src, dst)
-        if ".replaced-" in str(dst):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(merging.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        merge(TINY, out / "model", [(lora, 2.0)], overwrite=True)
-    assert files(out) == before
-
-
-@pytest.mark.parametrize("dst", ["o.safetensors", "model"])
-def test_a_full_disk_is_known_before_writing(dst: str, out: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needed = sum(p.stat().st_size for p in TINY.rglob("*.safetensors")) if dst == "model" else SOURCE.stat().st_size
-    usage = shutil.disk_usage(out)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 10_000))
-    with pytest.raises(CheckpointError, match=r"not enough room for .*GB needed, 0\.0 GB free"):
-        merge(TINY, out / dst, [(lora, 1.0)])
-    assert list(out.iterdir()) == []
-
-
 # --- the command ---
 
 
@@ -404,51 +225,3 @@ def test_the_help_says_who_computes_a_causal_form(command: str, capsys: pytest.C
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "only unipic and the node LoadUniPic compute it: other programs read the result as full attention" in said
-
-
-# --- memory ---
-
-MEASURE = """
-import sys
-import torch
-from unipic_core.merge import merge
-
-def status(name):
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(name + ":")) * 1024
-
-torch.set_num_threads(1)
-tiny, small, source, lora, out = sys.argv[1:]
-merge(tiny, out + "/warm.safetensors", [(small, 1.0)], dtype="bf16")
-for dst in ("/o.safetensors", "/model"):
-    with open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-    before = status("VmRSS")
-    merge(source, out + dst, [(lora, 1.0)], dtype="bf16")
-    print(status("VmHWM") - before)
-"""
-
-
-def big_tensors(shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
-    for name, shape in shapes.items():
-        yield name, torch.full(shape, 0.25, dtype=torch.bfloat16)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_merging_needs_a_few_tensors_of_memory(tmp_path: Path, out: Path, lora: Path) -> None:
-    shapes = expected_shapes(MMDiTConfig(num_layers=6, num_attention_heads=4, joint_attention_dim=512))
-    source, large = tmp_path / "big.safetensors", tmp_path / "large.safetensors"
-    write_safetensors(source, {n: (torch.bfloat16, s) for n, s in shapes.items()}, big_tensors(shapes), {})
-    names = [
-        n for n, s in shapes.items() if n.startswith("transformer_blocks.") and n.endswith("weight") and len(s) > 1
-    ]
-    save_lora(large, {n[:-7]: (torch.zeros(16, shapes[n][1]), torch.zeros(shapes[n][0], 16)) for n in names})
-    biggest = 4 * max(torch.Size(shape).numel() for shape in shapes.values())
-    assert source.stat().st_size > 100e6
-    command = [sys.executable, "-c", MEASURE, str(TINY), str(lora), str(source), str(large), str(out)]
-    root = Path(__file__).parents[2]
-    # glibc would keep freed blocks of this size (not those of a 20B network), and they would be counted
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True, cwd=root, env=env)
-    for peak in map(int, done.stdout.split()):
-        assert peak < 5 * biggest + large.stat().st_size, (peak, biggest)

@@ -1,0 +1,182 @@
+"""What a cache holds: what the pipeline would have fed, read row by row."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from small_sets import contents, embeddings
+
+from trainers.batches import BucketOrder
+from trainers.cache import build, fingerprint, read_cache
+from trainers.config import ConfigError
+from trainers.data.sources import Compositions
+from trainers.text_cache import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
+from unipic_core.pipeline.text import TextEncoder
+from unipic_core.tensor_files import read_safetensors
+
+# --- what is in it ----------------------------------------------------------------------------------------------------
+
+
+def test_encoder_inputs_are_what_the_pipeline_would_feed(nano, text):
+    """From cached arrays as from pictures, and the cached latents' shapes go with them."""
+    scenes = Compositions(nano, 0, 6)
+    row = next(r for r in (scenes[i] for i in range(6)) if len(r.references) > 1)
+    bucket = read_cache(nano)[row.shapes]
+    prompts = bucket.take(range(len(bucket))).prompts
+    cached = bucket.take([prompts.index(row.prompt)])
+    ours = encoder_inputs(text, cached, [row.prompt])
+    theirs = text.prepare([[Image.fromarray(r) for r in row.references]], [row.prompt])
+    for key, value in theirs.items():
+        assert torch.allclose(value.float(), ours[key].float(), atol=1e-5), key
+    assert [r.shape[-2] * 8 for r in cached.references] == [r.shape[0] for r in row.references]
+    without = text.prepare([[]], ["a text alone"])
+    alone = encoder_inputs(text, replace(cached, vision=()), ["a text alone"])
+    assert all(torch.equal(without[key], alone[key]) for key in without)
+
+
+def test_embeddings_are_those_of_the_live_encoder(nano, text):
+    """With the prompt and with " ", though the start that both share is stored once."""
+    frozen, live = read_cache(nano, encoder_fingerprint(text)), read_cache(nano)
+    assert frozen.keys() == live.keys()
+    for shapes, bucket in frozen.items():
+        rows, pictures = bucket.take(range(len(bucket))), live[shapes].take(range(len(bucket)))
+        assert rows.vision == ()
+        assert rows.prompts == pictures.prompts
+        assert torch.equal(rows.target, pictures.target)
+        for cond, prompts in ((rows.cond, rows.prompts), (rows.uncond, [UNCOND_PROMPT] * len(bucket))):
+            with torch.no_grad():
+                expected = text.forward(encoder_inputs(text, pictures, prompts))
+            for ours, theirs in zip(embeddings(cond), embeddings(expected), strict=True):
+                assert ours.shape == theirs.shape
+                assert torch.allclose(ours, theirs, atol=0.03, rtol=0.01)  # kept in bfloat16
+
+
+def test_latents_are_those_of_the_vae(nano, vae):
+    row = Compositions(nano, 0, 1)[0]
+    taken = read_cache(nano)[row.shapes]
+    at = taken.take(range(len(taken))).prompts.index(row.prompt)
+    rows = taken.take([at])
+    pixels = [torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 127.5 - 1 for p in (row.target, *row.references)]
+    with torch.no_grad():
+        expected = [vae.encode(p)[:, :, 0] for p in pixels]
+    for ours, theirs in zip((rows.target, *rows.references), expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours, theirs, atol=0.03, rtol=0.01)
+
+
+def test_fingerprint_is_of_what_embeddings_depend_on(folder, text, tmp_path):
+    """Of a folder as of a module, in any type; another with other weights, positions or words."""
+    name = encoder_fingerprint(text)
+    assert text_fingerprint(folder) == name
+    half = TextEncoder.from_pretrained(folder, dtype=torch.bfloat16)
+    assert encoder_fingerprint(half) == name
+    half.model.bfloat16().save_pretrained(tmp_path / "text_encoder")
+    half.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert text_fingerprint(tmp_path) == name
+
+    names = {name}
+    half.positions = "sequential"
+    names.add(encoder_fingerprint(half))
+    config = json.loads((tmp_path / "text_encoder" / "config.json").read_text())
+    (tmp_path / "text_encoder" / "config.json").write_text(json.dumps({**config, "unipic_positions": "sequential"}))
+    assert text_fingerprint(tmp_path) == encoder_fingerprint(half)
+    with torch.no_grad():
+        half.network.get_input_embeddings().weight[5] += 1
+    names.add(encoder_fingerprint(half))
+    half.tokenizer.add_tokens(["zebra"])
+    names.add(encoder_fingerprint(half))
+    half.model.config.vision_config.fullatt_block_indexes = [0]
+    names.add(encoder_fingerprint(half))
+    assert len(names) == 5
+
+
+def test_fingerprint_of_a_module_ignores_its_type(vae):
+    name = fingerprint(vae)
+    assert fingerprint(vae.bfloat16()) == name
+    with torch.no_grad():
+        vae.quant_conv.weight.mul_(2)
+    assert fingerprint(vae) != name
+
+
+# --- lazy -------------------------------------------------------------------------------------------------------------
+
+
+def test_opening_reads_no_tensor(nano, text, tmp_path):
+    """What is written into the files after they were opened is what `take` gives: nothing had been copied."""
+    for path in Path(nano.folder).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    buckets = read_cache(replace(nano, folder=str(tmp_path)), encoder_fingerprint(text))
+    assert sum(len(b) for b in buckets.values()) == nano.samples
+    assert all(b.num_target_tokens == 64 for b in buckets.values())
+    for path in tmp_path.glob("*.safetensors"):
+        first = min(spec.offset for spec in read_safetensors(path)[0].values())
+        with open(path, "r+b") as file:
+            file.seek(first)
+            file.write(b"\0" * (path.stat().st_size - first))
+    for bucket in buckets.values():
+        rows = bucket.take(range(len(bucket)))
+        for tensor in (rows.target, *rows.references, rows.cond.embeds, rows.uncond.embeds):
+            assert not tensor.any()
+
+
+def test_an_open_cache_gives_what_it_held(jsonl, vae, text):
+    """Though its files are written again, with other offsets, under a run."""
+    build(jsonl, vae, None)
+    buckets = read_cache(jsonl)
+    before = {name: bucket.take(range(len(bucket))) for name, bucket in read_cache(jsonl).items()}
+    build(jsonl, vae, text)
+    for name, rows in before.items():
+        again = buckets[name].take(range(len(rows.prompts)))
+        assert torch.equal(again.target, rows.target)
+        assert all(map(torch.equal, again.vision, rows.vision))
+
+
+def test_rows_come_in_the_order_asked_for_and_from_any_shard(nano):
+    buckets = read_cache(nano)
+    bucket = max(buckets.values(), key=lambda b: len(b.parts) * 100 + len(b))
+    assert len(bucket.parts) == 2
+    whole = bucket.take(range(len(bucket)))
+    order = np.random.default_rng(0).permutation(len(bucket))
+    taken = bucket.take(order)
+    assert torch.equal(taken.target, whole.target[torch.from_numpy(order)])
+    assert taken.prompts == tuple(whole.prompts[i] for i in order)
+    with pytest.raises(IndexError, match="asked for number"):
+        bucket.take([len(bucket)])
+
+
+# --- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_kept_for_an_encoder_that_trains_along(jsonl, vae, text):
+    build(jsonl, vae, text)
+    with pytest.raises(ConfigError, match=r"keeps no pictures.*run python -m trainers.cache"):
+        read_cache(jsonl)
+    small = sum(map(len, contents(jsonl.folder).values()))
+    build(jsonl, vae, None)
+    shapes = {name: bucket.take([0]) for name, bucket in read_cache(jsonl).items()}
+    assert all(len(rows.vision) == len(rows.references) == name.count("_") for name, rows in shapes.items())
+    assert sum(map(len, contents(jsonl.folder).values())) > small
+    build(jsonl, vae, text)
+    assert sum(map(len, contents(jsonl.folder).values())) == small
+
+
+def test_mixed_shapes_make_whole_batches(jsonl, vae, text):
+    """Samples with 0, 1 and 2 references, of two target shapes: every batch is of one shape, every sample comes up."""
+    build(jsonl, vae, text)
+    buckets = read_cache(jsonl, encoder_fingerprint(text))
+    assert {name.split("_")[0] for name in buckets} == {"64x64", "96x64"}
+    assert {name.count("_") for name in buckets} == {0, 1, 2}
+    order = BucketOrder({n: len(b) for n, b in buckets.items()}, 2, seed=0)
+    seen = set()
+    for step in range(40):
+        name, rows = order[step]
+        taken = buckets[name].take(rows)
+        assert taken.target.shape[0] == 2
+        assert len(taken.references) == name.count("_")
+        assert taken.cond.embeds.shape[0] == taken.uncond.embeds.shape[0] == 2
+        seen |= set(taken.prompts)
+    assert seen == {f"row {i}" for i in range(7)}
