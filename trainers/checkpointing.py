@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from unipic_core.errors import CheckpointError
+from unipic_core.errors import CheckpointError, one_line
 
 from .config import RunConfig, to_dict
 from .state import State
@@ -46,14 +46,19 @@ def resume(
         )
     if run["step"] > config.steps:
         raise TrainingError(f"{output} has already trained {run['step']} steps, more than the {config.steps} asked for")
-    processes = accelerator.num_processes
-    then = run.get("processes", processes)  # older checkpoints do not say
+    then, processes = run["processes"], accelerator.num_processes
     if state.sharded and then != processes:
         raise TrainingError(
             f"the networks in {path} are spread over {then} processes, and this run has {processes}; "
             f"start it with {then}"
         )
-    state.load(path, accelerator.process_index)
+    try:
+        state.load(path, accelerator.process_index)
+    except (KeyError, ValueError, RuntimeError) as error:  # other parts, sizes or optimizers: allowed, but impossible
+        raise TrainingError(
+            f"{path} does not fit what is trained now ({one_line(error)}); choose another output, or take back what "
+            f"was changed in {', '.join(allow_change) or 'the model'}"
+        ) from error
     accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
     return run["step"]
 

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from unipic_core.aside import aside
 from unipic_core.samplers import NonFiniteLatent
 
 from .checkpointing import TrainingError, newest_checkpoint, replaced, resume, save
@@ -162,21 +163,24 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     start = resume(accelerator, state, output, config, allow_change)
     batches = load_batches(config, method, start)
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
     log = MetricLog(accelerator, output, start)
+    if start and samples_due(config, start) and not preview_path(output, start).exists():  # stopped while it was drawn
+        save_preview(accelerator, method, output, start)
     for step in range(start, config.steps):
         run_step(accelerator, config, method, parts, batches, step, log)
         if MAIN in method.updates(step):
             update_average(averaged, config.ema_decay, state.updates)
             state.updates += 1
         done = step + 1
-        if done % config.log_every == 0 or done % config.save_every == 0:  # so a resumed run averages the same steps
+        if done % config.log_every == 0 or save_due(config, done):  # so a resumed run averages the same steps
             log.write(done)
         bar.update()
         bar.set_postfix(log.losses, refresh=False)
-        if done % config.save_every == 0 or done == config.steps:
+        if save_due(config, done):
             save(accelerator, state, output, done, config)
-        if done % config.sample_every == 0 or done == config.steps:
-            save_preview(accelerator, method, output / "samples", done)
+        if samples_due(config, done):
+            save_preview(accelerator, method, output, done)
     bar.close()
     log.close()
     export = output / "export"
@@ -185,6 +189,16 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
             method.export(aside)
     accelerator.end_training()
     return export
+
+
+def save_due(config: RunConfig, done: int) -> bool:
+    """Whether a checkpoint follows this step."""
+    return done % config.save_every == 0 or done == config.steps
+
+
+def samples_due(config: RunConfig, done: int) -> bool:
+    """Whether a preview follows this step."""
+    return done % config.sample_every == 0 or done == config.steps
 
 
 def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batch]:
@@ -210,12 +224,13 @@ def run_step(
         try:
             log.add(parts[name].update())
         except FloatingPointError as error:
-            raise unusable(str(error), f"the update after {batch.name}", step, Path(config.output)) from error
+            where = f"the update after {batch.name}"
+            raise unusable(str(error), name, where, step, Path(config.output)) from error
 
 
 def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
     output.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(
+    return Accelerator(
         mixed_precision=config.precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
@@ -223,8 +238,6 @@ def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
         # a weight cast without gradient (a rollout, a tangent) must not be taken for one cast with it
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
-    accelerator.init_trackers("tensorboard")
-    return accelerator
 
 
 def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
@@ -246,8 +259,8 @@ def backward(
             losses, metrics = method.loss(part.name, batch)
     except NonFiniteLatent as error:  # at once: others may wait for this process inside their networks
         what = "a picture of the student's became NaN or infinite"
-        raise unusable(what, batch.name, step, Path(config.output)) from error
-    check_losses(accelerator, losses, batch, step, Path(config.output))
+        raise unusable(what, part.name, batch.name, step, Path(config.output)) from error
+    check_losses(accelerator, losses, part.name, batch, step, Path(config.output))
     loss = losses.sum() / config.batch_size
     (loss / config.accumulation).backward()
     shares = torch.tensor([value / accelerator.num_processes for value in metrics.values()], device=loss.device)
@@ -263,30 +276,37 @@ def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: i
             torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - min(decay, (1 + n) / (10 + n)))
 
 
-def check_losses(accelerator: Accelerator, losses: Tensor, batch: Batch, step: int, output: Path) -> None:
+def check_losses(accelerator: Accelerator, losses: Tensor, part: str, batch: Batch, step: int, output: Path) -> None:
     """TrainingError, in every process, if the loss of any sample is not finite."""
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     anywhere = accelerator.reduce(torch.tensor(float(len(bad)), device=losses.device), "sum")
     if float(anywhere):
         which = f"sample {bad[0]} of {batch.name}" if bad else "another process's batch"
-        raise unusable("a loss became NaN or infinite", which, step, output)
+        raise unusable("a loss became NaN or infinite", part, which, step, output)
 
 
-def unusable(what: str, where: str, step: int, output: Path) -> TrainingError:
+def unusable(what: str, part: str, where: str, step: int, output: Path) -> TrainingError:
     last = newest_checkpoint(output)
     return TrainingError(
-        f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower optimizer.lr, or "
-        "set precision: no, and start again: the run resumes from there"
+        f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower the learning rate "
+        f"of the {part}, or set precision: no, and start again with --allow-config-change for that key: "
+        "the run resumes from there"
     )
 
 
-def save_preview(accelerator: Accelerator, method: Method, folder: Path, step: int) -> None:
+def preview_path(output: Path, step: int) -> Path:
+    return output / "samples" / f"step-{step:07d}.png"
+
+
+def save_preview(accelerator: Accelerator, method: Method, output: Path, step: int) -> None:
     """The sample grid; every process takes part where the network is spread over them."""
     if accelerator.is_main_process or method.sharded:
         with torch.no_grad():
             picture = method.preview()
         if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{step:07d}.png")
+            path = preview_path(output, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside(path) as partial:
+                picture.save(partial)
             board = accelerator.get_tracker("tensorboard")
             board.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")

@@ -66,16 +66,30 @@ class State:
             for optimizer, kept in zip(part.optimizers, found["optimizers"], strict=True):
                 load_optimizer(optimizer, kept)
             for scheduler, kept in zip(part.schedulers, found["schedulers"], strict=True):
-                scheduler.load_state_dict(kept)
+                load_scheduler(scheduler, kept)
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """As Optimizer.load_state_dict, with each share put back where its parameter lies."""
+    """What the optimizer remembers of each parameter, each share put back where its parameter lies.
+
+    Rates, decays and the like stay this run's own: they may have been changed, and allowed to.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [i for group in state["param_groups"] for i in group["params"]]
     places = dict(zip(order, parameters, strict=True))
     back = {i: {k: put_back(places[i], v) for k, v in values.items()} for i, values in state["state"].items()}
-    optimizer.load_state_dict({**state, "state": back})
+    groups = optimizer.state_dict()["param_groups"]
+    own = [{**group, "params": kept["params"]} for group, kept in zip(groups, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": back, "param_groups": own})
+
+
+def load_scheduler(scheduler: LambdaLR, state: dict[str, Any]) -> None:
+    """Go to the update at which the schedule stood, with this run's own rates."""
+    factors = [factor(state["last_epoch"]) for factor in scheduler.lr_lambdas]
+    rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+    scheduler.load_state_dict({**state, "base_lrs": scheduler.base_lrs, "_last_lr": rates})
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def put_back(parameter: Tensor, value: Any) -> Any:

@@ -34,19 +34,20 @@ class Toy:
     """Regression of the student on data that is a function of the micro step; a second part trains twice a step.
 
     fail_at: micro step that is interrupted; bad_loss_at: one whose second sample has no loss; dropout: of the
-    student's inputs, from torch's global random state.
+    student's inputs, from torch's global random state; options: of the student's optimizers.
     """
 
     loader_workers = 0
     sharded = False
     slots = 3
 
-    def __init__(self, fail_at=None, bad_loss_at=None, dropout=0.0):
+    def __init__(self, fail_at=None, bad_loss_at=None, dropout=0.0, options=None):
         torch.manual_seed(0)
         self.student = nn.Sequential(nn.Dropout(dropout), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
         self.other = nn.Linear(6, 2)
         self.ema = [p.detach().clone() for p in self.student.parameters()]
         self.fail_at, self.bad_loss_at = fail_at, bad_loss_at
+        self.options = options or optimizer()
         self.share = Share()
 
     def place(self, device, share):
@@ -62,7 +63,7 @@ class Toy:
         return list(zip(self.ema, self.student.parameters(), strict=True))
 
     def optimizer(self, part):
-        return optimizer() if part == "student" else OptimizerConfig(lr=5e-3, warmup_steps=1)
+        return self.options if part == "student" else OptimizerConfig(lr=5e-3, warmup_steps=1)
 
     def batch(self, index):
         if index == self.fail_at:

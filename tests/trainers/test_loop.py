@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from accelerate import Accelerator
 from loop_toy import Toy, config, optimizer
 from processes import ENV, launch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from trainers.checkpointing import TrainingError, newest_checkpoint, replaced, resume
 from trainers.config import ConfigError
-from trainers.loop import PATIENCE, Part, Share, make_accelerator, train
+from trainers.loop import PATIENCE, Part, Share, make_accelerator, make_parts, train
 from trainers.method_config import OptimizerConfig
+from trainers.optimizers import lr_factor
 from trainers.records import MetricLog
 from trainers.state import State
 from unipic_core.samplers import NonFiniteLatent
@@ -64,6 +67,31 @@ def test_training_learns_and_leaves_its_files(tmp_path, metrics):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-0000036", "step-0000040"]
     assert len(list((tmp_path / "samples").glob("*.png"))) == 7
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_the_last_steps_are_recorded(tmp_path, metrics):
+    train(config(tmp_path, steps=11, log_every=4), Toy())
+    assert [m["step"] for m in metrics(tmp_path)] == [4, 8, 11]
+
+
+def test_a_preview_that_a_kill_prevented_is_drawn_on_resuming(tmp_path):
+    class Dying(Toy):
+        def preview(self):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path, sample_every=8), Dying())
+    assert newest_checkpoint(tmp_path).name == "step-0000008"
+    train(config(tmp_path, sample_every=8), Toy())
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-0000008.png", "step-0000012.png"]
+
+
+def test_what_came_after_the_checkpoint_is_gone_from_the_board(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path), Toy(fail_at=41))
+    train(config(tmp_path), Toy())
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("loss")] == list(range(1, 13))
 
 
 def test_non_finite_loss_stops_the_run_and_names_the_last_checkpoint(tmp_path):
@@ -115,8 +143,34 @@ def test_another_config_is_refused_unless_allowed(tmp_path, metrics):
     other = config(tmp_path, steps=14, optimizer=optimizer(lr=2e-2))
     with pytest.raises(TrainingError, match="optimizer.lr, steps; .*-change optimizer.lr --allow-config-change steps"):
         train(other, Toy())
-    train(other, Toy(), allow_change=["optimizer.lr", "steps"])
+    train(other, Toy(options=other.optimizer), allow_change=["optimizer.lr", "steps"])
     assert metrics(tmp_path)[-1]["step"] == 14
+
+
+def test_allowed_changes_of_the_optimizer_take_effect(tmp_path, metrics):
+    """The rate of the update to come and all after it, and what is no rate; what Adam remembers stays."""
+    train(config(tmp_path), Toy())
+    options = replace(optimizer(lr=1e-5), weight_decay=0.5, muon_lr=2e-2)
+    method, other = Toy(options=options), config(tmp_path, steps=14, optimizer=options)
+    parts = make_parts(other, method)
+    state = State(parts.values(), [average for average, _ in method.averaged()])
+    state.load(newest_checkpoint(tmp_path), 0)
+    adam, muon = parts["student"].optimizers
+    assert adam.param_groups[0]["lr"] == pytest.approx(1e-5 * lr_factor(options, 14)(12))
+    assert muon.param_groups[0]["lr"] == pytest.approx(2e-2 * lr_factor(options, 14)(12))
+    assert muon.param_groups[0]["weight_decay"] == 0.5
+    assert adam.state
+    assert muon.state
+    keys = ["optimizer.lr", "optimizer.weight_decay", "optimizer.muon_lr", "steps"]
+    train(other, method, allow_change=keys)
+    assert metrics(tmp_path)[-1]["lr"] == pytest.approx(1e-5 * lr_factor(options, 14)(13))
+
+
+def test_a_change_that_the_checkpoint_cannot_take_is_named(tmp_path):
+    train(config(tmp_path), Toy())
+    without_muon = config(tmp_path, optimizer=OptimizerConfig(lr=1e-2))
+    with pytest.raises(TrainingError, match=r"step-0000012 does not fit .*take back what was changed in optimizer"):
+        train(without_muon, Toy(options=without_muon.optimizer), ["optimizer.muon_lr", "optimizer.warmup_steps"])
 
 
 def test_fewer_steps_than_done_is_an_error(tmp_path):
