@@ -186,8 +186,12 @@ class RunConfig:
                 f"dmd.fake_warmup_steps must be below steps, or no step trains the student; got "
                 f"{self.dmd.fake_warmup_steps} of {self.steps}"
             )
-        if self.network is not None and self.network.shard and self.optimizer.muon_lr:
-            raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
+        if self.network is not None and self.network.shard:
+            for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
+                if options.muon_lr:
+                    raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
+                if options.kind == "adamw8bit":
+                    raise ConfigError("adamw8bit does not know tensors that shard spreads over processes; take adamw")
 
 
 def given(section: Section | None) -> Section:

@@ -63,7 +63,6 @@ def consistency_terms(
 class ConsistencyTraining(NetworkTraining):
     """The frozen base is the teacher: it gives the guided velocity along which the student must not change its mind."""
 
-    frozen_roles = (TEACHER,)
     recipe = RELEASED_FEW_STEP
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:

@@ -47,8 +47,6 @@ def dmd_terms(
 class DMDTraining(NetworkTraining):
     """Several updates of the fake score, then one of the student."""
 
-    trained_roles = (STUDENT, FAKE_SCORE)
-    frozen_roles = (TEACHER,)
     recipe = RELEASED_FEW_STEP
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:

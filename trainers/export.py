@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,18 +27,21 @@ def export_adapter(
     alpha: float,
     recipe: Recipe,
     name: str = "unipic_distill",
+    parts_from: Path | None = None,
 ) -> None:
     """Write NAME.safetensors (the LoRA), NAME_merged.safetensors and the folder NAME/ (`base` with the LoRA).
 
-    base: any checkpoint that `merge` reads; NAME/ is a whole pipeline folder where it is one. layers: bare module name
-    -> (down [r, in], up [out, r]), on any device. recipe: the LoRA's own; the merged ones have it over the base's. What
-    an earlier export left is replaced, each of the three when its successor is whole. Raises CheckpointError, as for a
-    full disk or where `base` itself would be replaced, and LoRAError for layers that do not fit `base`.
+    base: any checkpoint that `merge` reads. parts_from: the pipeline folder of NAME/'s other parts, `base` unless it is
+    said. layers: bare module name -> (down [r, in], up [out, r]), on any device. recipe: the LoRA's own; the merged
+    ones have it over the base's. What an earlier export left is replaced, each of the three when its successor is
+    whole. Raises CheckpointError, as for a full disk or where a source itself would be replaced, and LoRAError for
+    layers that do not fit `base`.
     """
-    lora, merged, model = _targets(folder, base, f"{name}.safetensors", f"{name}_merged.safetensors", name)
+    sources = [base, parts_from or base]
+    lora, merged, model = _targets(folder, sources, f"{name}.safetensors", f"{name}_merged.safetensors", name)
     save_lora(lora, layers, alpha=alpha, recipe=recipe)
     for target in (merged, model):
-        merge(base, target, [(lora, 1.0)], dtype=FORM, overwrite=True)
+        merge(base, target, [(lora, 1.0)], dtype=FORM, overwrite=True, parts_from=parts_from)
 
 
 def export_network(
@@ -48,31 +51,32 @@ def export_network(
     config: MMDiTConfig,
     recipe: Recipe,
     name: str = "unipic_distill",
+    parts_from: Path | None = None,
 ) -> None:
     """Write NAME.safetensors and the folder NAME/ with a network whose every weight was trained.
 
-    base: where the training started; its other parts are copied and its recipe goes under `recipe`. network_state: bare
-    parameter name -> tensor, on any device. Raises CheckpointError for a state that does not fit `config`, for a full
-    disk, and where `base` itself would be replaced.
+    base: where the training started; its recipe goes under `recipe`. parts_from: the pipeline folder of NAME/'s other
+    parts, `base` unless it is said. network_state: bare parameter name -> tensor, on any device. Raises CheckpointError
+    for a state that does not fit `config`, for a full disk, and where a source itself would be replaced.
     """
     report = check_keys(expected_shapes(config), {key: tuple(value.shape) for key, value in network_state.items()})
     if not report.fits:
         raise CheckpointError(f"the trained weights do not fit their config ({report})")
-    single, model = _targets(folder, base, f"{name}.safetensors", name)
+    single, model = _targets(folder, [base, parts_from or base], f"{name}.safetensors", name)
     network = Network(config, source_recipe(base).merge(recipe), partial(_stream, network_state))
     write_file(single, network, FORM)
-    write_folder(model, network, FORM, base)
+    write_folder(model, network, FORM, parts_from or base)
 
 
-def _targets(folder: Path, base: Path, *names: str) -> list[Path]:
-    """What is going to be written, in a folder that is there; CheckpointError if `base` is one of it or in it."""
+def _targets(folder: Path, sources: Sequence[Path], *names: str) -> list[Path]:
+    """What is going to be written, in a folder that is there; CheckpointError if a source is one of it or in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     targets = [folder / name for name in names]
     for target in targets:
-        keep_sources(target, [base])
+        keep_sources(target, sources)
     return targets
 
 

@@ -27,7 +27,7 @@ from .config import AdapterConfig, ConfigError, NetworkConfig, RunConfig, given,
 from .frozen import form_of, stored_form
 from .method_config import OptimizerConfig
 from .optimizers import is_hidden_matrix
-from .roles import EMA, FAKE_SCORE, STUDENT, TEACHER, targets_of
+from .roles import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of, targets_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -43,14 +43,6 @@ VISION_PIXELS = 32
 
 SMALL_STATE = 4096
 """bitsandbytes keeps the states of tensors with fewer numbers in 32 bits."""
-
-ROLES = {
-    "sft": ((STUDENT,), ()),
-    "consistency": ((STUDENT,), (TEACHER,)),
-    "dmd": ((STUDENT, FAKE_SCORE), (TEACHER,)),
-    "joint": ((STUDENT, FAKE_SCORE), (TEACHER,)),
-}
-"""Method -> the roles that train and those that are frozen; EMA comes with the student."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +219,9 @@ def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: floa
 
 def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     """What each process of a run will need. Raises ConfigError for method vae, which has no such network."""
-    if config.method not in ROLES:
-        raise ConfigError(f"memory is computed for {', '.join(ROLES)}, got method {config.method}")
-    trained, frozen = ROLES[config.method]
-    return estimate_roles(config, trained, frozen, processes)
+    if config.network is None:
+        raise ConfigError(f"memory is computed for methods that train the network, got method {config.method}")
+    return estimate_roles(config, *roles_of(config), processes)
 
 
 def estimate_roles(config: RunConfig, trained: Sequence[str], frozen: Sequence[str], processes: int) -> Estimate:
@@ -281,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--processes", type=int, default=1, help="GPUs that share the batch, and sharded networks")
     parser.add_argument("--gib", type=float, help="memory of one GPU; the exit status is 1 if the run needs more")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
         made, copies = estimate(config, args.processes), four_copies(config)

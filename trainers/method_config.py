@@ -122,6 +122,10 @@ class ConsistencyMethod:
         if self.velocity == "teacher" and self.guidance_from == "ema":
             raise ConfigError("guidance_from ema goes with velocity data; the teacher's velocity is guided by the base")
 
+    @property
+    def asks_teacher(self) -> bool:
+        return self.velocity == "teacher" or (self.guidance != 1 and self.guidance_from == "base")
+
 
 @dataclass(frozen=True)
 class DMDMethod:

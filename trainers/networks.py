@@ -11,8 +11,10 @@ from unipic_core.attention import attention_named
 from unipic_core.checkpoints import load_transformer
 from unipic_core.lora import read_lora
 from unipic_core.mmdit import MMDiT
+from unipic_core.recipe import recipe_of
+from unipic_core.segments import FULL
 
-from .config import NetworkConfig
+from .config import ConfigError, NetworkConfig
 from .frozen import load_frozen
 from .roles import EMA, STUDENT, TEACHER, AdapterRoles, FullRoles, Roles
 
@@ -22,6 +24,7 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
 
     In adapter mode one base carries them all, and the teacher costs nothing.
     """
+    check_form(config)
     if config.adapter is not None:
         base = load_frozen(config)
         own = base.config.with_form(student_form(config))
@@ -31,6 +34,16 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
         return roles
     networks = {role: load_network(config, role) for role in (*trained, EMA, *frozen)}
     return FullRoles(networks, trained, config.shard)
+
+
+def check_form(config: NetworkConfig) -> None:
+    """ConfigError where a student in the full form could not say so: a recipe merged over a causal one stays causal."""
+    base = config.transformer or config.model
+    if config.attention_form == FULL and (form := recipe_of(base).causal_form):
+        raise ConfigError(
+            f"network.attention_form is {FULL}, but {base} is made for {form}, and so would be read what is exported; "
+            "leave the key out, or start from weights of the full form"
+        )
 
 
 def student_form(config: NetworkConfig) -> str | None:

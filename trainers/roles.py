@@ -22,7 +22,7 @@ from unipic_core.lora import read_lora
 from unipic_core.mmdit import MMDiT, MMDiTConfig
 from unipic_core.sequence import PackedLatents, TextCond
 
-from .config import AdapterConfig, ConfigError
+from .config import AdapterConfig, ConfigError, RunConfig
 from .frozen import place
 from .optimizers import Named
 from .sharding import shard, whole
@@ -50,6 +50,13 @@ class Roles(Protocol):
         """What the role's network runs with; its attention form may be the role's own."""
 
     def place(self, device: torch.device) -> None: ...
+
+
+def roles_of(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The roles that train in a run and those that are frozen; EMA comes with the student."""
+    distil = config.consistency is not None and config.consistency.asks_teacher
+    trained = (STUDENT,) if config.dmd is None else (STUDENT, FAKE_SCORE)
+    return trained, (TEACHER,) if distil or config.dmd is not None else ()
 
 
 def require(roles: Roles, trained: Iterable[str], frozen: Iterable[str]) -> None:

@@ -37,7 +37,7 @@ from .method_config import OptimizerConfig, Times
 from .networks import load_roles
 from .optimizers import Named
 from .records import Metrics
-from .roles import EMA, STUDENT, AdapterRoles, FullRoles, Roles, require
+from .roles import EMA, STUDENT, AdapterRoles, FullRoles, Roles, require, roles_of
 from .text_cache import text_fingerprint
 
 
@@ -93,10 +93,8 @@ class Draws:
 
 
 class NetworkTraining:
-    """Base of the methods that train the network. trained, frozen: the roles that a method needs."""
+    """Base of the methods that train the network."""
 
-    trained_roles: tuple[str, ...] = (STUDENT,)
-    frozen_roles: tuple[str, ...] = ()
     recipe = RELEASED_BASE
     """How the student wants to be sampled; what the base's recipe says of sizes stays."""
     loader_workers = 0
@@ -107,8 +105,9 @@ class NetworkTraining:
         self.config = config
         self.network, self.data = given(config.network), given(config.data)
         self.preview_config = given(config.preview)
-        self.roles = roles or load_roles(self.network, self.trained_roles, self.frozen_roles, config.seed)
-        require(self.roles, self.trained_roles, self.frozen_roles)
+        trained, frozen = roles_of(config)
+        self.roles = roles or load_roles(self.network, trained, frozen, config.seed)
+        require(self.roles, trained, frozen)
         self.folder, self.base = Path(self.network.model), Path(self.network.transformer or self.network.model)
         self.shift = read_shift(self.folder)
         self.encoder = self.frozen_encoder()
@@ -201,7 +200,7 @@ class NetworkTraining:
 
     def sample(self, role: str, batch: Inputs, seed: int) -> Tensor:
         """x0 [B, N, 4C] as a user would sample it."""
-        wishes, recipe = self.preview_config, recipe_of(self.folder).merge(self.own_recipe)
+        wishes, recipe = self.preview_config, recipe_of(self.base).merge(self.own_recipe)
         settings = resolve(recipe, wishes.steps, wishes.guidance)
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
@@ -229,8 +228,9 @@ class NetworkTraining:
         recipe = self.own_recipe
         if isinstance(self.roles, AdapterRoles):
             assert self.network.adapter is not None  # adapter roles come from an adapter section
-            export_adapter(folder, self.base, self.roles.lora(role), self.network.adapter.alpha, recipe, name)
+            alpha, layers = self.network.adapter.alpha, self.roles.lora(role)
+            export_adapter(folder, self.base, layers, alpha, recipe, name, parts_from=self.folder)
         elif isinstance(self.roles, FullRoles):
             network, state = self.roles.network(role), self.roles.state(role, keep=self.share.process == 0)
             if self.share.process == 0:
-                export_network(folder, self.base, state, network.config, recipe, name)
+                export_network(folder, self.base, state, network.config, recipe, name, parts_from=self.folder)

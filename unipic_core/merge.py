@@ -53,13 +53,15 @@ def merge(
     *,
     dtype: str | None = None,
     overwrite: bool = False,
+    parts_from: PathLike | None = None,
     progress: Progress | None = None,
 ) -> tuple[MergeReport, ...]:
     """Write the transformer at `src` with LoRAs, each (path, strength), added to its weights. Returns a report of each.
 
     dst: a name that ends in .safetensors becomes one file, as `convert` writes it; any other a diffusers folder, with
-    the text encoder and the other parts copied where `src` is a pipeline folder. The recipe is the source's with the
-    LoRAs' over it. Sums are taken in float32 and rounded once. Warns where the result's attention form is not full.
+    the text encoder and the other parts copied from the pipeline folder `parts_from`, or `src` if it is one. The recipe
+    is the source's with the LoRAs' over it. Sums are taken in float32 and rounded once. Warns where the result's
+    attention form is not full.
 
     dtype: one of DTYPES, None = the source's own; a folder holds no fp8. overwrite: replace what is at `dst`. progress:
     called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure, Ctrl-C included,
@@ -71,7 +73,8 @@ def merge(
     if not adapters:
         raise LoRAError("nothing to merge: name at least one LoRA")
     weights, config = open_transformer(src)
-    keep_sources(dst, [src, *weights.files, *(Path(path) for path, _ in loras)])
+    parts = src if parts_from is None else Path(parts_from)
+    keep_sources(dst, [src, parts, *weights.files, *(Path(path) for path, _ in loras)])
     fitted = [(lora.fit(weights.shapes()), strength) for lora, strength in adapters]
     dtype = dtype or form_of(weights, single)
     recipe = merged_recipe(source_recipe(src), adapters, {"source": src.absolute().name, "dtype": dtype})
@@ -79,7 +82,7 @@ def merge(
     if single:
         write_file(dst, network, dtype, progress)
     else:
-        write_folder(dst, network, dtype, src, progress)
+        write_folder(dst, network, dtype, parts, progress)
     names = [lora.name for lora, _ in adapters]
     reports = tuple(fit.report for fit, _ in fitted)
     for caution in (*key_cautions(names, reports), *form_cautions(dst, network.config)):

@@ -85,6 +85,8 @@ def test_precision_no_needs_no_quotes(tmp_path, word):
         ("sft", {"network": {"block_swap": 2}}, "need a frozen base"),
         ("sft", {"network": {"adapter": {}, "shard": True}}, "shard is for full-parameter training"),
         ("sft", {"network": {"shard": True}, "optimizer": {"muon_lr": 0.01}}, "muon_lr needs whole matrices"),
+        ("dmd", {"network": {"shard": True}, "dmd": {"optimizer": {"muon_lr": 0.01}}}, "muon_lr needs whole matrices"),
+        ("sft", {"network": {"shard": True}, "optimizer": {"kind": "adamw8bit"}}, "adamw8bit does not know tensors"),
         ("sft", {"network": {"adapter": {"dropout": 1.0}}}, r"dropout must be from 0 to below 1"),
         ("sft", {"data": {"kind": "jsonl"}}, r"data\.path is needed"),
         ("sft", {"data": {"samples": 1000}}, "must be a multiple of samples_per_shard"),

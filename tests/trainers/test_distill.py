@@ -1,5 +1,6 @@
 """The distillation methods in miniature: each trains, resumes bit by bit, and exports what users open."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from trainers.train import make_method
 from unipic_core.checkpoints import read_config
 from unipic_core.lora import read_lora
 from unipic_core.pipeline import UniPicPipeline
+from unipic_core.recipe import Recipe
 
 ADAPTER = {"adapter": {"rank": 2, "alpha": 4.0}}
 DROPPING = {"adapter": {**ADAPTER["adapter"], "dropout": 0.5}, "gradient_checkpointing": True}
@@ -80,6 +82,28 @@ def test_what_a_distillation_leaves_opens_everywhere(distilling, run):
     latents = {k: p(images=pictures, prompt="a red cup", seed=3, output_type="latent").images for k, p in ways.items()}
     assert torch.equal(latents["folder"], latents["file"])
     assert torch.allclose(latents["lora"], latents["folder"], atol=0.05)  # the merged weights are bfloat16
+
+
+@pytest.mark.parametrize("method", ["sft", "consistency"])
+@pytest.mark.parametrize("network", [ADAPTER, {}], ids=["adapters", "full"])
+def test_weights_from_elsewhere_leave_whole_folders(distilling, run, tmp_path, method, network):
+    """The encoder, the VAE and the rest come from the model's folder, whatever the network started from."""
+    elsewhere = shutil.copytree(Path(run.network.model) / "transformer", tmp_path / "elsewhere")
+    network = {**network, "transformer": str(elsewhere)}
+    config = distilling(method, network=network, output=str(tmp_path / "run"), steps=1)
+    export = train(config, make_method(config))
+    folders = [path for path in export.iterdir() if path.is_dir()]
+    assert len(folders) == 2
+    for folder in folders:
+        UniPicPipeline.from_pretrained(folder, torch_dtype=torch.float32, device="cpu")
+
+
+def test_a_full_student_of_a_causal_base_is_refused(distilling, run, tmp_path):
+    """Its files would be read as causal, for a recipe cannot take a form back."""
+    base = shutil.copytree(run.network.model, tmp_path / "base")
+    (base / "recipe.json").write_text(Recipe(attention_form="prefix_causal").to_json())
+    with pytest.raises(ConfigError, match="is made for prefix_causal"):
+        make_method(distilling("consistency", network={**ADAPTER, "model": str(base), "attention_form": "full"}))
 
 
 @pytest.mark.parametrize("method", ["sft", "consistency", "dmd"])

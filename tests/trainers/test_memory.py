@@ -16,7 +16,7 @@ from trainers.frozen import FrozenLinear, load_frozen
 from trainers.memory import GIB, estimate, four_copies
 from trainers.method_config import OptimizerConfig
 from trainers.optimizers import make_optimizers
-from trainers.roles import EMA, FAKE_SCORE, STUDENT, AdapterRoles
+from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER, AdapterRoles, roles_of
 from unipic_core.checkpoints import expected_shapes
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.mmdit import MMDiT, MMDiTConfig
@@ -180,14 +180,12 @@ def test_one_base_against_four_copies():
     )  # three in float32, one in bfloat16, two pairs of AdamW's moments, gradients
 
 
-def test_methods_have_the_roles_that_they_ask_for():
-    from trainers.consistency import ConsistencyTraining
-    from trainers.dmd import DMDTraining
-    from trainers.joint import JointTraining
-    from trainers.sft import SFTTraining
-
-    classes = {"sft": SFTTraining, "consistency": ConsistencyTraining, "dmd": DMDTraining, "joint": JointTraining}
-    assert {n: (c.trained_roles, c.frozen_roles) for n, c in classes.items()} == memory.ROLES
+def test_a_teacher_that_nobody_asks_is_not_held():
+    """The release's consistency tuning: the data's velocity, guided by the student's own average."""
+    full, released = {"adapter": None}, {"velocity": "data", "guidance_from": "ema", "guidance": 2.75}
+    asked, without = (estimate(config("consistency", full, consistency=c)).gpu for c in ({}, released))
+    assert asked - without == pytest.approx(20.4e9 * 2, rel=0.01)
+    assert roles_of(config("joint", consistency=released)) == ((STUDENT, FAKE_SCORE), (TEACHER,))
 
 
 def test_the_command_line(capsys):
