@@ -76,8 +76,11 @@ def cached_shards(data: DataConfig) -> list[Path]:
     other = [f"{k} {found[k]}, not {v}" for k, v in asked.items() if found.get(k, v) != v]
     if other:
         raise ConfigError(f"{folder} holds another set ({'; '.join(other)}); choose another data.folder or remove it")
-    samples = data.samples if data.kind == "nano" else found["samples"]
-    paths = [shard_path(folder, i) for i in range(math.ceil(samples / data.samples_per_shard))]
+    rows = {"path": data.path, "samples": data.samples} if data.kind != "nano" else {}
+    if changed := [f"data.{k} {found[k]}, not {v}" for k, v in rows.items() if found[k] != v]:
+        raise ConfigError(f"{folder} was made with {', '.join(changed)}; {COMMAND}")
+    count = data.samples if data.kind == "nano" else found["rows"]
+    paths = [shard_path(folder, i) for i in range(math.ceil(count / data.samples_per_shard))]
     missing = [path.name for path in paths if not path.exists()]
     if missing:
         raise ConfigError(
@@ -188,9 +191,10 @@ def is_current(path: Path, rows: str, text: str | None) -> bool:
 
 
 def check_same_set(folder: Path, record: dict[str, Any]) -> None:
-    """Shards of another set, of another VAE or of fewer assets must not be mixed in; more samples may come."""
-    found = read_record(folder)
-    if found is not None and {**found, "samples": 0} != {**record, "samples": 0}:
+    """Shards of another set, of another VAE or of fewer assets must not be mixed in. Rows may change: each shard knows
+    its own."""
+    found, rows = read_record(folder), dict.fromkeys(("rows", "path", "samples"))
+    if found is not None and {**found, **rows} != {**record, **rows}:
         raise ConfigError(
             f"{folder} holds another set ({found}, not {record}); choose another data.folder or remove it"
         )

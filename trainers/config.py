@@ -22,24 +22,33 @@ Section = typing.TypeVar("Section")
 
 # --- what the network's methods share ---------------------------------------------------------------------------------
 
-ATTENTION_LAYERS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-ALL_LAYERS = (*ATTENTION_LAYERS, "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "mlp": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    "modulation": ("img_mod.1", "txt_mod.1"),
+}
+"""Names of groups of layers -> the ends of their names."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA adapters. targets: ends of the names of the layers that get one, inside the blocks."""
+    """LoRA adapters. targets: groups of layers that get one (TARGETS), or ends of their names, inside the blocks."""
 
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ALL_LAYERS
+    targets: tuple[str, ...] = ("attention", "mlp")
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         above(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout must be from 0 to below 1, got {self.dropout}")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Ends of the names of the layers."""
+        return tuple(end for target in self.targets for end in TARGETS.get(target, (target,)))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 10) -> None:
-    """One panel per metric, one line per run; a running mean over `smooth` records above the raw values."""
+def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 5) -> None:
+    """One panel per metric, one line per run; a mean over `smooth` records to both sides above the raw values."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,7 +32,8 @@ def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 10) -> None:
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
-            means = [sum(values[max(0, i - smooth) : i + 1]) / (i + 1 - max(0, i - smooth)) for i in range(len(values))]
+            around = [values[max(0, i - smooth) : i + smooth + 1] for i in range(len(values))]
+            means = [sum(some) / len(some) for some in around]
             (line,) = panel.plot(steps, means, label=label)
             panel.plot(steps, values, alpha=0.2, color=line.get_color())
         panel.set(title=name, xlabel="step")

@@ -23,7 +23,7 @@ from unipic_core.errors import UniPicError
 from unipic_core.lora import save_lora
 from unipic_core.weights import Weights
 
-from .config import ALL_LAYERS, AdapterConfig
+from .config import TARGETS, AdapterConfig
 from .roles import targets_of
 
 
@@ -51,11 +51,16 @@ def best_of_rank(difference: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def extract(
-    base: Path, tuned: Path, rank: int, targets: Sequence[str] = ALL_LAYERS, device: str = "cpu", progress: bool = False
+    base: Path,
+    tuned: Path,
+    rank: int,
+    targets: Sequence[str] = AdapterConfig.targets,
+    device: str = "cpu",
+    progress: bool = False,
 ) -> Extracted:
     """The LoRA between two checkpoints of one architecture, one layer in memory at a time, in float32.
 
-    targets: ends of the names of its layers, as `adapter.targets`. Raises CheckpointError for what cannot be read, and
+    targets: its layers, as `adapter.targets`. Raises CheckpointError for what cannot be read, and
     UniPicError for checkpoints of different shapes, for equal ones, and where no layer is named so or one is too small.
     """
     (before, _), (after, _) = open_transformer(base), open_transformer(tuned)
@@ -97,7 +102,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("tuned", type=Path, help="what it made: a folder or a file")
     top.add_argument("--rank", type=int, default=AdapterConfig.rank, help="%(default)s")
     top.add_argument(
-        "--target", action="append", metavar="END", help=f"ends of layer names (default: {' '.join(ALL_LAYERS)})"
+        "--target",
+        action="append",
+        help=f"{', '.join(TARGETS)}, or the end of layers' names; may be repeated (attention and mlp)",
     )
     top.add_argument("--device", default="cpu", help="where to compute (%(default)s)")
     top.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
@@ -109,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix != ".safetensors":
         raise UniPicError(f"--out should end in .safetensors, got {args.out.name}")
     keep_sources(args.out, [args.base, args.tuned])
-    found = extract(args.base, args.tuned, args.rank, args.target or ALL_LAYERS, args.device, progress=True)
+    found = extract(args.base, args.tuned, args.rank, args.target or AdapterConfig.targets, args.device, progress=True)
     recipe = source_recipe(args.tuned)
     how = {"tuned": args.tuned.resolve().name, "rank": args.rank, "kept": round(found.kept, 4)}
     save_lora(args.out, found.layers, recipe=replace(recipe, made={**recipe.made, "extract": how}))

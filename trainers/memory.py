@@ -66,6 +66,23 @@ ACTIVATIONS = {"bf16": Activations(2, 51, 69, 34, 44), "no": Activations(4, 73, 
 
 
 @dataclass(frozen=True)
+class Scores:
+    """Bytes per score of attention, of which each head has one for every pair of tokens, where they are written out.
+
+    Fused kernels write none. `matmul` does, and forward-mode differentiation always, with the tangents of all steps
+    from the product to the softmax. Fields as in Activations.
+    """
+
+    saved: int = 6
+    extra: int = 10
+    forward: int = 8
+    jvp: int = 22
+
+
+SCORES = Scores()
+
+
+@dataclass(frozen=True)
 class Row:
     """A part of what a run holds, in bytes: on each GPU, and in the main memory."""
 
@@ -184,10 +201,17 @@ def activation_bytes(config: RunConfig, sizes: MMDiTConfig, processes: int = 1) 
     network, per = given(config.network), ACTIVATIONS[config.precision]
     unit = config.batch_size / processes * tokens(config) * sizes.width
     saved = per.full if network.adapter is None else per.saved
+    scores = score_count(config, sizes, processes) if network.attention == "matmul" else 0
+    block, extra = saved * unit + SCORES.saved * scores, per.extra * unit + SCORES.extra * scores
     graphs = 2 if config.method == "joint" else 1  # of both losses, until their sum goes back
     if network.gradient_checkpointing:
-        return graphs * per.boundary * sizes.num_layers * unit, (saved + per.extra) * unit
-    return graphs * saved * sizes.num_layers * unit, per.extra * unit
+        return graphs * per.boundary * sizes.num_layers * unit, block + extra
+    return graphs * sizes.num_layers * block, extra
+
+
+def score_count(config: RunConfig, sizes: MMDiTConfig, processes: int) -> float:
+    """Scores of one block, for one process's share of a batch."""
+    return config.batch_size / processes * sizes.num_attention_heads * tokens(config) ** 2
 
 
 def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: float, processes: int) -> tuple[Row, ...]:
@@ -213,7 +237,9 @@ def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: floa
     ]
     if config.consistency is not None:
         unit = config.batch_size / processes * tokens(config) * sizes.width
-        made.append(Row("tangent in float32", ACTIVATIONS["no"].forward * unit + 4 * layer))
+        jvp, matmul = config.consistency.tangent == "jvp", network.attention == "matmul"
+        scores = (SCORES.jvp if jvp else SCORES.forward * matmul) * score_count(config, sizes, processes)
+        made.append(Row("tangent in float32", ACTIVATIONS["no"].forward * unit * (1 + jvp) + 4 * layer + scores))
     return tuple(made)
 
 

@@ -195,7 +195,7 @@ def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
 
 def targets_of(adapter: AdapterConfig) -> str:
     """Pattern of the names of the layers in the blocks that get an adapter."""
-    ends = "|".join(re.escape(end) for end in adapter.targets)
+    ends = "|".join(re.escape(end) for end in adapter.layers)
     return rf"transformer_blocks\.\d+\.(.*\.)?({ends})"
 
 

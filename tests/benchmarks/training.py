@@ -19,12 +19,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from trainers import config
 from trainers.cache import build, load_image_vae, read_cache
-from trainers.config import AdapterConfig, DataConfig, NetworkConfig, RunConfig, parse_run
+from trainers.config import AdapterConfig, DataConfig, NetworkConfig, load_config, parse_run
 from trainers.memory import GIB, estimate, four_copies
 from trainers.networks import load_roles
 from trainers.optimizers import make_optimizers
@@ -151,19 +153,10 @@ def memory() -> dict[str, float]:
         made[f"nano_{name}_bytes_arithmetic"] = bytes_by_arithmetic(one_sample)
     for end in ("", "_arithmetic"):
         made[f"nano_ratio{end}"] = made[f"nano_adapters_bytes{end}"] / made[f"nano_copies_bytes{end}"]
-    run = released()
+    run = load_config(Path(config.__file__).parent / "configs" / "unipic3-dmd-80gb.yaml")
     adapters, copies = estimate(run).gpu / GIB, four_copies(run).gpu / GIB
     of_gib = {"released_adapters_gib_arithmetic": adapters, "released_copies_gib_arithmetic": copies}
     return {**made, **of_gib, "released_ratio_arithmetic": adapters / copies}
-
-
-def released() -> RunConfig:
-    """Distribution matching of the released weights, as in configs/unipic3-dmd-80gb.yaml."""
-    data = {"folder": "x", "kind": "jsonl", "path": "x", "size": 1024, "reference_budget": 1024}
-    adapter = {"rank": 64, "alpha": 64.0}
-    network = {"model": "released", "weights": "bf16", "gradient_checkpointing": True, "adapter": adapter}
-    values = {"method": "dmd", "output": "x", "batch_size": 1, "precision": "bf16"}
-    return parse_run({**values, "network": network, "data": data})
 
 
 # --- time -------------------------------------------------------------------------------------------------------------

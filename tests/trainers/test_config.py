@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config import ConfigError, load_config, parse_run, to_dict
+from trainers.config import AdapterConfig, ConfigError, load_config, parse_run, to_dict
 
 REQUIRED = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
 CONFIGS = sorted((Path(__file__).parents[2] / "trainers" / "configs").glob("*.yaml"))
@@ -70,6 +70,10 @@ def test_a_section_keeps_its_method_s_defaults_of_the_keys_that_it_is_not_given(
     assert (times.mean, times.std, times.least, times.most) == (0.3, 1.0, 0.02, 0.98)
     times = parsed("consistency", {"times": {"std": 1}}).times
     assert (times.mean, times.std) == (-0.5, 1.0)
+
+
+def test_targets_are_groups_of_layers_or_ends_of_names():
+    assert AdapterConfig(targets=("modulation", "to_q")).layers == ("img_mod.1", "txt_mod.1", "to_q")
 
 
 @pytest.mark.parametrize("word", ["no", "'no'", "off"])

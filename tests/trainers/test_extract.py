@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config import ALL_LAYERS, AdapterConfig, NetworkConfig
+from trainers.config import AdapterConfig, NetworkConfig
 from trainers.export import export_network
 from trainers.extract import best_of_rank, extract, main
 from trainers.networks import load_roles
@@ -31,7 +31,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tuned")
     state = load_transformer(TINY).state_dict()
     for i, (name, w) in enumerate(state.items()):
-        if w.ndim == 2 and name.startswith("transformer_blocks.") and name[:-7].endswith(ALL_LAYERS):
+        if w.ndim == 2 and name.startswith("transformer_blocks.") and name[:-7].endswith(AdapterConfig().layers):
             state[name] = w + 0.1 * draw(w.shape[0], RANK, seed=i) @ draw(RANK, w.shape[1], seed=i + 1000)
     state["proj_out.bias"] = state["proj_out.bias"] + 0.01
     recipe = Recipe(steps=2, attention_form=FORM, made={"method": "sft"})
@@ -56,7 +56,7 @@ def test_a_training_of_low_rank_is_found_whole(tuned: Path) -> None:
         change = after.get_submodule(name).weight - before.get_submodule(name).weight
         assert (change - up @ down).norm() < 2e-2 * change.norm()  # the tuned one is stored in bf16
     assert set(found.layers) == {
-        n for n, _ in before.named_modules() if n.startswith("trans") and n.endswith(ALL_LAYERS)
+        n for n, _ in before.named_modules() if n.startswith("trans") and n.endswith(AdapterConfig().layers)
     }
     assert 0.999 < found.kept < found.in_layers < 1
     assert extract(TINY, tuned, 1).kept < 0.8

@@ -9,6 +9,7 @@ from pathlib import Path
 import fakes
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainers import memory
 from trainers.config import AdapterConfig, NetworkConfig, load_config, parse_run
@@ -17,6 +18,7 @@ from trainers.memory import GIB, estimate, four_copies
 from trainers.method_config import OptimizerConfig
 from trainers.optimizers import make_optimizers
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER, AdapterRoles, roles_of
+from unipic_core.attention import matmul_attention, scaled_dot_product_attention
 from unipic_core.checkpoints import expected_shapes
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.mmdit import MMDiT, MMDiTConfig
@@ -150,6 +152,25 @@ def test_a_forward_without_gradient_is_as_counted():
         roles(STUDENT, latents, 0.5, text)
     unit = memory.tokens(run) * 3072
     assert counted.peak - start == pytest.approx(memory.ACTIVATIONS["no"].forward * unit, rel=0.05)
+
+
+@pytest.mark.parametrize("tangent", ["jvp", "difference"])
+def test_scores_that_are_written_out_are_counted(tangent):
+    """One head's attention in float32, without gradient, at 1,024 tokens."""
+    with fakes.Counted() as counted, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        q, k, v = (torch.randn(1, 1, 1024, 16) for _ in range(3))
+        start = counted.peak = counted.now
+        if tangent == "jvp":
+            torch.func.jvp(scaled_dot_product_attention, (q, k, v), (q, k, v))
+        else:
+            matmul_attention(q, k, v)
+    expected = memory.SCORES.jvp if tangent == "jvp" else memory.SCORES.forward
+    assert (counted.peak - start) / 1024**2 == pytest.approx(expected, rel=0.1)
+
+
+def test_exact_tangents_at_full_size_do_not_fit_where_differences_do():
+    difference, jvp = (estimate(config(consistency={"tangent": tangent})).gpu for tangent in ("difference", "jvp"))
+    assert difference < 60 * GIB < 80 * GIB < jvp
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

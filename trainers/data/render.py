@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from .backgrounds import Background, draw, soft_disc
 from .catalogue import Asset
@@ -302,17 +302,3 @@ def edited(
         items[edit.item] = replace(items[edit.item], anchor=edit.anchor)
     after = replace(scene, items=tuple(items[index] for index in kept))
     return after, backdrop, [matrices[index] for index in kept], kept
-
-
-def contact_sheet(samples: Sequence[Sample], columns: int = 3) -> Image.Image:
-    """For looking at: each sample as its target, then its references, with the instruction below."""
-    side, line, slots = samples[0].target.width, 26, 7
-    rows = -(-len(samples) // columns)
-    sheet = Image.new("RGB", (columns * slots * side, rows * (side + line)), (40, 40, 44))
-    pen = ImageDraw.Draw(sheet)
-    for index, sample in enumerate(samples):
-        left, top = index % columns * slots * side, index // columns * (side + line)
-        for slot, picture in enumerate((sample.target, *sample.references)):
-            sheet.paste(picture, (left + slot * side + (side - picture.width) // 2, top))
-        pen.text((left + 3, top + side + 2), f"{sample.task}: {sample.instruction}", fill=(235, 235, 235))
-    return sheet

@@ -107,7 +107,7 @@ class PictureRows:
 
     @property
     def record(self) -> dict[str, Any]:
-        return {"kind": self.data.kind, "samples": len(self)}
+        return {"kind": self.data.kind, "rows": len(self), "path": self.data.path, "samples": self.data.samples}
 
     def __len__(self) -> int:
         return min(self.count, self.data.samples or self.count)

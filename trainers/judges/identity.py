@@ -7,7 +7,6 @@ background, and compared with the picture there. Pixels that show other items, o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
@@ -16,12 +15,6 @@ from .arrays import area_matrix
 CELLS = 12
 SHIFTS = np.array([-4.0, -2.0, 0.0, 2.0, 4.0])  # pixels of a picture of 128 that the box may be off, in each direction
 Rect = tuple[float, float, float, float]  # left, top, width, height in pixels; may leave the picture
-
-
-class Sprites(Protocol):
-    """What an index needs of a bank."""
-
-    def image(self, asset, /) -> np.ndarray: ...
 
 
 def describe(rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

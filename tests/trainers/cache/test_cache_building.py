@@ -96,6 +96,17 @@ def test_another_set_or_vae_is_not_mixed_in(nano, vae, text, jsonl):
     assert read_cache(nano)
 
 
+def test_training_on_rows_that_the_cache_was_not_made_of_is_refused(jsonl, vae, tmp_path):
+    """Another file, or another number of rows; building again with what is asked for mends it."""
+    build(jsonl, vae, None)
+    other = replace(jsonl, path=str(write_rows(tmp_path / "other", 4)))
+    for asked, message in ((other, "was made with data.path"), (replace(jsonl, samples=2), "data.samples 0, not 2")):
+        with pytest.raises(ConfigError, match=rf"{message}.*run python -m trainers.cache"):
+            read_cache(asked)
+        build(asked, vae, None)
+        assert sum(len(bucket) for bucket in read_cache(asked).values()) == (asked.samples or 4)
+
+
 def test_another_encoder_has_embeddings_of_its_own(jsonl, vae, folder):
     text = TextEncoder.from_pretrained(folder, dtype=torch.float32)
     build(jsonl, vae, text)

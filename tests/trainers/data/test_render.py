@@ -12,7 +12,6 @@ from trainers.data.render import (
     HIDDEN_OFFSET,
     HIDDEN_SCALE,
     Hidden,
-    contact_sheet,
     hidden_of,
     in_square,
     look_matrix,
@@ -151,8 +150,3 @@ def test_other_sizes_are_drawn_as_well(bank: Bank) -> None:
     sample = render(bank, make_scene(bank, "train", 16, 0, task="compose3", size=64))
     assert sample.target.size == (64, 64)
     assert sample.placements[0].mask.shape == (64, 64)
-
-
-def test_a_contact_sheet_shows_all_samples(bank: Bank) -> None:
-    samples = [render(bank, make_scene(bank, "train", 17, index)) for index in range(4)]
-    assert contact_sheet(samples, columns=2).size == (2 * 7 * 128, 2 * (128 + 26))

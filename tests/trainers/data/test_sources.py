@@ -88,7 +88,7 @@ def test_images_may_lie_elsewhere_and_samples_limits_them(tmp_path, images):
     source = open_source(data)
     assert len(source) == 2
     assert source[1].shapes == "128x64_32x32_64x32"
-    assert source.record == {"kind": "jsonl", "samples": 2}
+    assert source.record == {"kind": "jsonl", "rows": 2, "path": str(path), "samples": 2}
     with pytest.raises(BadRow, match=r"there is no picture t\.png"):
         open_source(replace(data, images=None)).check(0)
 
