@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,6 +17,7 @@ from trainers.loop import train
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER
 from trainers.train import make_method
 from unipic_core.checkpoints import read_config
+from unipic_core.cli import main
 from unipic_core.lora import read_lora
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.recipe import Recipe
@@ -82,6 +84,44 @@ def test_what_a_distillation_leaves_opens_everywhere(distilling, run):
     latents = {k: p(images=pictures, prompt="a red cup", seed=3, output_type="latent").images for k, p in ways.items()}
     assert torch.equal(latents["folder"], latents["file"])
     assert torch.allclose(latents["lora"], latents["folder"], atol=0.05)  # the merged weights are bfloat16
+
+
+def test_the_command_opens_each_of_them(distilling, run, tmp_path):
+    """LoRA, file and folder, averaged and raw; the averaged ones give one picture, and another than the raw ones."""
+    export = train(distilling("consistency"), make_method(distilling("consistency")))
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "a.png")
+    made = {}
+    for average in ("", "_raw"):
+        name = export / f"unipic_distill{average}"
+        ways = {
+            "lora": ["--lora", f"{name}.safetensors"],
+            "file": ["--transformer", f"{name}_merged.safetensors"],
+            "folder": ["--model", str(name)],
+        }
+        for way, options in ways.items():
+            out = tmp_path / f"{way}{average}.png"
+            model = [] if "--model" in options else ["--model", str(run.network.model)]
+            command = ["compose", str(tmp_path / "a.png"), "--prompt", "a cup", "--size", "64x64", "--device", "cpu"]
+            assert main([*command, *model, *options, "--out", str(out)]) == 0
+            made[way + average] = np.asarray(Image.open(out)).astype(int)
+    for average in ("", "_raw"):
+        assert (made[f"file{average}"] == made[f"folder{average}"]).all()
+        assert abs(made[f"lora{average}"] - made[f"file{average}"]).max() <= 8  # the merged weights are bfloat16
+    assert (made["file"] != made["file_raw"]).any()
+
+
+@pytest.mark.parametrize("network", [ADAPTER, DROPPING, {}], ids=["adapters", "dropout", "full"])
+def test_exact_tangents_train_too(distilling, tmp_path, metrics, network):
+    """Through roles, dropout and gradient checkpointing; near those of a small difference on the same batch."""
+    exact, near = ({"consistency": {"tangent": t, "e": 1e-4}} for t in ("jvp", "difference"))
+    tangents = []
+    for sections in (exact, near):
+        config = distilling("consistency", sections, network, output=str(tmp_path / sections["consistency"]["tangent"]))
+        train(config, make_method(config))
+        rows = metrics(config.output)
+        assert all(row["grad_norm"] > 0 for row in rows)
+        tangents.append(rows[0]["tangent"])
+    assert tangents[0] == pytest.approx(tangents[1], rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["sft", "consistency"])
