@@ -247,6 +247,10 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     """What each process of a run will need. Raises ConfigError for method vae, which has no such network."""
     if config.network is None:
         raise ConfigError(f"memory is computed for methods that train the network, got method {config.method}")
+    if config.sft is not None and config.sft.train_text_encoder:
+        raise ConfigError(
+            "memory is not computed for a text encoder that trains along; set sft.train_text_encoder: false"
+        )
     return estimate_roles(config, *roles_of(config), processes)
 
 
@@ -301,12 +305,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        made, copies = estimate(config, args.processes), four_copies(config)
+        made = estimate(config, args.processes)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(made))
-    print(f"four networks with all parameters would need {copies.gpu / GIB:.0f} GiB")
+    if config.dmd is not None:
+        print(f"four networks with all parameters would need {four_copies(config).gpu / GIB:.0f} GiB")
     if args.gib is not None:
         word = "fits in" if made.gpu <= args.gib * GIB else "does not fit in"
         print(f"{made.gpu / GIB:.1f} GiB {word} {args.gib:g} GiB")

@@ -196,9 +196,8 @@ def test_one_base_against_four_copies():
     """Issue: adapter mode against a network for each of student, fake score, teacher and EMA."""
     run = config("dmd")
     assert estimate(run).gpu < 60 * GIB
-    assert (
-        four_copies(run).gpu > 700 * GIB
-    )  # three in float32, one in bfloat16, two pairs of AdamW's moments, gradients
+    # three in float32, one in bfloat16, two pairs of AdamW's moments, gradients
+    assert four_copies(run).gpu > 700 * GIB
 
 
 def test_a_teacher_that_nobody_asks_is_not_held():
@@ -217,8 +216,10 @@ def test_the_command_line(capsys):
     assert "fits in 24 GiB" in out
     assert memory.main([path, "network.weights=fp8", "network.block_swap=0", "--gib", "24"]) == 1
     assert "does not fit in 24 GiB" in capsys.readouterr().out
-    assert memory.main([str(CONFIGS / "nano-vae.yaml")]) == 2
-    assert "method vae" in capsys.readouterr().err
+    assert "four networks" not in out
+    for name, message in (("nano-vae", "method vae"), ("nano-sft-joint", "a text encoder that trains along")):
+        assert memory.main([str(CONFIGS / f"{name}.yaml")]) == 2
+        assert message in capsys.readouterr().err
 
 
 # --- the configs of the released weights ------------------------------------------------------------------------------
@@ -226,6 +227,11 @@ def test_the_command_line(capsys):
 HEADER = re.compile(r"#   python -m trainers\.memory (.*)\n# GPU ([\d.]+) GiB, main memory ([\d.]+) GiB\.")
 CARDS = {"80gb": 79, "48gb": 47, "24gb": 23.5, "cluster": 79}
 """GiB that a card of that name has for programs."""
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("nano-*.yaml")), ids=lambda p: p.stem)
+def test_a_config_of_the_nano_says_what_was_measured(path):
+    assert re.search(r"\n# Memory measured on the CPU, all included: \d\.\d GiB", path.read_text())
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("unipic3-*.yaml")), ids=lambda p: p.stem)
