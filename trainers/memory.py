@@ -248,9 +248,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     if config.network is None:
         raise ConfigError(f"memory is computed for methods that train the network, got method {config.method}")
     if config.sft is not None and config.sft.train_text_encoder:
-        raise ConfigError(
-            "memory is not computed for a text encoder that trains along; set sft.train_text_encoder: false"
-        )
+        raise ConfigError("memory is not computed for a text encoder that trains along; set train_text_encoder: false")
     return estimate_roles(config, *roles_of(config), processes)
 
 
