@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from trainers.config import ConfigError, to_dict
 from trainers.train import make_method, train
 
+FAKE = {"dmd": {"fake_updates": 1, "max_steps": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}}
 METHODS = {
     "sft": {"sft": {"train_text_encoder": False}},
     "consistency": {},
-    "dmd": {"dmd": {"fake_updates": 1, "max_steps": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}},
+    "dmd": FAKE,
+    "joint": FAKE,
 }
 ADAPTER, SHARD = {"adapter": {"rank": 2}}, {"shard": True}
 
@@ -30,8 +32,8 @@ def written(config, path):
 
 @pytest.mark.parametrize(
     ("method", "network"),
-    [("sft", ADAPTER), ("dmd", ADAPTER), ("sft", SHARD), ("consistency", SHARD), ("dmd", SHARD)],
-    ids=["sft-adapters", "dmd-adapters", "sft-sharded", "consistency-sharded", "dmd-sharded"],
+    [*((method, ADAPTER) for method in METHODS), ("sft", SHARD), ("consistency", SHARD), ("dmd", SHARD)],
+    ids=[*(f"{method}-adapters" for method in METHODS), "sft-sharded", "consistency-sharded", "dmd-sharded"],
 )
 def test_two_processes_train_as_one(changed, tmp_path, metrics, method, network):
     values = {"steps": 2, "save_every": 1, "sample_every": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}
@@ -41,7 +43,7 @@ def test_two_processes_train_as_one(changed, tmp_path, metrics, method, network)
     config = changed(method, {**METHODS[method], "network": network}, output=str(tmp_path / "two"), **values)
     launch(2, "-m", "trainers.train", written(config, tmp_path / "run.yaml"))
     for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4, abs=1e-5)
+        assert a["loss"] == pytest.approx(b["loss"], rel=0, abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
         assert a["grad_norm"] > 0
     name = f"unipic_{'sft' if method == 'sft' else 'distill'}.safetensors"
