@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -20,11 +21,12 @@ from ..unipic_core.images import MAX_REFERENCES, Size, resize_references
 from ..unipic_core.recipe import LIMITS, Recipe
 from ..unipic_core.sequence import VAE_SCALE
 from ..unipic_core.settings import Plan, plan
-from . import vision
+from . import CATEGORY, vision
 from .facts import facts_of
 from .messages import tell
 from .pictures import to_image, to_pictures
 from .text import Conditioning, changes_weights, encode_prompt
+from .vae import UniPicVAE
 
 IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
 MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))
@@ -58,7 +60,7 @@ class MultiImageCompose(io.ComfyNode):
         return io.Schema(
             node_id="MultiImageCompose",
             display_name="Multi-Image Compose (UniPic)",
-            category="UniPic",
+            category=CATEGORY,
             description="Composes one to six pictures by a prompt: exact sizes, template and vision input of UniPic 3.",
             search_aliases=["unipic", "multi image edit", "text encode qwen image edit", "reference images", "compose"],
             inputs=_inputs(),
@@ -99,28 +101,17 @@ class MultiImageCompose(io.ComfyNode):
             reference_budget,
         )
         references = resize_references(pictures, planned.settings.reference_budget)
-        latents = [_reference_latent(vae, reference) for reference in references]
+        latents = _reference_latents(vae, references)
         positive, negative = (_text(clip, text, references, latents) for text in (prompt, negative_prompt))
         return io.NodeOutput(positive, negative, _empty_latent(vae, planned))
 
 
 def _inputs() -> list[Any]:
-    image = io.Image.Input("image", tooltip="A picture. Each picture of a batch is a reference of its own.")
-    mask = io.Mask.Input("mask", tooltip="What to leave out of the picture: LoadImage's MASK, stretched to its size.")
     side = {"default": 0, "min": 0, "max": LIMITS["output_budget"][1], "step": 16}
     return [
-        io.Clip.Input("clip", tooltip="From LoadUniPic; any Qwen2.5-VL 7B of type qwen_image works."),
-        io.Vae.Input("vae", tooltip="From LoadUniPic; any Qwen-Image VAE works."),
-        io.Autogrow.Input(
-            "images",
-            template=io.Autogrow.TemplateNames(image, names=list(IMAGES), min=0),
-            tooltip="Up to six pictures, which the prompt may call image 1 to image 6, in this order.",
-        ),
-        io.Autogrow.Input(
-            "masks",
-            template=io.Autogrow.TemplateNames(mask, names=list(MASKS), min=0),
-            tooltip="Optional: mask_1 belongs to image_1, and so on. Masked parts become white.",
-        ),
+        io.Clip.Input("clip", tooltip="From Load UniPic; any Qwen2.5-VL 7B of type qwen_image works."),
+        io.Vae.Input("vae", tooltip="From Load UniPic; any Qwen-Image VAE works."),
+        *_growing_inputs(),
         io.String.Input(
             "prompt",
             multiline=True,
@@ -147,6 +138,23 @@ def _inputs() -> list[Any]:
     ]
 
 
+def _growing_inputs() -> list[Any]:
+    image = io.Image.Input("image", tooltip="A picture. Each picture of a batch is a reference of its own.")
+    mask = io.Mask.Input("mask", tooltip="What to leave out of the picture: Load Image's MASK, stretched to its size.")
+    return [
+        io.Autogrow.Input(
+            "images",
+            template=io.Autogrow.TemplateNames(image, names=list(IMAGES), min=0),
+            tooltip="Up to six pictures, which the prompt may call image 1 to image 6, in this order.",
+        ),
+        io.Autogrow.Input(
+            "masks",
+            template=io.Autogrow.TemplateNames(mask, names=list(MASKS), min=0),
+            tooltip="Optional: mask_1 belongs to image_1, and so on. Masked parts become white.",
+        ),
+    ]
+
+
 def _check_sockets(others: Mapping[str, Any]) -> None:
     """What is connected to sockets that the schema does not have comes along when a graph is sent by the API."""
     if others:
@@ -159,8 +167,8 @@ def _check_sockets(others: Mapping[str, Any]) -> None:
 def _check_vae(vae: Any) -> None:
     if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
-            "vae must be the Qwen-Image VAE, got one with other latents; take it from LoadUniPic, or load "
-            "qwen_image_vae.safetensors with VAELoader"
+            "vae must be the Qwen-Image VAE, got one with other latents; take it from Load UniPic, or load "
+            "qwen_image_vae.safetensors with Load VAE"
         )
 
 
@@ -196,11 +204,27 @@ def _plan(
     )
 
 
-def _reference_latent(vae: Any, reference: Image.Image) -> Tensor:
-    """[1, C, 1, h, w] of one picture, not normalised: the MODEL does that. Alone, since stock VAEs read a video."""
-    key = (WeightsKey(vae.first_stage_model), vae.patcher.patches_uuid, vae.vae_dtype, image_key(reference))
-    latent = _references.get(key, lambda: vae.encode(to_image(reference)).cpu())
-    return latent.to(comfy.model_management.intermediate_device())
+def _reference_latents(vae: Any, references: Sequence[Image.Image]) -> list[Tensor]:
+    """[1, C, 1, h, w] of each picture, not normalised: the MODEL does that. Those made before are kept."""
+    weights = (WeightsKey(vae.first_stage_model), vae.patcher.patches_uuid, vae.vae_dtype)
+    keys = [(*weights, image_key(reference)) for reference in references]
+    new = _encode_at_once(vae, {k: r for k, r in zip(keys, references, strict=True) if k not in _references})
+    known_first = sorted(keys, key=new.__contains__)  # no new one may push out one that is asked for
+    latents = {key: _references.get(key, partial(new.__getitem__, key)) for key in known_first}
+    return [latents[key].to(comfy.model_management.intermediate_device()) for key in keys]
+
+
+def _encode_at_once(vae: Any, references: Mapping[Hashable, Image.Image]) -> dict[Hashable, Tensor]:
+    """Latents [1, C, 1, h, w] in main memory. Ours takes pictures of one size together; a stock VAE reads a video."""
+    batches: dict[Hashable, list[Hashable]] = {}
+    for key, reference in references.items():
+        batches.setdefault(reference.size if isinstance(vae, UniPicVAE) else key, []).append(key)
+    latents: dict[Hashable, Tensor] = {}
+    for keys in batches.values():
+        made = vae.encode(torch.cat([to_image(references[key]) for key in keys])).cpu()
+        # copied, since one that is kept would keep all of its batch
+        latents |= {key: latent[None].clone() for key, latent in zip(keys, made, strict=True)}
+    return latents
 
 
 def _text(clip: Any, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:

@@ -33,7 +33,11 @@ HELD = "unipic_held"
 """Key of a conditioning: `held_shapes` of it in the run that has begun."""
 
 ONCE, EACH = "unipic_held_once", "unipic_held_each"
-"""Names by which held tokens reach the memory estimate: the same for all conditionings, and each conditioning's own."""
+"""Names by which held tokens reach the memory estimate: references', named by the first of the conditionings that bring
+the same ones, and each conditioning's own."""
+
+REFERENCE_SETS = 2
+"""How many sets of references keep their keys and values: a positive and a negative may bring different ones."""
 
 Kept = tuple[KeyValue, ...]
 """Keys and values in every block."""
@@ -112,7 +116,7 @@ class Conditions:
 
     def __init__(self) -> None:
         # guided runs have two texts; a few more serve conditionings of areas or times of their own
-        self.kept: dict[str, TensorCache[Kept]] = {REFERENCES: TensorCache(2), TEXT: TensorCache(4)}
+        self.kept: dict[str, TensorCache[Kept]] = {REFERENCES: TensorCache(REFERENCE_SETS), TEXT: TensorCache(4)}
         self.reused: TensorCache[Reused] = TensorCache(4)
         self._patcher: Any = None
 
@@ -158,15 +162,32 @@ def keep_during_runs(patcher: Any) -> None:
 
 
 def _note_held(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Around a guider's whole run: HELD for each of its conditionings."""
+    """Around a guider's whole run: HELD for each of its conditionings, equal references with the first alone."""
     guider = executor.class_obj
     options = guider.model_options.get("transformer_options", {})
     form = options.get(FORM) or guider.model_patcher.model.diffusion_model.config.attention_form
+    counted: list[Mapping[str, Any]] = []
     for name, conds in guider.conds.items():
         pictures = 0 if name == "negative" and _leaves_negative(guider) else len(noise)
         for cond in conds:
-            cond[HELD] = held_shapes(cond, form, options.get(CACHE, AUTO), pictures)
+            shapes = cond[HELD] = held_shapes(cond, form, options.get(CACHE, AUTO), pictures)
+            if ONCE in shapes and any(_same_references(cond, other) for other in counted):
+                del shapes[ONCE]
+            elif ONCE in shapes:
+                counted.append(cond)
     return executor(noise, *args, **kwargs)
+
+
+def _same_references(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two conditionings bring the same references, by their values."""
+
+    def equal(x: Tensor, y: Tensor) -> bool:
+        return x is y or (x.shape == y.shape and x.device == y.device and torch.equal(x, y))
+
+    if a.get("reference_latents_method") != b.get("reference_latents_method"):
+        return False
+    first, second = (cond.get("reference_latents") or () for cond in (a, b))
+    return len(first) == len(second) and all(equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 def _leaves_negative(guider: Any) -> bool:
@@ -199,8 +220,8 @@ def with_cache(model: Any, cache: str) -> Any:
     known = isinstance(getattr(model.model.diffusion_model, "conditions", None), Conditions)
     if cache == APPROXIMATE and not known:
         raise UniPicError(
-            "condition_cache approximate needs a model from LoadUniPic; ComfyUI's own Qwen-Image network does not have "
-            "it: choose auto"
+            "condition_cache approximate needs a model from Load UniPic; ComfyUI's own Qwen-Image network does not "
+            "have it: choose auto"
         )
     clone.model_options.setdefault("transformer_options", {})[CACHE] = cache
     return clone

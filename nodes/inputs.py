@@ -35,7 +35,7 @@ def _check_latent(latent: Tensor, in_channels: int) -> None:
     if channels * PATCH**2 != in_channels:
         raise UniPicError(
             f"this model works on latents of {in_channels // PATCH**2} channels and was given {channels}; use the VAE "
-            "that LoadUniPic gives with it"
+            "that Load UniPic gives with it"
         )
     if frames != 1:
         raise UniPicError(f"UniPic makes single pictures and was given a latent of {frames} frames; give it one")
@@ -45,7 +45,7 @@ def checked_text(context: Tensor, width: int) -> Tensor:
     """The text [B, L, D], or UniPicError if D is not the width that the network takes."""
     if context.shape[-1] != width:
         raise UniPicError(
-            f"this model takes text of width {width} and was given {context.shape[-1]}; use the CLIP that LoadUniPic "
+            f"this model takes text of width {width} and was given {context.shape[-1]}; use the CLIP that Load UniPic "
             "gives with it"
         )
     return context

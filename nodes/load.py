@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,12 +16,16 @@ from comfy_api.latest import io
 
 from ..unipic_core.checkpoints import looks_like
 from ..unipic_core.errors import UniPicError
+from ..unipic_core.recipe import Recipe
+from ..unipic_core.settings import resolve
 from ..unipic_core.tensor_files import read_table
 from ..unipic_core.vae_files import config_of_file
-from . import sources
+from . import CATEGORY, sources
 from .facts import attach, facts_of
 from .latent_format import PictureLatents, fit_preview, read_latent_format
+from .messages import tell
 from .model import WEIGHT_DTYPES, load_model
+from .sample import described
 
 
 class LoadUniPic(io.ComfyNode):
@@ -29,7 +34,7 @@ class LoadUniPic(io.ComfyNode):
         return io.Schema(
             node_id="LoadUniPic",
             display_name="Load UniPic",
-            category="UniPic",
+            category=CATEGORY,
             description="Loads a UniPic 3 or Qwen-Image-Edit model with its text encoder and VAE.",
             search_aliases=["unipic", "qwen image edit"],
             inputs=[
@@ -47,11 +52,11 @@ class LoadUniPic(io.ComfyNode):
                     options=list(WEIGHT_DTYPES),
                     default="as stored",
                     tooltip="How the network's weights are kept in memory. fp8 takes half the memory of bf16 and is a "
-                    "little less exact.",
+                    "little less exact; a file that is fp8 already then stays as it is.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The network. It carries its recipe: FewStepSampler reads it."),
+                io.Model.Output(tooltip="The network. It carries its recipe: Few-Step Sampler reads it."),
                 io.Clip.Output(tooltip="The text encoder, which also sees the reference pictures."),
                 io.Vae.Output(tooltip="Between pictures and latents."),
             ],
@@ -73,9 +78,20 @@ class LoadUniPic(io.ComfyNode):
         if latents.latent_rgb_factors is None:
             fit_preview(latents, loaded_vae.decode)
         patcher = load_model(source, weight_dtype, latents)
+        if facts_of(patcher).recipe == Recipe():
+            tell(cls, without_recipe(source), logging.WARNING)
         clip = load_clip(encoder_path, patcher.model.diffusion_model.config.joint_attention_dim)
         attach(clip.patcher, facts_of(patcher))
         return io.NodeOutput(patcher, clip, loaded_vae)
+
+
+def without_recipe(source: Path) -> str:
+    """What happens to weights that say nothing of their use, and what to do if that is wrong."""
+    return (
+        f"{source.name} brings no recipe and its name says nothing, so it runs with {described(resolve(Recipe()))}; if "
+        "it is a few-step model, keep the repository's name in its own, such as Unipic3-DMD, or set steps, cfg and "
+        "sampler in Few-Step Sampler"
+    )
 
 
 def _part_input(name: str, kind: sources.FileKind) -> io.Combo.Input:

@@ -14,16 +14,17 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..unipic_core.errors import CheckpointError, LoRAError
+from ..unipic_core.errors import CheckpointError, LoRAError, one_line
 from ..unipic_core.lora import LoRA, MergeReport, build_lora
 from ..unipic_core.lora_layers import LoRALayer
 from ..unipic_core.recipe import METADATA_KEY, Recipe
 from ..unipic_core.settings import resolve
+from . import CATEGORY
 from .conditions import FORM
 from .facts import Facts, attach, facts_of
 from .messages import tell
 from .model import UniPicModel
-from .sample import CATEGORY, described
+from .sample import described
 from .sources import MODELS
 
 BUNDLED = "bundled: "
@@ -57,7 +58,7 @@ def read_lora(path: Path) -> LoRA:
         tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
         tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
     except Exception as error:  # it passes on whatever safetensors, pickle, zipfile and torch raise
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        reason = one_line(error)
         raise LoRAError(f"{path.name} cannot be read as a LoRA ({reason}); it is damaged: download it again") from error
     metadata = metadata or {}
     try:
@@ -96,7 +97,7 @@ def switch_form(model: Any, name: str, form: str) -> None:
     if not isinstance(model.model, UniPicModel):
         raise LoRAError(
             f"{name} was trained for attention of the form {form}, which ComfyUI's own Qwen-Image network does not "
-            "have; load the model with LoadUniPic"
+            "have; load the model with Load UniPic"
         )
     model.model_options.setdefault("transformer_options", {})[FORM] = form
 
@@ -121,10 +122,14 @@ class DistillLoRA(io.ComfyNode):
             display_name="Distill LoRA (UniPic)",
             category=CATEGORY,
             description="Adds a LoRA to the model and hands its recipe (steps, guidance, sampler, attention form) on "
-            "to FewStepSampler. Reads the namings of all common trainers, and says how many layers matched.",
+            "to Few-Step Sampler. Reads the namings of all common trainers, and says how many layers matched.",
             search_aliases=["lora", "load lora", "unipic lora", "few step lora", "dmd", "consistency"],
             inputs=[
-                io.Model.Input("model", tooltip="From LoadUniPic; any Qwen-Image-Edit model works."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load UniPic. Any Qwen-Image-Edit model works, but a LoRA of a causal form needs Load "
+                    "UniPic.",
+                ),
                 io.Combo.Input(
                     "lora",
                     options=[*bundled_loras(), *folder_paths.get_filename_list("loras")],
@@ -165,7 +170,7 @@ class DistillLoRA(io.ComfyNode):
 
 
 def summary(lora: LoRA, report: MergeReport, facts: Facts) -> str:
-    """How many layers matched, which did not, and what FewStepSampler will do. facts: of the model with the LoRA."""
+    """How many layers matched, which did not, and what Few-Step Sampler will do. facts: of the model with the LoRA."""
     total = report.matched + len(report.unmatched)
     text = f"{report.matched} of {total} layers of {lora.name} matched"
     if report.unmatched:

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 
 
 def tell(node: type[io.ComfyNode], text: str, level: int = logging.INFO) -> None:
-    """Log a line, and show it in the node, which must ask for `io.Hidden.unique_id`."""
-    logging.log(level, "%s: %s", node.__name__.removesuffix("Clone"), text)  # ComfyUI runs a clone of the class
+    """Log a line, and show it in the node, if that asks for `io.Hidden.unique_id`."""
+    logging.log(level, "%s: %s", node.define_schema().display_name, text)
     prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)  # absent where no page is served
     server, unique_id = getattr(prompt_server, "instance", None), getattr(node.hidden, "unique_id", None)
     if server is not None and unique_id:

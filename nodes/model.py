@@ -25,7 +25,7 @@ from ..unipic_core.segments import condition_bytes
 from ..unipic_core.sequence import PATCH, PIXELS_PER_TOKEN
 from ..unipic_core.tensor_files import read_table
 from ..unipic_core.weights import FP8, Weights
-from .conditions import EACH, HELD, ONCE, keep_during_runs
+from .conditions import EACH, HELD, ONCE, REFERENCE_SETS, keep_during_runs
 from .facts import Facts, attach
 from .latent_format import PictureLatents, read_latent_format
 from .network import Network, network_options
@@ -63,11 +63,13 @@ class UniPicModel(comfy.model_base.QwenImage):
         return shapes
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """The stock estimate, and the keys and values that stay in memory while a run lasts."""
+        """The stock estimate, and the keys and values that stay in memory while a run lasts: of the largest sets of
+        references that may be kept together, and of each conditioning's own tokens."""
         config, cond_shapes = self.diffusion_model.config, cond_shapes or {}
         once, each = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (ONCE, EACH))
         itemsize = management.dtype_size(self.get_dtype_inference())
-        held = condition_bytes(max(once, default=0) + sum(each), config.num_layers, config.width, itemsize)
+        tokens = sum(sorted(once)[-REFERENCE_SETS:]) + sum(each)
+        held = condition_bytes(tokens, config.num_layers, config.width, itemsize)
         return super().memory_required(input_shape, cond_shapes) + held
 
 

@@ -133,16 +133,8 @@ class Network(MMDiT):
         words = fixed.context.shape[1] if TEXT in pieces else 0
         images = latents.tokens.shape[1] if REFERENCES in pieces else latents.num_target_tokens
         at_zero = method == "index_timestep_zero" and images > latents.num_target_tokens
-
-        img = self.img_in(latents.tokens[:, :images])
-        txt = self.embed_text(fixed.context.to(x.dtype)) if words else None
-        start = fixed.context.shape[1]
-        text_ids, picture_ids = fixed.ids[:, :words], fixed.ids[:, start : start + images]
+        img, txt, picture_ids, text_ids = self._entering(fixed, words, images, options)
         temb = self._time(timestep, img, at_zero, fixed.additional)
-        for patch in options.get("patches", {}).get("post_input", ()):
-            seen = {"img": img, "txt": txt, "img_ids": picture_ids, "txt_ids": text_ids, "transformer_options": options}
-            out = patch(seen)
-            img, txt, picture_ids, text_ids = out["img"], out["txt"], out["img_ids"], out["txt_ids"]
         is_target = torch.arange(img.shape[1], device=img.device) < latents.num_target_tokens
         state = HookedState(
             rope=self.pe_embedder(torch.cat([text_ids, picture_ids], dim=1)),
@@ -159,6 +151,21 @@ class Network(MMDiT):
         velocity = self.proj_out(self.norm_out(img[:, : latents.num_target_tokens], temb[: img.shape[0]]))
         velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
         return velocity if x.ndim == 5 else velocity[:, :, 0]
+
+    def _entering(
+        self, fixed: Fixed, words: int, images: int, options: Options
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """The first `images` image tokens and the text, None where words is 0, as they enter the first block; and the
+        positions of both. Patches "post_input" may change all four."""
+        start, tokens = fixed.context.shape[1], fixed.latents.tokens
+        img = self.img_in(tokens[:, :images])
+        txt = self.embed_text(fixed.context.to(tokens.dtype)) if words else None
+        text_ids, picture_ids = fixed.ids[:, :words], fixed.ids[:, start : start + images]
+        for patch in options.get("patches", {}).get("post_input", ()):
+            seen = {"img": img, "txt": txt, "img_ids": picture_ids, "txt_ids": text_ids, "transformer_options": options}
+            out = patch(seen)
+            img, txt, picture_ids, text_ids = out["img"], out["txt"], out["img_ids"], out["txt_ids"]
+        return img, txt, picture_ids, text_ids
 
     def _blocks(
         self,

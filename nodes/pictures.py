@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.images import load_image, to_rgb
+from . import CATEGORY
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 """The pictures that come with the pack."""
@@ -74,7 +75,7 @@ class UniPicSampleImages(io.ComfyNode):
         return io.Schema(
             node_id="UniPicSampleImages",
             display_name="Sample Images (UniPic)",
-            category="UniPic",
+            category=CATEGORY,
             description="A picture that comes with the pack, to try a workflow with before loading your own.",
             search_aliases=["example image", "sample picture", "unipic images"],
             inputs=[

@@ -6,14 +6,16 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..unipic_core.recipe import LIMITS, SAMPLERS
+from ..unipic_core.conditions import REUSE_WITHIN
+from ..unipic_core.recipe import LIMITS, SAMPLERS, Recipe
 from ..unipic_core.settings import Settings, resolve
-from . import sampling
+from . import CATEGORY, sampling
 from .conditions import AUTO, CACHES, with_cache
 from .facts import facts_of
 from .messages import tell
 
-CATEGORY = "UniPic"
+REUSE_ERROR = "48 dB PSNR on the bundled nano"
+"""Of condition_cache approximate at 8 steps (tests/benchmarks/approximate.py)."""
 
 
 def steps_input() -> io.Int.Input:
@@ -38,6 +40,19 @@ def denoise_input() -> io.Float.Input:
     )
 
 
+def cache_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "condition_cache",
+        options=list(CACHES),
+        default=AUTO,
+        optional=True,
+        tooltip="For weights of a causal attention form: auto = the pictures (and the text) are read once and kept for "
+        "the run; off = again in every step, slower and with less memory. The picture is the same. Other weights have "
+        "nothing to keep exactly; for them approximate = what was read of the pictures serves further steps while t "
+        f"moves by at most {REUSE_WITHIN:g}: faster, and slightly another picture ({REUSE_ERROR}).",
+    )
+
+
 class FewStepSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -47,50 +62,8 @@ class FewStepSampler(io.ComfyNode):
             category=CATEGORY,
             description="Samples as the weights want it: steps, guidance and method come with them, or with a LoRA.",
             search_aliases=["unipic sampler", "consistency", "dmd", "lcm"],
-            inputs=[
-                io.Model.Input("model", tooltip="From LoadUniPic or DistillLoRA; any Qwen-Image-Edit model works."),
-                io.Conditioning.Input("positive", tooltip="Prompt and pictures, from MultiImageCompose."),
-                io.Conditioning.Input("negative", tooltip="What to move away from. Not computed at guidance 1."),
-                io.Latent.Input("latent", tooltip="Its size is the size of the picture; a mask on it is respected."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="One seed gives one picture: it also decides the noise that is added between the steps.",
-                ),
-                steps_input(),
-                io.Float.Input(
-                    "cfg",
-                    default=0.0,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Guidance as in the release, per token. 0 = what the weights or the LoRA were made for; "
-                    "1 = none, which halves the time.",
-                ),
-                io.Combo.Input(
-                    "sampler",
-                    options=["auto", *SAMPLERS],
-                    default="auto",
-                    tooltip="auto = what the weights or the LoRA were made for. consistency predicts the picture and "
-                    "adds fresh noise; euler follows the flow.",
-                ),
-                denoise_input(),
-                io.Combo.Input(
-                    "condition_cache",
-                    options=list(CACHES),
-                    default=AUTO,
-                    optional=True,
-                    tooltip="For weights of a causal attention form: auto = the pictures (and the text) are read once "
-                    "and kept for the run; off = again in every step, slower and with less memory. The picture is the "
-                    "same. Other weights have nothing to keep exactly; for them approximate = what was read of "
-                    "the pictures serves further steps while t moves by at most 0.2: 0.78 of the time of 8 steps "
-                    "by arithmetic, and slightly another picture (48 dB PSNR on the bundled nano).",
-                ),
-            ],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with the VAE of LoadUniPic.")],
+            inputs=[*_sockets(), *_choices()],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with the VAE of Load UniPic.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -112,16 +85,57 @@ class FewStepSampler(io.ComfyNode):
         if condition_cache != AUTO:
             model = with_cache(model, condition_cache)
         settings = resolve(facts.recipe, steps or None, cfg or None, None if sampler == "auto" else sampler)
-        tell(cls, described(settings))
+        tell(cls, ("no recipe: " if facts.recipe == Recipe() else "") + described(settings))
         tokens = sampling.target_tokens(sampling.prepared(model, latent))
         times = sampling.sigmas_of(settings, facts.shift, tokens, denoise)
         return io.NodeOutput(sampling.sample(model, positive, negative, latent, seed, settings, times))
 
 
+def _sockets() -> list[Any]:
+    return [
+        io.Model.Input("model", tooltip="From Load UniPic or Distill LoRA; any Qwen-Image-Edit model works."),
+        io.Conditioning.Input("positive", tooltip="Prompt and pictures, from Multi-Image Compose."),
+        io.Conditioning.Input("negative", tooltip="What to move away from. Not computed at guidance 1."),
+        io.Latent.Input("latent", tooltip="Its size is the size of the picture; a mask on it is respected."),
+    ]
+
+
+def _choices() -> list[Any]:
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="One seed gives one picture: it also decides the noise that is added between the steps.",
+        ),
+        steps_input(),
+        io.Float.Input(
+            "cfg",
+            default=0.0,
+            min=0.0,
+            max=100.0,
+            step=0.1,
+            tooltip="Guidance as in the release, per token. 0 = what the weights or the LoRA were made for; 1 = none, "
+            "which halves the time.",
+        ),
+        io.Combo.Input(
+            "sampler",
+            options=["auto", *SAMPLERS],
+            default="auto",
+            tooltip="auto = what the weights or the LoRA were made for. consistency predicts the picture and adds "
+            "fresh noise; euler follows the flow.",
+        ),
+        denoise_input(),
+        cache_input(),
+    ]
+
+
 def described(settings: Settings) -> str:
     """What a run does, in one line."""
-    passes = "no unconditional pass" if settings.guidance == 1 else "two passes a step"
-    return f"{settings.steps} steps, {settings.sampler}, guidance {settings.guidance:g} ({passes})"
+    guidance = "no guidance" if settings.guidance == 1 else f"guidance {settings.guidance:g}"
+    return f"{settings.steps} steps, {settings.sampler}, {guidance}"
 
 
 class UniPicSigmas(io.ComfyNode):
@@ -134,7 +148,7 @@ class UniPicSigmas(io.ComfyNode):
             description="The time schedule that the weights want at this size, for SamplerCustomAdvanced. With it, the "
             "stock lcm sampler at guidance 1 gives the picture of the consistency sampler.",
             inputs=[
-                io.Model.Input("model", tooltip="Its recipe names the schedule; from LoadUniPic or DistillLoRA."),
+                io.Model.Input("model", tooltip="Its recipe names the schedule; from Load UniPic or Distill LoRA."),
                 io.Latent.Input("latent", tooltip="The latent to be sampled: the schedule depends on its size."),
                 steps_input(),
                 denoise_input(),
@@ -161,7 +175,7 @@ class UniPicSamplerSelect(io.ComfyNode):
                 io.Combo.Input(
                     "sampler",
                     options=list(SAMPLERS),
-                    default="consistency",
+                    default="euler",
                     tooltip="consistency predicts the picture and adds fresh noise (few-step weights); euler follows "
                     "the flow (base weights).",
                 )

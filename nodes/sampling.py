@@ -178,7 +178,7 @@ def _run(
     """A run with a progress bar on the console. UniPicError for sigmas of another kind of model, and for NaN."""
     if not bool(((sigmas[:-1] > 0) & (sigmas[:-1] <= 1)).all()):
         got = ", ".join(f"{s:.4g}" for s in sigmas.tolist())
-        raise UniPicError(f"the sigmas should fall from at most 1 to 0, got {got}; make them with UniPicSigmas")
+        raise UniPicError(f"the sigmas should fall from at most 1 to 0, got {got}; make them with UniPic Sigmas")
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
         try:
             yield _Run(model, sigmas, extra_args or {}, callback, bar)
@@ -224,7 +224,7 @@ def prepared(model: Any, latent: dict[str, Any]) -> Tensor:
     if not isinstance(sampling, comfy.model_sampling.CONST):
         raise UniPicError(
             f"expected a flow model such as UniPic or Qwen-Image-Edit, got {type(model.model).__name__}; connect the "
-            "MODEL of LoadUniPic"
+            "MODEL of Load UniPic"
         )
     scales = [latent.get(f"downscale_ratio_{way}") for way in ("spacial", "temporal")]
     x = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *scales)
@@ -232,7 +232,7 @@ def prepared(model: Any, latent: dict[str, Any]) -> Tensor:
     if x.ndim != 5 or x.shape[1] != channels or x.shape[2] != 1:
         raise UniPicError(
             f"the model wants latents [batch, {channels}, 1, height, width], got {list(latent['samples'].shape)}; take "
-            "them from MultiImageCompose, or encode the picture with the VAE of LoadUniPic"
+            "them from Multi-Image Compose, or encode the picture with the VAE of Load UniPic"
         )
     return x
 

@@ -16,6 +16,7 @@ import comfy.utils
 from PIL import Image
 from torch import Tensor
 
+from ..unipic_core.encoder_files import HEAD
 from ..unipic_core.errors import CheckpointError, UniPicError
 from ..unipic_core.images import resize_for_vision
 from ..unipic_core.prompt import prompt_text
@@ -78,7 +79,7 @@ def read_encoder_weights(folder: Path) -> dict[str, Tensor]:
         stored = {name: weight for part in parts for name, weight in part.items()}
     else:
         stored = {name: checked.get(name) for name in checked}
-    return {comfy_name(name): weight for name, weight in stored.items() if not name.startswith("lm_head.")}
+    return {comfy_name(name): weight for name, weight in stored.items() if not name.startswith(HEAD)}
 
 
 def comfy_name(name: str) -> str:
@@ -119,7 +120,7 @@ def _warn_of_enlarging(pictures: Sequence[Image.Image]) -> None:
     if small:
         logging.warning(
             "UniPic: ComfyUI's own text encoder enlarges a reference of %dx%d pixels; results differ a little from the "
-            "release. Raise reference_budget, or take the CLIP from LoadUniPic.",
+            "release. Raise reference_budget, or take the CLIP from Load UniPic.",
             *small,
         )
 
@@ -129,7 +130,7 @@ def _check_tokens(tokens: Any, num_references: int) -> None:
     if kinds != [KEY]:
         raise UniPicError(
             f"clip must be a Qwen2.5-VL, got one that makes {', '.join(kinds) or type(tokens).__name__}; take it from "
-            "LoadUniPic, or load a Qwen2.5-VL 7B with CLIPLoader and type qwen_image"
+            "Load UniPic, or load a Qwen2.5-VL 7B with Load CLIP and type qwen_image"
         )
     images = sum(isinstance(pair[0], dict) for row in tokens[KEY] for pair in row)
     if images != num_references:

@@ -12,8 +12,8 @@ import tokenizers
 from comfy.text_encoders import qwen_image
 from torch import Tensor
 
-from ..unipic_core.errors import CheckpointError, UniPicError
-from ..unipic_core.prompt import IMAGE, IMAGE_PAD, LONG_PROMPT, PREFIX, SUFFIX
+from ..unipic_core.errors import CheckpointError, one_line
+from ..unipic_core.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length
 from ..unipic_core.vision import vision_tokens
 
 KEY = "qwen25_7b"
@@ -44,8 +44,7 @@ class Vocabulary:
         try:
             return cls._of_json(file) if file else cls._of_lists(folder)
         except Exception as error:  # tokenizers and transformers raise their own kinds
-            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {detail}") from error
+            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
     @classmethod
     def _of_json(cls, file: Path) -> Vocabulary:
@@ -143,11 +142,5 @@ class Tokenizer:
         words = [token for token in tokens if isinstance(token, int)]
         shapes = [token["data"].shape for token in tokens if not isinstance(token, int)]
         total = len(words) + sum(vision_tokens(shape[1], shape[2]) for shape in shapes)
-        kept = len(words) - self.dropped(tokens)
-        if total > self.max_length:
-            raise UniPicError(
-                f"the prompt is too long: {kept} tokens of text, with the references and the template {total}, "
-                f"of at most {self.max_length}; shorten it"
-            )
-        if kept > LONG_PROMPT:
-            logging.warning("UniPic: the prompt has %d tokens; the model was trained up to %d", kept, LONG_PROMPT)
+        if caution := check_length(len(words) - self.dropped(tokens), total, self.max_length):
+            logging.warning("UniPic: %s", caution)

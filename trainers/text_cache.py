@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from unipic_core.encoder_files import HEAD
 from unipic_core.errors import CheckpointError
 from unipic_core.pipeline.text import EncoderInputs, TextEncoder, positions_of
 from unipic_core.prompt import prompt_text
@@ -107,7 +108,7 @@ def _fingerprint(weights: Iterable[tuple[str, Tensor]], config: Any, tokenizer: 
 
 def _bare(name: str) -> str:
     """A weight's name without the wrappers that differ between files and modules; "" for the unused head."""
-    return "" if name.startswith("lm_head.") else re.sub(r"\b(model|language_model)\.", "", name)
+    return "" if name.startswith(HEAD) else re.sub(r"\b(model|language_model)\.", "", name)
 
 
 def _value(config: Any, key: str) -> Any:

@@ -24,10 +24,12 @@ ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 FORMS = ("bf16", "fp32", "fp8_scaled")
 SOURCE = "pipeline folder, transformer folder, or a .safetensors or .bin file"
+INSTALL = 'pip install -c constraints.txt -e ".[pipeline]"'
 LORA = "FILE[=STRENGTH]"
+OVERWRITE = "replace DST if it is there"
 AGAIN = "may be given again; strength 1 unless said"
 FORM_NOTE = (
-    "If the weights attend in a causal form (`unipic info` says so), only unipic and the node LoadUniPic compute it: "
+    "If the weights attend in a causal form (`unipic info` says so), only unipic and the node Load UniPic compute it: "
     "other programs read the result as full attention and make wrong pictures without an error."
 )
 
@@ -62,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        expected = isinstance(error, (ValueError, OSError))
-        text = with_flags(" ".join(str(error).split())) or type(error).__name__
+        absent = absent_package(error)
+        expected = absent is not None or isinstance(error, (ValueError, OSError))
+        text = absent or with_flags(" ".join(str(error).split())) or type(error).__name__
         if not expected:
             text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
         print(f"unipic: {text}", file=sys.stderr)
@@ -85,6 +88,16 @@ def with_flags(text: str) -> str:
     for python, flag in FLAGS.items():
         text = text.replace(python, flag)
     return text
+
+
+def absent_package(error: Exception) -> str | None:
+    """What to install, if the error is that of a package that only the pipeline needs."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    package = error.name.partition(".")[0]
+    if package == __package__:
+        return None
+    return f"this needs the package {package}, which is not installed; in the folder of this pack: {INSTALL}"
 
 
 # --- arguments -----------------------------------------------------------------------------------------------------
@@ -111,6 +124,7 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("src", type=Path, help=SOURCE)
     convert.add_argument("dst", type=Path, help="the file to write")
     convert.add_argument("--dtype", type=form_argument, choices=FORMS, default="bf16", help="default: %(default)s")
+    convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     convert.set_defaults(run=run_convert)
     merge = commands.add_parser(
         "merge", help="bake LoRAs into a transformer: one file, or a model folder", description=FORM_NOTE
@@ -124,7 +138,7 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--lora", type=lora_argument, action="append", required=True, metavar=LORA, help=AGAIN)
     merge.add_argument("--dtype", type=form_argument, choices=FORMS, help="default: that of SRC; folders hold no fp8")
-    merge.add_argument("--overwrite", action="store_true", help="replace DST if it is there")
+    merge.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     merge.set_defaults(run=run_merge)
     for command in (*commands.choices.values(),):
         command.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -182,8 +196,8 @@ def size_argument(text: str) -> tuple[int, int]:
 
 
 def lora_argument(text: str) -> tuple[Path, float]:
-    """ "FILE", "FILE=STRENGTH" or "FILE:STRENGTH" -> (path, strength)."""
-    found = re.fullmatch(r"(.+)[=:]([^=:]*)", text)
+    """ "FILE" or "FILE=STRENGTH" -> (path, strength)."""
+    found = re.fullmatch(r"(.+)=([^=]*)", text)
     if found is None or os.path.exists(text):
         return Path(text), 1.0
     try:
@@ -240,7 +254,9 @@ def run_info(args: argparse.Namespace) -> None:
 def run_convert(args: argparse.Namespace) -> None:
     """Write one safetensors file."""
     from .convert import convert
+    from .saving import require_new
 
+    require_new(args.dst, args.overwrite)
     with progress_bar("converting", unit="B") as advance:
         path = convert(args.src, args.dst, dtype=args.dtype, progress=advance)
     print(path)

@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ VARIANTS = 64
 
 COMPILERS = {"win32": "cl", "darwin": "clang++"}
 """C++ compilers that torch calls when CXX names none; g++ elsewhere."""
+
+C_COMPILERS = ("gcc", "clang")
+"""Those that triton looks for on Linux when CC names none; on Windows it brings its own."""
 
 
 def compile_blocks(network: MMDiT, backend: str | Any = "inductor") -> None:
@@ -47,16 +51,25 @@ def _own_memory(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
 
 
 def check_compiler(device: torch.device | str) -> None:
-    """UniPicError if what torch.compile needs for a device is not there: triton for a GPU, a C++ compiler for a CPU."""
-    if torch.device(device).type != "cpu":
-        if importlib.util.find_spec("triton") is None:
-            package = "triton-windows" if sys.platform == "win32" else "triton"
-            raise UniPicError(
-                f"compiling for a GPU needs triton, which is absent; pip install {package}, or do without"
-            )
+    """UniPicError if what torch.compile needs for a device is not there.
+
+    For a CPU a C++ compiler; for a GPU triton, and the C compiler with which it builds what starts its kernels.
+    """
+    if torch.device(device).type == "cpu":
+        _require_compiler("a CPU", "C++", [os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")])
         return
-    compiler = os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")
-    if shutil.which(compiler) is None:
+    if importlib.util.find_spec("triton") is None:
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        raise UniPicError(f"compiling for a GPU needs triton, which is absent; pip install {package}, or do without")
+    if sys.platform == "linux":
+        given = os.environ.get("CC")
+        _require_compiler("a GPU", "C", [given] if given else C_COMPILERS)
+
+
+def _require_compiler(device: str, language: str, names: Sequence[str]) -> None:
+    """UniPicError if none of these programs is there."""
+    if not any(map(shutil.which, names)):
         raise UniPicError(
-            f"compiling for a CPU needs the C++ compiler {compiler}, which is absent; install it, or do without"
+            f"compiling for {device} needs the {language} compiler {' or '.join(names)}, which is absent; install it, "
+            "or do without"
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from .blocks import KeyValue
 from .caching import TensorCache, WeightsKey
-from .mmdit import MMDiT
+from .images import vision_size
+from .mmdit import MMDiT, MMDiTConfig
+from .prompt import LONG_PROMPT
 from .rope import text_start
-from .segments import REFERENCES, TEXT, ConditionCache, fixed_pieces
-from .sequence import PackedLatents, TextCond
+from .segments import REFERENCES, TEXT, ConditionCache, condition_bytes, fixed_pieces
+from .sequence import PIXELS_PER_TOKEN, PackedLatents, TextCond
+from .vision import vision_tokens
 
 REUSE_WITHIN = 0.2
 """The change of t over which an approximate cache uses keys and values again (tests/benchmarks/approximate.py)."""
@@ -18,16 +21,33 @@ def still_serves(t_kept: float, t: float) -> bool:
     return abs(t_kept - t) <= REUSE_WITHIN
 
 
+REFERENCE_SETS, TEXTS = 1, 2
+"""What `Conditions` keeps: with guidance a run has two texts."""
+
+
+def most_bytes(config: MMDiTConfig, reference_budget: int, itemsize: int) -> int:
+    """Memory of all that `Conditions` keeps, with references that fill the budget and long prompts.
+
+    reference_budget: side in pixels of the square that the references share. itemsize: bytes of one number.
+    """
+    images = REFERENCE_SETS * (reference_budget // PIXELS_PER_TOKEN) ** 2
+    words = TEXTS * (vision_tokens(*vision_size((reference_budget, reference_budget))) + LONG_PROMPT)
+    fixed = fixed_pieces(config.attention_form)
+    tokens = sum({REFERENCES: images, TEXT: words}[piece] for piece in fixed)
+    return condition_bytes(tokens, config.num_layers, config.width, itemsize)
+
+
 class Conditions:
-    """Keys and values of the last references and of the last two texts: with guidance a run has two.
+    """Keys and values of the last references and of the last two texts.
 
     They serve all steps, seeds and guidance scales, and the references' also all prompts. Known by the contents of
-    latents and embeddings and by the state of the weights, so another LoRA or picture never meets what is kept.
+    latents and embeddings, by the state of the weights and by the attention function, so what is kept never meets
+    another picture, LoRA or kernel.
     """
 
     def __init__(self) -> None:
-        self._references: TensorCache[tuple[KeyValue, ...]] = TensorCache(1)
-        self._texts: TensorCache[tuple[KeyValue, ...]] = TensorCache(2)
+        self._references: TensorCache[tuple[KeyValue, ...]] = TensorCache(REFERENCE_SETS)
+        self._texts: TensorCache[tuple[KeyValue, ...]] = TensorCache(TEXTS)
 
     def get(self, network: MMDiT, latents: PackedLatents, text: TextCond) -> ConditionCache:
         """For one sample, [1, S, 4C] and [1, L, D]; it serves a batch of the same. Empty for the form "full"."""
@@ -35,16 +55,16 @@ class Conditions:
         cache: dict[str, tuple[KeyValue, ...]] = {}
         if not fixed:
             return cache
-        weights, shapes = (WeightsKey(network), network.config), latents.shapes[0]
+        maker, shapes = (WeightsKey(network), network.config, network.attention), latents.shapes[0]
         references = latents.tokens[:, latents.num_target_tokens :]
         if REFERENCES in fixed and shapes[1:]:
-            of_references = (*weights, shapes[1:])
+            of_references = (*maker, shapes[1:])
             cache[REFERENCES] = self._references.get(
                 of_references, [references], lambda: network.prefill(latents)[REFERENCES]
             )
         if TEXT in fixed:
             tensors = [references, text.embeds, *([] if text.mask is None else [text.mask])]
-            of_text = (*weights, shapes[1:], text_start(shapes, network.config.use_layer3d_rope))
+            of_text = (*maker, shapes[1:], text_start(shapes, network.config.use_layer3d_rope))
             cache[TEXT] = self._texts.get(of_text, tensors, lambda: network.prefill(latents, text, cache=cache)[TEXT])
         return cache
 

@@ -80,8 +80,8 @@ def form_cautions(dst: Path, config: MMDiTConfig) -> Iterator[str]:
     no error."""
     if config.attention_form != FULL:
         yield (
-            f"{dst.name}: its attention is {config.attention_form}, which only unipic and the node LoadUniPic compute; "
-            "other programs read it as full and make wrong pictures without an error"
+            f"{dst.name}: its attention is {config.attention_form}, which only unipic and the node Load UniPic "
+            "compute; other programs read it as full and make wrong pictures without an error"
         )
 
 

@@ -28,11 +28,6 @@ def velocity_to_x0(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
     return (x_t - like(t, x_t) * v).to(x_t.dtype)
 
 
-def velocity_to_eps(x_t: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
-    """eps = x_t + (1 - t) v."""
-    return (x_t + (1 - like(t, x_t)) * v).to(x_t.dtype)
-
-
 def x0_to_velocity(x_t: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
     """v = (x_t - x0) / t, for t > 0."""
     return ((x_t - x0) / like(t, x_t)).to(x_t.dtype)

@@ -151,11 +151,10 @@ def _to_multiple(size: Size) -> Size:
 def resize_references(images: Sequence[Image.Image], budget: int = DEFAULT_BUDGET) -> list[Image.Image]:
     """The pictures as the VAE sees them: RGB, resized twice by bicubic interpolation as in the release."""
     images = [to_rgb(image) for image in images]
-    resized = []
-    for image, size in zip(images, _scaled_sizes([image.size for image in images], budget), strict=True):
-        once = _bicubic(image, (max(size[0], 1), max(size[1], 1)))
-        resized.append(_bicubic(once, _to_multiple(size)))
-    return resized
+    sizes = [image.size for image in images]
+    scaled = [(max(width, 1), max(height, 1)) for width, height in _scaled_sizes(sizes, budget)]
+    once = [_bicubic(image, size) for image, size in zip(images, scaled, strict=True)]
+    return [_bicubic(image, size) for image, size in zip(once, reference_sizes(sizes, budget), strict=True)]
 
 
 def resize_for_vision(image: Image.Image) -> Image.Image:

@@ -31,7 +31,7 @@ from .convert import (
 from .errors import CheckpointError, LoRAError
 from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe
-from .saving import Described, Progress, file_size, write_tensors, written_aside
+from .saving import Described, Progress, file_size, require_new, write_tensors, written_aside
 from .weights import FP8, PathLike, Weights
 
 STEM = "diffusion_pytorch_model"
@@ -198,8 +198,7 @@ def _checked_target(dst: Path, dtype: str | None, overwrite: bool) -> bool:
         checked_form(dtype)
         if not single:
             _checked_folder_form(dtype)
-    if dst.exists() and not overwrite:
-        raise CheckpointError(f"{dst} is there already; choose another name, or overwrite it with overwrite=True")
+    require_new(dst, overwrite)
     return single
 
 

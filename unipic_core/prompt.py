@@ -44,3 +44,18 @@ def body_text(prompt: str, num_references: int) -> str:
     if found:
         raise UniPicError(f"the prompt contains {found[0]}, a mark of the template; remove it")
     return IMAGE * num_references + prompt + SUFFIX
+
+
+def check_length(words: int, total: int, limit: int) -> str | None:
+    """What to warn of, if a prompt has more tokens of text than the model was trained with.
+
+    total: with the template and the references. Raises UniPicError where that is more than the encoder's limit.
+    """
+    if total > limit:
+        raise UniPicError(
+            f"the prompt is too long: {words} tokens of text, with the references and the template {total}, "
+            f"of at most {limit}; shorten it"
+        )
+    if words > LONG_PROMPT:
+        return f"the prompt has {words} tokens; the model was trained up to {LONG_PROMPT}"
+    return None

@@ -22,6 +22,12 @@ Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """Names, types and shapes of the tensors of a file that is to be written."""
 
 
+def require_new(dst: Path, overwrite: bool) -> None:
+    """CheckpointError if there is something at `dst` that may not be replaced."""
+    if dst.exists() and not overwrite:
+        raise CheckpointError(f"{dst} is there already; choose another name, or overwrite it with overwrite=True")
+
+
 def write_safetensors(
     path: Path,
     tensors: Described,

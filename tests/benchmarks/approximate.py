@@ -39,9 +39,12 @@ from unipic_core.segments import FULL, REFERENCE_CAUSAL, REFERENCES, advance_all
 from unipic_core.sequence import LatentShape, PackedLatents, TextCond
 
 from .arithmetic import Load, step_flops
-from .common import RESULTS, device_name, draw, heading, line, machine, write_json
+from .common import RESULTS, changed_options, device_name, draw, heading, line, machine, write_json
 
 LIMITS = (0.0, 0.1, REUSE_WITHIN, 0.35, 0.5, 1.0)
+TOP_DB = 60
+"""The best that is drawn: two runs that refresh in every step differ by rounding alone."""
+
 COLUMNS = {"limit": ">6.2f", "refreshed": "<26", "time": ">6.2f", "psnr_db": ">8.1f", "latents": ">8.3f"}
 RELEASE = Load(LatentShape(1, 64, 64), (LatentShape(1, 64, 64),), 1070)
 """1024^2 with the shared budget."""
@@ -218,13 +221,22 @@ def measure(pipe: UniPicPipeline, samples: Sequence[Sample], steps: int) -> dict
 # --- what comes out ---------------------------------------------------------------------------------------------------
 
 
+PANELS = ("relative error of the velocity", "what refreshing buys")
+
+
 def plot(result: dict[str, Any], axes: Sequence[Any]) -> None:
-    rows = result["rows"]
-    axes[0].imshow([[math.nan if e is None else e for e in row] for row in result["errors"]])
+    rows, last = result["rows"], result["steps"] - 1
+    used = [[math.nan if e is None else e for e in row[1:]] for row in result["errors"][:last]]
+    drawn = axes[0].imshow(used, extent=(0.5, last + 0.5, last - 0.5, -0.5))  # a use comes after its making
+    axes[0].figure.colorbar(drawn, ax=axes[0])
+    axes[0].grid(False)
     axes[0].set(xlabel="step of use", ylabel="step of the keys and values")
-    axes[1].plot([r["time"] for r in rows], [min(r["psnr_db"], 60) for r in rows], "o-")
+    axes[1].plot([r["time"] for r in rows], [min(r["psnr_db"], TOP_DB) for r in rows], "o-")
     axes[1].axhline(result["psnr_db_of_two_seeds"], color="black", linestyle="dotted")
-    axes[1].set(xlabel="time of a run by arithmetic, of the exact one's", ylabel="PSNR, dB (dotted: two seeds)")
+    axes[1].set(
+        xlabel="time of a run by arithmetic, of the exact one's",
+        ylabel=f"PSNR, dB ({TOP_DB}: or more; dotted: two seeds)",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -234,15 +246,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--json", type=Path)
+    parser.set_defaults(parser=parser)
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="no pictures given")
     pipe = UniPicPipeline.from_pretrained(args.model, torch_dtype=torch.float32, device="cpu")
     if args.lora:
         pipe.load_lora(args.lora)
     result = {**machine(), **measure(pipe, samples_of(args.n), args.steps)}
-    path = args.json or RESULTS / f"approximate-{device_name()}.json"
+    path = args.json or RESULTS / f"approximate-{device_name()}{changed_options(args)}.json"
     write_json(path, result)
-    draw(path, ["relative error of the velocity", "what refreshing buys"], partial(plot, result))
+    draw(path, PANELS, partial(plot, result))
     return 0
 
 

@@ -198,8 +198,9 @@ def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
 
 
 def draw(path: Path | None, panels: Sequence[str], fill: Callable[[Sequence[Any]], None]) -> None:
-    """A picture beside the result file `path`, if there is one. fill: draws into the panels, given in their order."""
-    if path is None:
+    """A picture beside the result file `path`, if there is one and there are panels. fill: draws into them, given in
+    their order."""
+    if path is None or not panels:
         return
     import matplotlib
 
@@ -235,6 +236,7 @@ def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: by the device, in tests/benchmarks/results")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"timed rounds (default {rounds})")
     parser.add_argument("--tiny", action="store_true", help="sizes of toys, to try the benchmark itself")
+    parser.set_defaults(parser=parser)  # `changed_options` asks it
     return parser
 
 
@@ -243,4 +245,15 @@ def result_file(args: argparse.Namespace, name: str, cuda: bool = False) -> Path
     if args.json is not None or args.tiny:
         return args.json
     RESULTS.mkdir(exist_ok=True)
-    return RESULTS / f"{name}-{device_name(cuda)}.json"
+    return RESULTS / f"{name}-{device_name(cuda)}{changed_options(args)}.json"
+
+
+def changed_options(args: argparse.Namespace) -> str:
+    """For file names: the options that are not at their defaults, "-dtype-bfloat16", so that no result replaces that of
+    another question. args: of a parser that is its own default for `parser`."""
+    changed = {
+        name: value.stem if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in ("json", "parser") and value != args.parser.get_default(name)
+    }
+    return "".join(f"-{name}-{value}" for name, value in changed.items())

@@ -9,6 +9,7 @@ A floor is the arithmetic's operations at the product's rate. Without a CUDA dev
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from unipic_core.attention import ATTENTIONS, attention_named
-from unipic_core.compiling import compile_blocks
+from unipic_core.compiling import check_compiler, compile_blocks
 from unipic_core.mmdit import MMDiT, MMDiTConfig
 from unipic_core.segments import FULL
 from unipic_core.sequence import LatentShape
@@ -44,16 +45,33 @@ from .common import (
     result_file,
     write_json,
 )
-from .gpu_parts import RELEASED, Parts, reference_pixels, text_runs, vae_runs
+from .gpu_parts import RELEASED, Parts, encoder_numbers, reference_pixels, text_runs, vae_runs
 from .gpu_parts import TINY as TINY_PARTS
 from .scaled_fp8 import ScaledOperations
-from .systems import CAUSAL, CPU, PRODUCT, SHIPPED, STEPS, TINY_SIZES, Inputs, Kind, evaluate, fill, product, with_text
+from .systems import (
+    CAUSAL,
+    CPU,
+    PRODUCT,
+    SHIPPED,
+    STEPS,
+    TINY_SIZES,
+    Inputs,
+    Kind,
+    Product,
+    evaluate,
+    fill,
+    product,
+    with_text,
+)
 
 PRECISIONS: dict[str, Any] = {"bf16": nn, "fp8": ScaledOperations}
 UNCACHED, FILL, CACHED = "uncached", "fill", "cached"
 COMPILED = " compiled"
 SPARE = 1.3
 """Memory that must be free, over that of the weights."""
+
+FP8_CAPABILITY = 8, 9
+"""Ada and Hopper are the first whose units multiply fp8."""
 
 LEAST_RATE = 0.6
 PICTURE_LIMITS = {"bf16": 2.2, "fp8": 1.6}
@@ -104,8 +122,17 @@ def peak_of(run: Run, device: torch.device) -> int:
 
 
 def room_for(numbers: float, itemsize: int, device: torch.device) -> bool:
-    """Whether a GPU has memory for so many weights and what works with them."""
-    return device.type != "cuda" or torch.cuda.mem_get_info()[0] > SPARE * numbers * itemsize
+    """Whether a GPU has memory for so many weights and what works with them, after giving back what was used before."""
+    if device.type != "cuda":
+        return True
+    gc.collect()  # compiled code and the networks in it hold each other
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0] > SPARE * numbers * itemsize
+
+
+def has_units(precision: str, device: torch.device) -> bool:
+    """Whether a GPU multiplies in this precision; a CPU does it all, slowly."""
+    return precision != "fp8" or device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 # --- the network ------------------------------------------------------------------------------------------------------
@@ -132,22 +159,28 @@ def rows_of(bench: Bench, precision: str, networks: Mapping[str, MMDiT], kind: K
     counters.clear()
     for count in bench.setup.counts:
         load = bench.setup.load(count)
-        inputs = kind.inputs(bench.setup.config, load)
-        peaks, runs = {}, {PRODUCT: product(kind, bench.setup.product).run}
-        for end in ("", COMPILED):
-            whole, causal = networks[UNCACHED + end], networks[CACHED + end]
-            runs[UNCACHED + end] = partial(evaluate, whole, inputs)
-            peaks[UNCACHED + end] = peak_of(runs[UNCACHED + end], kind.device)
-            peaks[CACHED + end] = peak_of(partial(cached_picture, causal, inputs), kind.device)
-        cache = fill(networks[CACHED], inputs)  # after the peaks, in which it would count
-        for end in ("", COMPILED):
-            runs[FILL + end] = partial(fill, networks[CACHED + end], inputs)
-            runs[CACHED + end] = partial(evaluate, networks[CACHED + end], inputs, cache)
-        times = bench.turns(runs, kind)
+        peaks, times = measured(bench, load, networks, kind)
         for name, peak in peaks.items():
             figures = figures_of(bench, load, name, times)
             graphs = {"graphs": counters["stats"]["unique_graphs"]} if figures["compiled"] else {}
             yield {"precision": precision, "references": count, **figures, "peak_mib": peak / MIB, **graphs}
+
+
+def measured(bench: Bench, load: Load, networks: Mapping[str, MMDiT], kind: Kind) -> tuple[dict[str, int], Times]:
+    """Peaks of the runs that a picture consists of, and times of all. A function, so that nothing of it is in memory
+    when the next is measured."""
+    inputs = kind.inputs(bench.setup.config, load)
+    peaks, runs = {}, {PRODUCT: product(kind, bench.setup.product).run}
+    for end in ("", COMPILED):
+        whole, causal = networks[UNCACHED + end], networks[CACHED + end]
+        runs[UNCACHED + end] = partial(evaluate, whole, inputs)
+        peaks[UNCACHED + end] = peak_of(runs[UNCACHED + end], kind.device)
+        peaks[CACHED + end] = peak_of(partial(cached_picture, causal, inputs), kind.device)
+    cache = fill(networks[CACHED], inputs)  # after the peaks, in which it would count
+    for end in ("", COMPILED):
+        runs[FILL + end] = partial(fill, networks[CACHED + end], inputs)
+        runs[CACHED + end] = partial(evaluate, networks[CACHED + end], inputs, cache)
+    return peaks, bench.turns(runs, kind)
 
 
 def figures_of(bench: Bench, load: Load, name: str, times: Times) -> dict[str, Any]:
@@ -178,15 +211,20 @@ def part_rows(bench: Bench, kind: Kind) -> Iterator[dict[str, Any]]:
     """The VAE's and the text encoder's, one after the other, so that one is in memory."""
     large = product(kind, bench.setup.product)
     for make in (vae_runs, text_runs):
-        if make is text_runs and not room_for(bench.setup.parts.numbers, kind.dtype.itemsize, kind.device):
+        numbers = encoder_numbers(bench.setup.parts) if make is text_runs else 0
+        if not room_for(numbers, kind.dtype.itemsize, kind.device):
             print("text encoder: left out, the GPU has not enough free memory for it")
             continue
-        runs = make(bench.setup.parts, kind, bench.setup.size)
-        peaks = {name: peak_of(run, kind.device) for name, run in runs.items()}
-        times = bench.turns({PRODUCT: large.run, **runs}, kind)
-        for name, run in runs.items():
-            floor = count_flops(run) / large.flops * times.median(PRODUCT)
-            yield {"part": name, "seconds": times.median(name), "floor": floor, "peak_mib": peaks[name] / MIB}
+        yield from rows_of_part(bench, make(bench.setup.parts, kind, bench.setup.size), large, kind)
+
+
+def rows_of_part(bench: Bench, runs: Mapping[str, Run], large: Product, kind: Kind) -> Iterator[dict[str, Any]]:
+    """Of all that one part does."""
+    peaks = {name: peak_of(run, kind.device) for name, run in runs.items()}
+    times = bench.turns({PRODUCT: large.run, **runs}, kind)
+    for name, run in runs.items():
+        floor = count_flops(run) / large.flops * times.median(PRODUCT)
+        yield {"part": name, "seconds": times.median(name), "floor": floor, "peak_mib": peaks[name] / MIB}
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------
@@ -243,6 +281,9 @@ def plot(rows: Sequence[Mapping[str, Any]], axes: Sequence[Any]) -> None:
 
 def measure_network(bench: Bench, kind: Kind, precision: str, result: dict[str, Any], path: Path | None) -> None:
     """Append the rows of one precision to the result, print and write them."""
+    if not has_units(precision, kind.device):
+        print(f"{precision}: left out, this GPU has no {precision} units")
+        return
     numbers = sum(p.numel() for p in MMDiT(bench.setup.config, device="meta").parameters())
     itemsize = 1 if precision == "fp8" else kind.dtype.itemsize
     if not room_for(numbers, itemsize, kind.device):
@@ -263,6 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cuda and not args.tiny:
         print("gpu: nothing measured, there is no CUDA device; --tiny runs a toy on the CPU")
         return 0
+    if not args.tiny:
+        check_compiler("cuda")
     path, about = result_file(args, "gpu", cuda), machine(cuda)
     bench = Bench(TINY if args.tiny else FULL_SIZE, args.form, args.rounds)
     torch.manual_seed(0)
@@ -271,8 +314,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(heading(COLUMNS))
     for precision, operations in PRECISIONS.items():
         measure_network(bench, replace(kind, operations=operations), precision, result, path)
-        torch.compiler.reset()  # what is compiled keeps its network alive
-        torch.cuda.empty_cache()
+        torch.compiler.reset()  # forgets what is compiled; `room_for` then frees the networks that it kept alive
     print(heading(PART_COLUMNS))
     result["parts"] = list(part_rows(bench, kind))
     print(*(line(PART_COLUMNS, row) for row in result["parts"]), sep="\n")

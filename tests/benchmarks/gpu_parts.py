@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from trainers.nano import text_encoder_config
 from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.image_vae import ImageVAE, VAEConfig
+from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last
 from unipic_core.images import MAX_REFERENCES, Size, reference_sizes
 from unipic_core.pipeline.text import TextEncoder
 from unipic_core.prompt import IMAGE_PAD
@@ -40,19 +40,18 @@ QWEN_7B: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Parts:
-    """vae: its sizes. encoder: the text encoder's config for a tokenizer. numbers: of the encoder's weights."""
+    """vae: its sizes. encoder: the text encoder's config for a tokenizer."""
 
     vae: VAEConfig
     encoder: Callable[[Any], Any]
-    numbers: float
 
 
 def released_encoder(tokenizer: Any) -> Any:
     return Qwen2_5_VLConfig(**QWEN_7B, image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PAD))
 
 
-RELEASED = Parts(VAEConfig(), released_encoder, 7.7e9)
-TINY = Parts(VAEConfig(base_dim=4, num_res_blocks=1), text_encoder_config, 2e6)
+RELEASED = Parts(VAEConfig(), released_encoder)
+TINY = Parts(VAEConfig(base_dim=4, num_res_blocks=1), text_encoder_config)
 
 
 def reference_pixels(size: int, count: int) -> list[Size]:
@@ -61,8 +60,8 @@ def reference_pixels(size: int, count: int) -> list[Size]:
 
 
 def vae_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
-    """All references at once, and the picture."""
-    vae = ImageVAE(parts.vae).to(kind.device, kind.dtype).eval().requires_grad_(False)
+    """All references at once, and the picture; the VAE as a vae/ folder is loaded."""
+    vae = channels_last(ImageVAE(parts.vae)).to(kind.device, kind.dtype).eval().requires_grad_(False)
     width, height = reference_pixels(size, MAX_REFERENCES)[0]
     pictures = torch.rand(MAX_REFERENCES, 3, height, width, device=kind.device) * 2 - 1
     side = size // VAE_SCALE
@@ -73,8 +72,13 @@ def vae_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
     }
 
 
-def text_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
-    """The vision tower, which both prompts of a guided picture share, and the language model on one prompt."""
+def encoder_numbers(parts: Parts) -> int:
+    """How many the text encoder's weights are, counted without memory."""
+    return sum(p.numel() for p in _encoder(parts, Kind(torch.bfloat16, torch.device("meta"))).model.parameters())
+
+
+def _encoder(parts: Parts, kind: Kind) -> TextEncoder:
+    """With random weights."""
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_MODEL / "tokenizer", local_files_only=True)
     default = torch.get_default_dtype()
     torch.set_default_dtype(kind.dtype)
@@ -83,7 +87,12 @@ def text_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
             model: Any = Qwen2_5_VLModel(parts.encoder(tokenizer))
     finally:
         torch.set_default_dtype(default)
-    encoder = TextEncoder(model.eval().requires_grad_(False), tokenizer, positions="multimodal")
+    return TextEncoder(model.eval().requires_grad_(False), tokenizer, positions="multimodal")
+
+
+def text_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
+    """The vision tower, which both prompts of a guided picture share, and the language model on one prompt."""
+    encoder = _encoder(parts, kind)
     references = [Image.new("RGB", pixels) for pixels in reference_pixels(size, MAX_REFERENCES)]
     prepared = encoder.prepare([references], [PROMPT])
     with torch.no_grad():

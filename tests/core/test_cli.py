@@ -97,22 +97,23 @@ def test_no_pictures_warns(golden: Path, tmp_path: Path, loaded: Any, capsys: An
 def test_loras_are_loaded_with_their_strength(golden: Path, tmp_path: Path, tiny: Any, capsys: Any) -> None:
     down, up = torch.ones(2, 16), torch.ones(64, 2)
     save_lora(tmp_path / "a.safetensors", {"img_in": (down, up)})
-    lora = f"{tmp_path / 'a.safetensors'}:0.5"
+    lora = f"{tmp_path / 'a.safetensors'}=0.5"
     args = cli.parser().parse_args(compose(golden / "tiny", "--lora", lora, "--lora", lora))
     loaded = command.load_pipeline(args).transformer.img_in.weight
     torch.testing.assert_close(loaded, tiny.transformer.img_in.weight + 2 * 0.5 * up @ down)
     assert "a.safetensors: 1 layers added at strength 0.5" in capsys.readouterr().err
-    absent = tmp_path / "b.safetensors:0.5"
-    assert "b.safetensors" in fails(compose(golden / "tiny", "--lora", absent), capsys).partition(":0.5")[0]
+    absent = tmp_path / "b.safetensors=0.5"
+    assert "b.safetensors" in fails(compose(golden / "tiny", "--lora", absent), capsys).partition("=0.5")[0]
 
 
 def test_arguments(tmp_path: Path) -> None:
     assert size_argument("1024x768") == size_argument("1024X768") == (1024, 768)
     assert lora_argument("a.safetensors") == (Path("a.safetensors"), 1.0)
-    assert lora_argument("a.safetensors:-0.5") == (Path("a.safetensors"), -0.5)
+    assert lora_argument("a.safetensors=-0.5") == (Path("a.safetensors"), -0.5)
     assert lora_argument("C:\\a.safetensors") == (Path("C:\\a.safetensors"), 1.0)
-    (tmp_path / "a:2").touch()
-    assert lora_argument(str(tmp_path / "a:2")) == (tmp_path / "a:2", 1.0)
+    assert lora_argument("a:2") == (Path("a:2"), 1.0)
+    (tmp_path / "a=2").touch()
+    assert lora_argument(str(tmp_path / "a=2")) == (tmp_path / "a=2", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +208,27 @@ def test_debug_shows_the_traceback(picture: Path) -> None:
         main(compose(picture.parent / "absent", picture, "--debug"))
 
 
+@pytest.mark.parametrize("package", ["tqdm", "transformers"])
+def test_an_absent_package_is_named_before_anything_is_loaded(
+    golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, package: str
+) -> None:
+    monkeypatch.setattr(pipeline, "load_parts", pytest.fail)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    expected = f"unipic: this needs the package {package}, which is not installed; in the folder of this pack: pip "
+    said = fails(compose(golden / "tiny", picture), capsys)
+    assert said.startswith(expected)
+    assert said.endswith('-e ".[pipeline]"')
+
+
+def test_a_module_of_our_own_that_is_absent_is_unforeseen(
+    golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setitem(sys.modules, "unipic_core.inspect", None)
+    assert "unforeseen ModuleNotFoundError" in fails(["info", str(golden / "tiny")], capsys, code=1)
+
+
 def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def broken(args: Any) -> None:
         raise KeyError("surprise")
@@ -280,6 +302,14 @@ def test_convert(golden: Path, tmp_path: Path, capsys: Any) -> None:
     assert capsys.readouterr().out.strip() == str(target)
     assert main(["info", str(target)]) == 0
     assert "float8_e4m3fn" in capsys.readouterr().out
-    message = fails(["convert", str(golden / "tiny" / "vae"), str(target)], capsys)
+    again = ["convert", str(golden / "tiny"), str(target)]
+    size = target.stat().st_size
+    message = "is there already; choose another name, or overwrite it with --overwrite"
+    assert fails(again, capsys) == f"unipic: {target} {message}"
+    assert target.stat().st_size == size
+    assert main([*again, "--dtype", "fp32", "--overwrite"]) == 0
+    assert target.stat().st_size > 2 * size
+    capsys.readouterr()
+    message = fails(["convert", str(golden / "tiny" / "vae"), str(target), "--overwrite"], capsys)
     assert "AutoencoderKLQwenImage, expected a QwenImageTransformer2DModel" in message
     assert target.exists()

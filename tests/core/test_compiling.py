@@ -136,6 +136,8 @@ def test_a_checked_kernel_costs_no_compilations() -> None:
     [
         ("cuda", lambda m: m.setattr(importlib.util, "find_spec", lambda name: None), "triton, which is absent; pip"),
         ("cpu", lambda m: m.setattr(shutil, "which", lambda name: None), r"C\+\+ compiler .* absent; install it"),
+        ("cuda", lambda m: no_c_compiler(m), "C compiler gcc or clang, which is absent; install it"),
+        ("cuda", lambda m: (no_c_compiler(m), m.setenv("CC", "mycc")), "C compiler mycc, which is absent"),
     ],
 )
 def test_what_compiling_needs(
@@ -146,6 +148,23 @@ def test_what_compiling_needs(
         check_compiler(device)
 
 
+def no_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a Linux machine has it whose triton came without one."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+
+
 def test_a_compiler_that_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", sys.executable)  # any program that is there
     check_compiler("cpu")
+
+
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_c_compiler_that_is_there_or_not_needed(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_c_compiler(monkeypatch)
+    monkeypatch.setattr(sys, "platform", platform)
+    if platform == "linux":
+        monkeypatch.setattr(shutil, "which", lambda name: "/bin/clang" if name == "clang" else None)
+    check_compiler("cuda")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from unipic_core.attention import scaled_dot_product_attention
 from unipic_core.cli import DEFAULT_MODEL
 from unipic_core.errors import UniPicError
 from unipic_core.lora import save_lora
-from unipic_core.pipeline import UniPicPipeline
+from unipic_core.pipeline import UniPicPipeline, loading
+from unipic_core.prompt import LONG_PROMPT
 from unipic_core.recipe import Recipe
-from unipic_core.segments import FULL
+from unipic_core.segments import FULL, condition_bytes
 
 CAUSAL = ("reference_causal", "prefix_causal")
 RED, BLUE = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (40, 64), "blue")
@@ -51,15 +55,22 @@ class Prefills:
     def __init__(self, pipe: UniPicPipeline) -> None:
         self.network, self.original = pipe.transformer, pipe.transformer.prefill
         self.count = 0
+        self.made: list[weakref.ref[Tensor]] = []
         pipe.transformer.prefill = self  # type: ignore[method-assign,assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.count += 1
-        return self.original(*args, **kwargs)
+        cache = self.original(*args, **kwargs)
+        self.made += [weakref.ref(x) for pairs in cache.values() for pair in pairs for x in pair]
+        return cache
 
     def since(self) -> int:
         count, self.count = self.count, 0
         return count
+
+    def held(self) -> int:
+        """How many of the tensors that it gave are still in memory."""
+        return sum(tensor() is not None for tensor in self.made)
 
 
 @pytest.mark.parametrize("form", CAUSAL)
@@ -82,6 +93,65 @@ def test_read_once_and_never_stale(form: str, tmp_path: Path) -> None:
         assert prefills.since() == read, wishes
         fresh.clear_cache()
         assert float((got - latents(fresh, **wishes)).abs().max()) < 1e-5, wishes
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_another_attention_function_is_noticed(form: str, tmp_path: Path) -> None:
+    def halved(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, mask) / 2
+
+    pipe, fresh = pipeline(form, tmp_path), uncached(pipeline(form, tmp_path))
+    before = latents(pipe)
+    pipe.transformer.attention = fresh.transformer.attention = halved
+    got = latents(pipe)
+    assert float((got - latents(fresh)).abs().max()) < 1e-5
+    assert float((got - before).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_offloading_frees_the_conditions(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the VAE comes to the device, and when the run is interrupted."""
+    pipe = pipeline(form, tmp_path)
+    prefills, decode, held = Prefills(pipe), pipe.vae.decode, []
+
+    def look(z: Tensor) -> Tensor:
+        held.append(prefills.held())
+        return decode(z)
+
+    def interrupt(*_: Any) -> None:
+        held.append(prefills.held())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipe.vae, "decode", look)
+    monkeypatch.setattr(pipe.placement, "offload", True)
+    latents(pipe, output_type="pt")
+    assert held == [0] < [len(prefills.made)]
+    with contextlib.suppress(KeyboardInterrupt):
+        latents(pipe, callback=interrupt)
+    assert held[1] > prefills.held() == 0
+    monkeypatch.setattr(pipe.placement, "offload", False)
+    latents(pipe, output_type="pt")
+    assert held[2] == prefills.held() > 0, "without offloading they serve the next run"
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_what_is_kept_counts_when_offloading_is_decided(form: str, tmp_path: Path, monkeypatch: Any) -> None:
+    counted: list[list[int]] = []
+    monkeypatch.setattr(loading, "needs_offload", lambda device, held: counted.append(held) or False)
+    pipe, folder = pipeline(form, tmp_path), tmp_path / form
+    prefills, config = Prefills(pipe), pipe.transformer.config
+    for prompt in ("a cup", "a hat"):
+        latents(pipe, images=[RED.resize((64, 64))], prompt=prompt, reference_budget=None)
+    kept = sum(tensor.nbytes for made in prefills.made if (tensor := made()) is not None)
+    *parts, said = counted.pop()
+    words = 2 * LONG_PROMPT * condition_bytes(1, config.num_layers, config.width, 4) if form == "prefix_causal" else 0
+    assert kept <= said <= kept + words
+    shutil.copy(DEFAULT_MODEL / "transformer" / "config.json", folder / "transformer")
+    for asked, bytes_kept in ((FULL, 0), (form, said)):
+        recipe = json.loads((DEFAULT_MODEL / "recipe.json").read_text()) | {"attention_form": asked}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
+        UniPicPipeline.from_pretrained(folder, torch_dtype=torch.float32, device="cpu")
+        assert counted.pop() == [*parts, bytes_kept]
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from unipic_core.conditions import REUSE_WITHIN
 from workflows import build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +55,29 @@ def test_registry_metadata(pyproject) -> None:
 
 
 def test_icon_and_banner(pyproject) -> None:
-    """The registry wants a square icon of at most 400 x 400, and a banner of 21:9."""
-    comfy = pyproject["tool"]["comfy"]
-    icon, banner = (ElementTree.parse(ROOT / comfy[name]).getroot() for name in ("Icon", "Banner"))
+    """The registry wants the address of a square icon of at most 400 x 400, and of a banner of 21:9."""
+    repository = pyproject["project"]["urls"]["Repository"]
+    raw = repository.replace("https://github.com/", "https://raw.githubusercontent.com/") + "/main/"
+    files = []
+    for name in ("Icon", "Banner"):
+        address = pyproject["tool"]["comfy"][name]
+        assert address.startswith(raw)
+        files.append(ROOT / address.removeprefix(raw))
+    icon, banner = (ElementTree.parse(file).getroot() for file in files)
     assert icon.get("width") == icon.get("height")
     assert int(icon.get("width")) <= 400
     assert int(banner.get("width")) * 9 == int(banner.get("height")) * 21
+
+
+def test_the_archive_holds_the_licence_of_the_pictures() -> None:
+    """The registry leaves out what .comfyignore names, so a licence that lies only there would not come along."""
+    left_out = tuple(lines(ROOT / ".comfyignore"))
+    named = re.findall(r"[\w/]+/NOTICE", (ROOT / "NOTICE").read_text(encoding="utf-8"))
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in named if not name.startswith(left_out)]
+    assert len(named) > len(texts) > 0
+    for text in texts:
+        assert "Copyright (c) Microsoft Corporation." in text
+        assert "Permission is hereby granted, free of charge" in text
 
 
 def test_every_node_has_help_in_both_languages(schemas) -> None:
@@ -93,6 +112,33 @@ def test_chinese_is_complete(schemas) -> None:
     assert all(texts(chinese))
     for node in chinese.values():
         assert all(CHINESE.search(part["tooltip"]) for part in (*node["inputs"].values(), *node["outputs"].values()))
+
+
+def strings(file: Path) -> list[str]:
+    """Of a Python file, without docstrings."""
+    nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    constants = [node for node in nodes if isinstance(node, ast.Constant) and id(node) not in docstrings]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def test_texts_name_nodes_as_the_canvas_does(schemas) -> None:
+    """People know "Load UniPic", not the id that it has in a file; so tooltips, messages and help pages."""
+    ids = re.compile("|".join(rf"\b{schema['node_id']}\b" for schema in schemas))
+    texts = {file: strings(file) for file in (ROOT / "nodes").glob("*.py")}
+    texts |= {file: [file.read_text(encoding="utf-8")] for file in (ROOT / "web" / "docs").rglob("*.md")}
+    for file, words in texts.items():
+        assert not [text for text in words if ids.search(text) and not ids.fullmatch(text)], file
+
+
+def test_the_error_of_the_approximate_cache(schemas) -> None:
+    """The tooltip's limit and error are those that the benchmark measured, in both languages."""
+    results = json.loads((ROOT / "tests/benchmarks/results/approximate-cpu-2cores.json").read_text(encoding="utf-8"))
+    error = {row["limit"]: row["psnr_db"] for row in results["rows"]}[REUSE_WITHIN]
+    for language in ("en", "zh"):
+        names = json.loads((ROOT / f"locales/{language}/nodeDefs.json").read_text(encoding="utf-8"))
+        tooltip = names["FewStepSampler"]["inputs"]["condition_cache"]["tooltip"]
+        assert re.findall(r"\d+(?:\.\d+)?", tooltip) == [f"{REUSE_WITHIN:g}", f"{error:.0f}"]
 
 
 # --- workflows -----------------------------------------------------------------------------------------------------

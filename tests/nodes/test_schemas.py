@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from unipic_core.recipe import recipe_of
 from workflows import build
 from workflows.graph import CONTROL
 from workflows.kinds import KINDS
 
+MODELS = Path(__file__).resolve().parents[2] / "unipic_core" / "models"
 IDS = {
     *("LoadUniPic", "MultiImageCompose", "FewStepSampler", "DistillLoRA"),
     *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect"),
@@ -39,6 +43,13 @@ def test_defaults_are_allowed(schemas) -> None:
                 assert field["min"] <= default <= field["max"], name
             if field["type"] == "Combo" and default is not None:
                 assert default in field["options"], name
+
+
+def test_the_sampler_to_begin_with_is_that_of_the_model_to_begin_with(schemas) -> None:
+    """Who wires Sampler Select to Load UniPic and changes nothing gets sharp pictures."""
+    defaults = {s["node_id"]: {i["id"]: i.get("default") for i in s["inputs"]} for s in schemas}
+    model = defaults["LoadUniPic"]["model"].removesuffix(" (bundled)")
+    assert defaults["UniPicSamplerSelect"]["sampler"] == recipe_of(MODELS / model).sampler
 
 
 def test_six_pictures_and_six_masks(schemas) -> None:

@@ -43,8 +43,8 @@ def compose(args: argparse.Namespace) -> None:
         "reference_budget": args.reference_budget,
     }
     steps = check_wishes(args, [image.size for image in images], wishes)
-    pipe = load_pipeline(args)
-    with progress_bar("composing") as advance:
+    with progress_bar("composing") as advance:  # around loading, which the bar's package may be absent for
+        pipe = load_pipeline(args)
         out = pipe(images, args.prompt, args.negative, callback=lambda step, *_: advance(step + 1, steps), **wishes)
     for image, seed in zip(out.images, out.seeds, strict=True):
         path = args.out if len(out.images) == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
@@ -66,7 +66,7 @@ def check_wishes(args: argparse.Namespace, sizes: list[tuple[int, int]], wishes:
     return plan(loras.over(recipe), sizes, args.prompt, args.negative, **wishes).settings.steps
 
 
-def load_pipeline(args: argparse.Namespace) -> Any:
+def load_pipeline(args: argparse.Namespace) -> UniPicPipeline:
     """The pipeline with its LoRAs, on the device asked for."""
     from transformers.utils import logging  # takes a second, which bad wishes should not wait for
 

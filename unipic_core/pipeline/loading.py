@@ -17,14 +17,17 @@ from ..checkpoints import (
     read_config,
     read_shift,
 )
+from ..conditions import most_bytes
+from ..encoder_files import encoder_parameters
 from ..errors import CheckpointError
 from ..mmdit import MMDiT
 from ..recipe import Recipe, recipe_of
 from ..schedules import Shift
 from ..sequence import PATCH
+from ..settings import resolve
 from ..vae_files import vae_parameters
 from .offload import checked_device, needs_offload, readable_out_of_memory
-from .text import TextEncoder, encoder_parameters
+from .text import TextEncoder
 from .vae import VAE
 
 NEEDED = tuple(part for part in PARTS if part not in ("transformer", "processor", "scheduler"))
@@ -58,7 +61,7 @@ def load_parts(
     source, recipe = find_recipe(folder, transformer)
     shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):
-        offload = needs_offload(device, part_bytes(folder, source, dtype))
+        offload = needs_offload(device, [*part_bytes(folder, source, dtype), kept_bytes(source, recipe, dtype)])
         place = torch.device("cpu") if offload else device
         encoder = TextEncoder.from_pretrained(folder, dtype, place)
         vae = VAE.from_pretrained(folder / "vae", dtype, place)
@@ -73,6 +76,12 @@ def part_bytes(folder: Path, source: Path, dtype: torch.dtype) -> list[int]:
     network = sum(math.prod(shape) for shape in expected_shapes(read_config(source)).values())
     encoder = encoder_parameters(folder / "text_encoder")
     return [count * dtype.itemsize for count in (network, encoder, vae_parameters(folder / "vae"))]
+
+
+def kept_bytes(source: Path, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values that runs keep at the recipe's budget: none but in a causal form."""
+    config = read_config(source).with_form(recipe.causal_form)
+    return most_bytes(config, resolve(recipe).reference_budget, dtype.itemsize)
 
 
 def find_recipe(folder: Path, transformer: str | Path | None) -> tuple[Path, Recipe]:

@@ -18,13 +18,13 @@ MemoryInfo = Callable[[torch.device], tuple[int, int]]
 
 
 def needs_offload(
-    device: torch.device, part_bytes: Sequence[int], memory: MemoryInfo | None = None, working: int = WORKING_BYTES
+    device: torch.device, held: Sequence[int], memory: MemoryInfo | None = None, working: int = WORKING_BYTES
 ) -> bool:
-    """True if the parts and `working` bytes do not fit together in the device's free memory. Only CUDA is asked."""
+    """True if what is `held`, in bytes, and `working` do not fit together in the free memory. Only CUDA is asked."""
     if device.type != "cuda":
         return False
     free, _ = (memory or torch.cuda.mem_get_info)(device)
-    return sum(part_bytes) + working > free
+    return sum(held) + working > free
 
 
 def checked_device(device: torch.device | str) -> torch.device:

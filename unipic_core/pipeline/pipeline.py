@@ -199,8 +199,7 @@ class UniPicPipeline:
         with readable_out_of_memory(memory_advice(planned, len(originals), len(start))):
             references, cond, uncond = self._encode(originals, prompt, negative_prompt, settings)
             packed = pack_with_references(start, shape, [references] * len(start))
-            velocity = self._velocity(packed, cond, uncond, settings.guidance)
-            x0 = self._sample(velocity, start, noise, settings, callback)
+            x0 = self._sample(packed, cond, uncond, noise, settings, callback)
             made = x0 if output_type == "latent" else self._decode(x0, shape)
         seeds = [planned.seed + i for i in range(len(start))]
         return UniPicOutput(to_images(made) if output_type == "pil" else made, seeds, settings)
@@ -215,17 +214,24 @@ class UniPicPipeline:
         return self._encode_references(references), cond, uncond
 
     def _sample(
-        self, velocity: Velocity, start: Tensor, noise: NoiseSource, settings: Settings, callback: Callback | None
+        self,
+        packed: PackedLatents,
+        cond: TextCond,
+        uncond: TextCond | None,
+        noise: NoiseSource,
+        settings: Settings,
+        callback: Callback | None,
     ) -> Tensor:
-        """x0 [B, N_O, 4C] of the whole run from the start noise."""
-        times = settings.times(start.shape[1], self.shift).tolist()
-        if settings.sampler == "euler":
-            x0 = sample_euler(velocity, start, times, callback)
-        else:
-            x0 = sample_consistency(velocity, start, times, noise, callback)
-        if self.placement.offload:  # the memory is for the next part
-            self._conditions.clear()
-        return x0
+        """x0 [B, N_O, 4C] of the whole run. packed: the start noise with the references."""
+        times = settings.times(packed.num_target_tokens, self.shift).tolist()
+        try:
+            velocity = self._velocity(packed, cond, uncond, settings.guidance)  # here, because it holds the conditions
+            if settings.sampler == "euler":
+                return sample_euler(velocity, packed.target, times, callback)
+            return sample_consistency(velocity, packed.target, times, noise, callback)
+        finally:
+            if self.placement.offload:  # the memory is for the next part, or for the next try
+                self._conditions.clear()
 
     def _use(self, name: str) -> Any:
         """A part, on the device."""

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..encoder_files import HEAD
 from ..errors import CheckpointError, UniPicError
 from ..images import REFERENCE_MULTIPLE, resize_for_vision, vision_size
-from ..prompt import IMAGE_PAD, LONG_PROMPT, PREFIX, body_text
+from ..prompt import IMAGE_PAD, PREFIX, body_text, check_length
 from ..sequence import TextCond
 from ..vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..weights import open_weights
@@ -22,9 +23,6 @@ from ..weights import open_weights
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
 patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
-
-HEAD = "lm_head."
-"""Start of the names of the head over the vocabulary, which is not needed: it stays on the CPU."""
 
 
 class TextEncoder:
@@ -217,13 +215,8 @@ class TextEncoder:
     def _check_length(self, words: int, images: int) -> None:
         config = getattr(self.model.config, "text_config", self.model.config)
         limit, total = config.max_position_embeddings, self.dropped + words + images
-        if total > limit:
-            raise UniPicError(
-                f"the prompt is too long: {words} tokens of text, with the references and the template {total}, "
-                f"of at most {limit}; shorten it"
-            )
-        if words > LONG_PROMPT:
-            warnings.warn(f"the prompt has {words} tokens; the model was trained up to {LONG_PROMPT}", stacklevel=2)
+        if caution := check_length(words, total, limit):
+            warnings.warn(caution, stacklevel=2)
 
     def _token_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -256,12 +249,6 @@ def image_processor_class() -> Any:
         except (ImportError, AttributeError):
             continue
     raise ImportError("this version of transformers has no Qwen2-VL image processor; install transformers 5")
-
-
-def encoder_parameters(folder: Path) -> int:
-    """Parameters of a text_encoder/ folder that make hidden states, from the files' headers. CheckpointError."""
-    weights = open_weights(folder)
-    return sum(weights.count(name) for name in weights if not name.startswith(HEAD))
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -22,7 +22,7 @@ from unipic_core.recipe import Recipe
 
 CAUSAL = Recipe(attention_form="prefix_causal")
 CAUTION = (
-    "its attention is prefix_causal, which only unipic and the node LoadUniPic compute; "
+    "its attention is prefix_causal, which only unipic and the node Load UniPic compute; "
     "other programs read it as full and make wrong pictures without an error"
 )
 
@@ -224,4 +224,4 @@ def test_the_help_says_who_computes_a_causal_form(command: str, capsys: pytest.C
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "only unipic and the node LoadUniPic compute it: other programs read the result as full attention" in said
+    assert "only unipic and the node Load UniPic compute it: other programs read the result as full attention" in said

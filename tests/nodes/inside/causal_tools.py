@@ -24,7 +24,8 @@ def conditioning(text: Tensor, references: list[Tensor]) -> list:
 def run(model: Any, cache: str = "auto", cfg: float = 1.0, seed: int = 3, batch: int = 1, **changes: Any) -> Tensor:
     x, text, references = random_inputs(batch)
     text, references = changes.get("text", text[:1]), changes.get("references", references)
-    positive, negative = conditioning(text, references), conditioning(text[:, :4] * -0.5, references)
+    positive = conditioning(text, references)
+    negative = conditioning(text[:, :4] * -0.5, changes.get("negative_references", references))
     empty = {"samples": torch.zeros_like(x)}
     out = FewStepSampler.execute(
         model, positive, negative, empty, seed, changes.get("steps", STEPS), cfg, "consistency", 1.0, cache

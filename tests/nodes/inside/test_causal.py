@@ -246,7 +246,7 @@ def test_approximate_is_exact_for_a_causal_form_and_over_when_the_run_is(
 
 
 def test_approximate_is_refused_by_another_network() -> None:
-    with pytest.raises(UniPicError, match="approximate needs a model from LoadUniPic"):
+    with pytest.raises(UniPicError, match="approximate needs a model from Load UniPic"):
         conditions.with_cache(toy.model(), conditions.APPROXIMATE)
 
 

@@ -1,13 +1,18 @@
 """What MultiImageCompose keeps: nothing is encoded twice, nothing stale is used."""
 
+import comfy.sd
 import pytest
 import torch
+from comfy.ldm.wan.vae import WanVAE
 from compose_tools import distance, image, run
 from PIL import Image
 from unipic_pack.nodes import compose
+from unipic_pack.nodes.pictures import to_pictures
 from unipic_pack.nodes.text import encode_prompt, load_clip
 from unipic_pack.nodes.vae import load_vae
 from unipic_pack.unipic_core.images import MAX_REFERENCES, resize_references
+
+SMALL = {"reference_budget": 64, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="module")
@@ -22,35 +27,95 @@ def fresh():
 
 @pytest.fixture
 def counted(tiny, monkeypatch):
-    """(clip, vae) of the golden model, and how often each was asked."""
+    """(clip, vae) of the golden model, and how many texts and pictures they were given."""
     clip, vae = tiny
     counts = {"text": 0, "vae": 0}
 
-    def counting(name, function):
-        def wrapped(*args, **kwargs):
-            counts[name] += 1
-            return function(*args, **kwargs)
+    def counting(name, function, count):
+        def wrapped(given):
+            counts[name] += count(given)
+            return function(given)
 
         return wrapped
 
-    monkeypatch.setattr(vae, "encode", counting("vae", vae.encode))
-    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", counting("text", clip.encode_from_tokens_scheduled))
+    monkeypatch.setattr(vae, "encode", counting("vae", vae.encode, len))
+    encode = clip.encode_from_tokens_scheduled
+    monkeypatch.setattr(clip, "encode_from_tokens_scheduled", counting("text", encode, lambda _: 1))
     return tiny, counts
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Lets a VAE note the pictures of each of its calls."""
+
+    def watch(vae):
+        seen, encode = [], vae.encode
+        monkeypatch.setattr(vae, "encode", lambda pictures: seen.append(len(pictures)) or encode(pictures))
+        return seen
+
+    return watch
+
+
+def latents(made):
+    return made[0][0][1]["reference_latents"]
 
 
 def test_nothing_is_encoded_twice(counted):
     parts, counts = counted
-    small = {"reference_budget": 64, "width": 64, "height": 64}
-    first = run(parts, image(0), image(1), **small)
+    first = run(parts, image(0), image(1), **SMALL)
     assert counts == {"text": 2, "vae": 2}
-    again = run(parts, image(0), image(1), prompt="Something else.", **small)
+    again = run(parts, image(0), image(1), prompt="Something else.", **SMALL)
     assert counts == {"text": 3, "vae": 2}  # neither pictures nor the negative
     assert distance(again[1][0][0], first[1][0][0]) == 0
     assert again[1][0][0].shape != again[0][0][0].shape
-    run(parts, image(1), image(0), **small)
+    run(parts, image(1), image(0), **SMALL)
     assert counts == {"text": 5, "vae": 2}  # the order changes the text's numbers, not the pictures'
-    run(parts, image(0), image(2), **small)
+    run(parts, image(0), image(2), **SMALL)
     assert counts == {"text": 7, "vae": 3}
+
+
+@torch.inference_mode()
+def test_pictures_of_one_size_are_encoded_together(tiny, batches):
+    """With the numbers of one by one, up to rounding; what is known already, or given twice, is not encoded."""
+    sizes = [(64, 64), (64, 32), (64, 64), (32, 64), (64, 64)]
+    pictures = [to_pictures(image(i, *size))[0] for i, size in enumerate(sizes)]
+    vae, seen = tiny[1], batches(tiny[1])
+    alone = [compose._reference_latents(vae, [picture])[0] for picture in pictures]
+    assert seen == [1] * 5
+    compose.clear_caches()
+    seen.clear()
+    made = compose._reference_latents(vae, pictures + pictures[:1])
+    assert seen == [3, 1, 1]
+    for got, want in zip(made, alone + alone[:1], strict=True):
+        assert distance(got, want) < 1e-5
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in compose._references._values.values())
+    again = compose._reference_latents(vae, [to_pictures(image(9, 64, 64))[0], pictures[2]])
+    assert seen[3:] == [1]
+    assert torch.equal(again[1], made[2])
+
+
+def test_a_stock_vae_gets_one_picture_at_a_time(tiny, batches):
+    """It would read two as the frames of a video."""
+    network = WanVAE(dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True])
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(0))
+    vae = comfy.sd.VAE(sd=network.state_dict())
+    seen = batches(vae)
+    together = latents(run((tiny[0], vae), image(0), image(1), **SMALL))
+    assert seen == [1, 1]
+    assert [latent.shape[2] for latent in together] == [1, 1]
+
+
+@torch.inference_mode()
+def test_a_full_cache_keeps_what_is_asked_for(tiny, batches):
+    """New pictures push out the oldest, but not one of the same run."""
+    pictures = [to_pictures(image(i, 32, 32))[0] for i in range(compose.CACHED_REFERENCES + 2)]
+    for picture in pictures[2:]:
+        compose._reference_latents(tiny[1], [picture])
+    seen = batches(tiny[1])
+    compose._reference_latents(tiny[1], pictures[:3])
+    assert seen == [2]
+    assert len(compose._references) == compose.CACHED_REFERENCES
 
 
 @pytest.fixture
@@ -66,18 +131,17 @@ def passes(tiny):
 
 def test_the_vision_tower_sees_a_picture_once(tiny, passes):
     """Prompt, negative, the next prompt and another order take the same; one exchanged picture is one pass."""
-    wishes = {"reference_budget": 64, "width": 64, "height": 64}
-    first = run(tiny, image(0), image(1), image(2), **wishes)
+    first = run(tiny, image(0), image(1), image(2), **SMALL)
     assert len(passes) == 3
-    second = run(tiny, image(0), image(1), image(2), prompt="Something else.", **wishes)
-    run(tiny, image(2), image(0), image(1), **wishes)
+    second = run(tiny, image(0), image(1), image(2), prompt="Something else.", **SMALL)
+    run(tiny, image(2), image(0), image(1), **SMALL)
     assert len(passes) == 3
-    run(tiny, image(2), image(0), image(3), **wishes)
+    run(tiny, image(2), image(0), image(3), **SMALL)
     assert len(passes) == 4
     for shared, prompt in ((first, "Blend them."), (second, "Something else.")):
         compose.clear_caches()
         passes.clear()
-        alone = run(tiny, image(0), image(1), image(2), prompt=prompt, negative_prompt=prompt, **wishes)
+        alone = run(tiny, image(0), image(1), image(2), prompt=prompt, negative_prompt=prompt, **SMALL)
         assert len(passes) == 3, "freed with the other caches"
         assert torch.equal(alone[0][0][0], shared[0][0][0])
     compose.clear_caches()
@@ -95,21 +159,20 @@ def test_the_vision_tower_sees_a_picture_once(tiny, passes):
 def test_a_changed_tower_is_noticed(tiny, passes):
     """Patched by ComfyUI, which says so by the patches' id, and changed in place."""
     clip, vae = tiny
-    wishes = {"reference_budget": 64, "width": 64, "height": 64}
-    before = run(tiny, image(0), **wishes)
+    before = run(tiny, image(0), **SMALL)
     name = "qwen25_7b.transformer.visual.merger.ln_q.weight"
     patched = clip.clone()
     assert patched.add_patches({name: ("diff", (torch.ones(32),))})
-    changed = run((patched, vae), image(0), **wishes)
+    changed = run((patched, vae), image(0), **SMALL)
     assert len(passes) == 2
     assert distance(changed[0][0][0], before[0][0][0]) > 1e-3
-    assert distance(run(tiny, image(0), prompt="x", **wishes)[1][0][0], before[1][0][0]) == 0
+    assert distance(run(tiny, image(0), prompt="x", **SMALL)[1][0][0], before[1][0][0]) == 0
     passes.clear()
     norm = clip.cond_stage_model.get_submodule(name.removesuffix(".weight"))
     kept = norm.weight.detach().clone()
     try:
         norm.load_state_dict({"weight": kept + 1})
-        assert distance(run(tiny, image(0), **wishes)[0][0][0], changed[0][0][0]) == 0
+        assert distance(run(tiny, image(0), **SMALL)[0][0][0], changed[0][0][0]) == 0
     finally:
         norm.load_state_dict({"weight": kept})
     assert len(passes) == 1
@@ -117,13 +180,12 @@ def test_a_changed_tower_is_noticed(tiny, passes):
 
 def test_changed_weights_are_noticed(counted):
     parts, counts = counted
-    small = {"reference_budget": 64, "width": 64, "height": 64}
-    before = run(parts, image(0), **small)
+    before = run(parts, image(0), **SMALL)
     layer = parts[1].first_stage_model.quant_conv
     kept = layer.bias.detach().clone()
     try:
         layer.load_state_dict({**layer.state_dict(), "bias": kept + 1})
-        after = run(parts, image(0), **small)
+        after = run(parts, image(0), **SMALL)
     finally:
         layer.load_state_dict({**layer.state_dict(), "bias": kept})
     assert counts == {"text": 2, "vae": 2}
@@ -132,12 +194,11 @@ def test_changed_weights_are_noticed(counted):
 
 def test_patches_and_layers_of_the_clip_are_noticed(counted):
     (clip, vae), counts = counted
-    small = {"reference_budget": 64, "width": 64, "height": 64}
-    run((clip, vae), image(0), **small)
+    run((clip, vae), image(0), **SMALL)
     patched = clip.clone()
     patched.add_patches({"qwen25_7b.transformer.model.norm.weight": ("diff", (torch.ones(32),))})
-    changed = run((patched, vae), image(0), **small)
-    assert distance(changed[1][0][0], run((clip, vae), image(0), **small)[1][0][0]) > 1e-2
+    changed = run((patched, vae), image(0), **SMALL)
+    assert distance(changed[1][0][0], run((clip, vae), image(0), **SMALL)[1][0][0]) > 1e-2
     assert counts["vae"] == 1
 
 

@@ -9,7 +9,7 @@ import comfy.sampler_helpers
 import pytest
 import torch
 from causal_tools import CAUSAL, build, run
-from model_tools import lora_file
+from model_tools import lora_file, random_inputs
 from unipic_pack.nodes import conditions
 from unipic_pack.nodes.conditions import EACH, HELD, ONCE
 from unipic_pack.nodes.lora import add_lora
@@ -72,6 +72,34 @@ def test_the_estimate_counts_what_a_run_keeps(
     config = causal_models[form].model.diffusion_model.config
     assert most_held == [condition_bytes(15 + 12 + texts, config.num_layers, config.width, 4)]
     assert estimates == pytest.approx(most_held)
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_the_estimate_counts_other_references_of_the_negative(
+    form: str, causal_models: dict[str, Any], estimates: list[float], most_held: list[int]
+) -> None:
+    """Two sets are kept where positive and negative differ, one where they are copies of the same."""
+    _, _, references = random_inputs()
+    run(causal_models[form], cfg=3, references=references, negative_references=references[:1])
+    run(causal_models[form], cfg=3, references=references, negative_references=[r.clone() for r in references])
+    run(causal_models[form], cfg=1, references=references, negative_references=references[:1])
+    config = causal_models[form].model.diffusion_model.config
+    more = condition_bytes(15, config.num_layers, config.width, 4)
+    assert most_held[0] - most_held[1] == more
+    assert most_held[2] <= most_held[1]
+    assert estimates == pytest.approx(most_held)
+
+
+def test_the_estimate_counts_no_more_sets_than_are_kept(causal_models: dict[str, Any]) -> None:
+    model = causal_models["reference_causal"].model
+    config = model.diffusion_model.config
+
+    def held(*sets: int) -> float:
+        shapes = {ONCE: [[1, tokens] for tokens in sets]}
+        return model.memory_required([1, 16, 1, 8, 8], shapes) - model.memory_required([1, 16, 1, 8, 8], {})
+
+    for sets, tokens in (((), 0), ((5,), 5), ((5, 9), 14), ((5, 9, 7), 16)):
+        assert held(*sets) == pytest.approx(condition_bytes(tokens, config.num_layers, config.width, 4))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])

@@ -146,6 +146,23 @@ def test_recipe_of_a_released_folder(golden: Path, models_folder: Path) -> None:
     assert facts_of(model).recipe == RELEASED_FEW_STEP
 
 
+def test_weights_without_a_recipe_are_named(
+    golden: Path, models_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither they nor their name say how to sample them, so the log says what is done with them."""
+    run()
+    assert "no recipe" not in caplog.text
+    for name in ("mine", "Unipic3-DMD"):
+        shutil.copytree(golden / "tiny", models_folder / "unipic" / name)
+        run(f"unipic/{name}")
+    told = "mine brings no recipe and its name says nothing, so it runs with 50 steps, euler, guidance 4; if it is"
+    [said] = [r for r in caplog.records if "no recipe" in r.getMessage()]
+    assert (said.levelname, told in said.getMessage()) == ("WARNING", True)
+    shutil.copy(sources.find_model(sources.DEFAULT_MODEL) / "recipe.json", models_folder / "unipic" / "mine")
+    run("unipic/mine")
+    assert len([r for r in caplog.records if "no recipe" in r.getMessage()]) == 1
+
+
 def test_files_of_another_kind(models_folder: Path, nano: Path) -> None:
     encoders, vaes = models_folder / "text_encoders", models_folder / "vae"
     save_file({"decoder.conv1.weight": torch.zeros(2, 2)}, encoders / "vae.safetensors")

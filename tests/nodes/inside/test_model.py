@@ -165,7 +165,7 @@ def test_references_count_in_the_memory_estimate(golden: Path, tiny: Any, nano_m
 
 def test_conditioning_of_another_model(nano_model: Any) -> None:
     x, text, references = random_inputs()
-    with pytest.raises(UniPicError, match=r"text of width 128 and was given 3584; use the CLIP that LoadUniPic"):
+    with pytest.raises(UniPicError, match=r"text of width 128 and was given 3584; use the CLIP that Load UniPic"):
         velocity(nano_model, x, 0.5, torch.zeros(1, 4, 3584), references)
     with pytest.raises(UniPicError, match="latents of 16 channels and was given 4"):
         velocity(nano_model, x, 0.5, text, [torch.zeros(1, 4, 1, 4, 4)])

@@ -101,7 +101,7 @@ def test_split_sigmas_go_on_where_they_stopped() -> None:
 
 
 def test_sigmas_of_another_kind_of_model() -> None:
-    with pytest.raises(UniPicError, match=r"fall from at most 1 to 0, got 14\.6, 1, 0; make them with UniPicSigmas"):
+    with pytest.raises(UniPicError, match=r"fall from at most 1 to 0, got 14\.6, 1, 0; make them with UniPic Sigmas"):
         toy.run(toy.model(), EULER, torch.tensor([14.6, 1.0, 0.0]), toy.start())
 
 
@@ -343,11 +343,11 @@ def test_guidance_function_at_one_without_the_second_pass() -> None:
 @pytest.mark.parametrize(
     ("recipe", "inputs", "line"),
     [
-        (RELEASED_FEW_STEP, {}, "8 steps, consistency, guidance 1 (no unconditional pass)"),
-        (RELEASED_FEW_STEP, {"steps": 3, "cfg": 2.5}, "3 steps, consistency, guidance 2.5 (two passes a step)"),
-        (Recipe(steps=4, guidance=1.0, sampler="euler", schedule="few_step"), {}, "4 steps, euler, guidance 1 (no un"),
-        (Recipe(), {}, "50 steps, euler, guidance 4 (two passes a step)"),
-        (Recipe(), {"sampler": "consistency"}, "8 steps, consistency, guidance 1 (no unconditional pass)"),
+        (RELEASED_FEW_STEP, {}, "8 steps, consistency, no guidance"),
+        (RELEASED_FEW_STEP, {"steps": 3, "cfg": 2.5}, "3 steps, consistency, guidance 2.5"),
+        (Recipe(steps=4, guidance=1.0, sampler="euler", schedule="few_step"), {}, "4 steps, euler, no guidance"),
+        (Recipe(), {}, "50 steps, euler, guidance 4"),
+        (Recipe(), {"sampler": "consistency"}, "8 steps, consistency, no guidance"),
     ],
 )
 def test_recipe_and_inputs(recipe: Recipe, inputs: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -355,6 +355,7 @@ def test_recipe_and_inputs(recipe: Recipe, inputs: dict[str, Any], line: str, ca
     with caplog.at_level("INFO"):
         few_step(model, toy.latent(), **inputs)
     assert line in caplog.text
+    assert ("no recipe: " in caplog.text) == (recipe == Recipe())
     assert len(toy.network(model).calls) == int(line.split()[0])
 
 
@@ -362,7 +363,7 @@ def test_a_model_without_facts_runs_with_the_releases_defaults(caplog: pytest.Lo
     model = toy.model()
     with caplog.at_level("INFO"):
         few_step(model, toy.latent(), steps=2)
-    assert "2 steps, euler, guidance 4 (two passes a step)" in caplog.text
+    assert "Few-Step Sampler (UniPic): no recipe: 2 steps, euler, guidance 4" in caplog.text
     times = [float(t[0]) for _, t in toy.network(model).calls]
     assert times == pytest.approx(base_times(2, 24)[:-1].tolist(), abs=1e-6)
 

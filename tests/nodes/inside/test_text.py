@@ -1,6 +1,7 @@
 """The CLIP of a pipeline folder against the golden numbers, the pipeline, and ComfyUI's own encoder."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -125,6 +126,13 @@ def test_marks_in_the_prompt(small):
 def test_too_long_a_prompt(small):
     with pytest.raises(UniPicError, match="too long"):
         encode_prompt(small, "word " * 40000, [])
+
+
+def test_a_prompt_longer_than_any_in_training(small, caplog):
+    small.tokenize("word " * 300)
+    assert not caplog.records
+    small.tokenize("word " * 400)
+    assert re.search(r"UniPic: the prompt has 1\d{3} tokens; the model was trained up to 1024", caplog.text)
 
 
 # --- folders -------------------------------------------------------------------------------------------------------
