@@ -7,9 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 .PHONY: demo test lint clean
 
 demo: $(VENV)/pipeline.stamp
-	$(BIN)/unipic compose pictures/astronaut.png pictures/guitar.png pictures/beach.png \
-	  --prompt "Put the guitar from image 2 in the hands of the astronaut from image 1, on the beach of image 3." \
-	  --seed 7 --out demo.png
+	$(BIN)/unipic compose pictures/man-office-worker.png pictures/tent.png pictures/desert.png \
+	  --prompt "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3." \
+	  --seed 15 --out demo.png
 
 test: lint
 	$(BIN)/python -m pytest

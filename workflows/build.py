@@ -17,7 +17,9 @@ NANO = "unipic-nano (bundled)"
 LORA = "bundled: unipic-nano/unipic-nano-few-step_prefix_causal.safetensors"
 """The few-step LoRA of the last workflow."""
 
-SEED = 7
+SEED = 2
+STOCK_SEED = 178
+"""Of the workflow whose prompt node the nano was not trained with: most other seeds smear."""
 MODEL, PICTURES, PROMPT, SAMPLING, RESULT = "1 Model", "2 Pictures", "3 Prompt", "4 Sampling", "5 Result"
 GREEN, BLUE, PURPLE, BROWN, GREY = "#8A8", "#3f789e", "#a1309b", "#b06634", "#88A"
 
@@ -108,8 +110,8 @@ def two_references() -> Workflow:
 def three_references() -> Workflow:
     return _composition(
         "02-compose-three-references",
-        ("astronaut", "guitar", "beach"),
-        "Put the guitar from image 2 in the hands of the astronaut from image 1, on the beach of image 3.",
+        ("office-worker", "horse", "beach"),
+        "Put the horse face from image 2 to the right of the office worker from image 1, on the beach of image 3.",
         _note(
             "Compose three pictures",
             "A person, a thing and a place. All pictures share one budget of pixels, so three cost what one costs.",
@@ -123,14 +125,17 @@ def three_references() -> Workflow:
 def six_references() -> Workflow:
     return _composition(
         "03-compose-six-references",
-        ("astronaut", "top-hat", "guitar", "parrot", "pizza", "room"),
-        "Show the astronaut from image 1 wearing the top hat from image 2 and holding the guitar from image 3, with "
-        "the parrot from image 4 on the left and the pizza from image 5 at the front right, in the room of image 6.",
+        ("man-office-worker", "crown", "carrot", "carrot", "carrot", "field"),
+        "Show the man office worker from image 1 wearing the crown from image 2, with the carrot from image 3 in "
+        "front, the carrot from image 4 to the left and the carrot from image 5 to the right, in the field of image 6.",
         _note(
             "Compose six pictures",
             "Six is the most. They share one budget of pixels, so each is seen smaller than it would be alone. A "
             "higher `reference_budget` shows more of each, and costs time and memory.",
-            "Say where everything goes: who holds what, what is left and right, which picture is the place.",
+            "Say where everything goes: who wears what, what is left and right, which picture is the place.",
+            "The bundled nano is young: of six pictures it gets the person, the hat and the place right, and smears "
+            "the rest. It mistakes one thing for another, which three carrots hide, and a higher budget confuses it. "
+            "The released weights are for six.",
             OWN_MODEL,
         ),
     )
@@ -139,11 +144,12 @@ def six_references() -> Workflow:
 def single_edit() -> Workflow:
     return _composition(
         "04-edit-one-picture",
-        ("scene",),
-        "Replace the background of image 1: show the woman superhero and the pineapple in the snow.",
+        ("scene-with-pushpin",),
+        "Remove the round pushpin from image 1.",
         _note(
             "Edit one picture",
-            "One picture and an instruction: *make it blue*, *remove the hat*, *show it in the snow*.",
+            "One picture and an instruction: *make it blue*, *remove the hat*, *show it in the snow*. The bundled "
+            "nano removes and moves things; new colours and new backgrounds need the released weights.",
             "The output has the picture's shape. To keep its size too, set `width` and `height` (multiples of 16).",
             OWN_PICTURES,
             OWN_MODEL,
@@ -154,8 +160,8 @@ def single_edit() -> Workflow:
 def low_memory() -> Workflow:
     return _composition(
         "07-low-memory-fp8",
-        ("panda", "top-hat", "room"),
-        "Put the top hat from image 2 on top of the panda from image 1, in the room of image 3.",
+        ("office-worker", "pizza", "room"),
+        "Put the pizza from image 2 to the left of the office worker from image 1, in the room of image 3.",
         _note(
             "Low memory",
             "`weight_dtype` is *fp8*: the network takes half the memory of bf16 (20 GB for the released weights) and "
@@ -179,8 +185,8 @@ def stock_ksampler() -> Workflow:
     )
     w = Workflow("05-stock-ksampler", KINDS, note)
     model = _load(w)
-    pictures = _pictures(w, ("astronaut", "top-hat", "room"))
-    prompt = "Let the astronaut from image 1 wear the top hat from image 2, in the room of image 3."
+    pictures = _pictures(w, ("man-office-worker", "crown", "room"))
+    prompt = "Let the man office worker from image 1 wear the crown from image 2, in the room of image 3."
     made = _compose(w, model, pictures, prompt)
     conditions = {"positive": made["positive"], "negative": made["negative"]}
     wires = {"model": model["MODEL"], **conditions, "latent_image": made["latent"]}
@@ -195,20 +201,20 @@ def stock_nodes() -> Workflow:
         "ComfyUI's own nodes",
         "The model of *Load UniPic* with stock nodes for prompt and sampling. The schedule comes from *UniPic Sigmas*, "
         "which knows what the weights want; few-step weights take the sampler *consistency*, or the stock *lcm*.",
-        "The size is set in *Upscale Image*: 128 for the bundled model, 1024 for the released weights.",
-        "The stock prompt node labels pictures and resizes them in a way that UniPic 3 was not trained on: "
-        "*Multi-Image Compose* is exact.",
+        "The size is set in *Upscale Image*: 160 here, 1024 for the released weights.",
+        "The stock prompt node labels pictures and resizes them in a way that UniPic 3 was not trained on. The bundled "
+        "nano bears that badly: most seeds smear, and this one was chosen. *Multi-Image Compose* is exact.",
     )
     w = Workflow("06-stock-nodes", KINDS, note)
     model = _load(w)
-    [picture] = _pictures(w, ["scene"])
-    size = {"upscale_method": "bicubic", "width": 128, "height": 128, "crop": "disabled"}
+    [picture] = _pictures(w, ["scene-with-barber-pole"])
+    size = {"upscale_method": "bicubic", "width": 160, "height": 160, "crop": "disabled"}
     scaled = w.add("ImageScale", {"image": picture["image"]}, size)
     latent = w.add("VAEEncode", {"pixels": scaled["IMAGE"], "vae": model["VAE"]})
-    prompt = {"prompt": "Remove the pineapple from image 1."}
+    prompt = {"prompt": "Remove the barber pole."}
     text = w.add("TextEncodeQwenImageEditPlus", {"clip": model["CLIP"], "image1": scaled["IMAGE"]}, prompt)
     reference = w.add("ReferenceLatent", {"conditioning": text["CONDITIONING"], "latent": latent["LATENT"]})
-    noise = w.add("RandomNoise", values={"noise_seed": SEED, CONTROL: "fixed"})
+    noise = w.add("RandomNoise", values={"noise_seed": STOCK_SEED, CONTROL: "fixed"})
     guider = w.add("BasicGuider", {"model": model["MODEL"], "conditioning": reference["CONDITIONING"]})
     sampler = w.add("UniPicSamplerSelect", values={"sampler": "euler"})
     sigmas = w.add("UniPicSigmas", {"model": model["MODEL"], "latent": latent["LATENT"]}, {"steps": 0, "denoise": 1})
@@ -236,8 +242,8 @@ def base_beside_few_step() -> Workflow:
     w = Workflow("08-base-beside-few-step", KINDS, note)
     model = _load(w)
     lora = w.add("DistillLoRA", {"model": model["MODEL"]}, {"lora": LORA, "strength": 1})
-    pictures = _pictures(w, ("astronaut", "pizza", "beach"))
-    prompt = "Give the pizza from image 2 to the astronaut from image 1 to hold, on the beach of image 3."
+    pictures = _pictures(w, ("man-office-worker", "tent", "desert"))
+    prompt = "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3."
     made = _compose(w, model, pictures, prompt, batch_size=2)
     base = _few_steps(w, model["MODEL"], made, title="As the model is: many steps")
     few = _few_steps(w, lora["model"], made, title="With the LoRA: few steps")

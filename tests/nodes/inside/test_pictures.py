@@ -90,7 +90,7 @@ def test_sample_images():
     [combo] = UniPicSampleImages.define_schema().inputs
     assert combo.options == example_names()
     assert combo.default in combo.options
-    assert len(combo.options) == 10
+    assert len(combo.options) == 17
     for name in example_names():
         [image] = UniPicSampleImages.execute(name).args
         height, width = image.shape[1:3]
