@@ -21,8 +21,9 @@ from ..unipic_core.errors import UniPicError
 from ..unipic_core.segments import FULL, REFERENCES, TARGET, TEXT, fixed_pieces
 from ..unipic_core.sequence import PATCH, PackedLatents
 
-FORM, CACHE = "unipic_attention_form", "unipic_condition_cache"
-"""Keys of transformer_options: the attention form in the place of the network's own, and one of CACHES."""
+FORM, CACHE = OWN_OPTIONS = "unipic_attention_form", "unipic_condition_cache"
+"""Keys of transformer_options, and arguments of the network: the attention form in the place of its own, and one of
+CACHES."""
 
 CACHES = AUTO, OFF, APPROXIMATE = "auto", "off", "approximate"
 """Keep what no step changes; compute it in every step; for the full form, use references again while t moves little."""

@@ -25,7 +25,7 @@ from ..unipic_core.segments import condition_bytes
 from ..unipic_core.sequence import PATCH, PIXELS_PER_TOKEN
 from ..unipic_core.tensor_files import read_table
 from ..unipic_core.weights import FP8, Weights
-from .conditions import EACH, HELD, ONCE, REFERENCE_SETS, keep_during_runs
+from .conditions import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
 from .facts import Facts, attach
 from .latent_format import PictureLatents, read_latent_format
 from .network import Network, network_options
@@ -46,6 +46,22 @@ class UniPicModel(comfy.model_base.QwenImage):
 
     def __init__(self, model_config: Any, device: torch.device | None = None) -> None:
         super().__init__(model_config, device=device, unet_model=Network)
+
+    def _apply_model(
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The stock call, with our own options as arguments too: what torch.compile made is not asked again when only
+        transformer_options change, for ComfyUI's node leaves them out of the guards."""
+        options = transformer_options or {}
+        own = {key: options[key] for key in OWN_OPTIONS if key in options}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **own, **kwargs)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         mask = kwargs.get("attention_mask")

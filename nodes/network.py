@@ -22,7 +22,7 @@ from ..unipic_core.mmdit import MMDiT, MMDiTConfig
 from ..unipic_core.segments import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, Segment, advance, advance_all
 from ..unipic_core.sequence import PATCH, PackedLatents, unpack_latents
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
-from .conditions import FORM, Conditions, Fixed, Kept, Past, Reused
+from .conditions import FORM, OWN_OPTIONS, Conditions, Fixed, Kept, Past, Reused
 from .inputs import checked_method, checked_text, packed, positions
 
 
@@ -90,10 +90,10 @@ class Network(MMDiT):
         transformer_options: Options | None = None,
         control: dict[str, Any] | None = None,
         ref_latents_method: str | None = None,
-        **_: Any,
+        **own: Any,
     ) -> Tensor:
         method = checked_method(ref_latents_method or self.default_ref_method)
-        options = transformer_options or {}
+        options = {**(transformer_options or {}), **{key: own[key] for key in OWN_OPTIONS if key in own}}
         form = options.get(FORM) or self.config.attention_form
         latents = packed(x, ref_latents or (), self.config.in_channels)
         fixed = Fixed(
