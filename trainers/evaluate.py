@@ -209,7 +209,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--keep", type=Path, metavar="DIR", help="keep the pictures there, and make only those missing")
     top.add_argument("--json", type=Path, metavar="FILE", help="the numbers")
     top.add_argument(
-        "--sheet", type=Path, metavar="FILE.png", help="instruction, inputs, truth and outputs as a picture"
+        "--sheet", type=Path, metavar="FILE", help="instruction, inputs, truth and outputs as a picture, .png or .jpg"
     )
     top.add_argument("--sheet-rows", type=int, default=12, help="%(default)s")
     top.add_argument("--plot", type=Path, metavar="FILE.png", help="quality kept of the first system against steps")
@@ -255,9 +255,9 @@ def check_outputs(args: argparse.Namespace, count: int) -> None:
     """Raises ValueError now rather than after an hour. ``count``: of systems."""
     if args.sheet_rows < 1:
         raise ValueError(f"--sheet-rows must be at least 1, got {args.sheet_rows}")
-    for name, path in (("--sheet", args.sheet), ("--plot", args.plot)):
-        if path and path.suffix.lower() != ".png":
-            raise ValueError(f"{name} must end in .png, got {path}")
+    for name, path, ends in (("--sheet", args.sheet, (".png", ".jpg")), ("--plot", args.plot, (".png",))):
+        if path and path.suffix.lower() not in ends:
+            raise ValueError(f"{name} must end in {' or '.join(ends)}, got {path}")
     if args.plot and count < 2:
         raise ValueError(f"--plot compares systems with the first one; expected at least 2, got {count}")
     for path in (args.json, args.sheet, args.plot):
@@ -271,7 +271,8 @@ def write_outputs(args: argparse.Namespace, result: Evaluation, plan: Plan) -> N
     if args.sheet:
         title = f"{plan.n} unseen scenes, seed {plan.seed}: the first {len(result.rows)}"
         with aside(args.sheet) as path:
-            draw_sheet(result.rows, title, result.report.get("comparison")).save(path)
+            sheet = draw_sheet(result.rows, title, result.report.get("comparison"))
+            sheet.save(path, quality=90, subsampling=0)  # of a JPEG, a third of the PNG
     if args.plot:
         with aside(args.plot) as path:
             draw_plot(result.report["comparison"], path, args.plot_against)

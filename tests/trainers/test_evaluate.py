@@ -119,8 +119,11 @@ def test_options_make_one_system_each() -> None:
     assert (second.label, second.model, second.steps) == ("nano + x, 2 steps", "a/nano", 2)
 
 
-def test_controls_only_writes_numbers_and_a_sheet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    numbers, sheet = tmp_path / "c.json", tmp_path / "c.png"
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_controls_only_writes_numbers_and_a_sheet(
+    ending: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers, sheet = tmp_path / "c.json", tmp_path / f"c.{ending}"
     options = ["--controls-only", "--n", "3", "--size", "160", "--data", str(SUBSET), "--sheet-rows", "2"]
     assert main([*options, "--json", str(numbers), "--sheet", str(sheet)]) == 0
     report = json.loads(numbers.read_text(encoding="utf-8"))
@@ -128,7 +131,7 @@ def test_controls_only_writes_numbers_and_a_sheet(tmp_path: Path, capsys: pytest
     assert report["judges"]["placement_iou"]["controls"]["background_alone"] == 0
     assert Image.open(sheet).height > 300
     assert "truth" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"c.json", "c.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"c.json", f"c.{ending}"}
 
 
 def test_a_pipeline_folder_is_measured(tmp_path: Path) -> None:
