@@ -10,7 +10,8 @@ from comfy_api.latest import io
 
 def tell(node: type[io.ComfyNode], text: str, level: int = logging.INFO) -> None:
     """Log a line, and show it in the node, if that asks for `io.Hidden.unique_id`."""
-    logging.log(level, "%s: %s", node.define_schema().display_name, text)
+    schema = node.SCHEMA or node.GET_SCHEMA()  # kept by ComfyUI; a new one would list folders again in every run
+    logging.log(level, "%s: %s", schema.display_name, text)
     prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)  # absent where no page is served
     server, unique_id = getattr(prompt_server, "instance", None), getattr(node.hidden, "unique_id", None)
     if server is not None and unique_id:
