@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..unipic_core.caching import LRU, WeightsKey, image_key
+from ..unipic_core.conditioning.images import MAX_REFERENCES, Size, resize_references
+from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.images import MAX_REFERENCES, Size, resize_references
-from ..unipic_core.recipe import LIMITS, Recipe
-from ..unipic_core.sequence import VAE_SCALE
-from ..unipic_core.settings import Plan, plan
+from ..unipic_core.run.plan import Plan, plan
+from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY, vision
 from .facts import facts_of
 from .messages import tell

@@ -14,12 +14,12 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..unipic_core.checkpoints import looks_like
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.recipe import Recipe
-from ..unipic_core.settings import resolve
-from ..unipic_core.tensor_files import read_table
-from ..unipic_core.vae_files import config_of_file
+from ..unipic_core.run.plan import resolve
+from ..unipic_core.weights.recipe import Recipe
+from ..unipic_core.weights.safetensors_file import read_table
+from ..unipic_core.weights.transformer import looks_like
+from ..unipic_core.weights.vae import config_of_file
 from . import CATEGORY, sources
 from .facts import attach, facts_of
 from .latent_format import PictureLatents, fit_preview, read_latent_format

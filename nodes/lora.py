@@ -14,18 +14,18 @@ import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..unipic_core import MODELS
 from ..unipic_core.errors import CheckpointError, LoRAError, one_line
-from ..unipic_core.lora import LoRA, MergeReport, build_lora
-from ..unipic_core.lora_layers import LoRALayer
-from ..unipic_core.recipe import METADATA_KEY, Recipe
-from ..unipic_core.settings import resolve
+from ..unipic_core.run.plan import resolve
+from ..unipic_core.weights.lora import LoRA, MergeReport, build_lora
+from ..unipic_core.weights.lora_layers import LoRALayer
+from ..unipic_core.weights.recipe import METADATA_KEY, Recipe
 from . import CATEGORY
 from .conditions import FORM
 from .facts import Facts, attach, facts_of
 from .messages import tell
 from .model import UniPicModel
 from .sample import described
-from .sources import MODELS
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."

@@ -16,15 +16,15 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..unipic_core.checkpoints import open_transformer, read_shift, stored_dtype
+from ..unipic_core.conditioning.images import DEFAULT_BUDGET
+from ..unipic_core.conditioning.sequence import PATCH, PIXELS_PER_TOKEN
 from ..unipic_core.errors import CheckpointError, UniPicError
-from ..unipic_core.images import DEFAULT_BUDGET
-from ..unipic_core.recipe import TRANSFORMER_FOLDERS, recipe_of
-from ..unipic_core.schedules import resolution_shift
-from ..unipic_core.segments import condition_bytes
-from ..unipic_core.sequence import PATCH, PIXELS_PER_TOKEN
-from ..unipic_core.tensor_files import read_table
-from ..unipic_core.weights import FP8, Weights
+from ..unipic_core.model.config import condition_bytes
+from ..unipic_core.sampling.schedules import resolution_shift
+from ..unipic_core.weights.files import FP8, Weights
+from ..unipic_core.weights.recipe import TRANSFORMER_FOLDERS, recipe_of
+from ..unipic_core.weights.safetensors_file import read_table
+from ..unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
 from .conditions import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
 from .facts import Facts, attach
 from .latent_format import PictureLatents, read_latent_format

@@ -6,9 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..unipic_core.conditions import REUSE_WITHIN
-from ..unipic_core.recipe import LIMITS, SAMPLERS, Recipe
-from ..unipic_core.settings import Settings, resolve
+from ..unipic_core.run.kv_cache import REUSE_WITHIN
+from ..unipic_core.run.plan import Settings, resolve
+from ..unipic_core.weights.recipe import LIMITS, SAMPLERS, Recipe
 from . import CATEGORY, sampling
 from .conditions import AUTO, CACHES, with_cache
 from .facts import facts_of

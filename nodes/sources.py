@@ -13,18 +13,16 @@ from pathlib import Path
 
 import folder_paths
 
-from ..unipic_core.checkpoints import NETWORK_CLASS, class_name
+from ..unipic_core import MODELS
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.recipe import TRANSFORMER_FOLDERS
-from ..unipic_core.weights import find_weight_file
+from ..unipic_core.weights.files import find_weight_file
+from ..unipic_core.weights.recipe import TRANSFORMER_FOLDERS
+from ..unipic_core.weights.transformer import NETWORK_CLASS, class_name
 
 AUTO = "auto"
 DEFAULT_MODEL = "unipic-nano (bundled)"
 FOLDER_KINDS = ("unipic", "diffusers")
 """Folders of ComfyUI's models folder, and keys of extra_model_paths.yaml, in which whole released folders lie."""
-
-MODELS = Path(__file__).resolve().parents[1] / "unipic_core" / "models"
-"""The bundled models; LoRAs that come with the pack lie in loras/ of the one that they are for."""
 
 _DEPTH = 2  # models/unipic/NAME and models/unipic/OWNER/NAME
 

@@ -16,11 +16,11 @@ import comfy.utils
 from PIL import Image
 from torch import Tensor
 
-from ..unipic_core.encoder_files import HEAD
+from ..unipic_core.conditioning.images import resize_for_vision
+from ..unipic_core.conditioning.prompt import prompt_text
 from ..unipic_core.errors import CheckpointError, UniPicError
-from ..unipic_core.images import resize_for_vision
-from ..unipic_core.prompt import prompt_text
-from ..unipic_core.weights import open_weights
+from ..unipic_core.weights.files import open_weights
+from ..unipic_core.weights.text_encoder import HEAD
 from .pictures import to_image
 from .text_config import EncoderConfig
 from .text_model import TextModel

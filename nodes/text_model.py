@@ -11,8 +11,8 @@ from comfy import sd1_clip
 from comfy.text_encoders import llama, qwen_vl
 from torch import Tensor
 
+from ..unipic_core.conditioning.vision import MERGE, PATCH, grid_thw, vision_patches
 from ..unipic_core.errors import CheckpointError
-from ..unipic_core.vision import MERGE, PATCH, grid_thw, vision_patches
 from .text_config import EncoderConfig
 from .text_tokens import KEY, Tokenizer
 

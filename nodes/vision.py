@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..unipic_core.caching import TensorCache, WeightsKey
-from ..unipic_core.images import MAX_REFERENCES
+from ..unipic_core.conditioning.images import MAX_REFERENCES
 from .text_tokens import KEY
 
 _seen: TensorCache[Tensor] = TensorCache(MAX_REFERENCES)

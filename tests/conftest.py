@@ -15,8 +15,8 @@ from trainers.data.emoji import SUBSET
 from trainers.loop import train
 from trainers.nano import write_folder
 from trainers.vae import save_vae
-from unipic_core.image_vae import ImageVAE, VAEConfig
-from unipic_core.pipeline.text import TextEncoder
+from unipic_core.model.vae import ImageVAE, VAEConfig
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 BASIC = {f.name for f in fields(RunConfig)} - {name for names in SECTIONS.values() for name in names}
 

@@ -15,9 +15,8 @@ from tests.benchmarks.common import Bar, Times, draw, draw_bars, heading, in_tur
 from tests.benchmarks.network import diffusers_network, evaluate_diffusers
 from tests.benchmarks.scaled_fp8 import ScaledLinear
 from tests.benchmarks.systems import CAUSAL, TINY_SIZES, Kind, evaluate, fill, sharing, square, with_text
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.segments import ATTENTION_FORMS, FULL
-from unipic_core.sequence import LatentShape
+from unipic_core.conditioning.sequence import LatentShape
+from unipic_core.model.config import ATTENTION_FORMS, FULL, MMDiTConfig
 
 KIND = Kind(torch.float32)
 

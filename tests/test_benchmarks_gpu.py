@@ -13,7 +13,7 @@ import torch
 from tests.benchmarks import common, gpu, gpu_parts
 from tests.benchmarks.systems import CPU, Kind
 from unipic_core.errors import UniPicError
-from unipic_core.segments import FULL, PREFIX_CAUSAL
+from unipic_core.model.config import FULL, PREFIX_CAUSAL
 
 BENCH = gpu.Bench(gpu.TINY, PREFIX_CAUSAL, 1)
 CUDA = torch.device("cuda", 0)

@@ -8,10 +8,10 @@ import torch
 
 from trainers.data.emoji import SUBSET, Bank
 from trainers.evaluate import System, evaluate
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.images import load_image
-from unipic_core.inspect import describe
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.images import load_image
 from unipic_core.pipeline import UniPicPipeline
+from unipic_core.weights.describe import describe
 
 FEW_STEP = DEFAULT_MODEL / "loras" / "unipic-nano-few-step_prefix_causal.safetensors"
 

@@ -23,9 +23,9 @@ from torch import nn
 from tqdm import tqdm
 
 from unipic_core.errors import CheckpointError
-from unipic_core.image_vae import ImageVAE
-from unipic_core.pipeline.text import TextEncoder
-from unipic_core.vae_files import load_image_vae
+from unipic_core.model.vae import ImageVAE
+from unipic_core.pipeline.text_encoder import TextEncoder
+from unipic_core.weights.vae import load_image_vae
 
 from .config import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
 from .data.checking import Checked, check_rows, load_rows, report, require_good, write_json

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from unipic_core.attention import TRAINABLE
-from unipic_core.segments import ATTENTION_FORMS
+from unipic_core.model.attention import TRAINABLE
+from unipic_core.model.config import ATTENTION_FORMS
 
 from .method_config import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parsing import ConfigError as ConfigError
@@ -58,7 +58,7 @@ class NetworkConfig:
     model: a pipeline folder (released, or from `python -m trainers.nano`). transformer: weights of the network from
     elsewhere. adapter: LoRAs over one frozen base that carries every role; absent: all parameters, a network per role.
     student: what the student starts from instead of the base: a LoRA, or without adapters weights of a network.
-    attention_form: which tokens the student lets see which (segments.py); absent: as what it starts from. Its teacher
+    attention_form: which tokens the student lets see which; absent: as what it starts from. Its teacher
     and its fake score keep the base's.
     weights: how the base is held in memory; fp8 and nf4 only under adapters. block_swap: so many of the last blocks
     stay in the main memory and visit the GPU when they are needed. shard: spread networks over all processes (FSDP2).

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unipic_core.flow import add_noise, velocity
-from unipic_core.recipe import RELEASED_FEW_STEP
+from unipic_core.sampling.flow import add_noise, velocity
+from unipic_core.weights.recipe import RELEASED_FEW_STEP
 
 from .config import RunConfig, given
 from .losses import (

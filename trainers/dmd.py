@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unipic_core.flow import add_noise
-from unipic_core.recipe import RELEASED_FEW_STEP
-from unipic_core.samplers import NoiseSource, sample_consistency
-from unipic_core.schedules import few_step_times
+from unipic_core.sampling.flow import add_noise
+from unipic_core.sampling.samplers import NoiseSource, sample_consistency
+from unipic_core.sampling.schedules import few_step_times
+from unipic_core.weights.recipe import RELEASED_FEW_STEP
 
 from .config import RunConfig, given
 from .losses import TimedVelocity, dmd_direction, dmd_loss, fake_score_loss

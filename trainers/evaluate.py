@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from unipic_core import __version__
-from unipic_core.aside import aside
+from unipic_core.weights.write_small import aside
 
 from .data.catalogue import Split
 from .data.emoji import Bank
@@ -35,7 +35,7 @@ from .judges.plot import AXES, draw_plot
 from .judges.sheet import draw_sheet
 
 if TYPE_CHECKING:
-    from unipic_core.settings import Settings
+    from unipic_core.run.plan import Settings
 
 T = TypeVar("T")
 
@@ -53,9 +53,9 @@ class System:
 
     def settings(self) -> Settings:
         """What the wishes and the recipes come to, read without loading. Raises UniPicError as ``open`` does."""
-        from unipic_core.lora import read_lora
         from unipic_core.pipeline.loading import find_recipe
-        from unipic_core.settings import resolve
+        from unipic_core.run.plan import resolve
+        from unipic_core.weights.lora import read_lora
 
         _, recipe = find_recipe(Path(self.model), None)
         if self.lora:

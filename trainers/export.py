@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from unipic_core.checkpoints import check_keys, expected_shapes
-from unipic_core.convert import Network, keep_sources, source_recipe, write_file
 from unipic_core.errors import CheckpointError
-from unipic_core.lora import save_lora
-from unipic_core.merge import merge, write_folder
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.recipe import Recipe
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.weights.convert import Network, keep_sources, source_recipe, write_file
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.merge import merge, write_folder
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import check_keys, expected_shapes
 
 FORM = "bf16"
 """How trained weights are written."""

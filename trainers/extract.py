@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unipic_core.checkpoints import check_keys, open_transformer
-from unipic_core.convert import keep_sources, source_recipe
 from unipic_core.errors import UniPicError
-from unipic_core.lora import save_lora
-from unipic_core.weights import Weights
+from unipic_core.weights.convert import keep_sources, source_recipe
+from unipic_core.weights.files import Weights
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.transformer import check_keys, open_transformer
 
 from .config import TARGETS, AdapterConfig
 from .roles import targets_of

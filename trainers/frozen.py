@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipic_core.attention import attention_named
-from unipic_core.checkpoints import open_transformer
-from unipic_core.convert import is_block_matrix, quantise_fp8
-from unipic_core.mmdit import MMDiT
+from unipic_core.model.attention import attention_named
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.convert import is_block_matrix, quantise_fp8
+from unipic_core.weights.transformer import open_transformer
 
 from .config import ConfigError, NetworkConfig
 

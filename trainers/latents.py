@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipic_core.image_vae import ImageVAE
-from unipic_core.sequence import VAE_SCALE
+from unipic_core.conditioning.sequence import VAE_SCALE
+from unipic_core.model.vae import ImageVAE
 
 
 class PrincipalComponents:

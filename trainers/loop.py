@@ -25,8 +25,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from unipic_core.aside import aside
-from unipic_core.samplers import NonFiniteLatent
+from unipic_core.sampling.samplers import NonFiniteLatent
+from unipic_core.weights.write_small import aside
 
 from .checkpointing import TrainingError, newest_checkpoint, replaced, resume, save
 from .config import ConfigError, RunConfig

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipic_core.flow import like, velocity
-from unipic_core.schedules import Shift, resolution_shift, shift_times
-from unipic_core.sequence import PATCH
+from unipic_core.conditioning.sequence import PATCH
+from unipic_core.sampling.flow import like, velocity
+from unipic_core.sampling.schedules import Shift, resolution_shift, shift_times
 
 TimedVelocity = Callable[[Tensor, Any], Tensor]
 """(x_t [B, ...], t: [B] or a number) -> v [B, ...]: a network with everything else fixed."""

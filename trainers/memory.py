@@ -18,10 +18,16 @@ from pathlib import Path
 
 import torch
 
-from unipic_core.checkpoints import NETWORK_CLASS, class_name, config_from_file, expected_shapes, read_config
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.recipe import TRANSFORMER_FOLDERS
-from unipic_core.sequence import PIXELS_PER_TOKEN
+from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.weights.recipe import TRANSFORMER_FOLDERS
+from unipic_core.weights.transformer import (
+    NETWORK_CLASS,
+    class_name,
+    config_from_file,
+    expected_shapes,
+    read_config,
+)
 
 from .config import AdapterConfig, ConfigError, NetworkConfig, RunConfig, given, load_config
 from .frozen import form_of, stored_form

@@ -17,11 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.prompt import prompt_text
-from unipic_core.recipe import Recipe
-from unipic_core.schedules import Shift
-from unipic_core.vision import MEAN, STD
+from unipic_core.conditioning.prompt import prompt_text
+from unipic_core.conditioning.vision import MEAN, STD
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.sampling.schedules import Shift
+from unipic_core.weights.recipe import Recipe
 
 from .data.emoji import Bank
 from .data.scenes import corpus

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from unipic_core.attention import attention_named
-from unipic_core.checkpoints import load_transformer
-from unipic_core.lora import read_lora
-from unipic_core.mmdit import MMDiT
-from unipic_core.recipe import recipe_of
-from unipic_core.segments import FULL
+from unipic_core.model.attention import attention_named
+from unipic_core.model.config import FULL
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.lora import read_lora
+from unipic_core.weights.recipe import recipe_of
+from unipic_core.weights.transformer import load_transformer
 
 from .config import ConfigError, NetworkConfig
 from .frozen import load_frozen

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from unipic_core.aside import aside
+from unipic_core.weights.write_small import aside
 
 Metrics = dict[str, float]
 

@@ -18,9 +18,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from unipic_core.lora import read_lora
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.sequence import PackedLatents, TextCond
+from unipic_core.conditioning.sequence import PackedLatents, TextCond
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.lora import read_lora
 
 from .config import AdapterConfig, ConfigError, RunConfig
 from .frozen import place

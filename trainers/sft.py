@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from unipic_core.flow import add_noise
-from unipic_core.recipe import Recipe
+from unipic_core.sampling.flow import add_noise
+from unipic_core.weights.recipe import Recipe
 
 from .config import RunConfig, given
 from .losses import flow_matching_loss

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unipic_core.pipeline.text import EncoderInputs, TextEncoder
-from unipic_core.sequence import TextCond
+from unipic_core.conditioning.sequence import TextCond
+from unipic_core.pipeline.text_encoder import EncoderInputs, TextEncoder
 
 from .cache import Rows
 from .config import RunConfig, given

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from unipic_core.mmdit import MMDiT
+from unipic_core.model.mmdit import MMDiT
 
 from .parsing import ConfigError
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unipic_core.encoder_files import HEAD
+from unipic_core.conditioning.prompt import prompt_text
+from unipic_core.conditioning.vision import grid_thw, vision_patches, vision_tokens
 from unipic_core.errors import CheckpointError
-from unipic_core.pipeline.text import EncoderInputs, TextEncoder, positions_of
-from unipic_core.prompt import prompt_text
-from unipic_core.vision import grid_thw, vision_patches, vision_tokens
-from unipic_core.weights import open_weights
+from unipic_core.pipeline.text_encoder import EncoderInputs, TextEncoder, positions_of
+from unipic_core.weights.files import open_weights
+from unipic_core.weights.text_encoder import HEAD
 
 from .data.shards import Rows, Shard, drop_vision, text_path, write_shard
 

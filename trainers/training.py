@@ -11,12 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.checkpoints import read_shift
-from unipic_core.guidance import guided_velocity
-from unipic_core.images import to_images
-from unipic_core.recipe import RELEASED_BASE, Recipe, recipe_of
-from unipic_core.samplers import sample_consistency, sample_euler, seeded_noise
-from unipic_core.sequence import (
+from unipic_core.conditioning.images import to_images
+from unipic_core.conditioning.sequence import (
     LatentShape,
     PackedLatents,
     TextCond,
@@ -24,7 +20,11 @@ from unipic_core.sequence import (
     pack_with_references,
     unpack_latents,
 )
-from unipic_core.settings import resolve
+from unipic_core.run.plan import resolve
+from unipic_core.sampling.guidance import guided_velocity
+from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
+from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
+from unipic_core.weights.transformer import read_shift
 
 from .batches import BucketOrder
 from .cache import Rows, load_image_vae, read_cache, read_preview

@@ -14,9 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last
-from unipic_core.images import to_images, to_tensor
-from unipic_core.vae_files import video_weights
+from unipic_core.conditioning.images import to_images, to_tensor
+from unipic_core.model.vae import ImageVAE, VAEConfig, channels_last
+from unipic_core.weights.vae import video_weights
 
 from .config import RunConfig, given
 from .data.backgrounds import draw, sample_background

@@ -30,13 +30,14 @@ from torch import Tensor
 from trainers.data.emoji import Bank, default_folder
 from trainers.data.render import Sample, render
 from trainers.data.scenes import make_scene
-from unipic_core.blocks import KeyValue
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.conditions import REUSE_WITHIN
-from unipic_core.mmdit import MMDiT, MMDiTConfig
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.model.attention_forms import advance_all, spans
+from unipic_core.model.blocks import KeyValue
+from unipic_core.model.config import FULL, REFERENCE_CAUSAL, REFERENCES, MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.segments import FULL, REFERENCE_CAUSAL, REFERENCES, advance_all, spans
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.run.kv_cache import REUSE_WITHIN
 
 from .arithmetic import Load, step_flops
 from .common import RESULTS, changed_options, device_name, draw, heading, line, machine, write_json

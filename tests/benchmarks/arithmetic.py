@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.segments import REFERENCES, SEGMENTS, TARGET, TEXT, condition_bytes, fixed_pieces
-from unipic_core.sequence import LatentShape
+from unipic_core.conditioning.sequence import LatentShape
+from unipic_core.model.config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig, condition_bytes, fixed_pieces
 
 from .common import Run
 

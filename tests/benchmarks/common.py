@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unipic_core.aside import aside
+from unipic_core.weights.write_small import aside
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20

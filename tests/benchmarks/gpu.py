@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from unipic_core.attention import ATTENTIONS, attention_named
-from unipic_core.compiling import check_compiler, compile_blocks
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.segments import FULL
-from unipic_core.sequence import LatentShape
+from unipic_core.conditioning.sequence import LatentShape
+from unipic_core.model.attention import ATTENTIONS, attention_named
+from unipic_core.model.compile import check_compiler, compile_blocks
+from unipic_core.model.config import FULL, MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
 
 from .arithmetic import Load, count_flops, fill_flops, step_flops
 from .common import (

@@ -12,12 +12,12 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from trainers.nano import text_encoder_config
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last
-from unipic_core.images import MAX_REFERENCES, Size, reference_sizes
-from unipic_core.pipeline.text import TextEncoder
-from unipic_core.prompt import IMAGE_PAD
-from unipic_core.sequence import VAE_SCALE
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.images import MAX_REFERENCES, Size, reference_sizes
+from unipic_core.conditioning.prompt import IMAGE_PAD
+from unipic_core.conditioning.sequence import VAE_SCALE
+from unipic_core.model.vae import ImageVAE, VAEConfig, channels_last
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 from .common import Run
 from .systems import Kind

@@ -19,8 +19,8 @@ from accelerate import init_empty_weights
 from diffusers import QwenImageTransformer2DModel
 from torch import Tensor
 
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.segments import FULL
+from unipic_core.model.config import FULL, MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
 
 from .arithmetic import Load, step_flops, whole_flops
 from .common import Columns, draw, draw_bars, heading, line, machine, make_parser, result_file, write_json

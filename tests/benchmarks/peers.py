@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from unipic_core.mmdit import MMDiT, MMDiTConfig
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
 
 from .arithmetic import Load, cache_bytes, fill_flops, step_flops, whole_flops
 from .common import (

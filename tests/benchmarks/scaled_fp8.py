@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unipic_core.convert import quantise_fp8
+from unipic_core.weights.convert import quantise_fp8
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from trainers.memory import ACTIVATIONS
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.segments import SEGMENTS
+from unipic_core.model.config import SEGMENTS, MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
 
 from .arithmetic import Load, cache_bytes, fill_flops, step_flops
 from .common import (

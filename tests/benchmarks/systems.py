@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unipic_core.attention import Attention, scaled_dot_product_attention
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.segments import ATTENTION_FORMS, FULL, PREFIX_CAUSAL, ConditionCache
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.model.attention import Attention, scaled_dot_product_attention
+from unipic_core.model.attention_forms import ConditionCache
+from unipic_core.model.config import ATTENTION_FORMS, FULL, PREFIX_CAUSAL, MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
 
 from .arithmetic import Load
 from .common import Run, Times, in_turns

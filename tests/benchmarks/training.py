@@ -33,10 +33,10 @@ from trainers.optimizers import make_optimizers
 from trainers.roles import FAKE_SCORE, STUDENT, TEACHER, Roles
 from trainers.text_cache import encoder_fingerprint
 from trainers.training import Inputs, make_inputs
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.pipeline.text import TextEncoder
-from unipic_core.segments import FULL
-from unipic_core.sequence import LatentShape, TextCond, pack_with_references
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
+from unipic_core.model.config import FULL
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 from .arithmetic import count_flops
 from .common import (

@@ -20,9 +20,9 @@ from trainers.config import DataConfig, RunConfig, given, parse_run
 from trainers.loop import MAIN, make_parts, update_average
 from trainers.memory import OUTSIDE, estimate
 from trainers.train import make_method
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.pipeline.text import TextEncoder
-from unipic_core.segments import ATTENTION_FORMS
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.model.config import ATTENTION_FORMS
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 from .arithmetic import count_flops
 from .common import MIB, Run, peak_of_its_own

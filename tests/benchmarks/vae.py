@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage
 
-from unipic_core.image_vae import ImageVAE, VAEConfig, channels_last
-from unipic_core.sequence import VAE_SCALE
-from unipic_core.vae_files import image_weight
+from unipic_core.conditioning.sequence import VAE_SCALE
+from unipic_core.model.vae import ImageVAE, VAEConfig, channels_last
+from unipic_core.weights.vae import image_weight
 
 from .arithmetic import count_flops
 from .common import Columns, Run, draw, draw_bars, heading, line, machine, make_parser, result_file, write_json

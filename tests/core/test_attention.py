@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unipic_core import attention
-from unipic_core.attention import ATTENTIONS, BACKENDS, CHECKED_CALLS, PACKAGES, attention_named
 from unipic_core.errors import UniPicError
+from unipic_core.model import attention
+from unipic_core.model.attention import ATTENTIONS, BACKENDS, CHECKED_CALLS, PACKAGES, attention_named
 
 BF16 = torch.bfloat16
 

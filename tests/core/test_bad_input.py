@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from unipic_core.cli import main
-from unipic_core.mmdit import MMDiT
+from unipic_core.model.mmdit import MMDiT
 
 BEFORE = b"the picture of before"
 WEIGHTS = "diffusion_pytorch_model.safetensors"

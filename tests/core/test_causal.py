@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from unipic_core.caching import TensorCache
-from unipic_core.checkpoints import load_transformer, open_transformer
-from unipic_core.convert import Network, write_file
-from unipic_core.guidance import guided_velocity
-from unipic_core.lora import save_lora
-from unipic_core.merge import merge
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.recipe import Recipe
-from unipic_core.samplers import sample_consistency, sample_euler, seeded_noise
-from unipic_core.segments import ATTENTION_FORMS, FULL, REFERENCES, TEXT, condition_bytes, fixed_pieces
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond, pack_with_references
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond, pack_with_references
+from unipic_core.model.config import ATTENTION_FORMS, FULL, REFERENCES, TEXT, MMDiTConfig, condition_bytes, fixed_pieces
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.sampling.guidance import guided_velocity
+from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
+from unipic_core.weights.convert import Network, write_file
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.merge import merge
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import load_transformer, open_transformer
 
 CAUSAL = ("reference_causal", "prefix_causal")
 EXACT = 1e-5

@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unipic_core.checkpoints import (
+from unipic_core.errors import CheckpointError
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.weights.files import Weights, open_weights, strip_prefix
+from unipic_core.weights.transformer import (
     ZERO_COND_MARKER,
     check_keys,
     find_transformer,
@@ -21,9 +24,6 @@ from unipic_core.checkpoints import (
     read_config,
     rope_axes,
 )
-from unipic_core.errors import CheckpointError
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.weights import Weights, open_weights, strip_prefix
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 State = dict[str, torch.Tensor]

@@ -16,11 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from unipic_core import cli
-from unipic_core.attention import PACKAGES, matmul_attention
-from unipic_core.cli import lora_argument, main, size_argument
-from unipic_core.lora import save_lora
-from unipic_core.pipeline import command, pipeline
+from unipic_core.cli import commands as cli
+from unipic_core.cli import compose as command
+from unipic_core.cli.commands import lora_argument, main, size_argument
+from unipic_core.model.attention import PACKAGES, matmul_attention
+from unipic_core.pipeline import pipeline
+from unipic_core.weights.lora import save_lora
 
 ROOT = Path(__file__).parents[2]
 FAST = ["--size", "32x16", "--steps", "1", "--cfg", "1", "--reference-budget", "32", "--device", "cpu"]
@@ -225,7 +226,7 @@ def test_an_absent_package_is_named_before_anything_is_loaded(
 def test_a_module_of_our_own_that_is_absent_is_unforeseen(
     golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setitem(sys.modules, "unipic_core.inspect", None)
+    monkeypatch.setitem(sys.modules, "unipic_core.weights.describe", None)
     assert "unforeseen ModuleNotFoundError" in fails(["info", str(golden / "tiny")], capsys, code=1)
 
 

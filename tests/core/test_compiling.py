@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
-from unipic_core.attention import Checked
-from unipic_core.compiling import check_compiler, compile_blocks
-from unipic_core.conditions import Conditions
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.errors import UniPicError
-from unipic_core.lora import merge_lora, read_lora, save_lora
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.segments import FULL, PREFIX_CAUSAL, REFERENCE_CAUSAL
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.model.attention import Checked
+from unipic_core.model.compile import check_compiler, compile_blocks
+from unipic_core.model.config import FULL, PREFIX_CAUSAL, REFERENCE_CAUSAL, MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.run.kv_cache import Conditions
+from unipic_core.weights.lora import merge_lora, read_lora, save_lora
 
 TARGET = LatentShape(1, 4, 5)
 

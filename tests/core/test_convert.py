@@ -15,12 +15,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unipic_core.checkpoints import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, load_transformer, read_config
-from unipic_core.convert import convert, quantise_fp8
 from unipic_core.errors import CheckpointError
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.recipe import RELEASED_FEW_STEP, Recipe
-from unipic_core.saving import write_safetensors
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.weights.convert import convert, quantise_fp8
+from unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
+from unipic_core.weights.transformer import (
+    CONFIG_KEY,
+    ZERO_COND_MARKER,
+    expected_shapes,
+    load_transformer,
+    read_config,
+)
+from unipic_core.weights.write import write_safetensors
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 SOURCE = TINY / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -239,8 +245,8 @@ def test_a_source_cut_short_while_reading(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 import torch
-from unipic_core.convert import convert
-from unipic_core.weights import open_weights
+from unipic_core.weights.convert import convert
+from unipic_core.weights.files import open_weights
 
 def status(name):
     with open("/proc/self/status") as f:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unipic_core.flow import add_noise, velocity, velocity_to_x0, x0_to_velocity
-from unipic_core.guidance import apply_cfg
+from unipic_core.sampling.flow import add_noise, velocity, velocity_to_x0, x0_to_velocity
+from unipic_core.sampling.guidance import apply_cfg
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unipic_core.images import load_image, reference_sizes, resize_references, vision_size
+from unipic_core.conditioning.images import load_image, reference_sizes, resize_references, vision_size
+from unipic_core.conditioning.sequence import LatentShape, pack_with_references
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.schedules import base_times, few_step_times
-from unipic_core.sequence import LatentShape, pack_with_references
+from unipic_core.sampling.schedules import base_times, few_step_times
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = sorted(p.name for p in (GOLDEN / "cases").iterdir())

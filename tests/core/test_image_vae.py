@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKLQwenImage
 from torch import Tensor
 
-from unipic_core.image_vae import ImageVAE
-from unipic_core.vae_files import load_image_vae
+from unipic_core.model.vae import ImageVAE
+from unipic_core.weights.vae import load_image_vae
 
 SIZES: list[dict[str, Any]] = [
     {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1, "latents_mean": [0.1] * 4, "latents_std": [1.3] * 4},

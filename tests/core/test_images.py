@@ -15,9 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unipic_core import images
-from unipic_core.errors import UniPicError
-from unipic_core.images import (
+from unipic_core.conditioning import images
+from unipic_core.conditioning.images import (
     MAX_ASPECT,
     load_image,
     output_size,
@@ -29,6 +28,7 @@ from unipic_core.images import (
     to_tensor,
     vision_size,
 )
+from unipic_core.errors import UniPicError
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> io.BytesIO:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unipic_core.convert import convert
 from unipic_core.errors import CheckpointError
-from unipic_core.inspect import describe, format_description
-from unipic_core.lora import save_lora
-from unipic_core.recipe import Recipe
-from unipic_core.tensor_specs import TensorSpec
+from unipic_core.weights.convert import convert
+from unipic_core.weights.describe import describe, format_description
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.tensor_spec import TensorSpec
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 

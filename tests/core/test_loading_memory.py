@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from unipic_core.checkpoints import expected_shapes
-from unipic_core.image_vae import ImageVAE, VAEConfig
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.saving import write_safetensors
-from unipic_core.vae_files import video_shapes
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.vae import ImageVAE, VAEConfig
+from unipic_core.weights.transformer import expected_shapes
+from unipic_core.weights.vae import video_shapes
+from unipic_core.weights.write import write_safetensors
 
 MEASURE = """
 import ctypes
@@ -27,9 +27,9 @@ import gc
 import sys
 import torch
 from pathlib import Path
-from unipic_core.checkpoints import load_transformer
+from unipic_core.weights.transformer import load_transformer
 from unipic_core.pipeline import VAE, TextEncoder, UniPicPipeline
-from unipic_core.vae_files import load_image_vae
+from unipic_core.weights.vae import load_image_vae
 
 def status(name):
     with open("/proc/self/status") as f:

@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unipic_core.checkpoints import load_transformer
 from unipic_core.errors import LoRAError
-from unipic_core.lora import LORA_KEY, apply_to_weights, common_targets, merge_lora, read_lora, save_lora
-from unipic_core.mmdit import MMDiT
-from unipic_core.recipe import Recipe
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.lora import LORA_KEY, apply_to_weights, common_targets, merge_lora, read_lora, save_lora
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import load_transformer
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 RANK = 4

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from unipic_core import mmdit
-from unipic_core.attention import BACKENDS
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.rope import joint_positions
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.model import mmdit
+from unipic_core.model.attention import BACKENDS
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.model.rope import joint_positions
 
 SMALL: dict[str, Any] = {
     "num_layers": 2,

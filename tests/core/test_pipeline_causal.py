@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.attention import scaled_dot_product_attention
-from unipic_core.cli import DEFAULT_MODEL
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.prompt import LONG_PROMPT
 from unipic_core.errors import UniPicError
-from unipic_core.lora import save_lora
+from unipic_core.model.attention import scaled_dot_product_attention
+from unipic_core.model.config import FULL, condition_bytes
 from unipic_core.pipeline import UniPicPipeline, loading
-from unipic_core.prompt import LONG_PROMPT
-from unipic_core.recipe import Recipe
-from unipic_core.segments import FULL, condition_bytes
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.recipe import Recipe
 
 CAUSAL = ("reference_causal", "prefix_causal")
 RED, BLUE = Image.new("RGB", (64, 48), "red"), Image.new("RGB", (40, 64), "blue")

@@ -16,8 +16,8 @@ from small_runs import picture
 from unipic_core.errors import CheckpointError, UniPicError
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.pipeline.loading import check_fit, load_parts
-from unipic_core.recipe import Recipe
-from unipic_core.settings import resolve
+from unipic_core.run.plan import resolve
+from unipic_core.weights.recipe import Recipe
 
 # --- recipes ---
 

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import save_file
 from small_runs import SMALL, picture
 
-from unipic_core import cli
+from unipic_core.cli import commands as cli
+from unipic_core.cli import compose as command
 from unipic_core.errors import LoRAError, UniPicError
-from unipic_core.lora import save_lora
-from unipic_core.pipeline import UniPicPipeline, command
-from unipic_core.recipe import Recipe
-from unipic_core.settings import resolve
+from unipic_core.pipeline import UniPicPipeline
+from unipic_core.run.plan import resolve
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.recipe import Recipe
 
 
 def lora_file(path: Path, weight: str, tiny: UniPicPipeline, recipe: Recipe | None = None) -> Path:

@@ -10,7 +10,14 @@ import torch
 from safetensors.torch import save_file
 
 from unipic_core.errors import CheckpointError
-from unipic_core.recipe import METADATA_KEY, RELEASED_BASE, RELEASED_FEW_STEP, Recipe, recipe_of, released_recipe
+from unipic_core.weights.recipe import (
+    METADATA_KEY,
+    RELEASED_BASE,
+    RELEASED_FEW_STEP,
+    Recipe,
+    recipe_of,
+    released_recipe,
+)
 
 
 def test_defaults_are_those_of_the_released_weights() -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from unipic_core.errors import CheckpointError, UniPicError
-from unipic_core.flow import x0_to_velocity
-from unipic_core.samplers import NonFiniteLatent, sample_consistency, sample_euler, seeded_noise
-from unipic_core.schedules import Shift, base_times, few_step_times, resolution_shift
+from unipic_core.sampling.flow import x0_to_velocity
+from unipic_core.sampling.samplers import NonFiniteLatent, sample_consistency, sample_euler, seeded_noise
+from unipic_core.sampling.schedules import Shift, base_times, few_step_times, resolution_shift
 
 MEAN, STD = 0.7, 0.4
 

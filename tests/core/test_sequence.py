@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unipic_core.rope import image_positions, text_start
-from unipic_core.sequence import (
+from unipic_core.conditioning.sequence import (
     LatentShape,
     TextCond,
     nearest_multiple,
@@ -16,6 +15,7 @@ from unipic_core.sequence import (
     pack_with_references,
     unpack_latents,
 )
+from unipic_core.model.rope import image_positions, text_start
 
 
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6))

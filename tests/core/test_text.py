@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from unipic_core.conditioning.prompt import PREFIX, SUFFIX, prompt_text
 from unipic_core.errors import CheckpointError, UniPicError
-from unipic_core.pipeline.text import TextEncoder, positions_of
-from unipic_core.prompt import PREFIX, SUFFIX, prompt_text
+from unipic_core.pipeline.text_encoder import TextEncoder, positions_of
 
 
 @pytest.fixture(scope="module")

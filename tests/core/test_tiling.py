@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from unipic_core.cli import DEFAULT_MODEL
+from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.pipeline.vae import OVERLAP, TILE, VAE
-from unipic_core.tiling import fades, spans, tiled
+from unipic_core.run.tiling import fades, spans, tiled
 
 SIZES = st.tuples(st.integers(1, 60), st.integers(2, 20), st.integers(0, 19), st.sampled_from([1, 8])).filter(
     lambda s: s[2] < s[1]

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKLQwenImage
 from safetensors.torch import load_file, save_file
 
 from unipic_core.errors import CheckpointError
-from unipic_core.image_vae import ImageVAE, VAEConfig
-from unipic_core.vae_files import (
+from unipic_core.model.vae import ImageVAE, VAEConfig
+from unipic_core.weights.vae import (
     config_of_file,
     load_image_vae,
     name_in_file,

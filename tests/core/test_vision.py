@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from unipic_core.pipeline.text import image_processor_class
-from unipic_core.vision import grid_thw, vision_patches, vision_tokens
+from unipic_core.conditioning.vision import grid_thw, vision_patches, vision_tokens
+from unipic_core.pipeline.text_encoder import image_processor_class
 
 
 @pytest.mark.parametrize("size", [(28, 28), (84, 56), (112, 140)])

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unipic_core.checkpoints import find_transformer, load_transformer
 from unipic_core.errors import CheckpointError
-from unipic_core.weights import open_weights
+from unipic_core.weights.files import open_weights
+from unipic_core.weights.transformer import find_transformer, load_transformer
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 State = dict[str, torch.Tensor]

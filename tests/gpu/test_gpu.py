@@ -7,8 +7,8 @@ import torch
 
 from trainers.loop import train
 from trainers.sft_text import SFTWithText
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.images import load_image
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.images import load_image
 from unipic_core.pipeline import UniPicPipeline
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -10,11 +10,12 @@ from trainers.config import AdapterConfig, NetworkConfig, parse_run
 from trainers.frozen import FrozenLinear, load_frozen
 from trainers.memory import OUTSIDE, estimate
 from trainers.roles import STUDENT, AdapterRoles
-from unipic_core.checkpoints import CONFIG_KEY
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.saving import write_safetensors
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.transformer import CONFIG_KEY
+from unipic_core.weights.write import write_safetensors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 FORMS = ("fp32", "bf16", "fp8", "nf4")

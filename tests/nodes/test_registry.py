@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
-from unipic_core.conditions import REUSE_WITHIN
+from unipic_core.run.kv_cache import REUSE_WITHIN
 from workflows import build
 
 ROOT = Path(__file__).resolve().parents[2]

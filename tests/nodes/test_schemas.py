@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unipic_core.recipe import recipe_of
+from unipic_core.weights.recipe import recipe_of
 from workflows import build
 from workflows.graph import CONTROL
 from workflows.kinds import KINDS

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from trainers.frozen import FrozenLinear, FrozenOperations, form_of
-from unipic_core.mmdit import MMDiT
+from unipic_core.model.mmdit import MMDiT
 
 
 class Counted(TorchDispatchMode):

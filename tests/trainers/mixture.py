@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from trainers.losses import TimedVelocity, per_sample
-from unipic_core.flow import add_noise, like
-from unipic_core.guidance import apply_cfg
+from unipic_core.sampling.flow import add_noise, like
+from unipic_core.sampling.guidance import apply_cfg
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 

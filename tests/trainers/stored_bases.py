@@ -8,8 +8,8 @@ import torch
 from trainers.config import AdapterConfig, NetworkConfig
 from trainers.frozen import FrozenLinear, load_frozen
 from trainers.roles import STUDENT, AdapterRoles
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 
 FORMS = ("fp32", "bf16", "fp8", "nf4")
 NANO = NetworkConfig(str(DEFAULT_MODEL), adapter=AdapterConfig())

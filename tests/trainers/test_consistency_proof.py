@@ -19,9 +19,9 @@ from torch import Tensor
 from trainers.consistency import Guide, consistency_terms
 from trainers.losses import difference_tangent, flow_matching_loss, jvp_tangent
 from trainers.method_config import ConsistencyMethod
-from unipic_core.flow import add_noise
-from unipic_core.samplers import sample_consistency
-from unipic_core.schedules import few_step_times
+from unipic_core.sampling.flow import add_noise
+from unipic_core.sampling.samplers import sample_consistency
+from unipic_core.sampling.schedules import few_step_times
 
 MIXTURE = two_conditions()
 COND = torch.arange(4096) % 2

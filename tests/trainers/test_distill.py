@@ -16,11 +16,11 @@ from trainers.joint import JointTraining
 from trainers.loop import train
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER
 from trainers.train import make_method
-from unipic_core.checkpoints import read_config
 from unipic_core.cli import main
-from unipic_core.lora import read_lora
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.recipe import Recipe
+from unipic_core.weights.lora import read_lora
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import read_config
 
 ADAPTER = {"adapter": {"rank": 2, "alpha": 4.0}}
 DROPPING = {"adapter": {**ADAPTER["adapter"], "dropout": 0.5}, "gradient_checkpointing": True}

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from trainers.dmd import dmd_terms, rollout
 from trainers.losses import fake_score_loss
-from unipic_core.flow import add_noise, velocity_to_x0
-from unipic_core.samplers import sample_consistency, seeded_noise
-from unipic_core.schedules import few_step_times
+from unipic_core.sampling.flow import add_noise, velocity_to_x0
+from unipic_core.sampling.samplers import sample_consistency, seeded_noise
+from unipic_core.sampling.schedules import few_step_times
 
 MIXTURE = two_conditions()
 COND = torch.arange(8192) % 2

@@ -15,14 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from trainers.export import export_adapter, export_network
-from unipic_core import saving
-from unipic_core.checkpoints import load_transformer, read_config
 from unipic_core.cli import main
 from unipic_core.errors import CheckpointError, LoRAError
-from unipic_core.inspect import describe
-from unipic_core.lora import LORA_KEY, read_lora
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.recipe import Recipe
+from unipic_core.weights.describe import describe
+from unipic_core.weights.files import write as saving
+from unipic_core.weights.lora import LORA_KEY, read_lora
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import load_transformer, read_config
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 RANK, ALPHA = 4, 8.0

@@ -12,9 +12,9 @@ from trainers.config import AdapterConfig, NetworkConfig
 from trainers.export import export_network
 from trainers.extract import best_of_rank, extract, main
 from trainers.networks import load_roles
-from unipic_core.checkpoints import load_transformer, read_config
-from unipic_core.lora import merge_lora, read_lora
-from unipic_core.recipe import Recipe
+from unipic_core.weights.lora import merge_lora, read_lora
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import load_transformer, read_config
 
 TINY = Path(__file__).parents[1] / "golden" / "tiny"
 RANK = 3

@@ -13,9 +13,9 @@ from torch import nn
 from trainers.config import ConfigError
 from trainers.frozen import FrozenLinear, load_frozen
 from trainers.roles import EMA, STUDENT, TEACHER
-from unipic_core.checkpoints import load_transformer
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.convert import convert
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.weights.convert import convert
+from unipic_core.weights.transformer import load_transformer
 
 ERROR = {"fp32": 0.0, "bf16": 3e-3, "fp8": 0.035, "nf4": 0.11}
 """Most that a stored weight may be off, relative to the norm of the weights: about 2^-9, 2^-5 and a tenth."""

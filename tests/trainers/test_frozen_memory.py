@@ -10,9 +10,10 @@ from stored_bases import FORMS, base, example, gradients, layers, roles, skip_wi
 
 from trainers.config import ConfigError
 from trainers.frozen import FrozenLinear
-from unipic_core.checkpoints import CONFIG_KEY
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.saving import write_safetensors
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.transformer import CONFIG_KEY
+from unipic_core.weights.write import write_safetensors
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from trainers.latents import PrincipalComponents, fold_statistics
-from unipic_core.image_vae import ImageVAE, VAEConfig
+from unipic_core.model.vae import ImageVAE, VAEConfig
 
 
 @pytest.fixture

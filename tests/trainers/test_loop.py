@@ -22,7 +22,7 @@ from trainers.method_config import OptimizerConfig
 from trainers.optimizers import lr_factor
 from trainers.records import MetricLog
 from trainers.state import State
-from unipic_core.samplers import NonFiniteLatent
+from unipic_core.sampling.samplers import NonFiniteLatent
 
 TOY = Path(__file__).with_name("loop_toy.py")
 

@@ -20,9 +20,9 @@ from trainers.losses import (
     scaled_tangent,
     vae_loss,
 )
-from unipic_core.flow import add_noise, like, velocity_to_x0
-from unipic_core.schedules import resolution_shift
-from unipic_core.sequence import pack_latents
+from unipic_core.conditioning.sequence import pack_latents
+from unipic_core.sampling.flow import add_noise, like, velocity_to_x0
+from unipic_core.sampling.schedules import resolution_shift
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

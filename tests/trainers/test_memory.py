@@ -18,11 +18,12 @@ from trainers.memory import GIB, estimate, four_copies
 from trainers.method_config import OptimizerConfig
 from trainers.optimizers import make_optimizers
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER, AdapterRoles, roles_of
-from unipic_core.attention import matmul_attention, scaled_dot_product_attention
-from unipic_core.checkpoints import expected_shapes
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
+from unipic_core.model.attention import matmul_attention, scaled_dot_product_attention
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.weights.transformer import expected_shapes
 
 CONFIGS = Path(memory.__file__).parent / "configs"
 RELEASED = expected_shapes(MMDiTConfig())

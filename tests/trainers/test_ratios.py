@@ -21,9 +21,9 @@ from trainers.judges.plot import draw_plot, kept_of, series_of
 from trainers.judges.ratios import equal_steps, gains, kept, pairwise_rms, spread_entry
 from trainers.judges.sheet import PICTURE, Layout, draw_sheet, font
 from trainers.judges.statistics import Bootstrap
-from unipic_core.cli import DEFAULT_MODEL
-from unipic_core.lora import save_lora
-from unipic_core.recipe import Recipe
+from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.recipe import Recipe
 
 BY_NAME = {judge.name: judge for judge in JUDGES}
 IOU, ERROR, DB = (BY_NAME[name] for name in ("placement_iou", "placement_centre_error", "masked_psnr"))

@@ -8,10 +8,11 @@ from torch import nn
 
 from trainers.config import AdapterConfig, ConfigError
 from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER, AdapterRoles, FullRoles, require
-from unipic_core.flow import add_noise
-from unipic_core.lora import read_lora, save_lora
-from unipic_core.mmdit import MMDiT, MMDiTConfig
-from unipic_core.sequence import LatentShape, TextCond, pack_with_references
+from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.model.mmdit import MMDiT
+from unipic_core.sampling.flow import add_noise
+from unipic_core.weights.lora import read_lora, save_lora
 
 SIZES = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=12, axes_dims_rope=(4, 6, 6)

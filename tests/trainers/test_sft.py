@@ -14,9 +14,9 @@ from trainers.sft import SFTTraining
 from trainers.sft_text import SFTWithText
 from trainers.text_cache import text_fingerprint
 from trainers.training import make_inputs
-from unipic_core.lora import read_lora
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.recipe import Recipe
+from unipic_core.weights.lora import read_lora
+from unipic_core.weights.recipe import Recipe
 
 FROZEN = {"sft": {"train_text_encoder": False}}
 

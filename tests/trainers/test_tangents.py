@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from trainers.losses import TimedVelocity, difference_tangent, jvp_tangent
-from unipic_core.attention import BACKENDS
-from unipic_core.checkpoints import load_transformer
-from unipic_core.flow import add_noise, like
-from unipic_core.sequence import LatentShape, TextCond, pack_with_references
+from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
+from unipic_core.model.attention import BACKENDS
+from unipic_core.sampling.flow import add_noise, like
+from unipic_core.weights.transformer import load_transformer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from unipic_core.aside import aside
+from unipic_core.weights.write_small import aside
 
 from ..config import ConfigError, DataConfig
 from .rows import BadRow, Row

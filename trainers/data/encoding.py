@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.image_vae import ImageVAE
-from unipic_core.images import to_tensor
+from unipic_core.conditioning.images import to_tensor
+from unipic_core.model.vae import ImageVAE
 
 from .rows import Row
 from .shards import text_digest, write_shard

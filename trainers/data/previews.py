@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unipic_core.conditioning.images import load_image, output_size
+from unipic_core.conditioning.sequence import LatentShape
 from unipic_core.errors import UniPicError
-from unipic_core.image_vae import ImageVAE
-from unipic_core.images import load_image, output_size
-from unipic_core.sequence import LatentShape
+from unipic_core.model.vae import ImageVAE
 
 from ..config import ConfigError, DataConfig, PreviewConfig
 from .catalogue import Split

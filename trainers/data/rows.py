@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unipic_core.errors import UniPicError
-from unipic_core.images import (
+from unipic_core.conditioning.images import (
     MAX_PIXELS,
     MAX_REFERENCES,
     REFERENCE_MULTIPLE,
@@ -24,8 +23,9 @@ from unipic_core.images import (
     resize_for_vision,
     resize_references,
 )
-from unipic_core.prompt import body_text
-from unipic_core.sequence import nearest_multiple
+from unipic_core.conditioning.prompt import body_text
+from unipic_core.conditioning.sequence import nearest_multiple
+from unipic_core.errors import UniPicError
 
 MAX_ASPECT = 10.0
 """Pictures longer than this for their width are left out."""

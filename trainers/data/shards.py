@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unipic_core.saving import write_safetensors
-from unipic_core.sequence import PATCH, TextCond
-from unipic_core.tensor_files import read_safetensors
-from unipic_core.tensor_specs import Table
+from unipic_core.conditioning.sequence import PATCH, TextCond
+from unipic_core.weights.safetensors_file import read_safetensors
+from unipic_core.weights.tensor_spec import Table
+from unipic_core.weights.write import write_safetensors
 
 
 def shard_path(folder: Path, index: int) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unipic_core.aside import aside
+from unipic_core.weights.write_small import aside
 
 
 class KeptPictures:

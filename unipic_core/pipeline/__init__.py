@@ -1,7 +1,7 @@
 """The whole pipeline: adds transformers (the condition encoder) to the core."""
 
 from .pipeline import UniPicOutput, UniPicPipeline
-from .text import TextEncoder
+from .text_encoder import TextEncoder
 from .vae import VAE
 
 __all__ = ["VAE", "TextEncoder", "UniPicOutput", "UniPicPipeline"]

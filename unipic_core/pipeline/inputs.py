@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..conditioning.images import to_rgb
 from ..errors import UniPicError
-from ..images import to_rgb
-from ..samplers import NoiseSource, seeded_noise
-from ..settings import Plan
+from ..run.plan import Plan
+from ..sampling.samplers import NoiseSource, seeded_noise
 
 
 def checked_images(images: Sequence[Image.Image] | Image.Image) -> list[Image.Image]:
@@ -25,7 +25,7 @@ def checked_images(images: Sequence[Image.Image] | Image.Image) -> list[Image.Im
         given = [given]
     if wrong := [type(i).__name__ for i in given if not isinstance(i, Image.Image)]:
         raise UniPicError(
-            f"images must be Pillow pictures, got {wrong[0]}; open files with unipic_core.images.load_image, "
+            f"images must be Pillow pictures, got {wrong[0]}; open files with unipic_core.load_image, "
             "and pass [] to go without"
         )
     if not given:

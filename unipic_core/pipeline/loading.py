@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoints import (
+from ..conditioning.sequence import PATCH
+from ..errors import CheckpointError
+from ..model.mmdit import MMDiT
+from ..run.kv_cache import most_bytes
+from ..run.plan import resolve
+from ..sampling.schedules import Shift
+from ..weights.recipe import Recipe, recipe_of
+from ..weights.text_encoder import encoder_parameters
+from ..weights.transformer import (
     PARTS,
     checked_dtype,
     expected_shapes,
@@ -17,17 +25,9 @@ from ..checkpoints import (
     read_config,
     read_shift,
 )
-from ..conditions import most_bytes
-from ..encoder_files import encoder_parameters
-from ..errors import CheckpointError
-from ..mmdit import MMDiT
-from ..recipe import Recipe, recipe_of
-from ..schedules import Shift
-from ..sequence import PATCH
-from ..settings import resolve
-from ..vae_files import vae_parameters
+from ..weights.vae import vae_parameters
 from .offload import checked_device, needs_offload, readable_out_of_memory
-from .text import TextEncoder
+from .text_encoder import TextEncoder
 from .vae import VAE
 
 NEEDED = tuple(part for part in PARTS if part not in ("transformer", "processor", "scheduler"))

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..checks import finite
 from ..errors import UniPicError
-from ..numeric import finite
-from ..recipe import Recipe
+from ..weights.recipe import Recipe
 
 NO_STRENGTH = 1e-6
 """Strengths that add up to less than this leave the weights as they were: 0.3 + 0.4 - 0.7 is not quite 0."""

@@ -13,25 +13,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..attention import attention_named
 from ..caching import LRU, WeightsKey, image_key
-from ..compiling import check_compiler, compile_blocks
-from ..conditions import Conditions
+from ..conditioning.images import resize_references, to_images, to_tensor
+from ..conditioning.sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
 from ..errors import UniPicError
-from ..guidance import guided_velocity
-from ..images import resize_references, to_images, to_tensor
-from ..lora import MergeReport, merge_lora, read_lora
-from ..mmdit import MMDiT
-from ..recipe import Recipe
-from ..samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
-from ..schedules import Shift
-from ..sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
-from ..settings import Settings, plan, resolve
+from ..model.attention import attention_named
+from ..model.compile import check_compiler, compile_blocks
+from ..model.mmdit import MMDiT
+from ..run.kv_cache import Conditions
+from ..run.plan import Settings, plan, resolve
+from ..sampling.guidance import guided_velocity
+from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
+from ..sampling.schedules import Shift
+from ..weights.lora import MergeReport, merge_lora, read_lora
+from ..weights.recipe import Recipe
 from .inputs import checked_images, memory_advice, noise_of
 from .loading import load_parts
 from .loras import AddedLoRAs
 from .offload import Placement, checked_device, readable_out_of_memory
-from .text import TextEncoder
+from .text_encoder import TextEncoder
 from .vae import VAE
 
 K = TypeVar("K", bound=Hashable)

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..image_vae import ImageVAE
-from ..sequence import VAE_SCALE
-from ..tiling import tiled
-from ..vae_files import load_image_vae
+from ..conditioning.sequence import VAE_SCALE
+from ..model.vae import ImageVAE
+from ..run.tiling import tiled
+from ..weights.vae import load_image_vae
 
 TILE_ABOVE = 1536 * 1536
 """So many pixels are encoded or decoded at once; larger pictures in overlapping tiles."""

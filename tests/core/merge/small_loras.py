@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unipic_core.checkpoints import expected_shapes, read_config
-from unipic_core.lora import save_lora
-from unipic_core.recipe import Recipe
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import expected_shapes, read_config
 
 TINY = Path(__file__).parents[2] / "golden" / "tiny"
 SOURCE = TINY / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from small_loras import SOURCE, TINY, files, make_lora
 from torch import Tensor
 
-from unipic_core import merge as merging
-from unipic_core.checkpoints import load_transformer, read_config
 from unipic_core.cli import main
-from unipic_core.convert import convert, quantise_fp8
-from unipic_core.inspect import describe
-from unipic_core.merge import merge, plan_shards
-from unipic_core.recipe import Recipe
+from unipic_core.weights.convert import convert, quantise_fp8
+from unipic_core.weights.describe import describe
+from unipic_core.weights.files import merge as merging
+from unipic_core.weights.merge import merge, plan_shards
+from unipic_core.weights.recipe import Recipe
+from unipic_core.weights.transformer import load_transformer, read_config
 
 CAUSAL = Recipe(attention_form="prefix_causal")
 CAUTION = (

@@ -13,15 +13,15 @@ import torch
 from small_loras import TINY
 from torch import Tensor
 
-from unipic_core.checkpoints import expected_shapes
-from unipic_core.lora import save_lora
-from unipic_core.mmdit import MMDiTConfig
-from unipic_core.saving import write_safetensors
+from unipic_core.model.config import MMDiTConfig
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.transformer import expected_shapes
+from unipic_core.weights.write import write_safetensors
 
 MEASURE = """
 import sys
 import torch
-from unipic_core.merge import merge
+from unipic_core.weights.merge import merge
 
 def status(name):
     with open("/proc/self/status") as f:

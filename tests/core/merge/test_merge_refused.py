@@ -11,10 +11,10 @@ import pytest
 import torch
 from small_loras import SOURCE, TINY, files
 
-from unipic_core import merge as merging
 from unipic_core.errors import CheckpointError, LoRAError
-from unipic_core.lora import save_lora
-from unipic_core.merge import merge
+from unipic_core.weights.files import merge as merging
+from unipic_core.weights.lora import save_lora
+from unipic_core.weights.merge import merge
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from unipic_pack.nodes.latent_format import PictureLatents, fit_preview, read_la
 from unipic_pack.nodes.model import load_model
 from unipic_pack.nodes.network import Network, network_options
 from unipic_pack.unipic_core.checkpoints import load_transformer
+from unipic_pack.unipic_core.config import MMDiTConfig
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
-from unipic_pack.unipic_core.mmdit import MMDiTConfig
 from unipic_pack.unipic_core.schedules import resolution_shift
 from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
 

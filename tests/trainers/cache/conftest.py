@@ -10,8 +10,8 @@ from trainers.cache import build, load_image_vae
 from trainers.config import DataConfig, PreviewConfig
 from trainers.nano import write_folder
 from trainers.vae import save_vae
-from unipic_core.image_vae import ImageVAE, VAEConfig
-from unipic_core.pipeline.text import TextEncoder
+from unipic_core.model.vae import ImageVAE, VAEConfig
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unipic_core.sequence import TextCond
+from unipic_core.conditioning.sequence import TextCond
 
 
 def picture(path: Path, size: tuple[int, int], seed: int = 0) -> None:

@@ -15,8 +15,8 @@ from trainers.cache import build, fingerprint, read_cache
 from trainers.config import ConfigError
 from trainers.data.sources import Compositions
 from trainers.text_cache import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
-from unipic_core.pipeline.text import TextEncoder
-from unipic_core.tensor_files import read_safetensors
+from unipic_core.pipeline.text_encoder import TextEncoder
+from unipic_core.weights.safetensors_file import read_safetensors
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from trainers.config import ConfigError, DataConfig, PreviewConfig
 from trainers.data import shards
 from trainers.data.shards import Shard, text_path
 from trainers.text_cache import encoder_fingerprint
-from unipic_core.pipeline.text import TextEncoder
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 # --- resumable --------------------------------------------------------------------------------------------------------
 

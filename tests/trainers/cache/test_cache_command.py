@@ -11,7 +11,7 @@ import trainers.cache as cache
 from trainers.cache import main, read_cache, read_preview
 from trainers.config import PreviewConfig
 from trainers.text_cache import text_fingerprint
-from unipic_core.pipeline.text import TextEncoder
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 
 @pytest.fixture

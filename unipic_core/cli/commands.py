@@ -1,0 +1,270 @@
+"""The command line: compose pictures, say what a checkpoint is, convert one, merge LoRAs. `unipic --help` says how.
+
+Exit codes: 0 done; 2 bad input, with one line on stderr; 1 an unforeseen error; 130 interrupted. --debug shows
+tracebacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from .. import __version__
+from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar, readable_warnings
+
+ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
+FORMS = ("bf16", "fp32", "fp8_scaled")
+SOURCE = "pipeline folder, transformer folder, or a .safetensors or .bin file"
+INSTALL = 'pip install -c constraints.txt -e ".[pipeline]"'
+LORA = "FILE[=STRENGTH]"
+OVERWRITE = "replace DST if it is there"
+AGAIN = "may be given again; strength 1 unless said"
+FORM_NOTE = (
+    "If the weights attend in a causal form (`unipic info` says so), only unipic and the node Load UniPic compute it: "
+    "other programs read the result as full attention and make wrong pictures without an error."
+)
+
+EXAMPLES = """examples:
+  unipic compose person.png guitar.png --prompt "Put the guitar from image 2 in the hands of the person from image 1"
+  unipic compose a.png b.png c.png --prompt "..." --model Unipic3-DMD --size 1024x768 --steps 8 --cfg 1 --seed 7
+  unipic info Unipic3-DMD
+  unipic convert Unipic3-Consistency-Model unipic3.safetensors --dtype fp8_scaled
+  unipic merge Unipic3 unipic3-fast --lora unipic_distill.safetensors --lora style.safetensors=0.5"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        with readable_warnings(args.debug):
+            args.run(args)
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written is left", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        absent = absent_package(error)
+        expected = absent is not None or isinstance(error, (ValueError, OSError))
+        text = absent or with_flags(" ".join(str(error).split())) or type(error).__name__
+        if not expected:
+            text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
+        print(f"unipic: {text}", file=sys.stderr)
+        return 2 if expected else 1
+
+
+FLAGS = {
+    "transformer=": "--transformer",
+    'device="cpu"': "--device cpu",
+    "torch.bfloat16": "--dtype bf16",
+    "torch.float32": "--dtype fp32",
+    "overwrite=True": "--overwrite",
+}
+"""How the errors of the Python API name what the command line has flags for."""
+
+
+def with_flags(text: str) -> str:
+    """An error of the Python API in the words of the command line."""
+    for python, flag in FLAGS.items():
+        text = text.replace(python, flag)
+    return text
+
+
+def absent_package(error: Exception) -> str | None:
+    """What to install, if the error is that of a package that only the pipeline needs."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    package = error.name.partition(".")[0]
+    if package == __name__.partition(".")[0]:
+        return None
+    return f"this needs the package {package}, which is not installed; in the folder of this pack: {INSTALL}"
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = Parser(
+        prog="unipic",
+        description="Compose one to six pictures and a prompt into a new picture with UniPic 3.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"unipic {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="compose | info | convert | merge")
+    _compose_arguments(commands.add_parser("compose", help="pictures and a prompt in, a picture out"))
+    info = commands.add_parser("info", help="what a checkpoint, a LoRA or a model folder is, without loading it")
+    info.add_argument("path", type=Path, help="folder or file")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=run_info)
+    convert = commands.add_parser(
+        "convert", help="write a transformer as one safetensors file that ComfyUI reads", description=FORM_NOTE
+    )
+    convert.add_argument("src", type=Path, help=SOURCE)
+    convert.add_argument("dst", type=Path, help="the file to write")
+    convert.add_argument("--dtype", type=form_argument, choices=FORMS, default="bf16", help="default: %(default)s")
+    convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    convert.set_defaults(run=run_convert)
+    merge = commands.add_parser(
+        "merge", help="bake LoRAs into a transformer: one file, or a model folder", description=FORM_NOTE
+    )
+    merge.add_argument("src", type=Path, help=SOURCE)
+    merge.add_argument(
+        "dst",
+        type=Path,
+        help="a name that ends in .safetensors: one file for ComfyUI; any other: a folder for diffusers, with the text "
+        "encoder and the other parts where SRC has them",
+    )
+    merge.add_argument("--lora", type=lora_argument, action="append", required=True, metavar=LORA, help=AGAIN)
+    merge.add_argument("--dtype", type=form_argument, choices=FORMS, help="default: that of SRC; folders hold no fp8")
+    merge.add_argument("--overwrite", action="store_true", help=OVERWRITE)
+    merge.set_defaults(run=run_merge)
+    for command in (*commands.choices.values(),):
+        command.add_argument("--debug", action="store_true", help="show tracebacks")
+    return top
+
+
+def _compose_arguments(p: argparse.ArgumentParser) -> None:
+    p.description = "Pictures and a prompt in, a picture out. The prompt counts the pictures: image 1, image 2, ..."
+    p.set_defaults(run=run_compose)
+    p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="one to six pictures, in order")
+    p.add_argument("--prompt", "-p", required=True, help="what to make of them")
+    p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
+    p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
+    p.add_argument(
+        "--size", type=size_argument, metavar="WxH", help="multiples of 16 (default: the first picture's aspect)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument(
+        "--num-images", type=int, default=1, help="this many, with seeds SEED, SEED+1, ...; named OUT-SEED.png"
+    )
+    weights = p.add_argument_group("weights")
+    weights.add_argument(
+        "--model", type=Path, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
+    )
+    weights.add_argument("--transformer", type=Path, help="take the network from here and all else from --model")
+    weights.add_argument("--lora", type=lora_argument, action="append", default=[], metavar=LORA, help=AGAIN)
+    sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
+    sampling.add_argument("--steps", type=int, help="number of steps")
+    sampling.add_argument("--cfg", type=float, help="guidance scale; 1 switches it off and halves the time")
+    sampling.add_argument("--sampler", metavar="NAME", help="consistency, which few-step weights want, or euler")
+    sampling.add_argument(
+        "--reference-budget", type=int, metavar="PIXELS", help="side of the square all pictures share"
+    )
+    machine = p.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
+    machine.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default="auto", help="auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    machine.add_argument(
+        "--attention",
+        metavar="NAME",
+        default="sdpa",
+        help="sdpa (default), matmul, or flash or sage where their packages are; sage rounds to 8 bits",
+    )
+    machine.add_argument("--compile", action="store_true", help="minutes before the first step, then faster steps")
+
+
+def size_argument(text: str) -> tuple[int, int]:
+    """ "1024x768" -> (1024, 768)."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1024x768, got {text!r}") from None
+    return width, height
+
+
+def lora_argument(text: str) -> tuple[Path, float]:
+    """ "FILE" or "FILE=STRENGTH" -> (path, strength)."""
+    found = re.fullmatch(r"(.+)=([^=]*)", text)
+    if found is None or os.path.exists(text):
+        return Path(text), 1.0
+    try:
+        return Path(found[1]), float(found[2])
+    except ValueError:
+        if os.path.exists(found[1]):
+            raise argparse.ArgumentTypeError(
+                f"the strength of {found[1]} should be a number, got {found[2]!r}"
+            ) from None
+        return Path(text), 1.0
+
+
+def form_argument(text: str) -> str:
+    """A form of weights; "fp8" is short for the one that ComfyUI reads."""
+    return "fp8_scaled" if text == "fp8" else text
+
+
+def output_argument(text: str) -> Path:
+    """A file that can be written: its ending known and its folder there."""
+    path = Path(text)
+    if path.suffix.lower() not in ENDINGS:
+        raise argparse.ArgumentTypeError(f"{text!r} should end in {', '.join(ENDINGS)}")
+    try:
+        what = "is a folder; name a file in it" if path.is_dir() else ""
+        if not path.parent.is_dir():
+            what = f"cannot be written: no folder {path.parent}"
+        elif not what and not os.access(path if path.exists() else path.parent, os.W_OK):
+            what = "may not be written; choose another place"
+    except OSError as error:
+        what = f"cannot be written: {error.strerror}"
+    if what:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} {what}")
+    return path
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+
+
+def run_compose(args: argparse.Namespace) -> None:
+    """Load, compose with a progress bar, write."""
+    from .compose import compose
+
+    compose(args)
+
+
+def run_info(args: argparse.Namespace) -> None:
+    """Print what a path holds."""
+    from ..weights.describe import describe, format_description
+
+    table = describe(args.path)
+    print(json.dumps(table, indent=2) if args.json else format_description(table))
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Write one safetensors file."""
+    from ..weights.convert import convert
+    from ..weights.write import require_new
+
+    require_new(args.dst, args.overwrite)
+    with progress_bar("converting", unit="B") as advance:
+        path = convert(args.src, args.dst, dtype=args.dtype, progress=advance)
+    print(path)
+
+
+def run_merge(args: argparse.Namespace) -> None:
+    """Write a checkpoint with LoRAs in its weights."""
+    from ..weights.merge import merge
+
+    with progress_bar("merging", unit="B") as advance:
+        reports = merge(args.src, args.dst, args.lora, dtype=args.dtype, overwrite=args.overwrite, progress=advance)
+    for (path, strength), report in zip(args.lora, reports, strict=True):
+        print(layers_added(path, strength, report), file=sys.stderr)
+    print(args.dst)

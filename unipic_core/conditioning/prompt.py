@@ -1,0 +1,61 @@
+"""The prompt's text, in one place: Qwen2.5-VL's chat template with the release's system message and no labels."""
+
+from __future__ import annotations
+
+from ..errors import UniPicError
+
+SYSTEM = (
+    "Describe the key features of the input image (color, shape, size, texture, objects, background), then explain how "
+    "the user's text instruction should alter or modify the image. Generate a new image that meets the user's "
+    "requirements while maintaining consistency with the original input where appropriate."
+)
+
+PREFIX = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+"""What the condition encoder reads first; its hidden states are dropped (64 tokens with the released tokenizer)."""
+
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n"
+
+IMAGE_PAD = "<|image_pad|>"
+
+IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
+"""One reference; IMAGE_PAD stands for as many tokens as the vision encoder gives."""
+
+LONG_PROMPT = 1024
+"""Prompt tokens beyond which the released weights were not trained."""
+
+MARKS = (
+    *(IMAGE_PAD, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+)
+"""Texts that a tokenizer reads as marks; a prompt may not contain them."""
+
+
+def prompt_text(prompt: str, num_references: int) -> str:
+    """The whole text: PREFIX, one IMAGE per reference in order, the prompt, SUFFIX.
+
+    Raises UniPicError when the prompt contains one of the template's own marks.
+    """
+    return PREFIX + body_text(prompt, num_references)
+
+
+def body_text(prompt: str, num_references: int) -> str:
+    """What follows PREFIX: the part whose hidden states are kept."""
+    found = [mark for mark in MARKS if mark in prompt]
+    if found:
+        raise UniPicError(f"the prompt contains {found[0]}, a mark of the template; remove it")
+    return IMAGE * num_references + prompt + SUFFIX
+
+
+def check_length(words: int, total: int, limit: int) -> str | None:
+    """What to warn of, if a prompt has more tokens of text than the model was trained with.
+
+    total: with the template and the references. Raises UniPicError where that is more than the encoder's limit.
+    """
+    if total > limit:
+        raise UniPicError(
+            f"the prompt is too long: {words} tokens of text, with the references and the template {total}, "
+            f"of at most {limit}; shorten it"
+        )
+    if words > LONG_PROMPT:
+        return f"the prompt has {words} tokens; the model was trained up to {LONG_PROMPT}"
+    return None

@@ -1,0 +1,89 @@
+"""The network's sizes, and the names of the attention forms and of the pieces of the sequence."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+TEXT, TARGET, REFERENCES = "text", "target", "references"
+
+FULL, REFERENCE_CAUSAL, PREFIX_CAUSAL = "full", "reference_causal", "prefix_causal"
+
+SEGMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    FULL: ((TEXT, TARGET, REFERENCES),),
+    REFERENCE_CAUSAL: ((REFERENCES,), (TEXT, TARGET)),
+    PREFIX_CAUSAL: ((REFERENCES,), (TEXT,), (TARGET,)),
+}
+"""Form -> its segments in order; the pieces of a segment are neighbours in the sequence."""
+
+ATTENTION_FORMS = tuple(SEGMENTS)
+
+_IGNORED = {"guidance_embeds", "pooled_projection_dim"}
+
+
+def fixed_pieces(form: str) -> tuple[str, ...]:
+    """The pieces of the sequence that no step changes: what a cache can hold."""
+    return tuple(pieces[0] for pieces in SEGMENTS[form] if TARGET not in pieces)
+
+
+def condition_bytes(tokens: int, num_layers: int, width: int, itemsize: int) -> int:
+    """Memory of the keys and values of so many tokens."""
+    return 2 * tokens * num_layers * width * itemsize
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """All sizes of the network; the defaults are the released 20B weights'. Names as in diffusers' config.json.
+
+    attention_form: which tokens see which, see model/attention_forms.py; diffusers' class knows "full" alone.
+    """
+
+    patch_size: int = 2
+    in_channels: int = 64
+    out_channels: int = 16
+    num_layers: int = 60
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 3584
+    axes_dims_rope: tuple[int, int, int] = (16, 56, 56)
+    zero_cond_t: bool = False
+    use_additional_t_cond: bool = False
+    use_layer3d_rope: bool = False
+    attention_form: str = FULL
+
+    def __post_init__(self) -> None:
+        if self.attention_form not in ATTENTION_FORMS:
+            raise ValueError(f"attention_form must be one of {', '.join(ATTENTION_FORMS)}, got {self.attention_form!r}")
+        if sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to head size {self.attention_head_dim}")
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    def with_form(self, attention_form: str | None) -> MMDiTConfig:
+        """The same sizes with another attention form; None changes nothing."""
+        return self if attention_form is None else replace(self, attention_form=attention_form)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> MMDiTConfig:
+        """From a diffusers config.json. Keys that diffusers adds around the sizes are ignored, others are errors."""
+        if config.get("guidance_embeds"):
+            raise ValueError("guidance_embeds is not a part of Qwen-Image-Edit's network; this is another architecture")
+        known = {f.name for f in fields(cls)}
+        unknown = [k for k in config if k not in known and not k.startswith("_") and k not in _IGNORED]
+        if unknown:
+            raise ValueError(f"unknown keys in the network's config: {', '.join(sorted(unknown))}")
+        values = {k: v for k, v in config.items() if k in known and v is not None}
+        if "out_channels" in config and config["out_channels"] is None:
+            values["out_channels"] = values.get("in_channels", cls.in_channels)  # as diffusers reads null
+        if "axes_dims_rope" in values:
+            values["axes_dims_rope"] = tuple(values["axes_dims_rope"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json of a diffusers folder holds."""
+        values = asdict(self)
+        if self.attention_form == FULL:  # a key that diffusers does not know, so only where it says something
+            del values["attention_form"]
+        return {"_class_name": "QwenImageTransformer2DModel", "guidance_embeds": False, **values}

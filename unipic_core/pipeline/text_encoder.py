@@ -1,0 +1,285 @@
+"""The condition encoder: transformers' Qwen2.5-VL reads references and prompt; its last hidden state is the text."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..conditioning.images import REFERENCE_MULTIPLE, resize_for_vision, vision_size
+from ..conditioning.prompt import IMAGE_PAD, PREFIX, body_text, check_length
+from ..conditioning.sequence import TextCond
+from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
+from ..errors import CheckpointError, UniPicError
+from ..weights.files import open_weights
+from ..weights.text_encoder import HEAD
+
+EncoderInputs = dict[str, Tensor]
+"""CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
+patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
+
+
+class TextEncoder:
+    """References and prompts -> TextCond. Differentiable: callers decide about torch.no_grad.
+
+    positions: one of POSITIONS; None takes the model config's `unipic_positions`, else what the version of transformers
+    that wrote the config did (the released weights: multimodal).
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, image_processor: Any = None, positions: str | None = None) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor if image_processor is not None else image_processor_class()()
+        self.positions = positions or positions_of(model.config)
+        if self.positions not in POSITIONS:
+            raise UniPicError(f"the encoder's positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        self.image_token = int(model.config.image_token_id)
+        known = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        if known != self.image_token:
+            raise CheckpointError(
+                f"the tokenizer's {IMAGE_PAD} is {known} but the encoder's config says {self.image_token}; "
+                "take tokenizer and text_encoder from the same folder"
+            )
+        self.prefix_ids: list[int] = self._token_ids(PREFIX)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    ) -> TextEncoder:
+        """From a pipeline folder's text_encoder/, tokenizer/ and processor/ (CheckpointError names what is missing)."""
+        from transformers import AutoTokenizer
+
+        folder = Path(folder)
+        for part in ("text_encoder", "tokenizer"):
+            if not (folder / part).is_dir():
+                raise CheckpointError(
+                    f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
+                )
+        open_weights(folder / "text_encoder")  # checks the files: truncated, hostile, leaving the folder
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+            model = _load_model(folder / "text_encoder", dtype, torch.device(device))
+            processor = _image_processor(folder)
+        except CheckpointError:
+            raise
+        except Exception as error:  # transformers, tokenizers and safetensors raise their own kinds
+            raise CheckpointError(f"the encoder in {folder} cannot be loaded: {_first_line(error)}") from error
+        return cls(model.eval().requires_grad_(False), tokenizer, processor)
+
+    @property
+    def network(self) -> Any:
+        """The part that makes hidden states, without the head over the vocabulary."""
+        return getattr(self.model, "model", self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.get_input_embeddings().weight.device
+
+    def to(self, device: torch.device | str) -> TextEncoder:
+        """Move what computes hidden states; the unused head stays where it is."""
+        self.network.to(device)
+        return self
+
+    @property
+    def dropped(self) -> int:
+        """Tokens of PREFIX, whose hidden states are dropped: 64 with the released tokenizer."""
+        return len(self.prefix_ids)
+
+    @property
+    def pad_id(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else int(pad)
+
+    def encode(
+        self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], vision: Tensor | None = None
+    ) -> TextCond:
+        """embeds [B, L, D] and mask of B samples. images: each sample's references of `resize_references`.
+
+        vision: what `vision` gave for the same images, for another prompt on them; None: the tower runs.
+        """
+        words = self._words(images, prompts)
+        return self.forward(words, self.vision(images) if vision is None else vision)
+
+    def vision(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
+        """[N, D]: what the vision tower makes of the references, the N image tokens of all samples in order."""
+        return self.see(self._pixels(images))
+
+    def prepare(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
+        """What `forward` takes, on the CPU; can be cached, and put together by `collate`."""
+        return {**self._words(images, prompts), **self._pixels(images)}
+
+    def collate(self, samples: Sequence[EncoderInputs]) -> EncoderInputs:
+        """Prepared inputs of several batches as one, padded right."""
+        rows = [r[m.bool()] for s in samples for r, m in zip(s["input_ids"], s["attention_mask"], strict=True)]
+        pictures = {k: torch.cat([s[k] for s in samples]) for k in ("pixel_values", "image_grid_thw")}
+        return {**self._padded(rows), **pictures}
+
+    def see(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[N, D]: the vision tower on the pixel_values and the image_grid_thw of prepared inputs; N image tokens."""
+        grid, width = inputs["image_grid_thw"], self.network.get_input_embeddings().weight.shape[1]
+        if not len(grid):
+            return torch.empty(0, width, device=self.device)
+        pixels = inputs["pixel_values"].to(self.device)
+        return torch.cat(self.network.get_image_features(pixels, grid.to(self.device), return_dict=True).pooler_output)
+
+    def forward(self, inputs: EncoderInputs, vision: Tensor | None = None) -> TextCond:
+        """Hidden states of prepared inputs after the dropped prefix; mask None if nothing is padded.
+
+        vision: what `see` gave for inputs with the same pictures, whose pixel_values are then not needed.
+        """
+        ids, mask, device = inputs["input_ids"], inputs["attention_mask"], self.device
+        embeds = self.network.get_input_embeddings()(ids.to(device))
+        seen = self.see(inputs) if vision is None else vision
+        if len(seen):
+            images = (ids == self.image_token).to(device)[..., None]
+            embeds = embeds.masked_scatter(images, seen.to(embeds))
+        padded = not bool(mask.all())
+        hidden = self.network(
+            inputs_embeds=embeds,
+            attention_mask=mask.to(device),
+            position_ids=self.position_ids(ids, inputs["image_grid_thw"]).to(device),
+            use_cache=False,
+        ).last_hidden_state
+        kept = mask[:, self.dropped :].bool().to(device) if padded else None
+        return TextCond(hidden[:, self.dropped :], kept)
+
+    def position_ids(self, ids: Tensor, grid: Tensor) -> Tensor:
+        """[3, B, L] RoPE positions of right-padded ids [B, L]; padding goes on counting.
+
+        multimodal: text counts one by one on all three axes; an image of h x w tokens starting at p has (p, p + row,
+        p + column), and what follows starts at p + max(h, w) (Qwen2.5-VL, section 2.1.2).
+        """
+        batch, length = ids.shape
+        if self.positions == "sequential" or not len(grid):
+            return torch.arange(length).expand(3, batch, length)
+        merge = self.model.config.vision_config.spatial_merge_size
+        sizes = iter((grid[:, 1:] // merge).tolist())
+        return torch.stack([self._multimodal_positions(row.tolist(), sizes) for row in ids.cpu()], dim=1)
+
+    def _multimodal_positions(self, ids: list[int], sizes: Any) -> Tensor:
+        pieces, start, at = [], 0, 0
+        while at < len(ids):
+            if ids[at] == self.image_token:
+                h, w = next(sizes)
+                rows, columns = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)
+                pieces.append(torch.stack([torch.zeros_like(rows), rows, columns]) + start)
+                start, at = start + max(h, w), at + h * w
+            else:
+                run = at
+                while at < len(ids) and ids[at] != self.image_token:
+                    at += 1
+                pieces.append((torch.arange(at - run) + start).expand(3, -1))
+                start += at - run
+        return torch.cat(pieces, dim=1)
+
+    def _words(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
+        """The part of prepared inputs that needs only the pictures' sizes: all but pixel_values."""
+        if len(images) != len(prompts):
+            raise UniPicError(f"expected as many lists of images as prompts, got {len(images)} and {len(prompts)}")
+        grids = [_grids(some) for some in images]
+        counts = [(grid.prod(-1) // MERGE**2).tolist() for grid in grids]
+        rows = [torch.tensor(self.prompt_ids(p, c)) for p, c in zip(prompts, counts, strict=True)]
+        return {**self._padded(rows), "image_grid_thw": torch.cat(grids)}
+
+    def _pixels(self, images: Sequence[Sequence[Image.Image]]) -> EncoderInputs:
+        """The part of prepared inputs that is the same for every prompt: pixel_values and image_grid_thw."""
+        references = [image for some in images for image in some]
+        grids = _grids(references)
+        values = torch.empty(0, 3 * FRAMES * PATCH**2)
+        if references:
+            pictures = [resize_for_vision(image) for image in references]
+            values = self.image_processor(images=pictures, do_resize=False, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": values, "image_grid_thw": grids}
+
+    def _padded(self, rows: Sequence[Tensor]) -> EncoderInputs:
+        """input_ids and attention_mask of rows of ids, padded right."""
+        ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad_id)
+        lengths = torch.tensor([len(r) for r in rows])
+        return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
+
+    def prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
+        """Prefix and body are tokenized apart: no token spans the cut. IMAGE_PAD is repeated for every image token."""
+        counts = iter(image_tokens)
+        body: list[int] = []
+        for token in self._token_ids(body_text(prompt, len(image_tokens))):
+            body.extend([token] * (next(counts) if token == self.image_token else 1))
+        self._check_length(len(body) - sum(image_tokens), sum(image_tokens))
+        return self.prefix_ids + body
+
+    def _check_length(self, words: int, images: int) -> None:
+        config = getattr(self.model.config, "text_config", self.model.config)
+        limit, total = config.max_position_embeddings, self.dropped + words + images
+        if caution := check_length(words, total, limit):
+            warnings.warn(caution, stacklevel=2)
+
+    def _token_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _grids(references: Sequence[Image.Image]) -> Tensor:
+    """[images, 3]: the patches that each will have over (time, height, width)."""
+    wrong = next((i.size for i in references if any(side % REFERENCE_MULTIPLE for side in i.size)), None)
+    if wrong:
+        raise UniPicError(f"the encoder takes pictures from `resize_references`, got one of {wrong[0]}x{wrong[1]}")
+    sizes = [vision_size(image.size) for image in references]
+    return torch.tensor([grid_thw(height, width) for width, height in sizes], dtype=torch.long).reshape(-1, 3)
+
+
+def positions_of(config: Any) -> str:
+    """Which of POSITIONS an encoder's config asks for."""
+    version = getattr(config, "transformers_version", None)
+    return encoder_positions(getattr(config, "unipic_positions", None), version and str(version))
+
+
+def image_processor_class() -> Any:
+    """transformers' Qwen2-VL image processor in the form that needs no torchvision, wherever this version keeps it."""
+    package = "transformers.models.qwen2_vl"
+    for module, name in (
+        (f"{package}.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil"),
+        (f"{package}.image_processing_qwen2_vl", "Qwen2VLImageProcessor"),
+    ):
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError("this version of transformers has no Qwen2-VL image processor; install transformers 5")
+
+
+def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model on the device, or CheckpointError naming weights that transformers would have made up."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder,
+        dtype=dtype,
+        device_map=None if device.type == "cpu" else {"": device},
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model, found = loaded
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(HEAD))
+    if missing:
+        raise CheckpointError(
+            f"{folder} does not fit Qwen2.5-VL: {len(missing)} missing ({', '.join(missing[:3])}); download it again"
+        )
+    if model.lm_head.weight is not model.get_input_embeddings().weight:
+        model.lm_head.to("cpu")
+    return model
+
+
+def _image_processor(folder: Path) -> Any:
+    kind = image_processor_class()
+    for part in ("processor", "image_processor", "text_encoder"):
+        if (folder / part / "preprocessor_config.json").is_file():
+            return kind.from_pretrained(folder / part, local_files_only=True)
+    return kind()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

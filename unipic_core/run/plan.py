@@ -1,0 +1,127 @@
+"""What a run does: the caller's wishes over the recipe's over the defaults, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ..checks import finite, whole
+from ..conditioning.images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
+from ..conditioning.prompt import body_text
+from ..errors import UniPicError
+from ..sampling.schedules import Shift, base_times, few_step_times
+from ..weights.recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every choice of a run. Budgets are sides in pixels; guidance 1 means no unconditional pass."""
+
+    steps: int
+    guidance: float
+    sampler: str
+    schedule: str
+    reference_budget: int
+    output_budget: int
+
+    def times(self, num_target_tokens: int, shift: Shift) -> Tensor:
+        """[steps + 1] float64 from 1 to 0."""
+        make = base_times if self.schedule == "base" else few_step_times
+        return make(self.steps, num_target_tokens, shift)
+
+
+def resolve(
+    recipe: Recipe,
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    reference_budget: int | None = None,
+) -> Settings:
+    """None = from the recipe, else from MODEL's defaults for the sampler. UniPicError for values that cannot be."""
+    if sampler is not None and sampler not in SAMPLERS:
+        raise UniPicError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    sampler = sampler or recipe.sampler or str(RELEASED_BASE.sampler)
+    default = RELEASED_BASE if sampler == "euler" else RELEASED_FEW_STEP
+    references = _first(reference_budget, recipe.reference_budget, DEFAULT_BUDGET)
+    settings = Settings(
+        steps=_whole("the number of steps", _first(steps, recipe.steps, default.steps), *LIMITS["steps"]),
+        guidance=_guidance(_first(guidance, recipe.guidance, default.guidance)),
+        sampler=sampler,
+        schedule=str(_first(recipe.schedule, default.schedule)),
+        reference_budget=_whole("the reference budget", references, *LIMITS["reference_budget"]),
+        output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
+    )
+    _ = recipe.causal_form  # refuses a form that this version does not have
+    return settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that can be said and checked of a run before weights are loaded. size: (width, height) of the output."""
+
+    settings: Settings
+    size: Size
+    seed: int
+    num_images: int
+
+
+def plan(
+    recipe: Recipe,
+    references: Sequence[Size],
+    prompt: str,
+    negative_prompt: str = " ",
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int | None = None,
+    true_cfg_scale: float | None = None,
+    sampler: str | None = None,
+    seed: int = 0,
+    num_images: int = 1,
+    reference_budget: int | None = None,
+) -> Plan:
+    """What a call of `UniPicPipeline` with these wishes will do. references: (w, h) of the pictures. UniPicError."""
+    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+        if not isinstance(text, str):
+            raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
+    settings = resolve(recipe, num_inference_steps, true_cfg_scale, sampler, reference_budget)
+    seed, num_images = checked_seed(seed, num_images)
+    if len(references) > MAX_REFERENCES:
+        raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
+    for text in (prompt, negative_prompt) if settings.guidance != 1 else (prompt,):
+        body_text(text, len(references))
+    size = output_size(references[0] if references else None, settings.output_budget, width, height)
+    return Plan(settings, size, seed, num_images)
+
+
+def _first(*values: Any) -> Any:
+    return next(v for v in values if v is not None)
+
+
+def _whole(what: str, value: Any, least: int, most: int) -> int:
+    number = whole(value)
+    if number is None:
+        raise UniPicError(f"{what} must be a whole number, got {value!r}")
+    if not least <= number <= most:
+        raise UniPicError(f"{what} must be from {least} to {most}, got {value}")
+    return number
+
+
+def _guidance(value: Any) -> float:
+    number = finite(value)
+    if number is None or not 0 <= number <= MAX_GUIDANCE:
+        raise UniPicError(
+            f"the guidance scale must be a number from 0 to {MAX_GUIDANCE:g} (1 switches guidance off), got {value!r}"
+        )
+    return float(number)
+
+
+def checked_seed(seed: Any, num_images: Any) -> tuple[int, int]:
+    """(seed, num_images) as whole numbers, or UniPicError."""
+    number = whole(seed)
+    if number is None:
+        raise UniPicError(f"the seed must be a whole number, got {seed!r}")
+    return number, _whole("the number of images", num_images, 1, 1024)

@@ -1,0 +1,116 @@
+"""Time schedules: which t a sampler visits. t = 1 is noise, t = 0 is data; both ends are always included."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Shift:
+    """The resolution-dependent shift, as in the released `scheduler/scheduler_config.json`.
+
+    mu is linear in the number of target tokens through (base_tokens, base_mu) and (max_tokens, max_mu).
+    terminal: the last time before 0 that `base_times` stretches to; None = no stretch.
+    """
+
+    base_tokens: int = 256
+    max_tokens: int = 8192
+    base_mu: float = 0.5
+    max_mu: float = 0.9
+    terminal: float | None = 0.02
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Shift:
+        """From a diffusers `FlowMatchEulerDiscreteScheduler` config; absent values keep the released ones.
+
+        `shift_terminal: null` means no stretch; `use_dynamic_shifting: false` means k = `shift` at every size.
+        CheckpointError for values that cannot be, and for schedules that this module does not have.
+        """
+        other = [name for name in _OTHER_SCHEDULES if config.get(name)]
+        if config.get("time_shift_type", "exponential") != "exponential":
+            other.append(f"time_shift_type {config['time_shift_type']!r}")
+        if other:
+            raise CheckpointError(f"the scheduler asks for {', '.join(other)}, which this version does not have")
+        values: dict[str, Any] = {
+            ours: _number(config, theirs) for ours, theirs in _NAMES.items() if config.get(theirs) is not None
+        }
+        if "shift_terminal" in config and config["shift_terminal"] is None:
+            values["terminal"] = None
+        if not config.get("use_dynamic_shifting", True):
+            k = _number(config, "shift") if "shift" in config else 1.0
+            if k <= 0:
+                raise CheckpointError(f"the scheduler's shift should be above 0, got {k:g}")
+            values["base_mu"] = values["max_mu"] = math.log(k)
+        shift = cls(**values)
+        if shift.terminal is not None and not 0 <= shift.terminal < 1:
+            raise CheckpointError(f"the scheduler's shift_terminal should be from 0 to below 1, got {shift.terminal}")
+        if shift.base_tokens == shift.max_tokens and shift.base_mu != shift.max_mu:
+            raise CheckpointError(
+                f"the scheduler's base_image_seq_len and max_image_seq_len are both {shift.base_tokens} but base_shift "
+                f"{shift.base_mu} and max_shift {shift.max_mu} differ; correct one of them"
+            )
+        return shift
+
+
+_NAMES = {
+    "base_tokens": "base_image_seq_len",
+    "max_tokens": "max_image_seq_len",
+    "base_mu": "base_shift",
+    "max_mu": "max_shift",
+    "terminal": "shift_terminal",
+}
+_OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
+_LARGEST = 1e6
+
+
+def _number(config: dict[str, Any], name: str) -> float:
+    value = config[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
+        raise CheckpointError(f"the scheduler's {name} should be a number, got {str(value)[:60]}")
+    if name.endswith("_shift") and abs(value) > 10:
+        raise CheckpointError(f"the scheduler's {name} should be from -10 to 10, got {value}")
+    return value
+
+
+def resolution_shift(num_target_tokens: int, shift: Shift = Shift()) -> float:
+    """k = exp(mu), about 2.0 for 1024^2 pixels (4096 tokens)."""
+    if shift.max_mu == shift.base_mu:
+        return math.exp(shift.base_mu)
+    slope = (shift.max_mu - shift.base_mu) / (shift.max_tokens - shift.base_tokens)
+    return math.exp(shift.base_mu + slope * (num_target_tokens - shift.base_tokens))
+
+
+def shift_times(t: Tensor, k: float) -> Tensor:
+    """t' = k t / (1 + (k - 1) t); keeps 0 and 1 where they are."""
+    return k * t / (1 + (k - 1) * t)
+
+
+def few_step_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -> Tensor:
+    """[steps + 1] float64 from 1 to 0: linspace, shifted, no terminal stretch (the distilled models' schedule)."""
+    _check(steps)
+    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift_times(times, resolution_shift(num_target_tokens, shift))
+
+
+def base_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -> Tensor:
+    """[steps + 1] float64 from 1 to 0: linspace(1, 1/N, N), shifted, stretched to end at `terminal`, then 0."""
+    _check(steps)
+    if steps == 1:
+        return torch.tensor([1.0, 0.0], dtype=torch.float64)
+    times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    times = shift_times(times, resolution_shift(num_target_tokens, shift))
+    if shift.terminal:
+        times = 1 - (1 - times) * (1 - shift.terminal) / (1 - times[-1])
+    return torch.cat([times, times.new_zeros(1)])
+
+
+def _check(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")

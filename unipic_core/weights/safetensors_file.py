@@ -1,0 +1,155 @@
+"""Tensor files as tables: where each tensor lies, read without loading any of them.
+
+A safetensors header is parsed and checked here, byte by byte, because it may come from anyone; pickles are read in
+pickles.py.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError
+from .pickle_file import read_pickle
+from .tensor_spec import Table, TensorSpec
+
+MAX_HEADER = 100_000_000
+"""Longest safetensors header accepted, in bytes; the format's own limit."""
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+if hasattr(torch, "float8_e8m0fnu"):
+    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def read_table(path: Path) -> tuple[Table, dict[str, str]]:
+    """Tensors and metadata of one `.safetensors`, `.sft`, `.bin`, `.pt`, `.pth` or `.ckpt` file, or CheckpointError."""
+    _check_file(path)
+    if path.suffix in (".safetensors", ".sft"):
+        return read_safetensors(path)
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        return read_pickle(path), {}
+    raise CheckpointError(f"{path} is not a weight file: expected .safetensors or a pickled .bin, .pt, .pth or .ckpt")
+
+
+def _check_file(path: Path) -> None:
+    """Everything that ends in the name of a weight file and is none, with what to do about it."""
+    if not path.exists():
+        raise CheckpointError(f"there is no file {path}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file")
+    try:
+        with open(path, "rb") as f:
+            start = f.read(64)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    if not start:
+        raise CheckpointError(f"{path} is empty; fetch it again")
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise CheckpointError(f"{path} is a web page, not weights; download the file itself")
+
+
+def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
+    """Table and metadata of a safetensors file; every number in the header is checked against the file's size."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        prefix = f.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: its header should be {length} bytes long, "
+                f"the file has {size}; fetch it again"
+            )
+        text = f.read(length)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON; fetch it again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a table of tensors")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"the metadata of {path} is not a table of strings; the file is damaged")
+    table, ends = {}, {}
+    for name, entry in header.items():
+        table[name], ends[name] = _entry(path, name, entry, 8 + length, size)
+    _check_layout(path, table, ends, 8 + length, size)
+    return table, metadata
+
+
+def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> tuple[TensorSpec, int]:
+    """One tensor of a header, and the byte behind it."""
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        good = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and isinstance(dtype, str)
+    except (TypeError, KeyError, ValueError):
+        good = False
+    if not good:
+        raise CheckpointError(
+            f"the header of {path} describes tensor {name!r} wrongly; the file is damaged, fetch it again"
+        )
+    if dtype not in _DTYPES:
+        raise CheckpointError(f"{path} stores {name!r} as {dtype!r}, which is not supported; convert it to BF16 first")
+    spec = TensorSpec(_DTYPES[dtype], tuple(shape), path, data + begin)
+    if end - begin != spec.nbytes or data + end > size:
+        raise CheckpointError(
+            f"{path} is truncated or damaged: tensor {name!r} needs {spec.nbytes} bytes and has "
+            f"{max(min(data + end, size) - data - begin, 0)}; fetch it again"
+        )
+    return spec, data + end
+
+
+def _check_layout(path: Path, table: Table, ends: dict[str, int], data: int, size: int) -> None:
+    """Tensors follow each other without holes or overlaps, up to the end of the file."""
+    at = data
+    for name in sorted(table, key=lambda n: (table[n].offset, ends[n])):
+        if table[name].offset != at:
+            raise CheckpointError(f"{path} is damaged: tensor {name!r} does not start where the one before it ends")
+        at = ends[name]
+    if at != size:
+        raise CheckpointError(
+            f"{path} is damaged: {size - at} bytes behind its last tensor belong to none; fetch it again"
+        )
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """(first bytes of the file, where each tensor starts in it, size of the whole file).
+
+    The widest types come first, so that every tensor is aligned for its type.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    at, starts = 0, {}
+    for name in sorted(tensors, key=lambda n: (-tensors[n][0].itemsize, n)):
+        dtype, shape = tensors[name]
+        end = at + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
+        starts[name], at = at, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    data = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {name: data + start for name, start in starts.items()}, data + at

@@ -1,0 +1,241 @@
+"""VAEs on disk: a pipeline's `vae/` folder as diffusers has it, or one file as ComfyUI has it (qwen_image_vae).
+
+Both store the video model; diffusers calls it `AutoencoderKLQwenImage`. Of its causal 3-D kernels only the last
+temporal slices act on single pictures, and its temporal resamplers (`time_conv`) not at all; see image_vae.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conditioning.sequence import VAE_SCALE
+from ..errors import CheckpointError
+from ..model.vae import ImageVAE, VAEConfig
+from .files import PathLike, Weights, open_weights
+from .transformer import check_keys
+
+VAE_CLASS = "AutoencoderKLQwenImage"
+
+_LARGEST = 1 << 16
+_MOST_BLOCKS = 100
+_LEVELS = VAE_SCALE.bit_length()  # each but the last halves the picture
+_LAST_SLICE = 2
+"""Of the three temporal slices of a causal kernel, the one that meets the picture itself."""
+
+
+def read_vae_config(folder: PathLike) -> VAEConfig:
+    """Sizes and latent statistics of a vae/ folder's config.json.
+
+    Raises CheckpointError if it is absent, damaged, of another class, or of sizes that no such VAE has.
+    """
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file.parent.parent} has no {file.parent.name}/config.json; download vae/ from a Qwen-Image or UniPic 3 "
+            "repository"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        kind, config = content.get("_class_name"), VAEConfig.from_dict(content)
+        wrong = _wrong(config)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file} cannot be read ({detail}); download the vae folder again") from error
+    if kind != VAE_CLASS:
+        raise CheckpointError(
+            f"{file} describes a {kind}, expected an {VAE_CLASS}; take vae/ from a Qwen-Image or UniPic 3 repository"
+        )
+    if wrong:
+        raise CheckpointError(f"{file}: {wrong}; download the vae folder again")
+    return config
+
+
+def _wrong(config: VAEConfig) -> str:
+    """What is wrong with a config that may come from anyone; empty if nothing is."""
+    sizes = {"base_dim": _LARGEST, "z_dim": _LARGEST, "num_res_blocks": _MOST_BLOCKS}
+    for name, most in sizes.items():
+        value = getattr(config, name)
+        if type(value) is not int or not 0 < value <= most:
+            return f"{name} should be a whole number from 1 to {most}, got {value!r}"
+    for name, length in (("dim_mult", _LEVELS), ("temperal_downsample", _LEVELS - 1)):
+        values = getattr(config, name)
+        if len(values) != length or not all(0 <= v <= _MOST_BLOCKS for v in values):
+            return f"{name} should be {length} values, got {list(values)!r}"
+    if not config.z_dim == len(config.latents_mean) == len(config.latents_std) or not min(config.latents_std) > 0:
+        return f"latents_mean and latents_std should each be {config.z_dim} numbers, the latter above 0"
+    return ""
+
+
+def open_vae(source: PathLike) -> tuple[VAEConfig, Weights, dict[str, str]]:
+    """Config and weights of a vae/ folder or of a file, and diffusers' name -> stored name. CheckpointError."""
+    source = Path(source)
+    if not source.is_file():
+        config, weights = read_vae_config(source), open_weights(source)
+        return config, weights, {name: name for name in weights}
+    weights = open_weights(source)
+    found = config_of_file(weights.shapes())
+    if found is None:
+        raise CheckpointError(
+            f"{source} is not the Qwen-Image VAE in ComfyUI's layout; use qwen_image_vae.safetensors, or a vae/ folder"
+        )
+    return found, weights, {name: name_in_file(name, found) for name in _video_shapes(found)}
+
+
+def load_image_vae(
+    source: PathLike,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    kind: type[ImageVAE] = ImageVAE,
+    operations: Any = nn,
+) -> ImageVAE:
+    """The 2-D VAE of a vae/ folder or of a file, frozen, in eval mode, its kernels in channels_last.
+
+    Built without memory, then filled tensor by tensor in its final type and place: beside it there is never more than
+    one stored tensor. kind, operations: a class derived from ImageVAE, and the layers to build it of. Raises
+    CheckpointError.
+    """
+    config, weights, stored = open_vae(source)
+    with torch.device("meta"):
+        model = kind(config, operations=operations)
+    _require_weights(Path(source), model, {name: weights.shape(stored[name]) for name in stored})
+    for module_name, module in model.named_modules():
+        for parameter in list(module._parameters):
+            if module._parameters[parameter] is not None:
+                name = f"{module_name}.{parameter}"
+                tensor = image_weight(name, weights.get(stored[name]))
+                module._parameters[parameter] = nn.Parameter(_placed(tensor, dtype, device), requires_grad=False)
+    return model.eval()
+
+
+def _require_weights(folder: Path, model: ImageVAE, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    found = {name: _image_shape(name, shape) for name, shape in shapes.items() if not _is_temporal(name)}
+    report = check_keys(expected, found)
+    if not report.fits:
+        raise CheckpointError(
+            f"the VAE in {folder} does not fit its config.json ({report}); download the vae folder again"
+        )
+
+
+def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """In memory of its own, 4-D kernels in the format in which convolutions are fastest."""
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    return tensor.to(device=device, dtype=dtype).contiguous(memory_format=layout)
+
+
+def vae_parameters(folder: PathLike) -> int:
+    """Parameters that `load_image_vae` will hold, from the files' headers."""
+    weights = open_weights(folder)
+    return sum(prod(_image_shape(name, weights.shape(name))) for name in weights if not _is_temporal(name))
+
+
+# --- names, shapes and values, both ways -----------------------------------------------------------------------------
+
+
+def _is_temporal(name: str) -> bool:
+    return ".time_conv." in name
+
+
+def _is_planar(name: str) -> bool:
+    """Whether the video model has this weight in two dimensions too: resampling and attention go frame by frame."""
+    return ".resample." in name or ".attentions." in name
+
+
+def _image_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a video weight's `image_weight`; of one that is no weight of the video model, as it is."""
+    if len(shape) == 5 and shape[2]:
+        return (*shape[:2], *shape[3:])
+    return shape[:3] if len(shape) == 4 and shape[3] == 1 and not _is_planar(name) else shape
+
+
+def image_weight(name: str, w: Tensor) -> Tensor:
+    """A weight of the video model as ImageVAE has it: a view."""
+    return w[:, :, -1] if w.ndim == 5 else w.reshape(_image_shape(name, tuple(w.shape)))
+
+
+def video_shapes(vae: ImageVAE) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the video model's weights, of the same sizes as `vae`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    downs, ups = iter(vae.config.temperal_downsample), iter(vae.config.temperal_downsample[::-1])
+    for name, p in vae.state_dict().items():
+        shape = tuple(p.shape)
+        if _is_planar(name):
+            shapes[name] = shape
+        elif len(shape) == 4:
+            shapes[name] = (*shape[:2], 1 if shape[-1] == 1 else _LAST_SLICE + 1, *shape[2:])
+        else:
+            shapes[name] = (*shape, 1) if len(shape) == 3 else shape
+        if name.endswith(".resample.1.weight"):
+            down = name.startswith("encoder.")
+            if next(downs if down else ups):
+                dim = shape[1]
+                out, conv = dim if down else 2 * dim, name.replace("resample.1.weight", "time_conv")
+                shapes |= {f"{conv}.weight": (out, dim, 3, 1, 1), f"{conv}.bias": (out,)}
+    return shapes
+
+
+def video_weights(vae: ImageVAE) -> dict[str, Tensor]:
+    """All weights of the video model: kernels as last temporal slice, zeros before it and in the resamplers."""
+    image, out = vae.state_dict(), {}
+    for name, shape in video_shapes(vae).items():
+        if _is_temporal(name):
+            out[name] = vae.quant_conv.weight.new_zeros(shape)
+        elif len(shape) == 5:
+            out[name] = image[name].new_zeros(shape)
+            out[name][:, :, -1] = image[name]
+        else:
+            out[name] = image[name].reshape(shape)
+    return out
+
+
+# --- one file, as ComfyUI has it --------------------------------------------------------------------------------------
+
+_FILE_NAMES = (
+    *((".norm1.", ".residual.0."), (".conv1.", ".residual.2.")),
+    *((".norm2.", ".residual.3."), (".conv2.", ".residual.6."), (".conv_shortcut.", ".shortcut.")),
+    *((".mid_block.resnets.0.", ".middle.0."), (".mid_block.resnets.1.", ".middle.2.")),
+    *((".mid_block.attentions.0.", ".middle.1."), (".down_blocks.", ".downsamples.")),
+    *((".conv_in.", ".conv1."), (".norm_out.", ".head.0."), (".conv_out.", ".head.2.")),
+    *(("post_quant_conv.", "conv2."), ("quant_conv.", "conv1.")),
+)
+"""diffusers' words and those of Wan 2.1's own program, to be replaced in this order."""
+
+
+def name_in_file(name: str, config: VAEConfig) -> str:
+    """The name that a weight of the video model has in ComfyUI's file, which counts all blocks of a half in one row."""
+    blocks = config.num_res_blocks + 1
+
+    def counted(found: re.Match[str]) -> str:
+        level, kind, i = found.groups()
+        return f".upsamples.{int(level) * (blocks + 1) + (int(i) if kind == 'resnets' else blocks)}."
+
+    for ours, theirs in _FILE_NAMES:
+        name = name.replace(ours, theirs)
+    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", counted, name)
+
+
+def config_of_file(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig | None:
+    """The config of a file with these tensors, or None if it is another VAE (other channels, other blocks, a prefix).
+
+    The file does not hold one: all but its width is the release's.
+    """
+    width = shapes.get("decoder.head.0.gamma", (0,))[:1]
+    if not width or not 0 < width[0] <= _LARGEST:
+        return None
+    config = VAEConfig(base_dim=width[0])
+    expected = {name_in_file(name, config): shape for name, shape in _video_shapes(config).items()}
+    return config if check_keys(expected, shapes).fits else None
+
+
+def _video_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return video_shapes(ImageVAE(config))
