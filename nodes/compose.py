@@ -21,12 +21,13 @@ from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, plan
 from ..unipic_core.weights.recipe import LIMITS, Recipe
-from . import CATEGORY, vision
-from .facts import facts_of
-from .messages import tell
-from .pictures import to_image, to_pictures
-from .text import Conditioning, changes_weights, encode_prompt
-from .vae import UniPicVAE
+from . import CATEGORY
+from .host.images import to_image, to_pictures
+from .host.messages import tell
+from .host.recipe_attachment import facts_of
+from .host.text import vision_cache as vision
+from .host.text.encoder import Conditioning, changes_weights, encode_prompt
+from .host.vae import UniPicVAE
 
 IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
 MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))

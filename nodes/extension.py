@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .compose import MultiImageCompose
+from .host.images import UniPicSampleImages
 from .load import LoadUniPic
 from .lora import DistillLoRA
-from .pictures import UniPicSampleImages
 from .sample import FewStepSampler, UniPicSamplerSelect, UniPicSigmas
 
 NODES: list[type[io.ComfyNode]] = [

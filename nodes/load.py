@@ -20,11 +20,12 @@ from ..unipic_core.weights.recipe import Recipe
 from ..unipic_core.weights.safetensors_file import read_table
 from ..unipic_core.weights.transformer import looks_like
 from ..unipic_core.weights.vae import config_of_file
-from . import CATEGORY, sources
-from .facts import attach, facts_of
-from .latent_format import PictureLatents, fit_preview, read_latent_format
-from .messages import tell
-from .model import WEIGHT_DTYPES, load_model
+from . import CATEGORY
+from .host import model_paths as sources
+from .host.latent_format import PictureLatents, fit_preview, read_latent_format
+from .host.messages import tell
+from .host.model import WEIGHT_DTYPES, load_model
+from .host.recipe_attachment import attach, facts_of
 from .sample import described
 
 
@@ -102,7 +103,7 @@ def _part_input(name: str, kind: sources.FileKind) -> io.Combo.Input:
 def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
     """From a pipeline folder, or a file of Qwen2.5-VL as ComfyUI has it. width: what the network takes. UniPicError."""
     if path.is_dir():
-        from .text import load_clip as from_folder
+        from .host.text.encoder import load_clip as from_folder
 
         return from_folder(path)
     shapes = checked_shapes(path, "a text encoder", sources.TEXT_ENCODER)
@@ -120,7 +121,7 @@ def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
 def load_vae(path: Path) -> comfy.sd.VAE:
     """From a pipeline folder's vae/, or a file: in two dimensions where it is the Qwen-Image VAE. UniPicError."""
     if path.is_dir() or config_of_file(checked_shapes(path, "a VAE", sources.VAE)) is not None:
-        from .vae import load_vae as for_pictures
+        from .host.vae import load_vae as for_pictures
 
         return for_pictures(path)
     with readable(path, sources.VAE):

@@ -21,10 +21,10 @@ from ..unipic_core.weights.lora import LoRA, MergeReport, build_lora
 from ..unipic_core.weights.lora_layers import LoRALayer
 from ..unipic_core.weights.recipe import METADATA_KEY, Recipe
 from . import CATEGORY
-from .conditions import FORM
-from .facts import Facts, attach, facts_of
-from .messages import tell
-from .model import UniPicModel
+from .host.kv_cache import FORM
+from .host.messages import tell
+from .host.model import UniPicModel
+from .host.recipe_attachment import Facts, attach, facts_of
 from .sample import described
 
 BUNDLED = "bundled: "

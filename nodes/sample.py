@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from ..unipic_core.run.kv_cache import REUSE_WITHIN
 from ..unipic_core.run.plan import Settings, resolve
 from ..unipic_core.weights.recipe import LIMITS, SAMPLERS, Recipe
-from . import CATEGORY, sampling
-from .conditions import AUTO, CACHES, with_cache
-from .facts import facts_of
-from .messages import tell
+from . import CATEGORY
+from .host import sampling
+from .host.kv_cache import AUTO, CACHES, with_cache
+from .host.messages import tell
+from .host.recipe_attachment import facts_of
 
 REUSE_ERROR = "48 dB PSNR on the bundled nano"
 """Of condition_cache approximate at 8 steps (tests/benchmarks/approximate.py)."""

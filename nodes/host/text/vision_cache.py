@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..unipic_core.caching import TensorCache, WeightsKey
-from ..unipic_core.conditioning.images import MAX_REFERENCES
-from .text_tokens import KEY
+from ....unipic_core.caching import TensorCache, WeightsKey
+from ....unipic_core.conditioning.images import MAX_REFERENCES
+from .tokenizer import KEY
 
 _seen: TensorCache[Tensor] = TensorCache(MAX_REFERENCES)
 """Of the last pictures, in main memory: at the release's size up to 34 MB each, and as much for all of one set."""

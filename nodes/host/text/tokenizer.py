@@ -12,9 +12,9 @@ import tokenizers
 from comfy.text_encoders import qwen_image
 from torch import Tensor
 
-from ..unipic_core.conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length
-from ..unipic_core.conditioning.vision import vision_tokens
-from ..unipic_core.errors import CheckpointError, one_line
+from ....unipic_core.conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length
+from ....unipic_core.conditioning.vision import vision_tokens
+from ....unipic_core.errors import CheckpointError, one_line
 
 KEY = "qwen25_7b"
 """ComfyUI's name for Qwen2.5-VL, whatever its size: key of the tokens, and prefix of the encoder's LoRA keys."""

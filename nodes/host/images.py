@@ -11,9 +11,9 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..unipic_core.conditioning.images import load_image, to_rgb
-from ..unipic_core.errors import UniPicError
-from . import CATEGORY
+from ...unipic_core.conditioning.images import load_image, to_rgb
+from ...unipic_core.errors import UniPicError
+from .. import CATEGORY
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 """The pictures that come with the pack."""

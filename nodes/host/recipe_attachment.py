@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..unipic_core.sampling.schedules import Shift
-from ..unipic_core.weights.recipe import Recipe
+from ...unipic_core.sampling.schedules import Shift
+from ...unipic_core.weights.recipe import Recipe
 
 KEY = "unipic"
 

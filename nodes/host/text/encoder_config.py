@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..unipic_core.conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions
-from ..unipic_core.errors import CheckpointError
+from ....unipic_core.conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions
+from ....unipic_core.errors import CheckpointError
 
 _TEXT = {
     "vocab_size": 152064,

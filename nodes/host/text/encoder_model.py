@@ -11,10 +11,10 @@ from comfy import sd1_clip
 from comfy.text_encoders import llama, qwen_vl
 from torch import Tensor
 
-from ..unipic_core.conditioning.vision import MERGE, PATCH, grid_thw, vision_patches
-from ..unipic_core.errors import CheckpointError
-from .text_config import EncoderConfig
-from .text_tokens import KEY, Tokenizer
+from ....unipic_core.conditioning.vision import MERGE, PATCH, grid_thw, vision_patches
+from ....unipic_core.errors import CheckpointError
+from .encoder_config import EncoderConfig
+from .tokenizer import KEY, Tokenizer
 
 SIDE = MERGE * PATCH
 """The vision tower takes multiples of this many pixels."""

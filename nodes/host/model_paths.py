@@ -13,11 +13,11 @@ from pathlib import Path
 
 import folder_paths
 
-from ..unipic_core import MODELS
-from ..unipic_core.errors import UniPicError
-from ..unipic_core.weights.files import find_weight_file
-from ..unipic_core.weights.recipe import TRANSFORMER_FOLDERS
-from ..unipic_core.weights.transformer import NETWORK_CLASS, class_name
+from ...unipic_core import MODELS
+from ...unipic_core.errors import UniPicError
+from ...unipic_core.weights.files import find_weight_file
+from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
+from ...unipic_core.weights.transformer import NETWORK_CLASS, class_name
 
 AUTO = "auto"
 DEFAULT_MODEL = "unipic-nano (bundled)"

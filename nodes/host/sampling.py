@@ -29,15 +29,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..unipic_core.conditioning.sequence import PATCH, LatentShape, pack_latents, unpack_latents
-from ..unipic_core.errors import UniPicError
-from ..unipic_core.run.plan import Settings, resolve
-from ..unipic_core.sampling import samplers
-from ..unipic_core.sampling.flow import x0_to_velocity
-from ..unipic_core.sampling.guidance import apply_cfg
-from ..unipic_core.sampling.samplers import NoiseSource, NonFiniteLatent
-from ..unipic_core.sampling.schedules import Shift
-from .facts import Facts
+from ...unipic_core.conditioning.sequence import PATCH, LatentShape, pack_latents, unpack_latents
+from ...unipic_core.errors import UniPicError
+from ...unipic_core.run.plan import Settings, resolve
+from ...unipic_core.sampling import samplers
+from ...unipic_core.sampling.flow import x0_to_velocity
+from ...unipic_core.sampling.guidance import apply_cfg
+from ...unipic_core.sampling.samplers import NoiseSource, NonFiniteLatent
+from ...unipic_core.sampling.schedules import Shift
+from .recipe_attachment import Facts
 
 PICTURE_STRIDE = 1_000_003
 """Between the re-noising seeds of neighbours in a batch; large, so that they do not meet those of the next seeds."""

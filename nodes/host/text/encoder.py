@@ -16,16 +16,16 @@ import comfy.utils
 from PIL import Image
 from torch import Tensor
 
-from ..unipic_core.conditioning.images import resize_for_vision
-from ..unipic_core.conditioning.prompt import prompt_text
-from ..unipic_core.errors import CheckpointError, UniPicError
-from ..unipic_core.weights.files import open_weights
-from ..unipic_core.weights.text_encoder import HEAD
-from .pictures import to_image
-from .text_config import EncoderConfig
-from .text_model import TextModel
-from .text_tokens import KEY, Tokenizer
-from .vision import shared_tower
+from ....unipic_core.conditioning.images import resize_for_vision
+from ....unipic_core.conditioning.prompt import prompt_text
+from ....unipic_core.errors import CheckpointError, UniPicError
+from ....unipic_core.weights.files import open_weights
+from ....unipic_core.weights.text_encoder import HEAD
+from ..images import to_image
+from .encoder_config import EncoderConfig
+from .encoder_model import TextModel
+from .tokenizer import KEY, Tokenizer
+from .vision_cache import shared_tower
 
 STOCK_LEAST_PIXELS = 3136
 """ComfyUI's own Qwen2.5-VL enlarges pictures of fewer pixels."""

@@ -16,19 +16,19 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..unipic_core.conditioning.images import DEFAULT_BUDGET
-from ..unipic_core.conditioning.sequence import PATCH, PIXELS_PER_TOKEN
-from ..unipic_core.errors import CheckpointError, UniPicError
-from ..unipic_core.model.config import condition_bytes
-from ..unipic_core.sampling.schedules import resolution_shift
-from ..unipic_core.weights.files import FP8, Weights
-from ..unipic_core.weights.recipe import TRANSFORMER_FOLDERS, recipe_of
-from ..unipic_core.weights.safetensors_file import read_table
-from ..unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
-from .conditions import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
-from .facts import Facts, attach
+from ...unipic_core.conditioning.images import DEFAULT_BUDGET
+from ...unipic_core.conditioning.sequence import PATCH, PIXELS_PER_TOKEN
+from ...unipic_core.errors import CheckpointError, UniPicError
+from ...unipic_core.model.config import condition_bytes
+from ...unipic_core.sampling.schedules import resolution_shift
+from ...unipic_core.weights.files import FP8, Weights
+from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS, recipe_of
+from ...unipic_core.weights.safetensors_file import read_table
+from ...unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
+from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
 from .latent_format import PictureLatents, read_latent_format
 from .network import Network, network_options
+from .recipe_attachment import Facts, attach
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
