@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainers.cache import build, load_image_vae
-from trainers.config import SECTIONS, RunConfig, given, parse_run, to_dict
-from trainers.data.emoji import SUBSET
-from trainers.loop import train
-from trainers.nano import write_folder
-from trainers.vae import save_vae
+from trainers.config.run import SECTIONS, RunConfig, given, parse_run, to_dict
+from trainers.loop.loop import train
+from trainers.methods.vae import save_vae
+from trainers.nano.emoji import SUBSET
+from trainers.nano.make_model import write_folder
 from unipic_core.model.vae import ImageVAE, VAEConfig
 from unipic_core.pipeline.text_encoder import TextEncoder
 

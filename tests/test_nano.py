@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from trainers.data.emoji import SUBSET, Bank
 from trainers.evaluate import System, evaluate
+from trainers.nano.emoji import SUBSET, Bank
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.images import load_image
 from unipic_core.pipeline import UniPicPipeline

@@ -27,13 +27,13 @@ from unipic_core.model.vae import ImageVAE
 from unipic_core.pipeline.text_encoder import TextEncoder
 from unipic_core.weights.vae import load_image_vae
 
-from .config import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
+from .config.run import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
 from .data.checking import Checked, check_rows, load_rows, report, require_good, write_json
 from .data.encoding import Encoded
 from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
 from .data.rows import Row
 from .data.shards import Bucket, Part, Rows, Shard, TextShard, drop_vision, has_text, parts_of, shard_path, text_path
-from .text_cache import encode_text, encoder_fingerprint, text_fingerprint
+from .data.text_embeddings import encode_text, encoder_fingerprint, text_fingerprint
 
 __all__ = ["Bucket", "PreviewRow", "Rows", "build", "fingerprint", "load_image_vae", "read_cache", "read_preview"]
 

@@ -1,57 +1,6 @@
-"""`python -m trainers.curves RUN [RUN ...] --out FILE.png`: the curves of runs, from their metrics.jsonl."""
+"""`python -m trainers.curves`: see tools/curves.py."""
 
-from __future__ import annotations
-
-import argparse
-import json
-from collections.abc import Sequence
-from pathlib import Path
-
-NOT_DRAWN = ("step", "lr", "grad_norm", "seconds_per_step", "samples_per_second", "peak_memory_gib")
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    path = run / "metrics.jsonl" if run.is_dir() else run
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 5) -> None:
-    """One panel per metric, one line per run; a mean over `smooth` records to both sides above the raw values."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    records = {run.stem if run.is_file() else run.name: read_metrics(run) for run in runs}
-    keys = dict.fromkeys(k for rows in records.values() for row in rows for k in row)
-    names = [k for k in keys if k.split("/")[-1] not in NOT_DRAWN]
-    figure, panels = pyplot.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False, layout="constrained")
-    for panel, name in zip(panels[0], names, strict=True):
-        for label, rows in records.items():
-            points = [(r["step"], r[name]) for r in rows if name in r]
-            if not points:
-                continue
-            steps, values = zip(*points, strict=True)
-            around = [values[max(0, i - smooth) : i + smooth + 1] for i in range(len(values))]
-            means = [sum(some) / len(some) for some in around]
-            (line,) = panel.plot(steps, means, label=label)
-            panel.plot(steps, values, alpha=0.2, color=line.get_color())
-        panel.set(title=name, xlabel="step")
-        panel.grid(alpha=0.3)
-        if name.split("/")[-1] in ("loss", "l1"):
-            panel.set_yscale("log")
-    panels[0][0].legend()
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="trainers.curves", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders, or metrics.jsonl files")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    draw_curves(args.runs, args.out)
-
+from .tools.curves import main
 
 if __name__ == "__main__":
     main()

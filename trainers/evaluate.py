@@ -25,14 +25,14 @@ from PIL import Image
 from unipic_core import __version__
 from unipic_core.weights.write_small import aside
 
-from .data.catalogue import Split
-from .data.emoji import Bank
-from .data.render import Sample
-from .data.scenes import TASKS
-from .judges.kept import KeptPictures, files_stamp
 from .judges.measure import Evaluation, Generate, Plan, compare
 from .judges.plot import AXES, draw_plot
+from .judges.saved_pictures import KeptPictures, files_stamp
 from .judges.sheet import draw_sheet
+from .nano.catalogue import Split
+from .nano.emoji import Bank
+from .nano.render import Sample
+from .nano.scenes import TASKS
 
 if TYPE_CHECKING:
     from unipic_core.run.plan import Settings

@@ -6,31 +6,31 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .checkpointing import TrainingError
-from .config import ConfigError, RunConfig, load_config
-from .loop import Method, train
+from .config.run import ConfigError, RunConfig, load_config
+from .loop.checkpointing import TrainingError
+from .loop.loop import Method, train
 
 
 def make_method(config: RunConfig) -> Method:
     """The method that the config names; imported when it is chosen, as each brings its own parts."""
     if config.method == "vae":
-        from .vae import VAETraining
+        from .methods.vae import VAETraining
 
         return VAETraining(config)
     if config.sft is not None:
-        from .sft import SFTTraining
-        from .sft_text import SFTWithText
+        from .methods.sft import SFTTraining
+        from .methods.sft_text import SFTWithText
 
         return SFTWithText(config) if config.sft.train_text_encoder else SFTTraining(config)
     if config.method == "consistency":
-        from .consistency import ConsistencyTraining
+        from .methods.consistency import ConsistencyTraining
 
         return ConsistencyTraining(config)
     if config.method == "dmd":
-        from .dmd import DMDTraining
+        from .methods.dmd import DMDTraining
 
         return DMDTraining(config)
-    from .joint import JointTraining
+    from .methods.joint import JointTraining
 
     return JointTraining(config)
 

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainers.data.emoji import Bank, default_folder
-from trainers.data.render import Sample, render
-from trainers.data.scenes import make_scene
+from trainers.nano.emoji import Bank, default_folder
+from trainers.nano.render import Sample, render
+from trainers.nano.scenes import make_scene
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention_forms import advance_all, spans

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-from trainers.nano import text_encoder_config
+from trainers.nano.make_model import text_encoder_config
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.images import MAX_REFERENCES, Size, reference_sizes
 from unipic_core.conditioning.prompt import IMAGE_PAD

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from trainers.memory import ACTIVATIONS
+from trainers.tools.memory import ACTIVATIONS
 from unipic_core.model.config import SEGMENTS, MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 

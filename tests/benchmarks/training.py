@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from trainers import config
 from trainers.cache import build, load_image_vae, read_cache
-from trainers.config import AdapterConfig, DataConfig, NetworkConfig, load_config, parse_run
-from trainers.memory import GIB, estimate, four_copies
-from trainers.networks import load_roles
-from trainers.optimizers import make_optimizers
-from trainers.roles import FAKE_SCORE, STUDENT, TEACHER, Roles
-from trainers.text_cache import encoder_fingerprint
-from trainers.training import Inputs, make_inputs
+from trainers.config import run as config
+from trainers.config.run import AdapterConfig, DataConfig, NetworkConfig, load_config, parse_run
+from trainers.data.text_embeddings import encoder_fingerprint
+from trainers.loop.optimizers import make_optimizers
+from trainers.methods.base import Inputs, make_inputs
+from trainers.roles.load import load_roles
+from trainers.roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
+from trainers.tools.memory import GIB, estimate, four_copies
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model.config import FULL
@@ -153,7 +153,7 @@ def memory() -> dict[str, float]:
         made[f"nano_{name}_bytes_arithmetic"] = bytes_by_arithmetic(one_sample)
     for end in ("", "_arithmetic"):
         made[f"nano_ratio{end}"] = made[f"nano_adapters_bytes{end}"] / made[f"nano_copies_bytes{end}"]
-    run = load_config(Path(config.__file__).parent / "configs" / "unipic3-dmd-80gb.yaml")
+    run = load_config(Path(config.__file__).parents[1] / "configs" / "unipic3-dmd-80gb.yaml")
     adapters, copies = estimate(run).gpu / GIB, four_copies(run).gpu / GIB
     of_gib = {"released_adapters_gib_arithmetic": adapters, "released_copies_gib_arithmetic": copies}
     return {**made, **of_gib, "released_ratio_arithmetic": adapters / copies}

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from trainers.cache import build, load_image_vae
-from trainers.config import DataConfig, RunConfig, given, parse_run
-from trainers.loop import MAIN, make_parts, update_average
-from trainers.memory import OUTSIDE, estimate
+from trainers.config.run import DataConfig, RunConfig, given, parse_run
+from trainers.loop.loop import MAIN, make_parts, update_average
+from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.model.config import ATTENTION_FORMS

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainers.loop import train
-from trainers.sft_text import SFTWithText
+from trainers.loop.loop import train
+from trainers.methods.sft_text import SFTWithText
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.images import load_image
 from unipic_core.pipeline import UniPicPipeline

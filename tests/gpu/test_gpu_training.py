@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainers.config import AdapterConfig, NetworkConfig, parse_run
-from trainers.frozen import FrozenLinear, load_frozen
-from trainers.memory import OUTSIDE, estimate
-from trainers.roles import STUDENT, AdapterRoles
+from trainers.config.run import AdapterConfig, NetworkConfig, parse_run
+from trainers.roles.frozen import FrozenLinear, load_frozen
+from trainers.roles.roles import AdapterRoles
+from trainers.roles.types import STUDENT
+from trainers.tools.memory import OUTSIDE, estimate
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.config import MMDiTConfig

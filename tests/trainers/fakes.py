@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trainers.frozen import FrozenLinear, FrozenOperations, form_of
+from trainers.roles.frozen import FrozenLinear, FrozenOperations, form_of
 from unipic_core.model.mmdit import MMDiT
 
 

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trainers.config import RunConfig
-from trainers.loop import Share, train
-from trainers.method_config import OptimizerConfig
+from trainers.config.methods import OptimizerConfig
+from trainers.config.run import RunConfig
+from trainers.loop.loop import Share, train
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,9 @@ def config(output, **changes):
 
 
 MOMENTS = {
-    "trains": ("trainers.loop", "backward", 46),
+    "trains": ("trainers.loop.loop", "backward", 46),
     "writes a checkpoint": ("torch", "save", 2),
-    "starts": ("trainers.loop", "backward", 1),
+    "starts": ("trainers.loop.loop", "backward", 1),
 }
 """Name -> the function of a module after whose nth return the program dies."""
 

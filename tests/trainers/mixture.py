@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from trainers.losses import TimedVelocity, per_sample
+from trainers.methods.losses import TimedVelocity, per_sample
 from unipic_core.sampling.flow import add_noise, like
 from unipic_core.sampling.guidance import apply_cfg
 

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from trainers.config import AdapterConfig, NetworkConfig
-from trainers.frozen import FrozenLinear, load_frozen
-from trainers.roles import STUDENT, AdapterRoles
+from trainers.config.run import AdapterConfig, NetworkConfig
+from trainers.roles.frozen import FrozenLinear, load_frozen
+from trainers.roles.roles import AdapterRoles
+from trainers.roles.types import STUDENT
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 

@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
-from trainers.batches import BucketOrder
-from trainers.config import ConfigError
+from trainers.config.run import ConfigError
+from trainers.data.batches import BucketOrder
 
 
 def visits(order, steps):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from trainers.config import AdapterConfig, ConfigError, load_config, parse_run, to_dict
+from trainers.config.run import AdapterConfig, ConfigError, load_config, parse_run, to_dict
 
 REQUIRED = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
 CONFIGS = sorted((Path(__file__).parents[2] / "trainers" / "configs").glob("*.yaml"))

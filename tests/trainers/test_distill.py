@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.checkpointing import TrainingError
-from trainers.config import ConfigError
-from trainers.consistency import ConsistencyTraining
-from trainers.dmd import DMDTraining
-from trainers.joint import JointTraining
-from trainers.loop import train
-from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER
+from trainers.config.run import ConfigError
+from trainers.loop.checkpointing import TrainingError
+from trainers.loop.loop import train
+from trainers.methods.consistency import ConsistencyTraining
+from trainers.methods.dmd import DMDTraining
+from trainers.methods.joint import JointTraining
+from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER
 from trainers.train import make_method
 from unipic_core.cli import main
 from unipic_core.pipeline import UniPicPipeline

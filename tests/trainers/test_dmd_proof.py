@@ -17,8 +17,8 @@ import torch
 from mixture import Batch, Network, distribution_distance, draw, pretrained, solve, two_conditions
 from torch import Tensor
 
-from trainers.dmd import dmd_terms, rollout
-from trainers.losses import fake_score_loss
+from trainers.methods.dmd import dmd_terms, rollout
+from trainers.methods.losses import fake_score_loss
 from unipic_core.sampling.flow import add_noise, velocity_to_x0
 from unipic_core.sampling.samplers import sample_consistency, seeded_noise
 from unipic_core.sampling.schedules import few_step_times

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from trainers.export import export_adapter, export_network
+from trainers.loop.export import export_adapter, export_network
 from unipic_core.cli import main
 from unipic_core.errors import CheckpointError, LoRAError
 from unipic_core.pipeline import UniPicPipeline
+from unipic_core.weights import write as saving
 from unipic_core.weights.describe import describe
-from unipic_core.weights.files import write as saving
 from unipic_core.weights.lora import LORA_KEY, read_lora
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import load_transformer, read_config

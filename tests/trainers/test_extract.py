@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.config import AdapterConfig, NetworkConfig
-from trainers.export import export_network
-from trainers.extract import best_of_rank, extract, main
-from trainers.networks import load_roles
+from trainers.config.run import AdapterConfig, NetworkConfig
+from trainers.loop.export import export_network
+from trainers.roles.load import load_roles
+from trainers.tools.extract import best_of_rank, extract, main
 from unipic_core.weights.lora import merge_lora, read_lora
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import load_transformer, read_config

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from stored_bases import FORMS, NANO, base, distance, example, gradients, layers, roles, skip_without
 from torch import nn
 
-from trainers.config import ConfigError
-from trainers.frozen import FrozenLinear, load_frozen
-from trainers.roles import EMA, STUDENT, TEACHER
+from trainers.config.run import ConfigError
+from trainers.roles.frozen import FrozenLinear, load_frozen
+from trainers.roles.types import EMA, STUDENT, TEACHER
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.weights.convert import convert
 from unipic_core.weights.transformer import load_transformer

@@ -8,8 +8,8 @@ import pytest
 import torch
 from stored_bases import FORMS, base, example, gradients, layers, roles, skip_without
 
-from trainers.config import ConfigError
-from trainers.frozen import FrozenLinear
+from trainers.config.run import ConfigError
+from trainers.roles.frozen import FrozenLinear
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.weights.transformer import CONFIG_KEY
@@ -76,8 +76,8 @@ PEAK = """
 import sys
 from pathlib import Path
 import torch
-from trainers.config import AdapterConfig, NetworkConfig
-from trainers.frozen import FrozenLinear, load_frozen
+from trainers.config.run import AdapterConfig, NetworkConfig
+from trainers.roles.frozen import FrozenLinear, load_frozen
 if sys.argv[2] == "nf4":
     import bitsandbytes
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from trainers.latents import PrincipalComponents, fold_statistics
+from trainers.methods.vae_prior import PrincipalComponents, fold_statistics
 from unipic_core.model.vae import ImageVAE, VAEConfig
 
 

@@ -15,13 +15,13 @@ from loop_toy import Toy, config, optimizer
 from processes import ENV, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from trainers.checkpointing import TrainingError, newest_checkpoint, replaced, resume
-from trainers.config import ConfigError
-from trainers.loop import PATIENCE, Part, Share, make_accelerator, make_parts, train
-from trainers.method_config import OptimizerConfig
-from trainers.optimizers import lr_factor
-from trainers.records import MetricLog
-from trainers.state import State
+from trainers.config.methods import OptimizerConfig
+from trainers.config.run import ConfigError
+from trainers.loop.checkpointing import TrainingError, newest_checkpoint, replaced, resume
+from trainers.loop.loop import PATIENCE, Part, Share, make_accelerator, make_parts, train
+from trainers.loop.metrics import MetricLog
+from trainers.loop.optimizers import lr_factor
+from trainers.loop.state import State
 from unipic_core.sampling.samplers import NonFiniteLatent
 
 TOY = Path(__file__).with_name("loop_toy.py")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.losses import (
+from trainers.methods.losses import (
     RMS_FLOOR,
     consistency_loss,
     consistency_residual,

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trainers import memory
-from trainers.config import AdapterConfig, NetworkConfig, load_config, parse_run
-from trainers.frozen import FrozenLinear, load_frozen
-from trainers.memory import GIB, estimate, four_copies
-from trainers.method_config import OptimizerConfig
-from trainers.optimizers import make_optimizers
-from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER, AdapterRoles, roles_of
+from trainers.config.methods import OptimizerConfig
+from trainers.config.run import AdapterConfig, NetworkConfig, load_config, parse_run
+from trainers.loop.optimizers import make_optimizers
+from trainers.roles.frozen import FrozenLinear, load_frozen
+from trainers.roles.roles import AdapterRoles
+from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of
+from trainers.tools import memory
+from trainers.tools.memory import GIB, estimate, four_copies
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention import matmul_attention, scaled_dot_product_attention
@@ -25,7 +26,7 @@ from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.weights.transformer import expected_shapes
 
-CONFIGS = Path(memory.__file__).parent / "configs"
+CONFIGS = Path(memory.__file__).parents[1] / "configs"
 RELEASED = expected_shapes(MMDiTConfig())
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.method_config import OptimizerConfig
-from trainers.optimizers import Muon, is_hidden_matrix, lr_factor, make_optimizers, orthogonalise
+from trainers.config.methods import OptimizerConfig
+from trainers.loop.optimizers import Muon, is_hidden_matrix, lr_factor, make_optimizers, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 6), (5, 40)])

@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from trainers.data.emoji import SUBSET, Bank
-from trainers.data.render import Sample
 from trainers.evaluate import System, main
 from trainers.judges.comparison import comparison_table, gains_table, kept_text
 from trainers.judges.measure import Evaluation, Generate, Plan, compare
 from trainers.judges.panel import JUDGES
 from trainers.judges.plot import draw_plot, kept_of, series_of
-from trainers.judges.ratios import equal_steps, gains, kept, pairwise_rms, spread_entry
+from trainers.judges.retention import equal_steps, gains, kept, pairwise_rms, spread_entry
 from trainers.judges.sheet import PICTURE, Layout, draw_sheet, font
 from trainers.judges.statistics import Bootstrap
+from trainers.nano.emoji import SUBSET, Bank
+from trainers.nano.render import Sample
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import Recipe

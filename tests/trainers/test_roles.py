@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainers.config import AdapterConfig, ConfigError
-from trainers.roles import EMA, FAKE_SCORE, STUDENT, TEACHER, AdapterRoles, FullRoles, require
+from trainers.config.run import AdapterConfig, ConfigError
+from trainers.roles.roles import AdapterRoles, FullRoles
+from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, require
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT

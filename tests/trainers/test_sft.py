@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 from trainers.cache import read_cache, read_preview
-from trainers.loop import train
-from trainers.sft import SFTTraining
-from trainers.sft_text import SFTWithText
-from trainers.text_cache import text_fingerprint
-from trainers.training import make_inputs
+from trainers.data.text_embeddings import text_fingerprint
+from trainers.loop.loop import train
+from trainers.methods.base import make_inputs
+from trainers.methods.sft import SFTTraining
+from trainers.methods.sft_text import SFTWithText
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.weights.lora import read_lora
 from unipic_core.weights.recipe import Recipe

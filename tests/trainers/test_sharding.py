@@ -7,7 +7,7 @@ import yaml
 from processes import launch
 from safetensors.torch import load_file
 
-from trainers.config import ConfigError, to_dict
+from trainers.config.run import ConfigError, to_dict
 from trainers.train import make_method, train
 
 FAKE = {"dmd": {"fake_updates": 1, "max_steps": 2, "optimizer": {"lr": 1e-3, "warmup_steps": 1}}}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trainers.losses import TimedVelocity, difference_tangent, jvp_tangent
+from trainers.methods.losses import TimedVelocity, difference_tangent, jvp_tangent
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model.attention import BACKENDS
 from unipic_core.sampling.flow import add_noise, like

@@ -5,7 +5,7 @@ import yaml
 from loop_toy import Toy, config
 
 from trainers import train as command
-from trainers.config import to_dict
+from trainers.config.run import to_dict
 
 
 @pytest.fixture
@@ -48,6 +48,6 @@ def test_a_disk_that_fills_up_is_said_in_one_line(file, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainers.records.MetricLog.write", full)
+    monkeypatch.setattr("trainers.loop.metrics.MetricLog.write", full)
     assert command.main([file]) == 2
     assert "No space left on device; mend that" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from unipic_core.weights.write_small import aside
 
-from ..config import ConfigError, DataConfig
+from ..config.run import ConfigError, DataConfig
 from .rows import BadRow, Row
 from .sources import Source, open_source
 

@@ -20,8 +20,8 @@ from unipic_core.conditioning.sequence import LatentShape
 from unipic_core.errors import UniPicError
 from unipic_core.model.vae import ImageVAE
 
-from ..config import ConfigError, DataConfig, PreviewConfig
-from .catalogue import Split
+from ..config.run import ConfigError, DataConfig, PreviewConfig
+from ..nano.catalogue import Split
 from .checking import Checked
 from .encoding import Encoded
 from .rows import BadRow, Row, check_prompt, make_row

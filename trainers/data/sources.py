@@ -14,12 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..config import ConfigError, DataConfig
-from .catalogue import Split
-from .emoji import Bank
-from .render import render
+from ..config.run import ConfigError, DataConfig
+from ..nano.catalogue import Split
+from ..nano.emoji import Bank
+from ..nano.render import render
+from ..nano.scenes import make_scene
 from .rows import BadRow, Picture, Record, Row, check_pictures, make_row, read_record
-from .scenes import make_scene
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .panel import JUDGES, TRUTH, Judge
-from .ratios import valid_judges
+from .retention import valid_judges
 from .summary import shown
 
 LABEL = 28  # width of the table's first column

@@ -15,14 +15,15 @@ from tqdm import tqdm
 
 from unipic_core.conditioning.images import REFERENCE_MULTIPLE
 
-from ..data.catalogue import Split
-from ..data.emoji import Bank
-from ..data.render import Sample
-from ..data.scenes import TASKS, Scene, make_scene
+from ..nano.catalogue import Split
+from ..nano.emoji import Bank
+from ..nano.render import Sample
+from ..nano.scene import Scene
+from ..nano.scenes import TASKS, make_scene
 from .comparison import comparison, comparison_table, gains_table
-from .kept import KeptPictures
 from .panel import CONTROL_NAMES, JUDGES, TRUTH, Case, Panel, control_pictures
-from .ratios import SPREAD_MEASURE, equal_steps, pairwise_rms
+from .retention import SPREAD_MEASURE, equal_steps, pairwise_rms
+from .saved_pictures import KeptPictures
 from .sheet import Row
 from .statistics import Bootstrap, interval, rounded
 from .summary import Scores, empty, summarise, table

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from ..data.catalogue import Asset
-from ..data.controls import CONTROLS, can_swap_references
-from ..data.emoji import Bank
-from ..data.render import Sample, edited, hidden_of, light_of, look_matrix, place, render
-from ..data.scenes import Scene
+from ..nano.catalogue import Asset
+from ..nano.controls import CONTROLS, can_swap_references
+from ..nano.emoji import Bank
+from ..nano.render import Sample, edited, hidden_of, light_of, look_matrix, place, render
+from ..nano.scene import Scene
 from . import appearance, identity, placement
 from .arrays import to_array
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.render import Sample
+from ..nano.render import Sample
 from .comparison import judge_lines, label_lines, shown_judges, spread_lines, time_lines
 from .summary import shown
 

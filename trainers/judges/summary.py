@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .panel import CONTROL_NAMES, JUDGES, MAX_ITEMS, TRUTH, Judge
-from .ratios import retained, spread_entry
+from .retention import retained, spread_entry
 from .statistics import Bootstrap, interval, rounded
 
 ByJudge = dict[str, np.ndarray]

@@ -13,9 +13,9 @@ from small_loras import SOURCE, TINY, files, make_lora
 from torch import Tensor
 
 from unipic_core.cli import main
+from unipic_core.weights import merge as merging
 from unipic_core.weights.convert import convert, quantise_fp8
 from unipic_core.weights.describe import describe
-from unipic_core.weights.files import merge as merging
 from unipic_core.weights.merge import merge, plan_shards
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import load_transformer, read_config

@@ -12,7 +12,7 @@ import torch
 from small_loras import SOURCE, TINY, files
 
 from unipic_core.errors import CheckpointError, LoRAError
-from unipic_core.weights.files import merge as merging
+from unipic_core.weights import merge as merging
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.merge import merge
 

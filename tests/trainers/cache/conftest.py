@@ -7,9 +7,9 @@ import torch
 from small_sets import write_rows
 
 from trainers.cache import build, load_image_vae
-from trainers.config import DataConfig, PreviewConfig
-from trainers.nano import write_folder
-from trainers.vae import save_vae
+from trainers.config.run import DataConfig, PreviewConfig
+from trainers.methods.vae import save_vae
+from trainers.nano.make_model import write_folder
 from unipic_core.model.vae import ImageVAE, VAEConfig
 from unipic_core.pipeline.text_encoder import TextEncoder
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from small_sets import contents, embeddings
 
-from trainers.batches import BucketOrder
 from trainers.cache import build, fingerprint, read_cache
-from trainers.config import ConfigError
+from trainers.config.run import ConfigError
+from trainers.data.batches import BucketOrder
 from trainers.data.sources import Compositions
-from trainers.text_cache import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
+from trainers.data.text_embeddings import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
 from unipic_core.weights.safetensors_file import read_safetensors
 

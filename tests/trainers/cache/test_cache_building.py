@@ -13,10 +13,10 @@ from small_sets import contents, picture, write_rows
 
 import trainers.cache as cache
 from trainers.cache import build, load_image_vae, read_cache
-from trainers.config import ConfigError, DataConfig, PreviewConfig
+from trainers.config.run import ConfigError, DataConfig, PreviewConfig
 from trainers.data import shards
 from trainers.data.shards import Shard, text_path
-from trainers.text_cache import encoder_fingerprint
+from trainers.data.text_embeddings import encoder_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
 
 # --- resumable --------------------------------------------------------------------------------------------------------

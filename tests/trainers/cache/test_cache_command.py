@@ -9,8 +9,8 @@ import pytest
 
 import trainers.cache as cache
 from trainers.cache import main, read_cache, read_preview
-from trainers.config import PreviewConfig
-from trainers.text_cache import text_fingerprint
+from trainers.config.run import PreviewConfig
+from trainers.data.text_embeddings import text_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
 
 

@@ -7,9 +7,9 @@ import pytest
 from small_sets import picture
 
 from trainers.cache import build, read_preview
-from trainers.config import ConfigError, PreviewConfig, PreviewSample
+from trainers.config.run import ConfigError, PreviewConfig, PreviewSample
 from trainers.data.sources import Compositions
-from trainers.text_cache import encoder_fingerprint
+from trainers.data.text_embeddings import encoder_fingerprint
 
 
 def test_previews_of_the_composition_set(nano, text):

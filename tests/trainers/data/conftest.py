@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainers.data.emoji import SUBSET, Bank
+from trainers.nano.emoji import SUBSET, Bank
 
 
 @pytest.fixture(scope="session")

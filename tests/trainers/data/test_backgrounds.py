@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from trainers.data.backgrounds import CANONICAL, PLACES, WITH_MOOD, Background, draw, sample_background
+from trainers.nano.backgrounds import CANONICAL, PLACES, WITH_MOOD, Background, draw, sample_background
 
 
 @pytest.mark.parametrize("kind", PLACES)

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from trainers.data.catalogue import TONES, Asset, in_split, load, with_tone
+from trainers.nano.catalogue import TONES, Asset, in_split, load, with_tone
 
 
 def designs(kind: str, split: str) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainers.data.controls import (
+from trainers.nano.controls import (
     CONTROLS,
     background_alone,
     can_swap_references,
@@ -14,10 +14,11 @@ from trainers.data.controls import (
     recomposed,
     references_swapped,
 )
-from trainers.data.emoji import Bank
-from trainers.data.render import Placement, Sample, render
-from trainers.data.report import hidden_share
-from trainers.data.scenes import EDITS, TASKS, Scene, make_scene
+from trainers.nano.emoji import Bank
+from trainers.nano.hidden_variance import hidden_share
+from trainers.nano.render import Placement, Sample, render
+from trainers.nano.scene import Scene
+from trainers.nano.scenes import EDITS, TASKS, make_scene
 
 
 def scene_of(bank: Bank, task: str, index: int = 0) -> Scene:

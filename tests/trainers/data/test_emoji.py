@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainers.data import emoji
-from trainers.data.emoji import SUBSET, Bank, default_folder, fetch, unpack
+from trainers.nano import emoji
+from trainers.nano.emoji import SUBSET, Bank, default_folder, fetch, unpack
 
 
 def archive(path: Path, members: dict[str, bytes], link: str | None = None) -> Path:
@@ -28,7 +28,7 @@ def archive(path: Path, members: dict[str, bytes], link: str | None = None) -> P
 
 def test_the_subset_says_that_it_is_one(bank: Bank) -> None:
     assert bank.is_subset
-    assert "trainers.data.emoji" in bank.note
+    assert "trainers.nano.emoji" in bank.note
     assert {asset.kind for asset in bank.objects()} == {"object"}
     assert len(bank.objects()) >= 150
     assert len(bank.persons()) >= 55

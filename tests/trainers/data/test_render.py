@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.data.emoji import Bank
-from trainers.data.render import (
+from trainers.nano.emoji import Bank
+from trainers.nano.render import (
     HIDDEN_FLIP,
     HIDDEN_OFFSET,
     HIDDEN_SCALE,
@@ -17,10 +17,9 @@ from trainers.data.render import (
     look_matrix,
     render,
 )
-from trainers.data.render import (
-    place as boxes_of,
-)
-from trainers.data.scenes import EDITS, TASKS, Look, make_scene
+from trainers.nano.render import place as boxes_of
+from trainers.nano.scene import Look
+from trainers.nano.scenes import EDITS, TASKS, make_scene
 
 
 def pixels(picture: Image.Image) -> np.ndarray:

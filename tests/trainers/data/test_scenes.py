@@ -7,9 +7,10 @@ from collections import Counter
 
 import pytest
 
-from trainers.data import wording
-from trainers.data.emoji import Bank
-from trainers.data.scenes import EDITS, TASKS, Look, Scene, corpus, make_scene
+from trainers.nano import wording
+from trainers.nano.emoji import Bank
+from trainers.nano.scene import Look, Scene
+from trainers.nano.scenes import EDITS, TASKS, corpus, make_scene
 
 MANY = 150
 

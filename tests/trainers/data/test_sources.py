@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainers.config import ConfigError, DataConfig
+from trainers.config.run import ConfigError, DataConfig
 from trainers.data.checking import Tried, check_rows, load_rows
 from trainers.data.rows import LONGEST_INSTRUCTION, BadRow, target_size
 from trainers.data.sources import natural, open_source

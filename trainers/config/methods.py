@@ -1,0 +1,160 @@
+"""The sections of a run config that say how something trains: the optimizer, and each method's own options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .parse import ConfigError, above, at_least, one_of, within
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay; the defaults are the paper's SFT values.
+
+    kind: "adamw", or "adamw8bit" (bitsandbytes). muon_lr: above 0, Muon trains the hidden matrices with this rate and
+    AdamW the rest. max_grad_norm: longer gradients are cut to it; 0: none are.
+    """
+
+    kind: str = "adamw"
+    lr: float = 1e-4
+    muon_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    warmup_steps: int = 500
+    final_lr_ratio: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", ("adamw", "adamw8bit"))
+        at_least(self, 0, "lr", "muon_lr", "weight_decay", "warmup_steps", "max_grad_norm")
+        above(self, 0, "eps")
+        within(self, 0, 1, "final_lr_ratio")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be from 0 to below 1, got {self.betas[0]} and {self.betas[1]}")
+
+
+@dataclass(frozen=True)
+class VAEMethod:
+    """Train a Qwen-Image VAE from nothing: squared error + L1 + KL to a prior.
+
+    prior: "normal" is N(0, 1); "linear" is N(principal components of the patches, prior_std^2), see latents.py.
+    """
+
+    base_dim: int = 16
+    num_res_blocks: int = 1
+    crop: int = 64
+    l1_weight: float = 0.1
+    kl_weight: float = 1e-3
+    prior: str = "normal"
+    prior_std: float = 0.12
+    loader_workers: int = 1
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "base_dim", "num_res_blocks")
+        at_least(self, 0, "l1_weight", "kl_weight", "loader_workers")
+        above(self, 0, "prior_std")
+        one_of(self, "prior", ("normal", "linear"))
+        if self.crop not in range(16, 129, 8):
+            raise ConfigError(f"vae.crop must be a multiple of 8 from 16 to 128, got {self.crop}")
+
+
+@dataclass(frozen=True)
+class Times:
+    """Training times: sigmoid(N(mean, std)), shifted as the sampler's, and kept within least .. most."""
+
+    mean: float = 0.0
+    std: float = 1.0
+    least: float = 0.0
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "std")
+        if not 0 <= self.least < self.most <= 1:
+            raise ConfigError(f"times must have 0 <= least < most <= 1, got {self.least} and {self.most}")
+
+
+@dataclass(frozen=True)
+class SFTMethod:
+    """Flow matching of the network, with its text encoder frozen or training along."""
+
+    train_text_encoder: bool = False
+    prompt_dropout: float = 0.1
+    times: Times = field(default_factory=Times)
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "prompt_dropout")
+
+
+@dataclass(frozen=True)
+class ConsistencyMethod:
+    """Consistency tuning (losses.py). The defaults are ours; `released` in a comment marks the release's.
+
+    velocity: along which the student is made consistent: "teacher" (the frozen base's, guided by `guidance`) or "data"
+    (eps - x0; released). guidance: the scale to distil; with velocity "data" it adds (guidance - 1) (F(cond) -
+    F(uncond)) of the base, or of the student's own EMA (guidance_from "ema", released: 2.75).
+    tangent: "difference" (step e) or "jvp", along the "velocity" to be consistent with, or along the "data" (released:
+    with guidance that ends on another map). normalisation of the residual: "none", "rms", or "tangent" (released).
+    times: wider than the data's, because sampling begins at t = 1.
+    """
+
+    velocity: str = "teacher"
+    guidance: float = 1.0
+    guidance_from: str = "base"
+    tangent: str = "difference"
+    tangent_along: str = "velocity"
+    e: float = 5e-3
+    normalisation: str = "rms"
+    cosine: bool = False
+    prompt_dropout: float = 0.0
+    times: Times = field(default_factory=lambda: Times(mean=-0.5, std=1.8))
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "guidance")
+        within(self, 0, 1, "prompt_dropout")
+        one_of(self, "velocity", ("teacher", "data"))
+        one_of(self, "guidance_from", ("base", "ema"))
+        one_of(self, "tangent", ("difference", "jvp"))
+        one_of(self, "tangent_along", ("velocity", "data"))
+        one_of(self, "normalisation", ("none", "rms", "tangent"))
+        if not 0 < self.e <= 0.1:
+            raise ConfigError(f"consistency.e must be above 0 and at most 0.1, got {self.e}")
+        if self.velocity == "teacher" and self.guidance_from == "ema":
+            raise ConfigError("guidance_from ema goes with velocity data; the teacher's velocity is guided by the base")
+
+    @property
+    def asks_teacher(self) -> bool:
+        return self.velocity == "teacher" or (self.guidance != 1 and self.guidance_from == "base")
+
+
+@dataclass(frozen=True)
+class DMDMethod:
+    """Distribution matching (losses.py). max_steps: the student is rolled out in 1 .. max_steps steps of its sampler.
+
+    fake_updates: of the fake score, per update of the student; fake_warmup_steps: so many steps train it alone.
+    weighting: "final", "first" or "released", see dmd_direction. optimizer: the fake score's own.
+    """
+
+    max_steps: int = 4
+    teacher_guidance: float = 6.0
+    weighting: str = "first"
+    fake_updates: int = 5
+    fake_warmup_steps: int = 0
+    times: Times = field(default_factory=lambda: Times(least=0.02, most=0.98))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_steps", "fake_updates")
+        at_least(self, 0, "fake_warmup_steps", "teacher_guidance")
+        one_of(self, "weighting", ("final", "first", "released"))
+
+
+@dataclass(frozen=True)
+class JointMethod:
+    """L = consistency_weight L_CM + dmd_weight L_DMD, with the options of both sections."""
+
+    consistency_weight: float = 1.0
+    dmd_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "consistency_weight", "dmd_weight")

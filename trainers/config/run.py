@@ -1,0 +1,241 @@
+"""Run configs: YAML into frozen dataclasses. An unknown key or a wrong type is an error that names it."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unipic_core.model.attention import TRAINABLE
+from unipic_core.model.config import ATTENTION_FORMS
+
+from .methods import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
+from .parse import ConfigError as ConfigError
+from .parse import above, at_least, one_of, override, parse, within
+
+Section = typing.TypeVar("Section")
+
+
+# --- what the network's methods share ---------------------------------------------------------------------------------
+
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "mlp": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
+    "modulation": ("img_mod.1", "txt_mod.1"),
+}
+"""Names of groups of layers -> the ends of their names."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """LoRA adapters. targets: groups of layers that get one (TARGETS), or ends of their names, inside the blocks."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("attention", "mlp")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rank")
+        above(self, 0, "alpha")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"adapter.dropout must be from 0 to below 1, got {self.dropout}")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Ends of the names of the layers."""
+        return tuple(end for target in self.targets for end in TARGETS.get(target, (target,)))
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What trains, and what it starts from.
+
+    model: a pipeline folder (released, or from `python -m trainers.nano`). transformer: weights of the network from
+    elsewhere. adapter: LoRAs over one frozen base that carries every role; absent: all parameters, a network per role.
+    student: what the student starts from instead of the base: a LoRA, or without adapters weights of a network.
+    attention_form: which tokens the student lets see which; absent: as what it starts from. Its teacher
+    and its fake score keep the base's.
+    weights: how the base is held in memory; fp8 and nf4 only under adapters. block_swap: so many of the last blocks
+    stay in the main memory and visit the GPU when they are needed. shard: spread networks over all processes (FSDP2).
+    """
+
+    model: str
+    transformer: str | None = None
+    student: str | None = None
+    adapter: AdapterConfig | None = None
+    weights: str = "fp32"
+    attention: str = "sdpa"
+    attention_form: str | None = None
+    gradient_checkpointing: bool = False
+    block_swap: int = 0
+    shard: bool = False
+
+    def __post_init__(self) -> None:
+        one_of(self, "weights", ("fp32", "bf16", "fp8", "nf4"))
+        one_of(self, "attention", TRAINABLE)
+        if self.attention_form is not None:
+            one_of(self, "attention_form", ATTENTION_FORMS)
+        at_least(self, 0, "block_swap")
+        if self.adapter is None and (self.weights in ("fp8", "nf4") or self.block_swap):
+            raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base: add an adapter section")
+        if self.adapter is not None and self.shard:
+            raise ConfigError("shard is for full-parameter training: remove the adapter section, or shard")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where samples come from, and the folder that keeps them encoded (`python -m trainers.cache`).
+
+    kind: "nano" (the composition set: samples 0 .. `samples` of (seed, index)), "jsonl" (the release's rows),
+    "folder" (numbered images with caption files) or "datasets" (a Hugging Face data set saved on disk).
+    path: the JSONL file or the folder; images: where relative image paths begin (default: beside path).
+    samples: 0 = all. size: side in pixels of the square that a target may fill; reference_budget: of the one that all
+    references together may fill.
+    """
+
+    folder: str
+    kind: str = "nano"
+    path: str | None = None
+    images: str | None = None
+    samples: int = 0
+    seed: int = 0
+    size: int = 128
+    reference_budget: int = 128
+    samples_per_shard: int = 1024
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        one_of(self, "kind", ("nano", "jsonl", "folder", "datasets"))
+        at_least(self, 0, "samples", "workers")
+        at_least(self, 1, "samples_per_shard")
+        at_least(self, 32, "size", "reference_budget")
+        if (self.kind == "nano") == (self.path is not None):
+            raise ConfigError(f"data.path is needed for every kind but nano; got kind {self.kind}, path {self.path}")
+        if self.kind == "nano" and (self.samples < 1 or self.samples % self.samples_per_shard):
+            raise ConfigError(
+                f"data.samples must be a multiple of samples_per_shard ({self.samples_per_shard}), got {self.samples}"
+            )
+
+
+@dataclass(frozen=True)
+class PreviewSample:
+    """A preview of the user's own: up to six pictures and a prompt."""
+
+    images: tuple[str, ...]
+    prompt: str
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """The sample grid: always the same seeds. own: the user's pictures and prompts; otherwise `samples` of the data.
+
+    steps, guidance: of the sampler; absent: what the method's export recommends.
+    """
+
+    samples: int = 6
+    own: tuple[PreviewSample, ...] = ()
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "samples", "steps")
+        at_least(self, 0, "guidance")
+
+
+NETWORK_SECTIONS = ("network", "data", "preview")
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "vae": ("vae",),
+    "sft": (*NETWORK_SECTIONS, "sft"),
+    "consistency": (*NETWORK_SECTIONS, "consistency"),
+    "dmd": (*NETWORK_SECTIONS, "dmd"),
+    "joint": (*NETWORK_SECTIONS, "joint", "consistency", "dmd"),
+}
+"""Method -> the sections that its config may have."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run. The sections that its method does not use are absent (None); the others are there, given or default."""
+
+    method: str
+    output: str
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation: int = 1
+    precision: str = "no"
+    ema_decay: float = 0.999
+    log_every: int = 10
+    save_every: int = 500
+    sample_every: int = 500
+    keep_checkpoints: int = 2
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    network: NetworkConfig | None = None
+    data: DataConfig | None = None
+    preview: PreviewConfig | None = None
+    vae: VAEMethod | None = None
+    sft: SFTMethod | None = None
+    consistency: ConsistencyMethod | None = None
+    dmd: DMDMethod | None = None
+    joint: JointMethod | None = None
+
+    def __post_init__(self) -> None:
+        one_of(self, "method", SECTIONS)
+        counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
+        at_least(self, 1, *counts)
+        one_of(self, "precision", ("no", "bf16"))
+        within(self, 0, 1, "ema_decay")
+        if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:
+            raise ConfigError(
+                f"dmd.fake_warmup_steps must be below steps, or no step trains the student; got "
+                f"{self.dmd.fake_warmup_steps} of {self.steps}"
+            )
+        if self.network is not None and self.network.shard:
+            for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
+                if options.muon_lr:
+                    raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
+                if options.kind == "adamw8bit":
+                    raise ConfigError("adamw8bit does not know tensors that shard spreads over processes; take adamw")
+
+
+def given(section: Section | None) -> Section:
+    """A section that the config has because its method asks for it."""
+    if section is None:
+        raise ConfigError("a section is missing that the method needs; make configs with parse_run")
+    return section
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a YAML config; overrides are `key=value` or `section.key=value`."""
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the config {path}: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(data).__name__}")
+    for change in overrides:
+        override(data, change)
+    return parse_run(data)
+
+
+def parse_run(data: dict[str, Any]) -> RunConfig:
+    method = data.get("method")
+    if method not in SECTIONS:
+        raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {method!r}")
+    every = {name for sections in SECTIONS.values() for name in sections}
+    for name in sorted((every - set(SECTIONS[method])) & set(data)):
+        raise ConfigError(f"the section {name} is not for method {method}, which has {', '.join(SECTIONS[method])}")
+    for name in sorted(every & set(data)):
+        if not isinstance(data[name], dict):
+            raise ConfigError(f"the section {name} must hold keys and values, got {data[name]!r}")
+    return parse(RunConfig, {**{name: {} for name in SECTIONS[method]}, **data}, "config")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain values, for the record that travels with checkpoints."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if v is not None}

@@ -1,0 +1,181 @@
+"""The text side of cached samples: encoder inputs from cached pictures, and embeddings of a frozen encoder on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unipic_core.conditioning.prompt import prompt_text
+from unipic_core.conditioning.vision import grid_thw, vision_patches, vision_tokens
+from unipic_core.errors import CheckpointError
+from unipic_core.pipeline.text_encoder import EncoderInputs, TextEncoder, positions_of
+from unipic_core.weights.files import open_weights
+from unipic_core.weights.text_encoder import HEAD
+
+from .shards import Rows, Shard, drop_vision, text_path, write_shard
+
+UNCOND_PROMPT = " "
+"""The prompt of the unconditional branch (MODEL: step 3)."""
+
+TOKENS_PER_BATCH = 16384
+MOST_PER_BATCH = 64
+
+
+def encoder_inputs(text: TextEncoder, rows: Rows, prompts: Sequence[str]) -> EncoderInputs:
+    """What `TextEncoder.prepare` gives for the same pictures and these prompts, from the cached uint8 arrays."""
+    return _inputs(text, rows.vision, prompts)
+
+
+def _inputs(text: TextEncoder, vision: Sequence[Tensor], prompts: Sequence[str]) -> EncoderInputs:
+    """vision: per reference [n, H, W, 3] uint8, n prompts."""
+    pictures = [v.permute(0, 3, 1, 2).float() / 255 for v in vision]
+    patches = [vision_patches(p) for p in pictures]
+    counts = [vision_tokens(*p.shape[-2:]) for p in pictures]
+    grid = torch.tensor([grid_thw(*p.shape[-2:]) for p in pictures], dtype=torch.long).reshape(-1, 3)
+    nothing = text.prepare([[]], [UNCOND_PROMPT])["pixel_values"]  # [0, 1176]
+    samples = []
+    for i, prompt in enumerate(prompts):
+        ids = torch.tensor([text.prompt_ids(prompt, counts)])
+        values = torch.cat([nothing, *(p[i] for p in patches)])
+        mask = torch.ones_like(ids)
+        samples.append({"input_ids": ids, "attention_mask": mask, "pixel_values": values, "image_grid_thw": grid})
+    return text.collate(samples)
+
+
+# --- which encoder ---------------------------------------------------------------------------------------------------
+
+_SETTINGS = {
+    "text_config": (
+        *("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "rope_parameters"),
+        *("layer_types", "sliding_window"),
+    ),
+    "vision_config": (
+        *("num_heads", "hidden_act", "fullatt_block_indexes", "window_size"),
+        *("patch_size", "spatial_merge_size", "temporal_patch_size"),
+    ),
+}
+"""What an encoder's config says beyond the shapes of its weights."""
+
+
+def text_fingerprint(folder: Path) -> str:
+    """Twelve hex digits of the encoder in a pipeline folder, read from its files without loading the model.
+
+    They cover the weights (rounded to bfloat16, whatever they are stored in), the numbering of positions, the
+    tokenizer and the template: all that embeddings depend on besides prompts and pictures.
+    """
+    places = [p for part in ("text_encoder", "tokenizer") for p in sorted((folder / part).glob("*"))]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in places]
+    return _folder_fingerprint(folder, tuple(stats))
+
+
+@lru_cache(maxsize=4)
+def _folder_fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
+    """stamp: names, sizes and times of the files, so that unchanged ones are read once in a process."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        config = AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the encoder in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    weights = open_weights(folder / "text_encoder")
+    return _fingerprint(((name, weights.get(name)) for name in weights), config, tokenizer, positions_of(config))
+
+
+def encoder_fingerprint(text: TextEncoder) -> str:
+    """The same of an encoder in memory."""
+    weights = text.network.state_dict().items()
+    return _fingerprint(weights, text.model.config, text.tokenizer, text.positions)
+
+
+def _fingerprint(weights: Iterable[tuple[str, Tensor]], config: Any, tokenizer: Any, positions: str) -> str:
+    digests = {bare: _digest(w) for name, w in weights if (bare := _bare(name))}
+    settings = {part: {k: _value(getattr(config, part), k) for k in keys} for part, keys in _SETTINGS.items()}
+    probe = prompt_text("Put the 12 red apples of image 1, naïvely, über den Tisch. 把苹果放在桌上!", 2)
+    words = {"vocabulary": sorted(tokenizer.get_vocab().items()), "probe": tokenizer(probe)["input_ids"]}
+    all_of_it = json.dumps([sorted(digests.items()), settings, words, positions], default=str)
+    return hashlib.sha256(all_of_it.encode()).hexdigest()[:12]
+
+
+def _bare(name: str) -> str:
+    """A weight's name without the wrappers that differ between files and modules; "" for the unused head."""
+    return "" if name.startswith(HEAD) else re.sub(r"\b(model|language_model)\.", "", name)
+
+
+def _value(config: Any, key: str) -> Any:
+    value = getattr(config, key, None)
+    return sorted(value.items()) if isinstance(value, Mapping) else value
+
+
+def _digest(w: Tensor) -> str:
+    data = w.detach().cpu().bfloat16().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return hashlib.sha256(data).hexdigest()
+
+
+# --- embeddings on disk ----------------------------------------------------------------------------------------------
+
+
+def encode_text(
+    shards: Sequence[Shard], fingerprint: str, text: TextEncoder, keep_vision: Callable[[Shard], bool]
+) -> None:
+    """Write each shard's embeddings, with a progress bar; a shard then gives up its pictures, unless they are kept."""
+    total = sum(len(prompts) for shard in shards for prompts in shard.prompts.values())
+    with tqdm(total=total, unit=" samples", desc="text") as bar:
+        for shard in shards:
+            encode_shard(text, shard, fingerprint, bar)
+            if not keep_vision(shard):
+                drop_vision(shard.path)
+
+
+def encode_shard(text: TextEncoder, shard: Shard, fingerprint: str, bar: tqdm) -> None:
+    """The embeddings of one shard's samples, in the layout that shards.py describes."""
+    tensors: dict[str, Tensor] = {}
+    lengths, shared = {}, {}
+    for shapes, prompts in shard.prompts.items():
+        vision = shard.pictures(shapes, "vision")
+        start = shared[shapes] = shared_tokens(text, vision)
+        embeds, unconds = zip(*_encode(text, vision, prompts, bar), strict=True)
+        tensors[f"{shapes}/embeds"] = torch.cat(embeds)
+        tensors[f"{shapes}/uncond"] = torch.stack([u[start:] for u in unconds])
+        lengths[shapes] = [len(e) for e in embeds]
+    metadata = {"of": shard.text_digest, "lengths": lengths, "shared": shared}
+    write_shard(text_path(shard.path, fingerprint), tensors, metadata)
+
+
+@torch.no_grad()
+def _encode(
+    text: TextEncoder, vision: Sequence[Tensor], prompts: Sequence[str], bar: tqdm
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Embeddings [L, D] of every sample with its prompt and with " ", bfloat16 on the CPU."""
+    counts = [vision_tokens(*v.shape[1:3]) for v in vision]
+    longest = max(len(text.prompt_ids(prompt, counts)) for prompt in prompts)
+    blank = torch.tensor(text.prompt_ids(UNCOND_PROMPT, counts))
+    size = min(max(TOKENS_PER_BATCH // longest, 1), MOST_PER_BATCH)
+    for at in range(0, len(prompts), size):
+        pictures, words = [v[at : at + size] for v in vision], prompts[at : at + size]
+        inputs = _inputs(text, pictures, words)
+        seen, ids = text.see(inputs), blank.expand(len(words), -1)
+        cond = text.forward(inputs, seen)
+        uncond = text.forward({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, seen)
+        masks = torch.ones(cond.embeds.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask.cpu()
+        for e, m, u in zip(cond.embeds.bfloat16().cpu(), masks, uncond.embeds.bfloat16().cpu(), strict=True):
+            yield e[m], u
+        bar.update(len(words))
+
+
+def shared_tokens(text: TextEncoder, vision: Sequence[Tensor]) -> int:
+    """How many embeddings at the start do not depend on the prompt: those of the references, with their marks."""
+    if not vision:
+        return 0
+    ids = text.prompt_ids(UNCOND_PROMPT, [vision_tokens(*v.shape[1:3]) for v in vision])
+    last = max(i for i, token in enumerate(ids) if token == text.image_token)
+    return last + 2 - text.dropped  # the mark that closes the last picture

@@ -1,0 +1,313 @@
+"""The one training loop. A method brings parts that train, a loss, previews and an export; the loop brings the rest.
+
+Every process of a distributed run computes its share of each batch. Losses are sums over samples divided by the number
+of samples in the whole batch, and gradients are added over processes: so any number of processes gives the same run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from PIL import Image
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from unipic_core.sampling.samplers import NonFiniteLatent
+from unipic_core.weights.write_small import aside
+
+from ..config.methods import OptimizerConfig
+from ..config.run import ConfigError, RunConfig
+from ..methods.losses import mix
+from ..roles.sharding import sum_gradients, whole
+from ..roles.types import Named
+from .checkpointing import TrainingError, newest_checkpoint, replaced, resume, save
+from .metrics import MetricLog, Metrics
+from .optimizers import lr_factor, make_optimizers
+from .state import State
+
+MAIN = "student"
+"""The part whose update makes a step; its metrics carry no prefix."""
+
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for one that draws a preview or writes an export; torch's own is ten minutes."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch this process computes."""
+
+    process: int = 0
+    processes: int = 1
+
+    def part(self, count: int) -> slice:
+        """The samples of a batch of `count` that are this process's; ConfigError if it cannot be divided evenly."""
+        if count % self.processes:
+            raise ConfigError(
+                f"batch_size {count} cannot be shared evenly by {self.processes} processes; "
+                f"make it a multiple of {self.processes}"
+            )
+        size = count // self.processes
+        return slice(self.process * size, (self.process + 1) * size)
+
+
+class Batch(Protocol):
+    """What a method computes a loss on. index: of its micro step; name: for messages."""
+
+    index: int
+    name: str
+
+    def to(self, device: torch.device | str) -> Any: ...
+
+
+class Method(Protocol):
+    """What a training method brings to the loop. A part is what one optimizer trains: "student", "fake_score"."""
+
+    loader_workers: int
+    slots: int
+    """The most updates that a step can have."""
+
+    sharded: bool
+    """Whether the networks are spread over the processes, which then all take part in previews and exports."""
+
+    def place(self, device: torch.device, share: Share) -> None:
+        """Move everything to the device; batches will be this process's share."""
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        """The parts that a step updates, in order."""
+
+    def trained(self, part: str) -> Named: ...
+
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        """(moving average, parameter) for all that has an EMA."""
+
+    def optimizer(self, part: str) -> OptimizerConfig: ...
+
+    def batch(self, index: int) -> Any:
+        """The Batch of a micro step: a pure function of it, so that a resumed run sees what an unbroken one sees."""
+
+    def loss(self, part: str, batch: Any) -> tuple[Tensor, Metrics]:
+        """One loss per sample of this process's share, [B]."""
+
+    def preview(self) -> Image.Image: ...
+
+    def export(self, folder: Path) -> None: ...
+
+
+class MicroSteps(Dataset):
+    """The batches of steps start .. stop in the order of their use, so that a DataLoader can prepare them ahead."""
+
+    def __init__(self, method: Method, start: int, stop: int, accumulation: int) -> None:
+        self.batch = method.batch
+        self.indices = [
+            (step * method.slots + slot) * accumulation + i
+            for step in range(start, stop)
+            for slot in range(len(method.updates(step)))
+            for i in range(accumulation)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.batch(self.indices[i])
+
+
+class Part:
+    """What one set of optimizers trains."""
+
+    def __init__(self, name: str, parameters: Named, config: OptimizerConfig, updates: int) -> None:
+        self.name, self.config = name, config
+        self.parameters = [p for _, p in parameters]
+        self.optimizers: list[Optimizer] = make_optimizers(parameters, config)
+        factor = lr_factor(config, updates)
+        self.schedulers = [LambdaLR(optimizer, factor) for optimizer in self.optimizers]
+        self.prefix = "" if name == MAIN else f"{name}/"
+
+    def update(self) -> Metrics:
+        """One step of the optimizers with the gradients there are; returns their norm and the rate."""
+        sum_gradients(self.parameters)
+        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
+        if not bool(torch.isfinite(norm)):
+            raise FloatingPointError(f"the gradients of {self.name} became {float(norm)}")
+        lr = float(self.schedulers[0].get_last_lr()[0])
+        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return {f"{self.prefix}grad_norm": float(norm), f"{self.prefix}lr": lr}
+
+
+def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -> Path:
+    """Run, or resume, a training; returns the folder of the export.
+
+    A resumed run must have the config that it was started with, but for the keys named in `allow_change`.
+    """
+    output = Path(config.output)
+    accelerator = make_accelerator(config, output)
+    method.place(accelerator.device, Share(accelerator.process_index, accelerator.num_processes))
+    parts = make_parts(config, method)
+    averaged = method.averaged()
+    state = State(list(parts.values()), [average for average, _ in averaged])
+    start = resume(accelerator, state, output, config, allow_change)
+    batches = load_batches(config, method, start)
+    bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
+    log = MetricLog(accelerator, output, start)
+    if start and samples_due(config, start) and not preview_path(output, start).exists():  # stopped while it was drawn
+        save_preview(accelerator, method, output, start)
+    for step in range(start, config.steps):
+        run_step(accelerator, config, method, parts, batches, step, log)
+        if MAIN in method.updates(step):
+            update_average(averaged, config.ema_decay, state.updates)
+            state.updates += 1
+        done = step + 1
+        if done % config.log_every == 0 or save_due(config, done):  # so a resumed run averages the same steps
+            log.write(done)
+        bar.update()
+        bar.set_postfix(log.losses, refresh=False)
+        if save_due(config, done):
+            save(accelerator, state, output, done, config)
+        if samples_due(config, done):
+            save_preview(accelerator, method, output, done)
+    bar.close()
+    log.close()
+    export = output / "export"
+    with replaced(accelerator, export) as aside:
+        if accelerator.is_main_process or method.sharded:
+            method.export(aside)
+    accelerator.end_training()
+    return export
+
+
+def save_due(config: RunConfig, done: int) -> bool:
+    """Whether a checkpoint follows this step."""
+    return done % config.save_every == 0 or done == config.steps
+
+
+def samples_due(config: RunConfig, done: int) -> bool:
+    """Whether a preview follows this step."""
+    return done % config.sample_every == 0 or done == config.steps
+
+
+def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batch]:
+    """Those of all steps from `start` on, in order."""
+    steps = MicroSteps(method, start, config.steps, config.accumulation)
+    return iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
+
+
+def run_step(
+    accelerator: Accelerator,
+    config: RunConfig,
+    method: Method,
+    parts: dict[str, Part],
+    batches: Iterator[Batch],
+    step: int,
+    log: MetricLog,
+) -> None:
+    """The updates of one step, each after `accumulation` batches."""
+    for name in method.updates(step):
+        for _ in range(config.accumulation):
+            batch = next(batches).to(accelerator.device)
+            log.add(backward(accelerator, config, method, parts[name], batch, step), config.batch_size)
+        try:
+            log.add(parts[name].update())
+        except FloatingPointError as error:
+            where = f"the update after {batch.name}"
+            raise unusable(str(error), name, where, step, Path(config.output)) from error
+
+
+def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
+    output.mkdir(parents=True, exist_ok=True)
+    return Accelerator(
+        mixed_precision=config.precision,
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
+        step_scheduler_with_optimizer=False,
+        # a weight cast without gradient (a rollout, a tangent) must not be taken for one cast with it
+        kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+
+
+def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
+    """The parts by name, each with a schedule over the updates that it will get."""
+    counts: dict[str, int] = defaultdict(int)
+    for step in range(config.steps):
+        for name in method.updates(step):
+            counts[name] += 1
+    return {name: Part(name, method.trained(name), method.optimizer(name), n) for name, n in counts.items()}
+
+
+def backward(
+    accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
+) -> Metrics:
+    """Add one micro batch's share of the gradient; returns the loss and the means of metrics over all processes."""
+    torch.manual_seed(mix(config.seed, batch.index, accelerator.process_index))  # for dropout
+    try:
+        with accelerator.autocast():
+            losses, metrics = method.loss(part.name, batch)
+    except NonFiniteLatent as error:  # at once: others may wait for this process inside their networks
+        what = "a picture of the student's became NaN or infinite"
+        raise unusable(what, part.name, batch.name, step, Path(config.output)) from error
+    check_losses(accelerator, losses, part.name, batch, step, Path(config.output))
+    loss = losses.sum() / config.batch_size
+    (loss / config.accumulation).backward()
+    shares = torch.tensor([value / accelerator.num_processes for value in metrics.values()], device=loss.device)
+    sums = accelerator.reduce(torch.cat([shares, loss.detach()[None]]), "sum").tolist()  # the GPU is waited for once
+    return {f"{part.prefix}{name}": value for name, value in zip((*metrics, "loss"), sums, strict=True)}
+
+
+def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:
+    """EMA whose decay grows as (1 + n) / (10 + n) up to `decay`, so that a short run is not dominated by its start."""
+    if averaged:
+        averages, parameters = zip(*averaged, strict=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - min(decay, (1 + n) / (10 + n)))
+
+
+def check_losses(accelerator: Accelerator, losses: Tensor, part: str, batch: Batch, step: int, output: Path) -> None:
+    """TrainingError, in every process, if the loss of any sample is not finite."""
+    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    anywhere = accelerator.reduce(torch.tensor(float(len(bad)), device=losses.device), "sum")
+    if float(anywhere):
+        which = f"sample {bad[0]} of {batch.name}" if bad else "another process's batch"
+        raise unusable("a loss became NaN or infinite", part, which, step, output)
+
+
+def unusable(what: str, part: str, where: str, step: int, output: Path) -> TrainingError:
+    last = newest_checkpoint(output)
+    return TrainingError(
+        f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower the learning rate "
+        f"of the {part}, or set precision: no, and start again with --allow-config-change for that key: "
+        "the run resumes from there"
+    )
+
+
+def preview_path(output: Path, step: int) -> Path:
+    return output / "samples" / f"step-{step:07d}.png"
+
+
+def save_preview(accelerator: Accelerator, method: Method, output: Path, step: int) -> None:
+    """The sample grid; every process takes part where the network is spread over them."""
+    if accelerator.is_main_process or method.sharded:
+        with torch.no_grad():
+            picture = method.preview()
+        if accelerator.is_main_process:
+            path = preview_path(output, step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with aside(path) as partial:
+                picture.save(partial)
+            board = accelerator.get_tracker("tensorboard")
+            board.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")

@@ -1,0 +1,236 @@
+"""What the network's methods share: roles, cached batches, noise, previews and exports. A method adds its losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unipic_core.conditioning.images import to_images
+from unipic_core.conditioning.sequence import (
+    LatentShape,
+    PackedLatents,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
+from unipic_core.run.plan import resolve
+from unipic_core.sampling.guidance import guided_velocity
+from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
+from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
+from unipic_core.weights.transformer import read_shift
+
+from ..cache import Rows, load_image_vae, read_cache, read_preview
+from ..config.methods import OptimizerConfig, Times
+from ..config.run import RunConfig, given
+from ..data.batches import BucketOrder
+from ..data.picture_grid import picture_grid
+from ..data.text_embeddings import text_fingerprint
+from ..loop.export import export_adapter, export_network
+from ..loop.loop import Share
+from ..loop.metrics import Metrics
+from ..roles.load import load_roles
+from ..roles.roles import AdapterRoles, FullRoles
+from ..roles.types import EMA, STUDENT, Named, Roles, require, roles_of
+from .losses import TimedVelocity, logit_normal_times, sample_generators
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch as the network takes it, of micro step `index`.
+
+    x0 [B, N, 4C]; latents: the sequence, with x0 as its target; first: the place of its first sample in the whole
+    batch, from which its noise is drawn; name: bucket and rows, for messages.
+    """
+
+    x0: Tensor
+    latents: PackedLatents
+    cond: TextCond
+    uncond: TextCond
+    index: int = 0
+    first: int = 0
+    name: str = ""
+
+    def to(self, device: torch.device | str) -> Inputs:
+        latents = replace(self.latents, tokens=self.latents.tokens.to(device))
+        cond, uncond = self.cond.to(device), self.uncond.to(device)
+        return replace(self, x0=self.x0.to(device), latents=latents, cond=cond, uncond=uncond)
+
+
+def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:
+    """The batch of cached rows; their text embeddings must be there."""
+    if rows.cond is None or rows.uncond is None:
+        raise ValueError(f"the cached samples of {name or 'this batch'} have no text embeddings")
+    x0 = pack_latents(rows.target)
+    shape = LatentShape.of_latents(rows.target)
+    samples = [[r[i][:, None] for r in rows.references] for i in range(len(x0))]
+    return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
+
+
+def choose(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
+    """Sample i of a where `first` says so, else of b."""
+    rows = [(a if f else b).row(i) for i, f in enumerate(first)]
+    return TextCond.stack(rows)
+
+
+class Draws:
+    """The random numbers of one micro step, from (seed, index, place in the batch) alone; drawn on the CPU."""
+
+    def __init__(self, seed: int, batch: Inputs) -> None:
+        self.like = batch.x0
+        self.generators = sample_generators(seed, batch.index, len(batch.x0), batch.first)
+
+    def noise(self) -> Tensor:
+        """eps [B, N, 4C], fresh with every call."""
+        shape = self.like.shape[1:]
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.like)
+
+
+class NetworkTraining:
+    """Base of the methods that train the network."""
+
+    recipe = RELEASED_BASE
+    """How the student wants to be sampled; what the base's recipe says of sizes stays."""
+    loader_workers = 0
+    slots = 1
+    prompt_dropout = 0.0
+
+    def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
+        self.config = config
+        self.network, self.data = given(config.network), given(config.data)
+        self.preview_config = given(config.preview)
+        trained, frozen = roles_of(config)
+        self.roles = roles or load_roles(self.network, trained, frozen, config.seed)
+        require(self.roles, trained, frozen)
+        self.folder, self.base = Path(self.network.model), Path(self.network.transformer or self.network.model)
+        self.shift = read_shift(self.folder)
+        self.encoder = self.frozen_encoder()
+        self.buckets = read_cache(self.data, self.encoder)
+        sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
+        self.order = BucketOrder(sizes, config.batch_size, config.seed)
+        self.device, self.share = torch.device("cpu"), Share()
+        self.sharded = self.network.shard
+
+    def frozen_encoder(self) -> str | None:
+        """Fingerprint of the text encoder whose embeddings the cache must hold; None if it trains along."""
+        return text_fingerprint(self.folder)
+
+    # --- what the loop asks for ---
+
+    def place(self, device: torch.device, share: Share) -> None:
+        self.device, self.share = device, share
+        self.roles.place(device)
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        return (STUDENT,)
+
+    def trained(self, part: str) -> Named:
+        return self.roles.trained(part)
+
+    def averaged(self) -> list[tuple[Tensor, Tensor]]:
+        pairs = zip(self.roles.parameters_of(EMA), self.roles.parameters_of(STUDENT), strict=True)
+        return [(average, own) for (_, average), (_, own) in pairs]
+
+    def optimizer(self, part: str) -> OptimizerConfig:
+        return self.config.optimizer
+
+    def batch(self, index: int) -> Inputs:
+        name, whole = self.order[index]
+        part = self.share.part(len(whole))
+        rows = whole[part]
+        title = f"bucket {name}, samples {', '.join(map(str, rows))}"
+        drawn = np.random.default_rng([self.config.seed, index, 1]).random(len(whole))
+        return self.inputs(self.buckets[name].take(rows), drawn[part] < self.prompt_dropout, index, part.start, title)
+
+    def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
+        raise NotImplementedError
+
+    # --- for the methods ---
+
+    def inputs(self, rows: Rows, dropped: np.ndarray, index: int = 0, first: int = 0, name: str = "") -> Inputs:
+        """dropped [n] bool: the samples that train without their prompt."""
+        batch = make_inputs(rows, index, first, name)
+        return replace(batch, cond=choose(dropped, batch.uncond, batch.cond)) if dropped.any() else batch
+
+    def times(self, draws: Draws, times: Times) -> Tensor:
+        """[B] training times of a batch."""
+        t = logit_normal_times(draws.generators, draws.like.shape[1], times.mean, times.std, self.shift)
+        return t.clamp(times.least, times.most).to(draws.like.device)
+
+    def role(self, role: str, batch: Inputs, text: TextCond | None = None) -> TimedVelocity:
+        """A role's network with a batch's references and text: (x_t, t) -> v."""
+        text = batch.cond if text is None else text
+        return lambda x_t, t: self.roles(role, batch.latents.with_target(x_t), t, text)
+
+    def guided(self, role: str, batch: Inputs, x_t: Tensor, t: Tensor | float, scale: float) -> Tensor:
+        """A role's velocity with guidance, as its sampler applies it."""
+        uncond = None if scale == 1 else batch.uncond
+        latents = batch.latents.with_target(x_t)
+        return guided_velocity(partial(self.roles, role), latents, t, batch.cond, uncond, scale)
+
+    # --- what comes out ---
+
+    def sample_inputs(self, rows: Rows) -> Inputs:
+        """A batch to sample from, with both branches of the guidance."""
+        return self.inputs(rows, np.zeros(len(rows.prompts), dtype=bool))
+
+    @property
+    def own_recipe(self) -> Recipe:
+        """How the student is sampled, and how it was made; of sizes the base's recipe speaks."""
+        made = {"method": self.config.method, "steps": self.config.steps, "seed": self.config.seed}
+        form = self.roles.config_of(STUDENT).attention_form
+        return replace(self.recipe, reference_budget=None, output_budget=None, attention_form=form, made=made)
+
+    def preview(self) -> Image.Image:
+        """The references, the truth where there is one, and what the EMA makes of fixed noise."""
+        vae = load_image_vae(self.folder / "vae", device=self.device)
+        columns = []
+        for i, row in enumerate(read_preview(self.data, self.preview_config, self.encoder)):
+            inputs = self.sample_inputs(row.rows).to(self.device)
+            x0 = unpack_latents(self.sample(EMA, inputs, seed=i), row.shape)
+            made = to_images(vae.decode(x0.to(vae.quant_conv.weight)).float().cpu())[0]
+            columns.append((row.references, row.truth, made))
+        return picture_grid([list(cells) for cells in zip(*columns, strict=True)], ["references", "truth", "sample"])
+
+    def sample(self, role: str, batch: Inputs, seed: int) -> Tensor:
+        """x0 [B, N, 4C] as a user would sample it."""
+        wishes, recipe = self.preview_config, recipe_of(self.base).merge(self.own_recipe)
+        settings = resolve(recipe, wishes.steps, wishes.guidance)
+
+        def velocity(x_t: Tensor, t: float) -> Tensor:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                return self.guided(role, batch, x_t, t, settings.guidance)
+
+        noise, times = seeded_noise(batch.x0.shape, seed), settings.times(batch.x0.shape[1], self.shift).tolist()
+        start = noise(-1).to(batch.x0)
+        if settings.sampler == "euler":
+            return sample_euler(velocity, start, times)
+        return sample_consistency(velocity, start, times, noise)
+
+    def export(self, folder: Path) -> None:
+        """EMA and raw student, each as all that people open: LoRA, one file, whole folder.
+
+        The name says a causal form: a loader that only adds weights cannot bring it.
+        """
+        name = "unipic_distill" if self.config.method != "sft" else "unipic_sft"
+        form = self.own_recipe.causal_form
+        name = f"{name}_{form}" if form else name
+        for role, suffix in ((EMA, ""), (STUDENT, "_raw")):
+            self.export_role(folder, role, name + suffix)
+
+    def export_role(self, folder: Path, role: str, name: str) -> None:
+        recipe = self.own_recipe
+        if isinstance(self.roles, AdapterRoles):
+            assert self.network.adapter is not None  # adapter roles come from an adapter section
+            alpha, layers = self.network.adapter.alpha, self.roles.lora(role)
+            export_adapter(folder, self.base, layers, alpha, recipe, name, parts_from=self.folder)
+        elif isinstance(self.roles, FullRoles):
+            network, state = self.roles.network(role), self.roles.state(role, keep=self.share.process == 0)
+            if self.share.process == 0:
+                export_network(folder, self.base, state, network.config, recipe, name, parts_from=self.folder)

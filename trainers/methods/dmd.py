@@ -1,0 +1,99 @@
+"""Method `dmd`: the student's own pictures move to where teacher and fake score agree (equations in losses.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unipic_core.sampling.flow import add_noise
+from unipic_core.sampling.samplers import NoiseSource, sample_consistency
+from unipic_core.sampling.schedules import few_step_times
+from unipic_core.weights.recipe import RELEASED_FEW_STEP
+
+from ..config.methods import OptimizerConfig
+from ..config.run import RunConfig, given
+from ..loop.metrics import Metrics
+from ..roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
+from .base import Draws, Inputs, NetworkTraining
+from .losses import TimedVelocity, dmd_direction, dmd_loss, fake_score_loss
+
+
+def rollout(student: TimedVelocity, eps: Tensor, times: Sequence[float], noise: NoiseSource) -> Tensor:
+    """x0 as `sample_consistency` makes it from eps at times[0]; only the last step keeps its gradient."""
+    last = float(times[-2])
+
+    def velocity(x_t: Tensor, t: float) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and t == last):
+            return student(x_t, t)
+
+    return sample_consistency(velocity, eps, times, noise)
+
+
+def dmd_terms(
+    x: Tensor, teacher: TimedVelocity, fake: TimedVelocity, eps: Tensor, t: Tensor, weighting: str
+) -> tuple[Tensor, Metrics]:
+    """The student's loss [B]. x: its pictures, with gradient; teacher and fake score see them noised to t."""
+    with torch.no_grad():
+        x_t = add_noise(x.detach(), eps, t)
+        v_teacher, v_fake = teacher(x_t, t), fake(x_t, t)
+        direction = dmd_direction(x.detach(), eps, t, v_teacher, v_fake, weighting)
+    gap = float((v_teacher.float() - v_fake.float()).square().mean().sqrt())
+    return dmd_loss(x, direction), {"teacher_fake_gap": gap}
+
+
+class DMDTraining(NetworkTraining):
+    """Several updates of the fake score, then one of the student."""
+
+    recipe = RELEASED_FEW_STEP
+
+    def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
+        self.dmd_options = given(config.dmd)
+        self.slots = self.dmd_options.fake_updates + 1
+        super().__init__(config, roles)
+
+    def updates(self, step: int) -> tuple[str, ...]:
+        options = self.dmd_options
+        student = (STUDENT,) if step >= options.fake_warmup_steps else ()
+        return (FAKE_SCORE,) * options.fake_updates + student
+
+    def optimizer(self, part: str) -> OptimizerConfig:
+        return self.dmd_options.optimizer if part == FAKE_SCORE else self.config.optimizer
+
+    def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
+        draws = Draws(self.config.seed, batch)
+        return self.fake_score(batch, draws) if part == FAKE_SCORE else self.matching(batch, draws)
+
+    def fake_score(self, batch: Inputs, draws: Draws) -> tuple[Tensor, Metrics]:
+        """Flow matching on what the student makes now."""
+        with torch.no_grad():
+            x = self.pictures(batch, draws)
+        t, eps = self.times(draws, self.dmd_options.times), draws.noise()
+        return fake_score_loss(self.role(FAKE_SCORE, batch)(add_noise(x, eps, t), t), x, eps), {}
+
+    def matching(self, batch: Inputs, draws: Draws) -> tuple[Tensor, Metrics]:
+        x = self.pictures(batch, draws)
+        t, eps = self.times(draws, self.dmd_options.times), draws.noise()
+        scale = self.dmd_options.teacher_guidance
+
+        def teacher(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.guided(TEACHER, batch, x_t, t, scale)
+
+        return dmd_terms(x, teacher, self.role(FAKE_SCORE, batch), eps, t, self.dmd_options.weighting)
+
+    def pictures(self, batch: Inputs, draws: Draws) -> Tensor:
+        """x0 [B, N, 4C] by the student's own sampler."""
+        times = few_step_times(self.rollout_steps(batch.index), batch.x0.shape[1], self.shift).tolist()
+        return rollout(self.role(STUDENT, batch), draws.noise(), times, lambda step: draws.noise())
+
+    def rollout_steps(self, index: int) -> int:
+        """1 .. max_steps, one number for all updates of a training step.
+
+        The fake score that a student of k steps meets has then just learned from pictures made in k steps; one that
+        learns from all numbers at once brings only their mean to the teacher, and single numbers drift apart.
+        """
+        step = index // (self.slots * self.config.accumulation)
+        rng = np.random.default_rng([self.config.seed, step, 2])
+        return int(rng.integers(1, self.dmd_options.max_steps + 1))

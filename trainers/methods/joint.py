@@ -1,0 +1,30 @@
+"""Method `joint`: consistency and distribution matching in one update, L = a L_CM + b L_DMD."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..config.run import RunConfig, given
+from ..loop.metrics import Metrics
+from ..roles.types import FAKE_SCORE, Roles
+from .base import Draws, Inputs
+from .consistency import ConsistencyTraining
+from .dmd import DMDTraining
+
+
+class JointTraining(DMDTraining, ConsistencyTraining):
+    """The fake score trains as in `dmd`; the student's loss is the weighted sum."""
+
+    def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
+        self.weights = given(config.joint)
+        super().__init__(config, roles)
+
+    def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
+        draws = Draws(self.config.seed, batch)
+        if part == FAKE_SCORE:
+            return self.fake_score(batch, draws)
+        consistency, own = self.consistency(batch, draws)
+        matching, gap = self.matching(batch, draws)
+        metrics = {"consistency": float(consistency.detach().mean()), "matching": float(matching.detach().mean())}
+        total = self.weights.consistency_weight * consistency + self.weights.dmd_weight * matching
+        return total, {**own, **gap, **metrics}

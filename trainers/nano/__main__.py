@@ -1,0 +1,5 @@
+"""`python -m trainers.nano`: see make_model.py."""
+
+from .make_model import main
+
+main()
