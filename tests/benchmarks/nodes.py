@@ -39,11 +39,11 @@ def compared(first: Run, second: Run, runs: int) -> dict[str, float]:
 def nodes_against_pipeline(runs: int) -> dict[str, float]:
     import torch
     from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
+    from unipic_pack.nodes.host.images import FOLDER, to_image
+    from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
     from unipic_pack.nodes.load import LoadUniPic
-    from unipic_pack.nodes.pictures import FOLDER, to_image
     from unipic_pack.nodes.sample import FewStepSampler
-    from unipic_pack.nodes.sources import DEFAULT_MODEL, find_model
-    from unipic_pack.unipic_core.images import load_image
+    from unipic_pack.unipic_core.conditioning.images import load_image
 
     sys.path.append(str(ROOT))
     from unipic_core.pipeline import UniPicPipeline
@@ -72,10 +72,10 @@ def step(shared: bool) -> Run:
     """One step at 4,096 target tokens, with six references of 4:3 sharing a megapixel or having one each."""
     import comfy.ops
     import torch
-    from unipic_pack.nodes.network import Network, network_options
-    from unipic_pack.nodes.sources import DEFAULT_MODEL, find_model
-    from unipic_pack.unipic_core.checkpoints import MMDiTConfig
-    from unipic_pack.unipic_core.images import reference_sizes
+    from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
+    from unipic_pack.nodes.host.network import Network, network_options
+    from unipic_pack.unipic_core.conditioning.images import reference_sizes
+    from unipic_pack.unipic_core.weights.transformer import MMDiTConfig
 
     stored = json.loads((find_model(DEFAULT_MODEL) / "transformer" / "config.json").read_text())
     config = MMDiTConfig.from_dict({**stored, "num_layers": LAYERS})

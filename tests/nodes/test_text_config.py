@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from comfyui import ROOT, load_pack
 
 load_pack()
-from unipic_pack.nodes.text_config import EncoderConfig  # noqa: E402
+from unipic_pack.nodes.host.text.encoder_config import EncoderConfig  # noqa: E402
+from unipic_pack.unipic_core.conditioning.vision import encoder_positions  # noqa: E402
 from unipic_pack.unipic_core.errors import CheckpointError  # noqa: E402
-from unipic_pack.unipic_core.vision import encoder_positions  # noqa: E402
 
 RELEASED = {
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],

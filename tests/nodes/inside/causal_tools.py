@@ -9,8 +9,8 @@ import torch
 from model_tools import random_inputs
 from torch import Tensor
 from unipic_pack.nodes.sample import FewStepSampler
-from unipic_pack.unipic_core.lora import build_lora
-from unipic_pack.unipic_core.recipe import Recipe
+from unipic_pack.unipic_core.weights.lora import build_lora
+from unipic_pack.unipic_core.weights.recipe import Recipe
 
 CAUSAL = ("reference_causal", "prefix_causal")
 EXACT = 1e-5

@@ -17,8 +17,8 @@ import comfy.samplers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from unipic_pack.unipic_core.image_vae import VAEConfig
-from unipic_pack.unipic_core.sequence import LatentShape, unpack_latents
+from unipic_pack.unipic_core.conditioning.sequence import LatentShape, unpack_latents
+from unipic_pack.unipic_core.model.vae import VAEConfig
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import comfy.sample
 from torch import Tensor
-from unipic_pack.nodes import sampling
-from unipic_pack.nodes.facts import facts_of
-from unipic_pack.unipic_core.sequence import LatentShape
+from unipic_pack.nodes.host import sampling
+from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.unipic_core.conditioning.sequence import LatentShape
 
 
 def sample_from(

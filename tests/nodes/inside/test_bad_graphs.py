@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from running import Executor, Graph, node_of
 from safetensors.torch import load_file, save_file
-from unipic_pack.nodes import compose, sources
+from unipic_pack.nodes import compose
+from unipic_pack.nodes.host import model_paths as sources
 from unipic_pack.workflows import build
 
 torch.set_num_threads(1)

@@ -13,18 +13,24 @@ import torch
 import toy
 from causal_tools import CAUSAL, STEPS, build, close, conditioning, kept, run
 from model_tools import lora_file, random_inputs, velocity
-from unipic_pack.nodes import conditions
-from unipic_pack.nodes.conditions import CACHE, FORM
-from unipic_pack.nodes.facts import facts_of
+from unipic_pack.nodes.host import kv_cache as conditions
+from unipic_pack.nodes.host.kv_cache import CACHE, FORM
+from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.network import Network
+from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.lora import add_lora, switch_form
-from unipic_pack.nodes.model import load_model
-from unipic_pack.nodes.network import Network
-from unipic_pack.unipic_core.checkpoints import load_transformer
-from unipic_pack.unipic_core.conditions import REUSE_WITHIN
+from unipic_pack.unipic_core.conditioning.sequence import (
+    LatentShape,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError
-from unipic_pack.unipic_core.recipe import Recipe
-from unipic_pack.unipic_core.segments import REFERENCES, TEXT
-from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
+from unipic_pack.unipic_core.model.config import REFERENCES, TEXT
+from unipic_pack.unipic_core.run.kv_cache import REUSE_WITHIN
+from unipic_pack.unipic_core.weights.recipe import Recipe
+from unipic_pack.unipic_core.weights.transformer import load_transformer
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("inference")

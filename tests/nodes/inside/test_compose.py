@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
-from unipic_pack.nodes.facts import Facts, attach
-from unipic_pack.nodes.pictures import to_image
-from unipic_pack.nodes.text import load_clip
-from unipic_pack.nodes.vae import load_vae
+from unipic_pack.nodes.host.images import to_image
+from unipic_pack.nodes.host.recipe_attachment import Facts, attach
+from unipic_pack.nodes.host.text.encoder import load_clip
+from unipic_pack.nodes.host.vae import load_vae
+from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
 from unipic_pack.unipic_core.errors import UniPicError
-from unipic_pack.unipic_core.images import load_image, resize_references
-from unipic_pack.unipic_core.recipe import recipe_of
+from unipic_pack.unipic_core.weights.recipe import recipe_of
 
 import nodes as comfy_nodes
 

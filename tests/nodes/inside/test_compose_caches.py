@@ -7,10 +7,10 @@ from comfy.ldm.wan.vae import WanVAE
 from compose_tools import distance, image, run
 from PIL import Image
 from unipic_pack.nodes import compose
-from unipic_pack.nodes.pictures import to_pictures
-from unipic_pack.nodes.text import encode_prompt, load_clip
-from unipic_pack.nodes.vae import load_vae
-from unipic_pack.unipic_core.images import MAX_REFERENCES, resize_references
+from unipic_pack.nodes.host.images import to_pictures
+from unipic_pack.nodes.host.text.encoder import encode_prompt, load_clip
+from unipic_pack.nodes.host.vae import load_vae
+from unipic_pack.unipic_core.conditioning.images import MAX_REFERENCES, resize_references
 
 SMALL = {"reference_budget": 64, "width": 64, "height": 64}
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from causal_tools import CAUSAL, build, run
 from model_tools import lora_file, random_inputs
-from unipic_pack.nodes import conditions
-from unipic_pack.nodes.conditions import EACH, HELD, ONCE
+from unipic_pack.nodes.host import kv_cache as conditions
+from unipic_pack.nodes.host.kv_cache import EACH, HELD, ONCE
+from unipic_pack.nodes.host.model import load_model
 from unipic_pack.nodes.lora import add_lora
-from unipic_pack.nodes.model import load_model
-from unipic_pack.unipic_core.recipe import Recipe
-from unipic_pack.unipic_core.segments import condition_bytes
+from unipic_pack.unipic_core.model.config import condition_bytes
+from unipic_pack.unipic_core.weights.recipe import Recipe
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("inference")

@@ -14,12 +14,12 @@ from comfyui import CASES
 from safetensors.torch import load_file
 from sampled import sample_from
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
-from unipic_pack.nodes.facts import facts_of
+from unipic_pack.nodes.host.images import to_image
+from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.load import LoadUniPic
-from unipic_pack.nodes.pictures import to_image
-from unipic_pack.unipic_core.images import load_image
-from unipic_pack.unipic_core.sequence import LatentShape, pack_latents, unpack_latents
-from unipic_pack.unipic_core.settings import resolve
+from unipic_pack.unipic_core.conditioning.images import load_image
+from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
+from unipic_pack.unipic_core.run.plan import resolve
 
 torch.set_num_threads(1)
 CLOSE = 1e-4

@@ -20,12 +20,12 @@ import toy
 from safetensors.torch import save_file
 from torch import Tensor
 from unipic_pack.nodes import lora as lora_module
-from unipic_pack.nodes.facts import Facts, attach, facts_of
+from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
 from unipic_pack.nodes.lora import DistillLoRA
-from unipic_pack.nodes.model import load_model
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError
-from unipic_pack.unipic_core.lora import save_lora
-from unipic_pack.unipic_core.recipe import RELEASED_BASE, Recipe
+from unipic_pack.unipic_core.weights.lora import save_lora
+from unipic_pack.unipic_core.weights.recipe import RELEASED_BASE, Recipe
 
 import nodes as comfy_nodes
 

@@ -20,15 +20,21 @@ import torch
 from model_tools import Case, four_channels, random_inputs, velocity
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unipic_pack.nodes.facts import facts_of
-from unipic_pack.nodes.latent_format import PictureLatents, fit_preview, read_latent_format
-from unipic_pack.nodes.model import load_model
-from unipic_pack.nodes.network import Network, network_options
-from unipic_pack.unipic_core.checkpoints import load_transformer
-from unipic_pack.unipic_core.config import MMDiTConfig
+from unipic_pack.nodes.host.latent_format import PictureLatents, fit_preview, read_latent_format
+from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.network import Network, network_options
+from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.unipic_core.conditioning.sequence import (
+    LatentShape,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
-from unipic_pack.unipic_core.schedules import resolution_shift
-from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
+from unipic_pack.unipic_core.model.config import MMDiTConfig
+from unipic_pack.unipic_core.sampling.schedules import resolution_shift
+from unipic_pack.unipic_core.weights.transformer import load_transformer
 
 import nodes as comfy_nodes
 

@@ -19,9 +19,15 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from model_tools import random_inputs, relative, velocity
 from torch import Tensor
-from unipic_pack.unipic_core.checkpoints import load_transformer
+from unipic_pack.unipic_core.conditioning.sequence import (
+    LatentShape,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
 from unipic_pack.unipic_core.errors import UniPicError
-from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
+from unipic_pack.unipic_core.weights.transformer import load_transformer
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("inference")

@@ -17,13 +17,19 @@ import pytest
 import torch
 from model_tools import lora_file, patched, random_inputs, relative, velocity
 from safetensors.torch import load_file, save_file
-from unipic_pack.nodes import model as model_module
-from unipic_pack.nodes.facts import facts_of
-from unipic_pack.nodes.latent_format import read_latent_format
-from unipic_pack.nodes.model import load_model
-from unipic_pack.unipic_core.checkpoints import load_transformer, open_transformer
+from unipic_pack.nodes.host import model as model_module
+from unipic_pack.nodes.host.latent_format import read_latent_format
+from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.unipic_core.conditioning.sequence import (
+    LatentShape,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
 from unipic_pack.unipic_core.errors import UniPicError
-from unipic_pack.unipic_core.sequence import LatentShape, TextCond, pack_latents, pack_with_references, unpack_latents
+from unipic_pack.unipic_core.weights.transformer import load_transformer, open_transformer
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("inference")

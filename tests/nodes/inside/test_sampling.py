@@ -17,14 +17,16 @@ import toy
 from comfyui import CASES
 from safetensors.torch import load_file
 from torch import Tensor
-from unipic_pack.nodes import facts, sample, sampling
-from unipic_pack.nodes.model import load_model
+from unipic_pack.nodes import sample
+from unipic_pack.nodes.host import recipe_attachment as facts
+from unipic_pack.nodes.host import sampling
+from unipic_pack.nodes.host.model import load_model
+from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
 from unipic_pack.unipic_core.errors import UniPicError
-from unipic_pack.unipic_core.guidance import apply_cfg
-from unipic_pack.unipic_core.recipe import RELEASED_FEW_STEP, Recipe
-from unipic_pack.unipic_core.schedules import Shift, base_times, few_step_times
-from unipic_pack.unipic_core.sequence import LatentShape, pack_latents, unpack_latents
-from unipic_pack.unipic_core.settings import resolve
+from unipic_pack.unipic_core.run.plan import resolve
+from unipic_pack.unipic_core.sampling.guidance import apply_cfg
+from unipic_pack.unipic_core.sampling.schedules import Shift, base_times, few_step_times
+from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 
 FEW = sampling.sigmas(facts.Facts(RELEASED_FEW_STEP), 4, 24)
 CONSISTENCY, EULER = sampling.ksampler("consistency"), sampling.ksampler("euler")

@@ -14,15 +14,15 @@ from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 from comfyui import CASES
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from unipic_pack.nodes import vision
-from unipic_pack.nodes.text import comfy_name, encode_prompt, load_clip, read_encoder_weights
-from unipic_pack.nodes.text_config import EncoderConfig
-from unipic_pack.nodes.text_model import Qwen25VL
-from unipic_pack.nodes.text_tokens import KEY
-from unipic_pack.unipic_core.convert import quantise_fp8
+from unipic_pack.nodes.host.text import vision_cache as vision
+from unipic_pack.nodes.host.text.encoder import comfy_name, encode_prompt, load_clip, read_encoder_weights
+from unipic_pack.nodes.host.text.encoder_config import EncoderConfig
+from unipic_pack.nodes.host.text.encoder_model import Qwen25VL
+from unipic_pack.nodes.host.text.tokenizer import KEY
+from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
+from unipic_pack.unipic_core.conditioning.prompt import PREFIX, body_text
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
-from unipic_pack.unipic_core.images import load_image, resize_references
-from unipic_pack.unipic_core.prompt import PREFIX, body_text
+from unipic_pack.unipic_core.weights.convert import quantise_fp8
 
 import nodes as comfy_nodes
 

@@ -11,12 +11,12 @@ from comfy.ldm.wan.vae import WanVAE
 from comfyui import CASES
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes import load
-from unipic_pack.nodes.pictures import to_image
-from unipic_pack.nodes.vae import UniPicVAE, load_vae
+from unipic_pack.nodes.host.images import to_image
+from unipic_pack.nodes.host.vae import UniPicVAE, load_vae
+from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
 from unipic_pack.unipic_core.errors import CheckpointError
-from unipic_pack.unipic_core.image_vae import ImageVAE, VAEConfig
-from unipic_pack.unipic_core.images import load_image, resize_references
-from unipic_pack.unipic_core.vae_files import name_in_file, read_vae_config, video_shapes
+from unipic_pack.unipic_core.model.vae import ImageVAE, VAEConfig
+from unipic_pack.unipic_core.weights.vae import name_in_file, read_vae_config, video_shapes
 
 import nodes as comfy_nodes
 
