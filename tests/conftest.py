@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.paths import PICTURES
 from trainers.cache import build, load_image_vae
 from trainers.config.run import SECTIONS, RunConfig, given, parse_run, to_dict
 from trainers.loop.loop import train
@@ -75,7 +76,7 @@ def run(tmp_path_factory, subset_only) -> RunConfig:
 @pytest.fixture(scope="session")
 def examples() -> Path:
     """The bundled pictures."""
-    return Path(__file__).parents[1] / "pictures"
+    return PICTURES
 
 
 @pytest.fixture

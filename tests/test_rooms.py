@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.paths import ROOT
+
 CORE = ROOT / "unipic_core"
 PACKAGES = ("unipic_core", "nodes", "trainers")
 MOST_FILES = 16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,12 +12,10 @@ from xml.etree import ElementTree
 import pytest
 from PIL import Image
 
+from tests.nodes.schemas import english
+from tests.paths import ROOT
 from unipic_core.run.kv_cache import REUSE_WITHIN
 from workflows import build
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(Path(__file__).parent))
-from schemas import english  # noqa: E402
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 
@@ -157,7 +154,7 @@ def test_no_other_files() -> None:
 
 @pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
 def test_the_thumbnail(make) -> None:
-    """After a change of the weights: see tests/nodes/inside/test_page.py"""
+    """After a change of the weights: see tests/nodes/inside/graphs/test_page.py"""
     with Image.open(build.FOLDER / f"{make().name}.jpg") as picture:
         assert picture.format == "JPEG"
         assert min(picture.size) >= 128

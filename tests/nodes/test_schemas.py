@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
+from tests.paths import ROOT
 from unipic_core.weights.recipe import recipe_of
 from workflows import build
 from workflows.graph import CONTROL
 from workflows.kinds import KINDS
 
-MODELS = Path(__file__).resolve().parents[2] / "unipic_core" / "models"
+MODELS = ROOT / "unipic_core" / "models"
 IDS = {
     *("LoadUniPic", "MultiImageCompose", "FewStepSampler", "DistillLoRA"),
     *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect"),

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.paths import TINY
 from trainers.evaluate import evaluate, main, parser, systems_of
 from trainers.judges.measure import SEED_STRIDE, Generate, Plan, compare
 from trainers.judges.saved_pictures import KeptPictures
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import Sample
 
-TINY = Path(__file__).parents[1] / "golden" / "tiny"
 N = 14
 
 

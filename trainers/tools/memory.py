@@ -58,7 +58,7 @@ class Activations:
 
     boundary: what gradient checkpointing keeps between two blocks. saved: what one block keeps for its backward pass,
     with adapters or (full) for the gradients of all its weights. extra: what its backward pass needs beside that.
-    forward: what a forward without gradient needs, once. Counted with tensors without memory (tests/trainers/fakes.py).
+    forward: what a forward without gradient needs, once. Counted with fake tensors (tests/trainers/tools/fakes.py).
     """
 
     boundary: int

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_sets import write_rows
 
+from tests.trainers.cache.small_sets import write_rows
 from trainers.cache import build, load_image_vae
 from trainers.config.run import DataConfig, PreviewConfig
 from trainers.methods.vae import save_vae

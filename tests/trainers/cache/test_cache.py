@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_sets import contents, embeddings
 
+from tests.trainers.cache.small_sets import contents, embeddings
 from trainers.cache import build, fingerprint, read_cache
 from trainers.config.run import ConfigError
 from trainers.data.batches import BucketOrder

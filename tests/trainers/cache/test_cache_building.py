@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_sets import contents, picture, write_rows
 
 import trainers.cache as cache
+from tests.trainers.cache.small_sets import contents, picture, write_rows
 from trainers.cache import build, load_image_vae, read_cache
 from trainers.config.run import ConfigError, DataConfig, PreviewConfig
 from trainers.data import shards

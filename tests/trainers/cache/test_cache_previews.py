@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_sets import picture
 
+from tests.trainers.cache.small_sets import picture
 from trainers.cache import build, read_preview
 from trainers.config.run import ConfigError, PreviewConfig, PreviewSample
 from trainers.data.sources import Compositions

@@ -1,0 +1,129 @@
+"""Configs are strict: what no trainer understands is an error that names it."""
+
+import pytest
+
+from tests.paths import CONFIGS
+from trainers.config.run import AdapterConfig, ConfigError, load_config, parse_run, to_dict
+
+REQUIRED = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
+FILES = sorted(CONFIGS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_shipped_configs_parse(path):
+    config = load_config(path)
+    assert parse_run(to_dict(config)) == config
+
+
+def test_overrides():
+    config = load_config(FILES[-1], ["steps=70", "optimizer.lr=1e-3"])
+    assert (config.steps, config.optimizer.lr) == (70, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stepz": 3}, "unknown key 'stepz'"),
+        ({"steps": "many"}, r"config\.steps must be int"),
+        ({"optimizer": {"lr": [1]}}, r"config\.optimizer\.lr must be float"),
+        ({"optimizer": {"rate": 1}}, "unknown key 'rate'"),
+        ({"vae": {"crop": True}}, r"vae\.crop must be int"),
+        ({"method": "sgd"}, "method must be one of"),
+        ({"output": None}, r"config\.output must be str"),
+        ({"steps": -5}, "steps must be at least 1, got -5"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"precision": "fp16"}, "precision must be one of no, bf16"),
+        ({"vae": {"crop": 200}}, "crop must be a multiple of 8"),
+        ({"vae": None}, "section vae must hold keys"),
+        ({"dmd": {}}, "the section dmd is not for method vae, which has vae"),
+    ],
+)
+def test_wrong_configs(change, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_run({"method": "vae", "output": "x", **change})
+
+
+def test_an_override_into_a_value_is_an_error():
+    with pytest.raises(ConfigError, match="is a value, not a section"):
+        load_config(FILES[0], ["output.x=1"])
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ConfigError, match="network needs model"):
+        parse_run({"method": "sft", "output": "x"})
+
+
+def test_unreadable_file(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: [")
+    for name in ("a.yaml", "b.yaml"):
+        with pytest.raises(ConfigError, match="cannot read the config"):
+            load_config(tmp_path / name)
+
+
+def test_a_section_keeps_its_method_s_defaults_of_the_keys_that_it_is_not_given():
+    def parsed(method, options):
+        return getattr(parse_run({"method": method, "output": "x", **REQUIRED, method: options}), method)
+
+    assert parsed("dmd", {"optimizer": {"kind": "adamw8bit"}}).optimizer.lr == 4e-7
+    times = parsed("dmd", {"times": {"mean": 0.3}}).times
+    assert (times.mean, times.std, times.least, times.most) == (0.3, 1.0, 0.02, 0.98)
+    times = parsed("consistency", {"times": {"std": 1}}).times
+    assert (times.mean, times.std) == (-0.5, 1.0)
+
+
+def test_targets_are_groups_of_layers_or_ends_of_names():
+    assert AdapterConfig(targets=("modulation", "to_q")).layers == ("img_mod.1", "txt_mod.1", "to_q")
+
+
+@pytest.mark.parametrize("word", ["no", "'no'", "off"])
+def test_precision_no_needs_no_quotes(tmp_path, word):
+    (tmp_path / "a.yaml").write_text(f"method: vae\noutput: x\nprecision: {word}\n")
+    assert load_config(tmp_path / "a.yaml").precision == "no"
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("sft", {"network": {"weights": "nf4"}}, "need a frozen base: add an adapter section"),
+        ("sft", {"network": {"block_swap": 2}}, "need a frozen base"),
+        ("sft", {"network": {"adapter": {}, "shard": True}}, "shard is for full-parameter training"),
+        ("sft", {"network": {"shard": True}, "optimizer": {"muon_lr": 0.01}}, "muon_lr needs whole matrices"),
+        ("dmd", {"network": {"shard": True}, "dmd": {"optimizer": {"muon_lr": 0.01}}}, "muon_lr needs whole matrices"),
+        ("sft", {"network": {"shard": True}, "optimizer": {"kind": "adamw8bit"}}, "adamw8bit does not know tensors"),
+        ("sft", {"network": {"adapter": {"dropout": 1.0}}}, r"dropout must be from 0 to below 1"),
+        ("sft", {"data": {"kind": "jsonl"}}, r"data\.path is needed"),
+        ("sft", {"data": {"samples": 1000}}, "must be a multiple of samples_per_shard"),
+        ("sft", {"sft": {"times": {"least": 0.9, "most": 0.2}}}, "0 <= least < most <= 1"),
+        ("consistency", {"consistency": {"e": 0.0}}, "e must be above 0"),
+        ("consistency", {"consistency": {"guidance_from": "ema"}}, "goes with velocity data"),
+        ("consistency", {"consistency": {"normalisation": "l2"}}, "normalisation must be one of"),
+        ("dmd", {"dmd": {"weighting": "second"}}, "weighting must be one of"),
+        ("dmd", {"dmd": {"fake_updates": 0}}, "fake_updates must be at least 1"),
+        ("dmd", {"consistency": {}}, "the section consistency is not for method dmd"),
+        ("dmd", {"optimizer": {"kind": "sgd"}}, "kind must be one of adamw, adamw8bit"),
+        (
+            "dmd",
+            {"dmd": {"fake_warmup_steps": 1000}},
+            "must be below steps, or .*; got 1000 of 1000",
+        ),
+        ("joint", {"dmd": {"fake_warmup_steps": 2000}}, "must be below steps"),
+        ("joint", {"joint": {"dmd_weight": -1}}, "dmd_weight must be at least 0"),
+        ("sft", {"optimizer": {"lr": -1}}, "lr must be at least 0, got -1"),
+        ("sft", {"optimizer": {"lr": "nan"}}, "lr must be at least 0, got nan"),
+        ("sft", {"optimizer": {"max_grad_norm": -1}}, "max_grad_norm must be at least 0"),
+        ("sft", {"optimizer": {"eps": 0}}, "eps must be above 0"),
+        ("sft", {"optimizer": {"betas": [0.9, 1]}}, "betas must be from 0 to below 1"),
+        ("sft", {"optimizer": {"final_lr_ratio": 2}}, "final_lr_ratio must be from 0 to 1"),
+        ("sft", {"ema_decay": 3}, "ema_decay must be from 0 to 1, got 3"),
+        ("sft", {"sft": {"prompt_dropout": 7}}, "prompt_dropout must be from 0 to 1, got 7"),
+        ("sft", {"sft": {"times": {"std": -1}}}, "std must be at least 0"),
+        ("sft", {"network": {"adapter": {"alpha": 0}}}, "alpha must be above 0, got 0"),
+        ("sft", {"preview": {"steps": 0}}, "steps must be at least 1, got 0"),
+        ("sft", {"preview": {"guidance": -1}}, "guidance must be at least 0"),
+        ("consistency", {"consistency": {"prompt_dropout": -0.1}}, "prompt_dropout must be from 0 to 1"),
+    ],
+)
+def test_wrong_network_configs(method, change, message):
+    sections = {name: {**kept, **change.get(name, {})} for name, kept in REQUIRED.items()}
+    with pytest.raises(ConfigError, match=message):
+        parse_run({"method": method, "output": "x", **change, **sections})
