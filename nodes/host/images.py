@@ -15,7 +15,7 @@ from ...unipic_core.conditioning.images import load_image, to_rgb
 from ...unipic_core.errors import UniPicError
 from .. import CATEGORY
 
-FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+FOLDER = Path(__file__).resolve().parents[2] / "pictures"
 """The pictures that come with the pack."""
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
