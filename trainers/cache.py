@@ -217,6 +217,8 @@ def run(config: RunConfig) -> None:
     """Latents, then text embeddings: one model in memory at a time, and none before the rows are known to be good."""
     if config.data is None or config.network is None:
         raise ConfigError(f"method {config.method} takes no data cache")
+    if config.data.kind == "scenes":
+        raise ConfigError("data.kind scenes needs no cache: its scenes are drawn as training goes")
     data, preview, folder = config.data, config.preview, Path(config.network.model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     live = config.sft is not None and config.sft.train_text_encoder

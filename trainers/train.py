@@ -19,8 +19,11 @@ def make_method(config: RunConfig) -> Method:
         return VAETraining(config)
     if config.sft is not None:
         from .methods.sft import SFTTraining
+        from .methods.sft_scenes import SFTOnScenes
         from .methods.sft_text import SFTWithText
 
+        if config.data is not None and config.data.kind == "scenes":
+            return SFTOnScenes(config)
         return SFTWithText(config) if config.sft.train_text_encoder else SFTTraining(config)
     if config.method == "consistency":
         from .methods.consistency import ConsistencyTraining

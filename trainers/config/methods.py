@@ -61,17 +61,42 @@ class VAEMethod:
 
 @dataclass(frozen=True)
 class Times:
-    """Training times: sigmoid(N(mean, std)), shifted as the sampler's, and kept within least .. most."""
+    """Training times: sigmoid(N(mean, std)), shifted as the sampler's, and kept within least .. most.
+
+    uniform_share: share of the samples whose time is uniform in uniform_least .. 1 instead, where the places of things
+    are decided.
+    """
 
     mean: float = 0.0
     std: float = 1.0
     least: float = 0.0
     most: float = 1.0
+    uniform_share: float = 0.0
+    uniform_least: float = 0.8
 
     def __post_init__(self) -> None:
         at_least(self, 0, "std")
+        within(self, 0, 1, "uniform_share", "uniform_least")
         if not 0 <= self.least < self.most <= 1:
             raise ConfigError(f"times must have 0 <= least < most <= 1, got {self.least} and {self.most}")
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """A loss beside flow matching, for data that bring masks: which reference is drawn at each target token.
+
+    weight: of the loss. blocks: after which blocks (from 0; not the last) a pointer head reads the tokens. background:
+    weight of the tokens that show the background's reference, beside 1 for the others.
+    """
+
+    weight: float = 0.5
+    blocks: tuple[int, ...] = (1, 3)
+    background: float = 0.3
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "weight", "background")
+        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):
+            raise ConfigError(f"correspondence.blocks must be different numbers from 0, got {list(self.blocks)}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +106,7 @@ class SFTMethod:
     train_text_encoder: bool = False
     prompt_dropout: float = 0.1
     times: Times = field(default_factory=Times)
+    correspondence: Correspondence | None = None
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "prompt_dropout")

@@ -51,6 +51,9 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         return value
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return parse(typing.cast(type, hint), value, where, default)
+    if origin is dict and isinstance(value, dict):
+        inner_key, inner_value = typing.get_args(hint)
+        return {_convert(inner_key, k, where): _convert(inner_value, v, f"{where}.{k}") for k, v in value.items()}
     if origin is tuple and isinstance(value, (list, tuple)):
         inner = typing.get_args(hint)
         inner = inner[:1] * len(value) if inner[-1:] == (...,) else inner

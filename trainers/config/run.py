@@ -88,17 +88,36 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
+class ScenesConfig:
+    """The endless scenes of data.kind "scenes": drawn by worker processes as training goes.
+
+    mixture: weight of each task (default: the composition set's). buffer: scenes that are mixed and cut into batches
+    together; uses: how often each is seen, every time with a new order of its references and new words.
+    """
+
+    mixture: dict[str, float] = field(default_factory=dict)
+    buffer: int = 512
+    uses: int = 2
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "buffer", "uses")
+        if self.mixture and not (min(self.mixture.values()) >= 0 < sum(self.mixture.values())):
+            raise ConfigError(f"data.scenes.mixture must hold weights from 0, one above 0; got {self.mixture}")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from, and the folder that keeps them encoded (`python -m trainers.cache`).
 
-    kind: "nano" (the composition set: samples 0 .. `samples` of (seed, index)), "jsonl" (the release's rows),
-    "folder" (numbered images with caption files) or "datasets" (a Hugging Face data set saved on disk).
+    kind: "nano" (the composition set: samples 0 .. `samples` of (seed, index)), "scenes" (the same without end, drawn
+    as training goes: no folder, no cache), "jsonl" (the release's rows), "folder" (numbered images with caption files)
+    or "datasets" (a Hugging Face data set saved on disk).
     path: the JSONL file or the folder; images: where relative image paths begin (default: beside path).
     samples: 0 = all. size: side in pixels of the square that a target may fill; reference_budget: of the one that all
     references together may fill.
     """
 
-    folder: str
+    folder: str = ""
     kind: str = "nano"
     path: str | None = None
     images: str | None = None
@@ -108,14 +127,21 @@ class DataConfig:
     reference_budget: int = 128
     samples_per_shard: int = 1024
     workers: int = 1
+    scenes: ScenesConfig | None = None
 
     def __post_init__(self) -> None:
-        one_of(self, "kind", ("nano", "jsonl", "folder", "datasets"))
+        one_of(self, "kind", ("nano", "scenes", "jsonl", "folder", "datasets"))
+        if (self.kind == "scenes") == bool(self.folder):
+            raise ConfigError(f"data.folder is for every kind but scenes; got kind {self.kind}, folder {self.folder!r}")
+        if self.kind != "scenes" and self.scenes is not None:
+            raise ConfigError(f"data.scenes goes with data.kind scenes, got kind {self.kind}")
         at_least(self, 0, "samples", "workers")
         at_least(self, 1, "samples_per_shard")
         at_least(self, 32, "size", "reference_budget")
-        if (self.kind == "nano") == (self.path is not None):
-            raise ConfigError(f"data.path is needed for every kind but nano; got kind {self.kind}, path {self.path}")
+        if (self.kind in ("nano", "scenes")) == (self.path is not None):
+            raise ConfigError(
+                f"data.path is needed for every kind but nano and scenes; got kind {self.kind}, path {self.path}"
+            )
         if self.kind == "nano" and (self.samples < 1 or self.samples % self.samples_per_shard):
             raise ConfigError(
                 f"data.samples must be a multiple of samples_per_shard ({self.samples_per_shard}), got {self.samples}"
@@ -195,6 +221,8 @@ class RunConfig:
                 f"dmd.fake_warmup_steps must be below steps, or no step trains the student; got "
                 f"{self.dmd.fake_warmup_steps} of {self.steps}"
             )
+        if self.data is not None and self.data.kind == "scenes" and not (self.sft and self.sft.train_text_encoder):
+            raise ConfigError("data.kind scenes goes with method sft and sft.train_text_encoder: true")
         if self.network is not None and self.network.shard:
             for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
                 if options.muon_lr:

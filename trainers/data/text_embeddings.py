@@ -51,6 +51,15 @@ def _inputs(text: TextEncoder, vision: Sequence[Tensor], prompts: Sequence[str])
     return text.collate(samples)
 
 
+def mixed_encoder_inputs(
+    text: TextEncoder, pictures: Sequence[Sequence[Tensor]], prompts: Sequence[str]
+) -> EncoderInputs:
+    """The same of samples with different references: per sample uint8 [H, W, 3] each."""
+    return text.collate(
+        [_inputs(text, [p[None] for p in some], [w]) for some, w in zip(pictures, prompts, strict=True)]
+    )
+
+
 # --- which encoder ---------------------------------------------------------------------------------------------------
 
 _SETTINGS = {

@@ -31,6 +31,7 @@ from ..config.methods import OptimizerConfig, Times
 from ..config.run import RunConfig, given
 from ..data.batches import BucketOrder
 from ..data.picture_grid import picture_grid
+from ..data.previews import PreviewRow
 from ..data.text_embeddings import text_fingerprint
 from ..loop.export import export_adapter, export_network
 from ..loop.loop import Share
@@ -38,7 +39,8 @@ from ..loop.metrics import Metrics
 from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import EMA, STUDENT, Named, Roles, require, roles_of
-from .losses import TimedVelocity, logit_normal_times, sample_generators
+from .correspondence import Owners
+from .losses import TimedVelocity, logit_normal_times, sample_generators, some_uniform
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Inputs:
     """One batch as the network takes it, of micro step `index`.
 
     x0 [B, N, 4C]; latents: the sequence, with x0 as its target; first: the place of its first sample in the whole
-    batch, from which its noise is drawn; name: bucket and rows, for messages.
+    batch, from which its noise is drawn; name: bucket and rows, for messages. owners: the reference that each target
+    token shows, of data with masks, and dropped: bool [B], the samples that train without their prompt.
     """
 
     x0: Tensor
@@ -56,11 +59,16 @@ class Inputs:
     index: int = 0
     first: int = 0
     name: str = ""
+    owners: Owners | None = None
+    dropped: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Inputs:
         latents = replace(self.latents, tokens=self.latents.tokens.to(device))
         cond, uncond = self.cond.to(device), self.uncond.to(device)
-        return replace(self, x0=self.x0.to(device), latents=latents, cond=cond, uncond=uncond)
+        owners = None if self.owners is None else self.owners.to(device)
+        dropped = None if self.dropped is None else self.dropped.to(device)
+        x0 = self.x0.to(device)
+        return replace(self, x0=x0, latents=latents, cond=cond, uncond=uncond, owners=owners, dropped=dropped)
 
 
 def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:
@@ -111,11 +119,15 @@ class NetworkTraining:
         self.folder, self.base = Path(self.network.model), Path(self.network.transformer or self.network.model)
         self.shift = read_shift(self.folder)
         self.encoder = self.frozen_encoder()
-        self.buckets = read_cache(self.data, self.encoder)
-        sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
-        self.order = BucketOrder(sizes, config.batch_size, config.seed)
+        self.open_data()
         self.device, self.share = torch.device("cpu"), Share()
         self.sharded = self.network.shard
+
+    def open_data(self) -> None:
+        """The cached samples, and their order."""
+        self.buckets = read_cache(self.data, self.encoder)
+        sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
+        self.order = BucketOrder(sizes, self.config.batch_size, self.config.seed)
 
     def frozen_encoder(self) -> str | None:
         """Fingerprint of the text encoder whose embeddings the cache must hold; None if it trains along."""
@@ -145,8 +157,12 @@ class NetworkTraining:
         part = self.share.part(len(whole))
         rows = whole[part]
         title = f"bucket {name}, samples {', '.join(map(str, rows))}"
-        drawn = np.random.default_rng([self.config.seed, index, 1]).random(len(whole))
-        return self.inputs(self.buckets[name].take(rows), drawn[part] < self.prompt_dropout, index, part.start, title)
+        dropped = self.without_prompt(index, len(whole))[part]
+        return self.inputs(self.buckets[name].take(rows), dropped, index, part.start, title)
+
+    def without_prompt(self, index: int, count: int) -> np.ndarray:
+        """bool [count]: the samples of a whole batch that train without their prompt."""
+        return np.random.default_rng([self.config.seed, index, 1]).random(count) < self.prompt_dropout
 
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
         raise NotImplementedError
@@ -161,6 +177,8 @@ class NetworkTraining:
     def times(self, draws: Draws, times: Times) -> Tensor:
         """[B] training times of a batch."""
         t = logit_normal_times(draws.generators, draws.like.shape[1], times.mean, times.std, self.shift)
+        if times.uniform_share:
+            t = some_uniform(t, draws.generators, times.uniform_share, times.uniform_least)
         return t.clamp(times.least, times.most).to(draws.like.device)
 
     def role(self, role: str, batch: Inputs, text: TextCond | None = None) -> TimedVelocity:
@@ -187,11 +205,15 @@ class NetworkTraining:
         form = self.roles.config_of(STUDENT).attention_form
         return replace(self.recipe, reference_budget=None, output_budget=None, attention_form=form, made=made)
 
+    def preview_rows(self) -> list[PreviewRow]:
+        """The samples of the grid."""
+        return read_preview(self.data, self.preview_config, self.encoder)
+
     def preview(self) -> Image.Image:
         """The references, the truth where there is one, and what the EMA makes of fixed noise."""
         vae = load_image_vae(self.folder / "vae", device=self.device)
         columns = []
-        for i, row in enumerate(read_preview(self.data, self.preview_config, self.encoder)):
+        for i, row in enumerate(self.preview_rows()):
             inputs = self.sample_inputs(row.rows).to(self.device)
             x0 = unpack_latents(self.sample(EMA, inputs, seed=i), row.shape)
             made = to_images(vae.decode(x0.to(vae.quant_conv.weight)).float().cpu())[0]

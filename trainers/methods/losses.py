@@ -165,6 +165,12 @@ def logit_normal_times(
     return shift_times(torch.sigmoid(mean + std * z), resolution_shift(num_target_tokens, shift))
 
 
+def some_uniform(t: Tensor, generators: Sequence[torch.Generator], share: float, least: float) -> Tensor:
+    """Times [B] of which a share is replaced by ones uniform in least .. 1."""
+    draws = torch.stack([torch.rand(2, generator=g) for g in generators])
+    return torch.where(draws[:, 0] < share, least + (1 - least) * draws[:, 1], t)
+
+
 def sample_generators(seed: int, step: int, samples: int, first: int = 0) -> list[torch.Generator]:
     """One generator per sample, from (seed, step, sample index) alone: batches may be split over devices in any way."""
     return [torch.Generator().manual_seed(mix(seed, step, first + i)) for i in range(samples)]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from unipic_core.sampling.flow import add_noise
 from unipic_core.weights.recipe import Recipe
 
-from ..config.run import RunConfig, given
+from ..config.methods import Correspondence
+from ..config.run import ConfigError, RunConfig, given
+from ..loop.loop import Share
 from ..loop.metrics import Metrics
-from ..roles.types import STUDENT, Roles
+from ..roles.roles import AdapterRoles, FullRoles
+from ..roles.types import STUDENT, Named, Roles
 from .base import Draws, Inputs, NetworkTraining
+from .correspondence import CorrespondenceLoss
 from .losses import flow_matching_loss
 
 
@@ -23,9 +28,40 @@ class SFTTraining(NetworkTraining):
         self.options = given(config.sft)
         self.prompt_dropout = self.options.prompt_dropout
         super().__init__(config, roles)
+        self.correspondence: CorrespondenceLoss | None = None
+        if self.options.correspondence is not None:
+            self.correspondence = self.pointer_heads(self.options.correspondence)
+
+    def pointer_heads(self, options: Correspondence) -> CorrespondenceLoss:
+        """The heads of the correspondence loss, on the student's network; ConfigError where it cannot be had."""
+        if self.data.kind != "scenes":
+            raise ConfigError(f"sft.correspondence needs data with masks: data.kind scenes, got {self.data.kind}")
+        if self.network.shard:
+            raise ConfigError("sft.correspondence needs whole networks: set network.shard to false")
+        if isinstance(self.roles, FullRoles):
+            return CorrespondenceLoss(options, self.roles.network(STUDENT), self.config.seed)
+        assert isinstance(self.roles, AdapterRoles)  # the only other kind
+        return CorrespondenceLoss(options, self.roles.network, self.config.seed)
+
+    def place(self, device: torch.device, share: Share) -> None:
+        super().place(device, share)
+        if self.correspondence is not None:
+            self.correspondence.to(device)
+
+    def trained(self, part: str) -> Named:
+        heads = [] if self.correspondence is None else self.correspondence.named_parameters()
+        return super().trained(part) + [(f"correspondence.{name}", p) for name, p in heads]
 
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
         draws = Draws(self.config.seed, batch)
         t, eps = self.times(draws, self.options.times), draws.noise()
-        v = self.role(STUDENT, batch)(add_noise(batch.x0, eps, t), t)
-        return flow_matching_loss(v, batch.x0, eps), {}
+        x_t = add_noise(batch.x0, eps, t)
+        if self.correspondence is None:
+            return flow_matching_loss(self.role(STUDENT, batch)(x_t, t), batch.x0, eps), {}
+        assert batch.owners is not None  # data with masks bring both
+        assert batch.dropped is not None
+        with self.correspondence.watching() as seen:
+            v = self.role(STUDENT, batch)(x_t, t)
+        loss = flow_matching_loss(v, batch.x0, eps)
+        pointing, metrics = self.correspondence(seen, batch.latents, batch.owners, batch.dropped, t)
+        return loss + pointing, {"flow_matching": float(loss.detach().mean()), **metrics}

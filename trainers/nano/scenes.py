@@ -242,6 +242,16 @@ def make_scene(bank: Bank, split: Split, seed: int, index: int, *, task: str | N
     return Scene(tuple(items), background, order, words, background_shape=shape, **common)
 
 
+def reworded(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same picture from a new order of the references and new words."""
+    generic = bool(rng.random() < GENERIC_SHARE)
+    if scene.edit:
+        return replace(scene, instruction=wording.edit_instruction(scene.items, scene.edit, generic, rng))
+    order = tuple(int(source) for source in rng.permutation(len(scene.items) + 1))
+    words = wording.compose_instruction(scene.task, scene.items, scene.background, order, generic, rng)
+    return replace(scene, order=order, instruction=words)
+
+
 def corpus(bank: Bank, n: int, seed: int) -> Iterator[str]:
     """``n`` instructions of the training split, for a tokenizer."""
     return (make_scene(bank, "train", seed, index).instruction for index in range(n))

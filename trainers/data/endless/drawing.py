@@ -1,0 +1,99 @@
+"""Endless scenes, each a pure function of (seed, index): drawn, encoded, and the owner of every target token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
+from unipic_core.model.vae import ImageVAE
+
+from ...nano.emoji import LONGEST, Bank
+from ...nano.render import Sample, render
+from ...nano.scene import Scene
+from ...nano.scenes import TASKS, make_scene
+from ..encoding import encode_pictures
+from ..rows import Row, make_row
+
+AMBIGUOUS = -1
+"""Owner of a target token that shows several sources."""
+
+ITEM_SHARE, BACKGROUND_SHARE = 0.5, 0.85
+"""An item owns a token of which it covers so much, the background one of which so much is left."""
+
+TASK_SALT = 8191
+
+
+@dataclass(frozen=True)
+class EncodedScene:
+    """A scene as arrays, which travel between processes without files.
+
+    target, sources: bfloat16 latents [C, h, w] as int16; vision: uint8 [H, W, 3] per source; owners: int8 [target
+    tokens], the source (the index of an item, or the number of items for the background) or AMBIGUOUS. An edit has one
+    source, the picture before, and only ambiguous tokens.
+    """
+
+    scene: Scene
+    target: np.ndarray
+    sources: tuple[np.ndarray, ...]
+    vision: tuple[np.ndarray, ...]
+    owners: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens of target and references."""
+        return sum(latents.shape[1] * latents.shape[2] // 4 for latents in (self.target, *self.sources))
+
+
+def draw_scene(bank: Bank, seed: int, index: int, size: int, mixture: Mapping[str, float]) -> Scene:
+    """Scene `index` of the training split, its task drawn from the mixture (task -> weight; empty: TASKS)."""
+    weights = mixture or TASKS
+    share = np.array(list(weights.values())) / sum(weights.values())
+    task = list(weights)[np.random.default_rng([TASK_SALT, seed, index]).choice(len(share), p=share)]
+    return make_scene(bank, "train", seed, index, task=task, size=size)
+
+
+def open_bank(size: int) -> Bank:
+    """The pictures, as large as scenes of this size show them."""
+    return Bank.open(longest=max(LONGEST, size))
+
+
+def encode_scenes(vae: ImageVAE, bank: Bank, scenes: Sequence[Scene], reference_budget: int) -> list[EncodedScene]:
+    """Render and encode scenes together."""
+    samples = [render(bank, scene) for scene in scenes]
+    rows = [make_row(s.target, list(s.references), s.instruction, reference_budget) for s in samples]
+    latents = iter(encode_pictures(vae, [picture for row in rows for picture in (row.target, *row.references)]))
+    made = []
+    for scene, sample, row in zip(scenes, samples, rows, strict=True):
+        target, *references = (next(latents).view(torch.int16).numpy() for _ in range(1 + len(row.references)))
+        made.append(_by_source(scene, sample, row, target, references))
+    return made
+
+
+def _by_source(
+    scene: Scene, sample: Sample, row: Row, target: np.ndarray, references: Sequence[np.ndarray]
+) -> EncodedScene:
+    """References brought from the order in which the scene shows them into the order of their sources."""
+    places = [scene.order.index(source) for source in range(len(scene.order))] or [0]
+    sources = tuple(references[place] for place in places)
+    vision = tuple(row.vision[place] for place in places)
+    return EncodedScene(scene, target, sources, vision, owners_of(scene, sample))
+
+
+def owners_of(scene: Scene, sample: Sample) -> np.ndarray:
+    """int8 [target tokens], row by row: the source that each target token shows."""
+    high, wide = (side // PIXELS_PER_TOKEN for side in (sample.target.height, sample.target.width))
+    owners = np.full(high * wide, AMBIGUOUS, np.int8)
+    if scene.edit:
+        return owners
+    masks = np.stack([placement.mask for placement in sample.placements])
+    shares = (
+        masks.reshape(len(masks), high, PIXELS_PER_TOKEN, wide, PIXELS_PER_TOKEN).mean((2, 4)).reshape(len(masks), -1)
+    )
+    owners[1 - shares.sum(0) >= BACKGROUND_SHARE] = len(scene.items)
+    for source, share in enumerate(shares):
+        owners[share >= ITEM_SHARE] = source
+    return owners

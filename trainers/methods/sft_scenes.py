@@ -1,0 +1,96 @@
+"""Method `sft` on endless scenes (`data.kind: scenes`): the text encoder trains along, and masks come with the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_latents, pack_with_references
+
+from ..cache import Rows, load_image_vae
+from ..data.encoding import encode_pictures
+from ..data.endless.drawing import AMBIGUOUS, open_bank
+from ..data.endless.stream import SceneStream, Use
+from ..data.previews import NANO_PREVIEWS, PreviewRow, strip
+from ..data.rows import Row
+from ..data.sources import Compositions
+from ..data.text_embeddings import UNCOND_PROMPT, mixed_encoder_inputs
+from .base import Inputs
+from .correspondence import NOBODY, Owners
+from .sft_text import LiveInputs, SFTWithText
+
+
+class SFTOnScenes(SFTWithText):
+    """As SFTWithText, on scenes that worker processes draw; a batch may mix numbers of references."""
+
+    def open_data(self) -> None:
+        self.stream = SceneStream(self.data, self.config.batch_size, self.config.seed, self.folder / "vae")
+
+    def batch(self, index: int) -> Inputs:
+        whole = self.stream[index]
+        part = self.share.part(len(whole))
+        uses, dropped = whole[part], self.without_prompt(index, len(whole))[part]
+        name = f"scenes {', '.join(str(use.index) for use in uses)}"
+        return self.live_inputs(uses, dropped, index, part.start, name)
+
+    def live_inputs(self, uses: Sequence[Use], dropped: np.ndarray, index: int, first: int, name: str) -> LiveInputs:
+        targets = torch.stack([latents_of(use.encoded.target) for use in uses])
+        shape, x0 = LatentShape.of_latents(targets), pack_latents(targets)
+        references = [[latents_of(use.encoded.sources[s])[:, None] for s in use.places] for use in uses]
+        pictures = [[torch.from_numpy(use.encoded.vision[s]) for s in use.places] for use in uses]
+        prompts = [UNCOND_PROMPT if d else use.scene.instruction for d, use in zip(dropped, uses, strict=True)]
+        nothing = TextCond(torch.zeros(len(uses), 0, 0))
+        return LiveInputs(
+            x0,
+            pack_with_references(x0, shape, references),
+            nothing,
+            nothing,
+            index,
+            first,
+            name,
+            owners_of(uses),
+            torch.from_numpy(dropped),
+            words=mixed_encoder_inputs(self.text, pictures, prompts),
+        )
+
+    def preview_rows(self) -> list[PreviewRow]:
+        """The composition set's, one half of training assets and one of held-out ones; encoded once."""
+        if not hasattr(self, "_preview_rows"):
+            vae, bank = load_image_vae(self.folder / "vae"), open_bank(self.data.size)
+            count = self.preview_config.samples
+            self._preview_rows = [
+                preview_row(scenes[i], encode_pictures(vae, [scenes[i].target, *scenes[i].references]))
+                for k, (split, seed) in enumerate(NANO_PREVIEWS)
+                for scenes in [Compositions(self.data, 0, (count + 1 - k) // 2, split, seed, bank)]
+                for i in range(len(scenes))
+            ]
+        return self._preview_rows
+
+
+def latents_of(stored: np.ndarray) -> Tensor:
+    """float32 latents of a worker's bfloat16."""
+    return torch.from_numpy(stored).view(torch.bfloat16).float()
+
+
+def owners_of(uses: Sequence[Use]) -> Owners:
+    """Sources as references, in the order of this use."""
+    references, backgrounds = [], []
+    for use in uses:
+        place_of = torch.full((len(use.places) + 1,), NOBODY)  # the last: AMBIGUOUS
+        place_of[torch.tensor(use.places)] = torch.arange(len(use.places))
+        place_of[AMBIGUOUS] = NOBODY
+        references.append(place_of[torch.from_numpy(use.encoded.owners).long()])
+        backgrounds.append(NOBODY if use.scene.edit else int(place_of[len(use.scene.items)]))
+    return Owners(torch.stack(references), torch.tensor(backgrounds))
+
+
+def preview_row(row: Row, latents: Sequence[Tensor]) -> PreviewRow:
+    target, *references = (one[None].float() for one in latents)
+    vision = tuple(torch.from_numpy(np.array(one))[None] for one in row.vision)
+    rows = Rows(target, tuple(references), vision, (row.prompt,))
+    truth = Image.fromarray(row.target)
+    return PreviewRow(rows, LatentShape.of_latents(target), strip(list(row.vision), max(truth.size)), truth)
