@@ -79,7 +79,7 @@ def _by_source(
     """References brought from the order in which the scene shows them into the order of their sources."""
     places = [scene.order.index(source) for source in range(len(scene.order))] or [0]
     sources = tuple(references[place] for place in places)
-    vision = tuple(row.vision[place] for place in places)
+    vision = tuple(np.array(row.vision[place]) for place in places)  # Pillow's arrays cannot be written to
     return EncodedScene(scene, target, sources, vision, owners_of(scene, sample))
 
 

@@ -1,0 +1,111 @@
+"""Endless scenes: a function of seed and index, used with other words each time, with the owner of every token."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainers.config.run import ConfigError, DataConfig, RunConfig, ScenesConfig
+from trainers.data.endless.drawing import AMBIGUOUS, draw_scene, owners_of
+from trainers.data.endless.stream import SceneStream, Use
+from trainers.methods.correspondence import NOBODY
+from trainers.methods.sft_scenes import owners_of as references_of
+from trainers.nano.emoji import SUBSET, Bank
+from trainers.nano.render import render
+from trainers.nano.scenes import EDITS, make_scene
+
+DATA = DataConfig(kind="scenes", seed=3, size=64, reference_budget=64, workers=0, scenes=ScenesConfig(buffer=16))
+
+
+@pytest.fixture(scope="module")
+def bank() -> Bank:
+    return Bank.open(SUBSET)
+
+
+@pytest.fixture(scope="module")
+def vae(run: RunConfig) -> Path:
+    assert run.network is not None
+    return Path(run.network.model) / "vae"
+
+
+def contents(batch: list[Use]) -> list[tuple[object, ...]]:
+    return [(use.index, use.scene, use.encoded.target.tobytes(), use.encoded.owners.tobytes()) for use in batch]
+
+
+def test_batches_are_a_function_of_seed_and_step(vae: Path) -> None:
+    stream = SceneStream(DATA, 4, seed=1, vae_folder=vae)
+    first = [contents(stream[i]) for i in range(9)]
+    later = SceneStream(DATA, 4, seed=1, vae_folder=vae)
+    assert [contents(later[i]) for i in (8, 6, 3)] == [first[i] for i in (8, 6, 3)]
+    other = SceneStream(replace(DATA, seed=4), 4, seed=1, vae_folder=vae)
+    assert contents(other[0]) != first[0]
+
+
+def test_worker_processes_draw_the_same(vae: Path) -> None:
+    here, there = (SceneStream(replace(DATA, workers=n), 8, seed=1, vae_folder=vae) for n in (0, 1))
+    for i in (0, 4):
+        assert contents(there[i]) == contents(here[i])
+    assert there.drawers.pool is not None
+    there.drawers.pool.terminate()
+
+
+def test_every_scene_is_used_as_often_as_asked_with_other_words(vae: Path) -> None:
+    stream = SceneStream(DATA, 4, seed=1, vae_folder=vae)
+    uses = [use for i in range(8) for use in stream[i]]
+    assert Counter(use.index for use in uses) == dict.fromkeys(range(16), 2)
+    for index in range(16):
+        first, second = (use.scene for use in uses if use.index == index)
+        assert (first.items, first.background) == (second.items, second.background)
+        assert (first.order, first.instruction) != (second.order, second.instruction)
+    assert all(len({use.index for use in stream[i]}) == 4 for i in range(8))
+    assert {use.index for use in stream[8]} <= set(range(16, 32))
+
+
+def test_owners_become_references_of_the_new_order(vae: Path) -> None:
+    """The token of an item is owned by the reference whose picture is the item's, whatever the order of this use."""
+    uses = SceneStream(DATA, 8, seed=1, vae_folder=vae)[0]
+    owners = references_of(uses)
+    for b, use in enumerate(uses):
+        for token, source in enumerate(use.encoded.owners.tolist()):
+            expected = NOBODY if source == AMBIGUOUS else use.scene.reference_of(source)
+            assert owners.references[b, token] == expected
+        assert owners.background[b] == (NOBODY if use.scene.edit else use.scene.reference_of(len(use.scene.items)))
+
+
+def test_owners_are_what_the_masks_show(bank: Bank) -> None:
+    for index in range(12):
+        scene = make_scene(bank, "train", 5, index)
+        sample = render(bank, scene)
+        owners = owners_of(scene, sample)
+        if scene.task in EDITS:
+            assert set(owners) == {AMBIGUOUS}
+            continue
+        for token, owner in enumerate(owners):
+            row, column = (16 * at for at in divmod(token, 8))
+            shares = [p.mask[row : row + 16, column : column + 16].mean() for p in sample.placements]
+            shares.append(1 - sum(shares))
+            if owner != AMBIGUOUS:
+                assert np.argmax(shares) == owner
+            else:
+                assert max(shares) < 0.85
+        assert len(scene.items) in owners
+
+
+def test_the_mixture_says_how_often_a_task_comes(bank: Bank) -> None:
+    tasks = Counter(draw_scene(bank, 1, i, 64, {"pair": 3.0, "compose4": 1.0}).task for i in range(200))
+    assert set(tasks) == {"pair", "compose4"}
+    assert 0.6 < tasks["pair"] / 200 < 0.9
+
+
+def test_a_buffer_that_leaves_a_rest_is_refused(vae: Path) -> None:
+    with pytest.raises(ConfigError, match="multiple of batch_size"):
+        SceneStream(replace(DATA, scenes=ScenesConfig(buffer=24)), 4, seed=1, vae_folder=vae)
+
+
+def test_unknown_tasks_are_named(bank: Bank) -> None:
+    with pytest.raises(ValueError, match="compose9"):
+        draw_scene(bank, 1, 0, 64, {"compose9": 1.0})
