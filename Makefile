@@ -12,7 +12,7 @@ demo: $(VENV)/pipeline.stamp
 	  --seed 15 --out demo.png
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from trainers.nano.emoji import SUBSET
 from trainers.nano.make_model import write_folder
 from unipic_core.model.vae import ImageVAE, VAEConfig
 from unipic_core.pipeline.text_encoder import TextEncoder
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")  # of programs that tests start
+torch.set_num_threads(1)  # tensors here are tiny, and two workers share the cores
 
 BASIC = {f.name for f in fields(RunConfig)} - {name for names in SECTIONS.values() for name in names}
 

@@ -9,8 +9,6 @@ import torch
 
 from tests.paths import GOLDEN, TINY
 
-torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
-
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
