@@ -30,7 +30,7 @@ from .judges.plot import AXES, draw_plot
 from .judges.saved_pictures import KeptPictures, files_stamp
 from .judges.sheet import draw_sheet
 from .nano.catalogue import Split
-from .nano.emoji import Bank
+from .nano.emoji import LONGEST, Bank
 from .nano.render import Sample
 from .nano.scenes import TASKS
 
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args, len(systems))
     device = find_device(args.device) if systems else None
     about = {one.label: one.about() | {"device": device} for one in systems}
-    bank = Bank.open(args.data)
+    bank = Bank.open(args.data, longest=max(LONGEST, plan.size))
     print(f"{plan.n} scenes of {plan.split} assets, seed {plan.seed}; {bank.note}")
     openers = {one.label: (lambda one=one: one.open(device, args.threads)) for one in systems}
     kept = kept_pictures(args, systems, plan, about)

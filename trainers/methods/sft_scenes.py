@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_latents, pack_with_references
+from unipic_core.weights.recipe import Recipe
 
 from ..cache import Rows, load_image_vae
 from ..data.encoding import encode_pictures
@@ -56,6 +58,11 @@ class SFTOnScenes(SFTWithText):
             torch.from_numpy(dropped),
             words=mixed_encoder_inputs(self.text, pictures, prompts),
         )
+
+    @property
+    def own_recipe(self) -> Recipe:
+        """The base's may speak of smaller pictures: training may grow them."""
+        return replace(super().own_recipe, reference_budget=self.data.reference_budget, output_budget=self.data.size)
 
     def preview_rows(self) -> list[PreviewRow]:
         """The composition set's, one half of training assets and one of held-out ones; encoded once."""

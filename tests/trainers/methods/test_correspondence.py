@@ -109,3 +109,9 @@ def test_training_on_scenes_resumes_exactly_and_exports_no_head(changed, tmp_pat
     assert (resumed / file).read_bytes() == (whole / file).read_bytes()
     weights, _ = open_transformer(whole / "unipic_sft")
     assert not [name for name in weights if "correspondence" in name]
+
+
+def test_the_recipe_names_the_budgets_that_were_trained(changed) -> None:
+    config = changed(sections=SCENES | {"data": SCENES["data"] | {"size": 160, "reference_budget": 96}})
+    recipe = SFTOnScenes(config).own_recipe
+    assert (recipe.output_budget, recipe.reference_budget) == (160, 96)
