@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from unipic_core.errors import CheckpointError, one_line
 
-from ..config.run import RunConfig, to_dict
+from ..config.run import ConfigError, RunConfig, parse_run, to_dict
 from .state import State
 
 
@@ -38,7 +38,7 @@ def resume(
         return 0
     run = json.loads((path / "run.json").read_text())
     now = json.loads(json.dumps(to_dict(config)))
-    changed = [key for key in changed_keys(run["config"], now) if key not in (*NO_CHANGE, *allow_change)]
+    changed = [key for key in changed_keys(with_defaults(run["config"]), now) if key not in (*NO_CHANGE, *allow_change)]
     if changed:
         raise TrainingError(
             f"{output} was started with other values of {', '.join(changed)}; choose another output, or allow it with "
@@ -61,6 +61,15 @@ def resume(
         ) from error
     accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
     return run["step"]
+
+
+def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """Config of a checkpoint with the defaults of keys that its version lacked; unchanged if it does not parse."""
+    try:
+        parsed = json.loads(json.dumps(to_dict(parse_run(values))))
+    except ConfigError:
+        return values
+    return {key: value for key, value in parsed.items() if key in values or not isinstance(value, dict)}
 
 
 NO_CHANGE = ("output", "sample_every", "keep_checkpoints")
