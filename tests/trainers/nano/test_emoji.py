@@ -75,7 +75,7 @@ def test_without_a_fetched_set_the_subset_is_opened(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"trainers\.data\.emoji"):
+    with pytest.raises(ValueError, match=r"trainers\.nano\.emoji"):
         Bank.open(tmp_path)
 
 
