@@ -100,7 +100,7 @@ def read_preview(data: DataConfig, preview: PreviewConfig, text: str | None = No
 def read_record(folder: Path) -> dict[str, Any] | None:
     """What the shards of a folder have in common: set.json."""
     path = folder / "set.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def settings_of(data: DataConfig) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def given(section: Section | None) -> Section:
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a YAML config; overrides are `key=value` or `section.key=value`."""
     try:
-        data = yaml.safe_load(Path(path).read_text())
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     if not isinstance(data, dict):

@@ -85,7 +85,7 @@ def printable(text: str) -> str:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     with aside(path) as partial:
-        partial.write_text(json.dumps(values, indent=1))
+        partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 class Tried(Dataset):

@@ -36,7 +36,7 @@ def resume(
     path = newest_checkpoint(output)
     if path is None:
         return 0
-    run = json.loads((path / "run.json").read_text())
+    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
     now = json.loads(json.dumps(to_dict(config)))
     changed = [key for key in changed_keys(with_defaults(run["config"]), now) if key not in (*NO_CHANGE, *allow_change)]
     if changed:
@@ -91,7 +91,7 @@ def save(accelerator: Accelerator, state: State, output: Path, step: int, config
         state.save(folder, accelerator.process_index)
         if accelerator.is_main_process:
             run = {"step": step, "processes": accelerator.num_processes, "config": to_dict(config)}
-            (folder / "run.json").write_text(json.dumps(run, indent=1))
+            (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
     if accelerator.is_main_process:
         for old in sorted((output / "checkpoints").glob("step-*"))[: -config.keep_checkpoints]:
             shutil.rmtree(old)

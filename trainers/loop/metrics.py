@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -61,14 +61,18 @@ def forget_after(path: Path, start: int) -> None:
     """Keep the records up to a step, for the resumed run writes the later ones again; whole or untouched if killed."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of one
     with aside(path) as partial:
-        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start))
+        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start), encoding="utf-8")
 
 
 def peak_memory() -> int:
     """Most bytes in use so far: of the GPU where there is one, else of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # Python has no call for it there
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -171,4 +171,4 @@ def save_vae(vae: ImageVAE, pictures: Tensor, folder: Path) -> None:
     weights = {k: w.to(torch.bfloat16).contiguous() for k, w in video_weights(vae).items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(vae.config.to_dict(), indent=2) + "\n", encoding="utf-8")

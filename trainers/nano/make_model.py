@@ -162,7 +162,7 @@ def write_folder(vae: Path, out: Path, seed: int, corpus_size: int = 20000) -> N
     write_json(out / "processor" / "preprocessor_config.json", image_processor_config())
     write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(out / "model_index.json", MODEL_INDEX)
-    (out / "recipe.json").write_text(RECIPE.to_json() + "\n")
+    (out / "recipe.json").write_text(RECIPE.to_json() + "\n", encoding="utf-8")
     torch.manual_seed(seed)
     Qwen2_5_VLForConditionalGeneration(text_encoder_config(tokenizer)).save_pretrained(out / "text_encoder")
     network = MMDiT(NETWORK)
@@ -199,7 +199,7 @@ def image_processor_config() -> dict[str, Any]:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n")
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ NOT_DRAWN = ("step", "lr", "grad_norm", "seconds_per_step", "samples_per_second"
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
     path = run / "metrics.jsonl" if run.is_dir() else run
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 5) -> None:
