@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from tests.compat.make import OPTION, PROGRAMS, digests_of
+from tests.compat.make import OPTION, PROGRAMS, digests_of, small_network
 from tests.paths import ROOT
 from trainers.config.run import load_config, to_dict
 from trainers.train import main as train
 from unipic_core.weights.lora import read_lora
+from unipic_core.weights.merge import merge
 from unipic_core.weights.recipe import recipe_of
 from unipic_core.weights.transformer import load_transformer
 
@@ -115,12 +115,14 @@ def test_weights_give_the_same_tensors_and_recipe(name: str) -> None:
     assert differences(EXPECTED["recipes"][name], plain(vars(recipe_of(path)))) == []
 
 
-def test_a_lora_gives_the_same_tensors_and_recipe() -> None:
-    path = FIXTURES / "weights" / "lora.safetensors"
-    lora = read_lora(path)
-    assert differences(EXPECTED["recipes"]["lora"], plain(vars(lora.recipe))) == []
-    assert digests_of({k: x.float() for k, x in load_file(path).items()}) == EXPECTED["tensors"]["lora"]
-    assert len(lora.pairs if hasattr(lora, "pairs") else lora.layers) == 2
+def test_a_lora_gives_the_same_recipe_and_the_same_merged_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, merged = FIXTURES / "weights" / "lora.safetensors", tmp_path / "merged.safetensors"
+    assert differences(EXPECTED["recipes"]["lora"], plain(vars(read_lora(lora).recipe))) == []
+    monkeypatch.chdir(ROOT)
+    merge(small_network(tmp_path / "transformer"), merged, [(lora, 0.5)], dtype="fp8_scaled")
+    assert digests_of(load_transformer(merged, dtype=torch.float32).state_dict()) == EXPECTED["tensors"]["merged"]
 
 
 # --- training ---
