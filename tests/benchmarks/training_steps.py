@@ -18,6 +18,7 @@ import torch
 from trainers.cache import build, load_image_vae
 from trainers.config.run import DataConfig, RunConfig, given, parse_run
 from trainers.loop.loop import MAIN, make_parts, update_average
+from trainers.methods.base import joined
 from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method
 from unipic_core.cli.commands import DEFAULT_MODEL
@@ -65,6 +66,7 @@ def step_of(variant: Variant, folder: str) -> tuple[Run, int]:
     config = variant.config(folder)
     method = make_method(config)
     parts, averaged, batch = make_parts(config, method), method.averaged(), method.batch(0)
+    batch = joined(batch.pieces)
     updates = method.updates(0)
 
     def step() -> None:

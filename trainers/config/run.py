@@ -194,6 +194,7 @@ class RunConfig:
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1
+    max_tokens: int = 0
     precision: str = "no"
     ema_decay: float = 0.999
     log_every: int = 10
@@ -214,6 +215,7 @@ class RunConfig:
         one_of(self, "method", SECTIONS)
         counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
         at_least(self, 1, *counts)
+        at_least(self, 0, "max_tokens")
         one_of(self, "precision", ("no", "bf16"))
         within(self, 0, 1, "ema_decay")
         if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:

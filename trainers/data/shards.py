@@ -196,6 +196,19 @@ class Bucket:
     def num_target_tokens(self) -> int:
         return prod(self.parts[0].target.shape[-2:]) // PATCH**2
 
+    @property
+    def num_picture_tokens(self) -> int:
+        """Of the target and all references."""
+        first = self.parts[0]
+        return sum(prod(z.shape[-2:]) // PATCH**2 for z in (first.target, *first.references))
+
+    @property
+    def text_lengths(self) -> np.ndarray:
+        """Tokens of each sample's text, int64; 0 where the cache holds no embeddings."""
+        return np.concatenate(
+            [np.diff(p.text.starts) if p.text else np.zeros(len(p.prompts), dtype=np.int64) for p in self.parts]
+        )
+
     def take(self, rows: Sequence[int] | np.ndarray) -> Rows:
         """Copies of the samples with these indices in the bucket."""
         places = [self._place(int(row)) for row in rows]

@@ -72,8 +72,8 @@ def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in parsed.items() if key in values or not isinstance(value, dict)}
 
 
-NO_CHANGE = ("output", "sample_every", "keep_checkpoints")
-"""Config keys that change no number of a run."""
+NO_CHANGE = ("output", "log_every", "save_every", "sample_every", "keep_checkpoints", "max_tokens")
+"""Config keys that change no number of a run (max_tokens: beyond rounding)."""
 
 
 def changed_keys(before: Any, now: Any, where: str = "") -> list[str]:

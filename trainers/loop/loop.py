@@ -6,6 +6,7 @@ of samples in the whole batch, and gradients are added over processes: so any nu
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -158,6 +159,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     output = Path(config.output)
     accelerator = make_accelerator(config, output)
     method.place(accelerator.device, Share(accelerator.process_index, accelerator.num_processes))
+    write_data_report(accelerator, method, output)
     parts = make_parts(config, method)
     averaged = method.averaged()
     state = State(list(parts.values()), [average for average, _ in averaged])
@@ -254,7 +256,18 @@ def backward(
     accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
 ) -> Metrics:
     """Add one micro batch's share of the gradient; returns the loss and the means of metrics over all processes."""
-    torch.manual_seed(mix(config.seed, batch.index, accelerator.process_index))  # for dropout
+    total: dict[str, float] = defaultdict(float)
+    for number, piece in enumerate(getattr(batch, "pieces", (batch,))):
+        torch.manual_seed(mix(config.seed, piece.index, accelerator.process_index, number))  # for dropout
+        for name, value in backward_piece(accelerator, config, method, part, piece, step).items():
+            total[name] += value
+    return total
+
+
+def backward_piece(
+    accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
+) -> Metrics:
+    """The same of samples that are computed together; they count by their number in the whole batch."""
     try:
         with accelerator.autocast():
             losses, metrics = method.loss(part.name, batch)
@@ -262,11 +275,23 @@ def backward(
         what = "a picture of the student's became NaN or infinite"
         raise unusable(what, part.name, batch.name, step, Path(config.output)) from error
     check_losses(accelerator, losses, part.name, batch, step, Path(config.output))
-    loss = losses.sum() / config.batch_size
+    weight = float(getattr(batch, "counts", True))  # 0: only keeps the processes in step
+    loss = losses.sum() * (weight / config.batch_size)
     (loss / config.accumulation).backward()
-    shares = torch.tensor([value / accelerator.num_processes for value in metrics.values()], device=loss.device)
+    share = weight * len(losses) / config.batch_size
+    shares = torch.tensor([value * share for value in metrics.values()], device=loss.device)
     sums = accelerator.reduce(torch.cat([shares, loss.detach()[None]]), "sum").tolist()  # the GPU is waited for once
     return {f"{part.prefix}{name}": value for name, value in zip((*metrics, "loss"), sums, strict=True)}
+
+
+def write_data_report(accelerator: Accelerator, method: Method, output: Path) -> None:
+    """RUN/data.json, and the same printed, for methods that train on rows."""
+    report = getattr(method, "data_report", None)
+    values = report() if report is not None and accelerator.is_main_process else None
+    if values:
+        accelerator.print(", ".join(f"{name} {value}" for name, value in values.items()))
+        with aside(output / "data.json") as partial:
+            partial.write_text(json.dumps(values, indent=1))
 
 
 def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:

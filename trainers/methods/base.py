@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ from unipic_core.weights.transformer import read_shift
 from ..cache import Rows, load_image_vae, read_cache, read_preview
 from ..config.methods import OptimizerConfig, Times
 from ..config.run import RunConfig, given
-from ..data.batches import BucketOrder
+from ..data.batches import Lengths, RowOrder, data_report, shared_pieces
 from ..data.picture_grid import picture_grid
 from ..data.previews import PreviewRow
 from ..data.text_embeddings import text_fingerprint
@@ -40,7 +42,7 @@ from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import EMA, STUDENT, Named, Roles, require, roles_of
 from .correspondence import Owners
-from .losses import TimedVelocity, logit_normal_times, sample_generators, some_uniform
+from .losses import TimedVelocity, logit_normal_times, mix, some_uniform
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Inputs:
 
     x0 [B, N, 4C]; latents: the sequence, with x0 as its target; first: the place of its first sample in the whole
     batch, from which its noise is drawn; name: bucket and rows, for messages. owners: the reference that each target
-    token shows, of data with masks, and dropped: bool [B], the samples that train without their prompt.
+    token shows, of data with masks, and dropped: bool [B], the samples that train without their prompt. rows: the
+    samples' numbers in the data, from which noise is drawn where they are given. counts: False for a piece that only
+    keeps this process in step with the others.
     """
 
     x0: Tensor
@@ -61,6 +65,8 @@ class Inputs:
     name: str = ""
     owners: Owners | None = None
     dropped: Tensor | None = None
+    rows: tuple[int, ...] = ()
+    counts: bool = True
 
     def to(self, device: torch.device | str) -> Inputs:
         latents = replace(self.latents, tokens=self.latents.tokens.to(device))
@@ -81,6 +87,28 @@ def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> I
     return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
 
 
+def joined(batches: Sequence[Inputs]) -> Inputs:
+    """One batch of several with equally many target tokens; shorter sequences and texts are padded."""
+    x0 = torch.cat([b.x0 for b in batches])
+    tokens = [row[:n] for b in batches for row, n in zip(b.latents.tokens, b.latents.lengths, strict=True)]
+    shapes = tuple(s for b in batches for s in b.latents.shapes)
+    latents = PackedLatents(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), shapes, x0.shape[1])
+    cond, uncond = (TextCond.stack([getattr(b, name) for b in batches]) for name in ("cond", "uncond"))
+    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A batch of mixed shapes, as Inputs of near lengths that are computed one after another."""
+
+    pieces: tuple[Inputs, ...]
+    index: int
+    name: str
+
+    def to(self, device: torch.device | str) -> Pieces:
+        return replace(self, pieces=tuple(piece.to(device) for piece in self.pieces))
+
+
 def choose(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
     """Sample i of a where `first` says so, else of b."""
     rows = [(a if f else b).row(i) for i, f in enumerate(first)]
@@ -88,11 +116,12 @@ def choose(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
 
 
 class Draws:
-    """The random numbers of one micro step, from (seed, index, place in the batch) alone; drawn on the CPU."""
+    """The random numbers of one micro step, from (seed, index, row) alone; drawn on the CPU."""
 
     def __init__(self, seed: int, batch: Inputs) -> None:
         self.like = batch.x0
-        self.generators = sample_generators(seed, batch.index, len(batch.x0), batch.first)
+        rows = batch.rows or range(batch.first, batch.first + len(batch.x0))
+        self.generators = [torch.Generator().manual_seed(mix(seed, batch.index, row)) for row in rows]
 
     def noise(self) -> Tensor:
         """eps [B, N, 4C], fresh with every call."""
@@ -126,8 +155,20 @@ class NetworkTraining:
     def open_data(self) -> None:
         """The cached samples, and their order."""
         self.buckets = read_cache(self.data, self.encoder)
-        sizes = {name: len(bucket) for name, bucket in self.buckets.items()}
-        self.order = BucketOrder(sizes, self.config.batch_size, self.config.seed)
+        buckets = list(self.buckets.values())
+        sizes = [len(bucket) for bucket in buckets]
+        self.starts = np.cumsum([0, *sizes])
+        self.lengths = Lengths(
+            np.repeat([b.num_target_tokens for b in buckets], sizes),
+            np.repeat([b.num_picture_tokens for b in buckets], sizes),
+            np.concatenate([b.text_lengths for b in buckets]),
+        )
+        config = self.config
+        self.order = RowOrder(int(self.starts[-1]), config.batch_size, config.seed, config.accumulation)
+
+    def data_report(self) -> dict[str, float]:
+        """Rows, micro-batches and padding of an epoch, for RUN/data.json."""
+        return data_report(self.order, self.lengths, self.config.max_tokens)
 
     def frozen_encoder(self) -> str | None:
         """Fingerprint of the text encoder whose embeddings the cache must hold; None if it trains along."""
@@ -152,13 +193,29 @@ class NetworkTraining:
     def optimizer(self, part: str) -> OptimizerConfig:
         return self.config.optimizer
 
-    def batch(self, index: int) -> Inputs:
-        name, whole = self.order[index]
-        part = self.share.part(len(whole))
-        rows = whole[part]
-        title = f"bucket {name}, samples {', '.join(map(str, rows))}"
-        dropped = self.without_prompt(index, len(whole))[part]
-        return self.inputs(self.buckets[name].take(rows), dropped, index, part.start, title)
+    def batch(self, index: int) -> Any:
+        rows, share = self.order[self.position(index)], self.share
+        shared = shared_pieces(rows, self.lengths, share.process, share.processes, self.config.max_tokens)
+        pieces = tuple(replace(self.piece(own, index), counts=counts) for own, counts in shared)
+        return Pieces(pieces, index, f"rows {', '.join(map(str, rows))}")
+
+    def position(self, index: int) -> int:
+        """The number of a micro step among those that are computed; others in their range leave no rows out."""
+        return index
+
+    def piece(self, rows: Sequence[int], index: int) -> Inputs:
+        """These rows as one padded batch."""
+        draws = [np.random.default_rng([self.config.seed, index, 1, row]).random() for row in rows]
+        dropped = np.array(draws) < self.prompt_dropout
+        made = self.mixed_inputs(
+            [self.cached(row) for row in rows], dropped, index, f"rows {', '.join(map(str, rows))}"
+        )
+        return replace(made, rows=tuple(rows))
+
+    def cached(self, row: int) -> Rows:
+        """One cached sample, by its number in the data."""
+        bucket = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return list(self.buckets.values())[bucket].take([row - int(self.starts[bucket])])
 
     def without_prompt(self, index: int, count: int) -> np.ndarray:
         """bool [count]: the samples of a whole batch that train without their prompt."""
@@ -173,6 +230,10 @@ class NetworkTraining:
         """dropped [n] bool: the samples that train without their prompt."""
         batch = make_inputs(rows, index, first, name)
         return replace(batch, cond=choose(dropped, batch.uncond, batch.cond)) if dropped.any() else batch
+
+    def mixed_inputs(self, rows: Sequence[Rows], dropped: np.ndarray, index: int, name: str) -> Inputs:
+        """Samples of different shapes, one in each of `rows`, padded into one batch."""
+        return joined([self.inputs(r, dropped[i : i + 1], index, name=name) for i, r in enumerate(rows)])
 
     def times(self, draws: Draws, times: Times) -> Tensor:
         """[B] training times of a batch."""

@@ -59,6 +59,12 @@ class DMDTraining(NetworkTraining):
         student = (STUDENT,) if step >= options.fake_warmup_steps else ()
         return (FAKE_SCORE,) * options.fake_updates + student
 
+    def position(self, index: int) -> int:
+        """The warm-up of the fake score has no batches of the student's."""
+        accumulation = self.config.accumulation
+        step = index // (self.slots * accumulation)
+        return index - min(step, self.dmd_options.fake_warmup_steps) * accumulation
+
     def optimizer(self, part: str) -> OptimizerConfig:
         return self.dmd_options.optimizer if part == FAKE_SCORE else self.config.optimizer
 

@@ -32,6 +32,10 @@ class SFTOnScenes(SFTWithText):
     def open_data(self) -> None:
         self.stream = SceneStream(self.data, self.config.batch_size, self.config.seed, self.folder / "vae")
 
+    def data_report(self) -> dict[str, float]:
+        """Nothing: endless scenes have no epochs."""
+        return {}
+
     def batch(self, index: int) -> Inputs:
         whole = self.stream[index]
         part = self.share.part(len(whole))

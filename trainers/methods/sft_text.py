@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from unipic_core.pipeline.text_encoder import EncoderInputs, TextEncoder
 
 from ..cache import Rows
 from ..config.run import RunConfig, given
-from ..data.text_embeddings import UNCOND_PROMPT, encoder_inputs
+from ..data.text_embeddings import UNCOND_PROMPT, encoder_inputs, mixed_encoder_inputs
 from ..loop.loop import Share
 from ..loop.metrics import Metrics
 from ..roles.types import EMA, Named, Roles
@@ -75,6 +76,12 @@ class SFTWithText(SFTTraining):
         nothing = TextCond(torch.zeros(len(prompts), 0, 0))
         batch = make_inputs(replace(rows, cond=nothing, uncond=nothing), index, first, name)
         return LiveInputs(**vars(batch), words=encoder_inputs(self.text, rows, prompts))
+
+    def mixed_inputs(self, rows: Sequence[Rows], dropped: np.ndarray, index: int, name: str) -> Inputs:
+        made = super().mixed_inputs(rows, dropped, index, name)
+        assert isinstance(made, LiveInputs)  # made by `inputs`
+        prompts = [UNCOND_PROMPT if d else r.prompts[0] for d, r in zip(dropped, rows, strict=True)]
+        return replace(made, words=mixed_encoder_inputs(self.text, [[v[0] for v in r.vision] for r in rows], prompts))
 
     def sample_inputs(self, rows: Rows) -> Inputs:
         batch = super().sample_inputs(rows)

@@ -12,7 +12,6 @@ from PIL import Image
 from tests.trainers.cache.small_sets import contents, embeddings
 from trainers.cache import build, fingerprint, read_cache
 from trainers.config.run import ConfigError
-from trainers.data.batches import BucketOrder
 from trainers.data.sources import Compositions
 from trainers.data.text_embeddings import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
@@ -162,21 +161,3 @@ def test_pictures_are_kept_for_an_encoder_that_trains_along(jsonl, vae, text):
     assert sum(map(len, contents(jsonl.folder).values())) > small
     build(jsonl, vae, text)
     assert sum(map(len, contents(jsonl.folder).values())) == small
-
-
-def test_mixed_shapes_make_whole_batches(jsonl, vae, text):
-    """Samples with 0, 1 and 2 references, of two target shapes: every batch is of one shape, every sample comes up."""
-    build(jsonl, vae, text)
-    buckets = read_cache(jsonl, encoder_fingerprint(text))
-    assert {name.split("_")[0] for name in buckets} == {"64x64", "96x64"}
-    assert {name.count("_") for name in buckets} == {0, 1, 2}
-    order = BucketOrder({n: len(b) for n, b in buckets.items()}, 2, seed=0)
-    seen = set()
-    for step in range(40):
-        name, rows = order[step]
-        taken = buckets[name].take(rows)
-        assert taken.target.shape[0] == 2
-        assert len(taken.references) == name.count("_")
-        assert taken.cond.embeds.shape[0] == taken.uncond.embeds.shape[0] == 2
-        seen |= set(taken.prompts)
-    assert seen == {f"row {i}" for i in range(7)}

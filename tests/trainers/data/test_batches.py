@@ -1,58 +1,91 @@
-"""Batch order: every sample equally often, one bucket a batch, a function of (seed, step)."""
+"""Batch order: every row once an epoch, none twice in an update; pieces of near lengths, equally many per process."""
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from trainers.config.run import ConfigError
-from trainers.data.batches import BucketOrder
+from trainers.data.batches import MOST_PADDING, Lengths, RowOrder, data_report, pieces_of, shared_pieces
 
 
-def visits(order, steps):
-    return Counter((name, int(i)) for s in range(steps) for name, rows in [order[s]] for i in rows)
-
-
-def test_every_sample_is_visited_once_an_epoch():
-    """Two epochs of 8 + 6 samples are 7 batches of 4; after the first, two of the smaller bucket are still to come."""
-    order = BucketOrder({"a": 8, "b": 6, "empty": 0}, 4, seed=3)
-    first = visits(order, 3)
-    assert {k for k in first if k[0] == "a"} == {("a", i) for i in range(8)}
-    assert sum(first[k] for k in first if k[0] == "b") == 4
-    assert max(first.values()) == 1
-    assert visits(order, 7) == {**{("a", i): 2 for i in range(8)}, **{("b", i): 2 for i in range(6)}}
-
-
-def test_small_buckets_are_not_repeated_more_than_large_ones():
-    """A sample alone in its shape counts as much as one of a thousand, though its batches hold it 8 times."""
-    sizes = {"rare": 1, "few": 3, "many": 100}
-    order = BucketOrder(sizes, 8, seed=0)
-    epochs = 24  # the least in which every bucket's samples fill whole batches
-    seen = visits(order, epochs * 104 // 8)
-    assert set(seen.values()) == {epochs}
-    assert len(seen) == 104
-
-
-def test_epochs_are_told_apart_by_step_alone():
-    """Where epochs are shorter than a batch, most of them are empty."""
-    order = BucketOrder({"a": 2, "b": 1}, 8, seed=0)
-    names = Counter(order[s][0] for s in range(30))
-    assert names == {"a": 20, "b": 10}
-    assert order[10**9][0] in ("a", "b")
+@pytest.mark.parametrize(
+    ("rows", "size", "accumulation"), [(7, 2, 1), (7, 7, 1), (10, 3, 3), (13, 6, 2), (50, 4, 2), (100, 33, 1)]
+)
+def test_every_row_once_an_epoch_and_never_twice_in_an_update(rows, size, accumulation):
+    order = RowOrder(rows, size, 3, accumulation)
+    batches = [order[i] for i in range(12 * rows * accumulation)]
+    endless = np.concatenate(batches)
+    for start in range(0, len(endless) - rows + 1, rows):
+        assert sorted(endless[start : start + rows]) == list(range(rows))
+    for at in range(0, len(batches) - accumulation + 1, accumulation):
+        update = np.concatenate(batches[at : at + accumulation])
+        assert len(update) == len(set(update.tolist())) == size * accumulation
 
 
 def test_order_depends_on_seed_and_step_alone():
-    sizes = {"a": 40, "b": 9}
-    first, second, other = BucketOrder(sizes, 4, 1), BucketOrder(sizes, 4, 1), BucketOrder(sizes, 4, 2)
-    steps = [50, 3, 17, 3]
-    assert all(first[s][0] == second[s][0] and (first[s][1] == second[s][1]).all() for s in steps)
-    assert any(first[s][0] != other[s][0] or (first[s][1] != other[s][1]).any() for s in range(10))
-    assert any((first[s][1] != first[s + 12][1]).any() for s in range(12))
+    first, second, other = (RowOrder(49, 4, seed) for seed in (1, 1, 2))
+    assert all((first[s] == second[s]).all() for s in (50, 3, 17, 3))
+    assert any((first[s] != other[s]).any() for s in range(10))
+    assert any((first[s] != first[s + 49]).any() for s in range(12))
 
 
-def test_batches_are_of_the_size_asked_for():
-    assert all(len(BucketOrder({"a": 3, "b": 50}, 16, 0)[s][1]) == 16 for s in range(20))
-
-
-def test_an_empty_cache_is_an_error():
+def test_an_update_larger_than_the_set_is_refused():
+    with pytest.raises(ConfigError, match=r"batch_size 4 x accumulation 2 needs 8 different rows, but there are 7"):
+        RowOrder(7, 4, 0, accumulation=2)
     with pytest.raises(ConfigError, match="holds no sample"):
-        BucketOrder({"a": 0}, 4, 0)
+        RowOrder(0, 4, 0)
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Lengths:
+    """Eleven camera sizes, one to six references that share a budget, prompts of different lengths."""
+    rng = np.random.default_rng(0)
+    target = rng.choice([4096, 4032, 4080, 3072, 4050, 4064, 2304, 3968, 4000, 3840, 3600], 20_000)
+    references, words = 4096 + rng.integers(-128, 129, 20_000), rng.integers(10, 120, 20_000)
+    return Lengths(target, target + references, 1024 + words)
+
+
+@pytest.mark.parametrize("size", [4, 16, 64])
+def test_mixed_rows_are_padded_by_five_percent_at_most(mixed, size):
+    order = RowOrder(20_000, size, 0)
+    for i in range(20):
+        pieces = pieces_of(order[i], mixed)
+        assert sorted(row for piece in pieces for row in piece) == sorted(order[i])
+        for piece in pieces:
+            assert len(set(mixed.target[piece])) == 1
+            assert mixed.whole[piece].sum() >= (1 - MOST_PADDING) * mixed.padded(piece)
+
+
+def test_report_of_mixed_data(mixed):
+    report = data_report(RowOrder(20_000, 64, 0), mixed)
+    assert (report["rows"], report["rows_per_epoch"], report["repeated_in_step"]) == (20_000, 20_000, 0)
+    assert report["largest_tokens"] == mixed.whole.max()
+    assert 0 < report["padding_share"] <= MOST_PADDING
+    assert report["micro_batches_per_epoch"] >= 313
+
+
+def test_a_piece_has_at_most_so_many_tokens(mixed):
+    for piece in pieces_of(np.arange(64), mixed, max_tokens=30_000):
+        assert mixed.padded(piece) <= 30_000
+    assert all(len(piece) == 1 for piece in pieces_of(np.arange(8), mixed, max_tokens=1))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 9])
+def test_processes_have_equally_many_pieces_and_every_row_once(mixed, processes):
+    rows = RowOrder(20_000, 7, 0)[0]
+    shares = [shared_pieces(rows, mixed, p, processes) for p in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    seen = Counter(row for share in shares for piece, counts in share if counts for row in piece)
+    assert seen == Counter(rows.tolist())
+
+
+def test_700_000_rows_are_ordered_quickly():
+    import time
+
+    order = RowOrder(700_000, 256, 0)
+    order[0]
+    start = time.perf_counter()
+    for i in range(200):
+        order[i]
+    assert (time.perf_counter() - start) / 200 < 1e-3

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -42,16 +43,43 @@ def test_training_resumes_exactly_and_exports_a_pipeline(changed, tmp_path, metr
     assert out.images[0].size[0] * out.images[0].size[1] <= 128 * 128
 
 
+def rows_of(batch, method):
+    """Row -> its latents and its text, of all pieces."""
+    found = {}
+    for piece in batch.pieces:
+        with torch.no_grad():
+            cond = method.text.forward(piece.words) if isinstance(method, SFTWithText) else piece.cond
+        for i, row in enumerate(piece.rows):
+            words = cond.embeds[i] if cond.mask is None else cond.embeds[i][cond.mask[i]]
+            found[row] = piece.x0[i], words
+    return found
+
+
+def test_a_batch_of_mixed_rows_has_the_losses_of_its_rows_alone(changed):
+    """Whatever is beside them, and in whichever pieces they are computed."""
+    method = SFTTraining(changed(sections=FROZEN, batch_size=8))
+    batch = method.batch(3)
+    assert sorted(row for piece in batch.pieces for row in piece.rows) == sorted(method.order[3].tolist())
+    assert len({shapes for piece in batch.pieces for shapes in piece.latents.shapes}) > 1
+    together = method.piece([row for piece in batch.pieces for row in piece.rows], 3)
+    assert together.latents.mask is not None
+    losses = dict(zip(together.rows, method.loss("student", together)[0].tolist(), strict=True))
+    for piece in batch.pieces:
+        for row, loss in zip(piece.rows, method.loss("student", piece)[0].tolist(), strict=True):
+            assert loss == pytest.approx(losses[row], abs=1e-6)
+        alone = method.loss("student", method.piece(piece.rows[:1], 3))[0]
+        assert float(alone) == pytest.approx(losses[piece.rows[0]], abs=1e-6)
+
+
 def test_frozen_encoder_gives_the_embeddings_of_the_live_one(changed):
     live, frozen = SFTWithText(changed()), SFTTraining(changed(sections=FROZEN))
     live.prompt_dropout = frozen.prompt_dropout = 0.5
     for step in range(4):
-        a, b = live.batch(step), frozen.batch(step)
-        with torch.no_grad():
-            text = live.text.forward(a.words)
-        assert torch.equal(a.x0, b.x0)
-        mask = torch.ones_like(text.embeds[..., 0], dtype=torch.bool) if text.mask is None else text.mask
-        assert torch.allclose(text.embeds[mask], b.cond.embeds[mask], atol=0.05)  # kept in bfloat16
+        ours, theirs = (rows_of(method.batch(step), method) for method in (live, frozen))
+        assert ours.keys() == theirs.keys()
+        for row, (x0, embeds) in ours.items():
+            assert torch.equal(x0, theirs[row][0])
+            assert torch.allclose(embeds, theirs[row][1], atol=0.05)  # kept in bfloat16
     assert not any(n.startswith("encoder") for n, _ in frozen.trained("student"))
 
 
@@ -75,7 +103,7 @@ def test_guided_samples_of_a_training_encoder_see_both_branches(changed):
 def test_learns_one_batch(changed):
     """The loss on one fixed batch falls well below that of predicting nothing (E|v|^2)."""
     method = SFTWithText(changed())
-    batch = method.batch(0)
+    batch = method.batch(0).pieces[0]
     optimizer = torch.optim.AdamW([p for _, p in method.trained("student")], lr=2e-3)
     losses = []
     for _ in range(40):
