@@ -199,6 +199,7 @@ class RunConfig:
     ema_decay: float = 0.999
     log_every: int = 10
     save_every: int = 500
+    save_minutes: float = 0.0
     sample_every: int = 500
     keep_checkpoints: int = 2
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -215,7 +216,7 @@ class RunConfig:
         one_of(self, "method", SECTIONS)
         counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
         at_least(self, 1, *counts)
-        at_least(self, 0, "max_tokens")
+        at_least(self, 0, "max_tokens", "save_minutes")
         one_of(self, "precision", ("no", "bf16"))
         within(self, 0, 1, "ema_decay")
         if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:

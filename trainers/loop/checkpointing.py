@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
 from unipic_core.errors import CheckpointError, one_line
 
-from ..config.run import ConfigError, RunConfig, parse_run, to_dict
+from ..config.run import RunConfig, to_dict
 from .state import State
 
 
@@ -23,22 +25,88 @@ class TrainingError(RuntimeError):
     """A run cannot go on; the message says what to do."""
 
 
+def checkpoints(output: Path) -> list[Path]:
+    """Folders that a run wrote, the oldest first: other names, links and folders without run.json are not."""
+    found = (output / "checkpoints").glob("step-*")
+    whole = [p for p in found if NAME.fullmatch(p.name) and not p.is_symlink() and (p / "run.json").is_file()]
+    return sorted(whole, key=step_of)
+
+
+NAME = re.compile("step-([0-9]{7,12})")
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
 def newest_checkpoint(output: Path) -> Path | None:
     """Checkpoints are renamed into place when whole; so the newest name is the newest whole one."""
-    found = sorted((output / "checkpoints").glob("step-*"))
+    found = checkpoints(output)
     return found[-1] if found else None
 
 
 def resume(
     accelerator: Accelerator, state: State, output: Path, config: RunConfig, allow_change: Sequence[str] = ()
 ) -> int:
-    """Load the newest checkpoint of this output folder, if any; returns the step to go on from."""
-    path = newest_checkpoint(output)
-    if path is None:
+    """Load the newest whole checkpoint of this output folder, if any; returns the step to go on from.
+
+    A damaged one is named, and the one before it is taken. TrainingError if all are damaged.
+    """
+    if accelerator.is_main_process:
+        remove_leftovers(output)
+    found = checkpoints(output)
+    for path in reversed(found):
+        read = read_checkpoint(accelerator, state, path)
+        if read is not None:
+            run, stored = read
+            check_run(accelerator, state, path, run, config, allow_change)
+            break
+    else:
+        if found:
+            raise TrainingError(f"all checkpoints in {output} are damaged; restore one, or choose another output")
         return 0
-    run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(to_dict(config)))
-    changed = [key for key in changed_keys(with_defaults(run["config"]), now) if key not in (*NO_CHANGE, *allow_change)]
+    try:
+        state.restore(stored)
+    except (KeyError, ValueError, RuntimeError) as error:  # other parts, sizes or optimizers: allowed, but impossible
+        raise TrainingError(
+            f"{path} does not fit what is trained now ({one_line(error)}); choose another output, or take back what "
+            f"was changed in {', '.join(allow_change) or 'the model'}"
+        ) from error
+    accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
+    return run["step"]
+
+
+def read_checkpoint(accelerator: Accelerator, state: State, path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """run.json and this process's tensors, or None, in every process, if any of them cannot read its part."""
+    read, why = None, ""
+    try:
+        run = json.loads((path / "run.json").read_text())
+        if run["step"] != step_of(path) or not isinstance(run["config"], dict):
+            raise ValueError(f"run.json is of step {run['step']}")
+        if not state.sharded or run["processes"] == accelerator.num_processes:
+            read = run, state.read(path, accelerator.process_index)
+        else:
+            read = run, {}
+    except Exception as error:  # any: torch's readers raise many kinds on damaged files
+        why = one_line(error) or type(error).__name__
+    bad = accelerator.reduce(torch.tensor(float(read is None), device=accelerator.device), "sum")
+    if float(bad):
+        accelerator.print(f"warning: the checkpoint {path} is damaged ({why or 'in another process'}); not used")
+        return None
+    return read
+
+
+def check_run(
+    accelerator: Accelerator,
+    state: State,
+    path: Path,
+    run: dict[str, Any],
+    config: RunConfig,
+    allow_change: Sequence[str],
+) -> None:
+    """TrainingError if this run cannot go on from there."""
+    output, now = path.parent.parent, json.loads(json.dumps(to_dict(config)))
+    changed = [key for key in changed_keys(run["config"], now) if key not in (*NO_CHANGE, *allow_change)]
     if changed:
         raise TrainingError(
             f"{output} was started with other values of {', '.join(changed)}; choose another output, or allow it with "
@@ -52,27 +120,17 @@ def resume(
             f"the networks in {path} are spread over {then} processes, and this run has {processes}; "
             f"start it with {then}"
         )
-    try:
-        state.load(path, accelerator.process_index)
-    except (KeyError, ValueError, RuntimeError) as error:  # other parts, sizes or optimizers: allowed, but impossible
-        raise TrainingError(
-            f"{path} does not fit what is trained now ({one_line(error)}); choose another output, or take back what "
-            f"was changed in {', '.join(allow_change) or 'the model'}"
-        ) from error
-    accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
-    return run["step"]
 
 
-def with_defaults(values: dict[str, Any]) -> dict[str, Any]:
-    """Config of a checkpoint with the defaults of keys that its version lacked; unchanged if it does not parse."""
-    try:
-        parsed = json.loads(json.dumps(to_dict(parse_run(values))))
-    except ConfigError:
-        return values
-    return {key: value for key, value in parsed.items() if key in values or not isinstance(value, dict)}
+def remove_leftovers(output: Path) -> None:
+    """What a killed run left half-written or half-removed under names of its own."""
+    for pattern in (".step-*.partial", ".step-*.removed"):
+        for path in (output / "checkpoints").glob(pattern):
+            if not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
 
 
-NO_CHANGE = ("output", "log_every", "save_every", "sample_every", "keep_checkpoints", "max_tokens")
+NO_CHANGE = ("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens")
 """Config keys that change no number of a run (max_tokens: beyond rounding)."""
 
 
@@ -93,8 +151,25 @@ def save(accelerator: Accelerator, state: State, output: Path, step: int, config
             run = {"step": step, "processes": accelerator.num_processes, "config": to_dict(config)}
             (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
     if accelerator.is_main_process:
-        for old in sorted((output / "checkpoints").glob("step-*"))[: -config.keep_checkpoints]:
-            shutil.rmtree(old)
+        ours = [path for path in checkpoints(output) if step_of(path) <= step]
+        for old in ours[: -config.keep_checkpoints]:
+            remove(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder under another name, so that half of it is never taken for whole."""
+    doomed = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def flush(folder: Path) -> None:
+    """Force the files of a folder to the disk, before a rename says that they are whole."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
 
 
 @contextmanager
@@ -113,7 +188,8 @@ def replaced(accelerator: Accelerator, path: Path) -> Iterator[Path]:
         raise TrainingError(f"could not write {path}: {error}; what was saved before is untouched") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        flush(aside)
         if path.exists():
-            shutil.rmtree(path)
+            remove(path)
         os.replace(aside, path)
     accelerator.wait_for_everyone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from .checkpointing import TrainingError, newest_checkpoint, replaced, resume, s
 from .metrics import MetricLog, Metrics
 from .optimizers import lr_factor, make_optimizers
 from .state import State
+from .stopping import StopRequest
 
 MAIN = "student"
 """The part whose update makes a step; its metrics carry no prefix."""
@@ -170,20 +172,29 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     log = MetricLog(accelerator, output, start)
     if start and samples_due(config, start) and not preview_path(output, start).exists():  # stopped while it was drawn
         save_preview(accelerator, method, output, start)
-    for step in range(start, config.steps):
-        run_step(accelerator, config, method, parts, batches, step, log)
-        if MAIN in method.updates(step):
-            update_average(averaged, config.ema_decay, state.updates)
-            state.updates += 1
-        done = step + 1
-        if done % config.log_every == 0 or save_due(config, done):  # so a resumed run averages the same steps
-            log.write(done)
-        bar.update()
-        bar.set_postfix(log.losses, refresh=False)
-        if save_due(config, done):
-            save(accelerator, state, output, done, config)
-        if samples_due(config, done):
-            save_preview(accelerator, method, output, done)
+    saved = time.monotonic()
+    with StopRequest() as request:
+        for step in range(start, config.steps):
+            run_step(accelerator, config, method, parts, batches, step, log)
+            if MAIN in method.updates(step):
+                update_average(averaged, config.ema_decay, state.updates)
+                state.updates += 1
+            done = step + 1
+            late = bool(config.save_minutes) and time.monotonic() - saved >= 60 * config.save_minutes
+            stop, due = agreed(accelerator, request.asked, late)
+            due = due or stop or save_due(config, done)
+            if done % config.log_every == 0 or due:  # so a resumed run averages the same steps
+                log.write(done)
+            bar.update()
+            bar.set_postfix(log.losses, refresh=False)
+            if due:
+                save(accelerator, state, output, done, config)
+                saved = time.monotonic()
+            if stop and done < config.steps:
+                log.close()
+                raise KeyboardInterrupt
+            if samples_due(config, done):
+                save_preview(accelerator, method, output, done)
     bar.close()
     log.close()
     export = output / "export"
@@ -192,6 +203,12 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
             method.export(aside)
     accelerator.end_training()
     return export
+
+
+def agreed(accelerator: Accelerator, *wishes: bool) -> list[bool]:
+    """Each wish, if any process has it: all processes save and stop after the same step."""
+    sums = accelerator.reduce(torch.tensor([float(w) for w in wishes], device=accelerator.device), "sum")
+    return [value > 0 for value in sums.tolist()]
 
 
 def save_due(config: RunConfig, done: int) -> bool:

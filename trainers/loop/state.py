@@ -52,10 +52,18 @@ class State:
         averages = [local(average) for average in self.averages]
         torch.save({"parts": parts, "averages": averages, "updates": self.updates}, self.file(folder, process))
 
-    @torch.no_grad()
     def load(self, folder: Path, process: int) -> None:
         """Read what `save` wrote; the run must have as many processes as then if its parameters are spread."""
-        state = torch.load(self.file(folder, process), map_location="cpu", weights_only=True)
+        self.restore(self.read(folder, process))
+
+    def read(self, folder: Path, process: int) -> dict[str, Any]:
+        """The stored tensors, on the CPU; raises many kinds of errors for a damaged file."""
+        stored = torch.load(self.file(folder, process), map_location="cpu", weights_only=True)
+        return {"parts": stored["parts"], "averages": stored["averages"], "updates": stored["updates"]}
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put what `read` gave into the parts of this run."""
         self.updates = state["updates"]
         for own, kept in zip(self.averages, state["averages"], strict=True):
             local(own).copy_(kept)

@@ -2,6 +2,7 @@
 one; bad numbers and full disks are reported."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -249,3 +250,93 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     assert [Share(i, 2).part(6) for i in (0, 1)] == [slice(0, 3), slice(3, 6)]
     with pytest.raises(ConfigError, match="batch_size 5 cannot be shared evenly by 2 processes"):
         Share(0, 2).part(5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, metrics, number):
+    class Signalled(Toy):
+        def batch(self, index):
+            if index == 25 and not list(tmp_path.glob("broken/checkpoints/step-0000005")):
+                os.kill(os.getpid(), number)
+            return super().batch(index)
+
+    handler = signal.getsignal(number)
+    train(config(tmp_path / "whole"), Toy())
+    with pytest.raises(KeyboardInterrupt):
+        train(config(tmp_path / "broken"), Signalled())
+    assert newest_checkpoint(tmp_path / "broken").name == "step-0000005"
+    assert signal.getsignal(number) is handler
+    train(config(tmp_path / "broken"), Signalled())
+    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
+
+
+def test_a_second_signal_exits_at_once():
+    program = (
+        "import os, signal; from trainers.loop.stopping import StopRequest\n"
+        "with StopRequest() as request:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); assert request.asked\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('went on')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, text=True)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert "went on" not in ended.stdout
+    assert "a second signal exits at once" in ended.stderr
+
+
+def test_checkpoints_are_saved_by_time_too(tmp_path):
+    train(config(tmp_path, save_every=100, save_minutes=1e-9, keep_checkpoints=3), Toy())
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step-{n:07d}" for n in (10, 11, 12)]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("state-00000.pt", cut),
+        ("state-00000.pt", lambda path: path.write_bytes(b"")),
+        ("state-00000.pt", lambda path: torch.save({"model": {}}, path)),
+        ("state-00000.pt", lambda path: path.unlink()),
+        ("run.json", lambda path: path.write_text("{")),
+        ("run.json", lambda path: path.write_text('["no"]')),
+        ("run.json", lambda path: path.write_text('{"step": 4, "processes": 1, "config": {}}')),
+    ],
+    ids=["cut", "empty", "foreign", "gone", "half a run.json", "foreign run.json", "run.json of another step"],
+)
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tmp_path, metrics, capsys, file, damage):
+    train(config(tmp_path), Toy())
+    before = metrics(tmp_path)
+    damage(tmp_path / "checkpoints" / "step-0000012" / file)
+    train(config(tmp_path), Toy())
+    said = capsys.readouterr().out
+    assert "step-0000012 is damaged" in said
+    assert "at step 8 of 12" in said
+    assert metrics(tmp_path) == before
+
+
+def test_nothing_is_started_anew_where_every_checkpoint_is_damaged(tmp_path):
+    train(config(tmp_path), Toy())
+    for path in tmp_path.rglob("state-*.pt"):
+        cut(path)
+    with pytest.raises(TrainingError, match="all checkpoints in .* are damaged; restore one"):
+        train(config(tmp_path), Toy())
+
+
+def test_only_what_the_run_wrote_is_removed(tmp_path):
+    """Not folders of other names, not what a link leads to; leftovers of a killed run are."""
+    place = tmp_path / "run" / "checkpoints"
+    for name in ("step-best", "step-0000001-copy", "mine"):
+        (place / name).mkdir(parents=True)
+        (place / name / "run.json").write_text("{}")
+    (place / ".step-0000002.removed").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "run.json").write_text("{}")
+    (place / "step-0000001").symlink_to(tmp_path / "elsewhere")
+    train(config(tmp_path / "run"), Toy())
+    names = {p.name for p in place.iterdir()}
+    ours = {"step-0000008", "step-0000012"}
+    assert names == {"step-best", "step-0000001-copy", "mine", "step-0000001", *ours}
+    assert (tmp_path / "elsewhere" / "run.json").exists()

@@ -1,0 +1,43 @@
+"""Signals that end a run: the first asks for a checkpoint after the current step, a second one exits at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""Windows has no SIGHUP."""
+
+
+class StopRequest:
+    """Handlers for SIGNALS while it is entered, in the main thread of a process; asked: whether a signal came."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a loader's worker: Ctrl-C reaches it too, and its parent still needs it
+            if number != signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = True
+        name = signal.Signals(number).name
+        print(f"{name}: saving a checkpoint after this step; a second signal exits at once", file=sys.stderr)
