@@ -231,7 +231,7 @@ def test_a_student_that_breaks_down_is_named_with_its_step(distilling):
     config = distilling("dmd")
     method = make_method(config)
     method.roles.trained(STUDENT)[0][1].data.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"NaN or infinite in step 1 \(bucket .*, samples .*checkpoint is none"):
+    with pytest.raises(TrainingError, match=r"NaN or infinite in step 1 \(rows \d+.*checkpoint is none"):
         train(config, method)
 
 
