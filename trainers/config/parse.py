@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 import types
 import typing
 from typing import Any
@@ -19,10 +20,11 @@ def parse(cls: type, data: dict[str, Any], where: str, default: Any = None) -> A
     of the class."""
     known = [f.name for f in dataclasses.fields(cls)]
     hints = typing.get_type_hints(cls)
+    place = where.removeprefix("config").removeprefix(".")
     for key in data:
         if key not in known:
             raise ConfigError(
-                f"unknown key {key!r} (= {data[key]!r}) in {where}; known keys: {', '.join(sorted(known))}"
+                f"unknown key {shown(key)} (= {shown(data[key])}) in {where}; known keys: {', '.join(sorted(known))}"
             )
     defaults = _defaults(cls) if default is None else vars(default)
     given = {key: _convert(hints[key], value, f"{where}.{key}", defaults.get(key)) for key, value in data.items()}
@@ -30,7 +32,36 @@ def parse(cls: type, data: dict[str, Any], where: str, default: Any = None) -> A
     needed = [name for name in known if name not in values]
     if needed:
         raise ConfigError(f"{where} needs {', '.join(needed)}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except ConfigError as error:  # a section's check names its key alone
+        text = str(error)
+        raise ConfigError(f"{place}.{text}" if place and text.split()[0] in known else text) from None
+
+
+def shown(value: Any) -> str:
+    """A value in a message, in at most 60 characters of one line."""
+    text = str(value) if isinstance(value, str) else reprlib.repr(value)
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 60 else f"{text[:57]}...") if isinstance(value, str) else text[:60]
+
+
+WORDS: dict[Any, str] = {
+    int: "int (a whole number)",
+    float: "float (a number)",
+    str: "str (text)",
+    bool: "bool (true or false)",
+}
+
+
+def expected(hint: Any) -> str:
+    """A type as a user writes it."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return "a list of values, as [a, b]" if arguments[-1] is ... else f"a list of {len(arguments)} values"
+    if typing.get_origin(hint) is dict or dataclasses.is_dataclass(hint):
+        return "a section of keys and values"
+    return WORDS.get(hint, str(hint))
 
 
 def _defaults(cls: type) -> dict[str, Any]:
@@ -72,7 +103,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             pass
     elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise ConfigError(f"{where} must be {expected(hint)}, got {shown(value)}")
 
 
 def override(data: dict[str, Any], change: str) -> None:
@@ -85,7 +116,43 @@ def override(data: dict[str, Any], change: str) -> None:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise ConfigError(f"{section} in the override {change!r} is a value, not a section")
-    data[key] = yaml.safe_load(text)
+    try:
+        data[key] = read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: expected a YAML value in the override {shown(change)} ({error})") from None
+
+
+LONGEST, DEEPEST = 2**20, 16
+"""Characters of a config, and levels of nesting."""
+
+
+class PlainLoader(yaml.SafeLoader):
+    """Without aliases, which let a few lines stand for gigabytes or contain themselves, and nested a few levels."""
+
+    level = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            event = self.peek_event()
+            raise ConfigError(f"line {event.start_mark.line + 1} has a YAML alias (*); write the value out")
+        self.level += 1
+        if self.level > DEEPEST:
+            raise ConfigError(f"it is nested more than {DEEPEST} levels deep")
+        node = super().compose_node(parent, index)
+        self.level -= 1
+        return node
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values; ConfigError in one line for what is no YAML, too long, too deep, or has aliases."""
+    if len(text) > LONGEST:
+        raise ConfigError(f"it has {len(text)} characters, at most {LONGEST} are read")
+    try:
+        return yaml.load(text, Loader=PlainLoader)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:  # numbers of 5,000 digits, odd keys, ...
+        raise ConfigError(" ".join(str(error).split())[:200] or type(error).__name__) from None
 
 
 # --- what a section checks of its values ------------------------------------------------------------------------------
@@ -115,4 +182,4 @@ def within(config: Any, least: float, most: float, *names: str) -> None:
 
 def one_of(config: Any, name: str, choices: typing.Collection[str]) -> None:
     if getattr(config, name) not in choices:
-        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {getattr(config, name)!r}")
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(getattr(config, name))}")

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from unipic_core.model.attention import TRAINABLE
 from unipic_core.model.config import ATTENTION_FORMS
 
 from .methods import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parse import ConfigError as ConfigError
-from .parse import above, at_least, one_of, override, parse, within
+from .parse import above, at_least, one_of, override, parse, read_yaml, shown, within
 
 Section = typing.TypeVar("Section")
+
+LARGEST_SEED = 2**63 - 1
 
 
 # --- what the network's methods share ---------------------------------------------------------------------------------
@@ -131,6 +131,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         one_of(self, "kind", ("nano", "scenes", "jsonl", "folder", "datasets"))
+        within(self, 0, LARGEST_SEED, "seed")
+        for name in ("size", "reference_budget"):
+            if getattr(self, name) % 32:
+                raise ConfigError(f"{name} must be a multiple of 32 pixels, got {getattr(self, name)}")
         if (self.kind == "scenes") == bool(self.folder):
             raise ConfigError(f"data.folder is for every kind but scenes; got kind {self.kind}, folder {self.folder!r}")
         if self.kind != "scenes" and self.scenes is not None:
@@ -217,6 +221,7 @@ class RunConfig:
         counts = ("steps", "batch_size", "accumulation", "log_every", "save_every", "sample_every", "keep_checkpoints")
         at_least(self, 1, *counts)
         at_least(self, 0, "max_tokens", "save_minutes")
+        within(self, 0, LARGEST_SEED, "seed")
         one_of(self, "precision", ("no", "bf16"))
         within(self, 0, 1, "ema_decay")
         if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:
@@ -244,8 +249,8 @@ def given(section: Section | None) -> Section:
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a YAML config; overrides are `key=value` or `section.key=value`."""
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        data = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(data).__name__}")
@@ -256,14 +261,14 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 def parse_run(data: dict[str, Any]) -> RunConfig:
     method = data.get("method")
-    if method not in SECTIONS:
-        raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {method!r}")
+    if not isinstance(method, str) or method not in SECTIONS:
+        raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {shown(method)}")
     every = {name for sections in SECTIONS.values() for name in sections}
     for name in sorted((every - set(SECTIONS[method])) & set(data)):
         raise ConfigError(f"the section {name} is not for method {method}, which has {', '.join(SECTIONS[method])}")
     for name in sorted(every & set(data)):
         if not isinstance(data[name], dict):
-            raise ConfigError(f"the section {name} must hold keys and values, got {data[name]!r}")
+            raise ConfigError(f"the section {name} must hold keys and values, got {shown(data[name])}")
     return parse(RunConfig, {**{name: {} for name in SECTIONS[method]}, **data}, "config")
 
 

@@ -89,12 +89,18 @@ def check_prompt(prompt: Any, num_references: int) -> None:
 
 
 def check_pictures(record: Record) -> str:
-    """Digest of the record and its pictures' byte counts, from the pictures' headers alone; BadRow."""
+    """Digest of the prompt and of the pictures' bytes, of which only the headers are decoded; BadRow."""
     parts = [record.prompt]
     for picture in record.pictures:
         check_size(header_size(picture), picture)
-        parts += [name_of(picture), str(len(picture) if isinstance(picture, bytes) else picture.stat().st_size)]
+        parts += identity_of(picture)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def identity_of(picture: Picture) -> list[str]:
+    """The name, and a digest of the content: an edited picture may keep its name and byte count."""
+    content = picture if isinstance(picture, bytes) else picture.read_bytes()
+    return [name_of(picture), hashlib.blake2b(content, digest_size=16).hexdigest()]
 
 
 def header_size(picture: Picture) -> Size:

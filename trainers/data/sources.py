@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -198,8 +199,9 @@ class Folder(PictureRows):
         0001.txt                 its instruction (UTF-8)
         0001_1.png, 0001_2.png   its references, in the order of their numbers; none is text to image
 
-    NAME_N is a reference only beside a picture or a caption called NAME, and without a caption of its own: so a folder
-    of shot_1.png + shot_1.txt, shot_2.png + shot_2.txt holds two targets.
+    Numbers may begin at 0, have zeros before them, and follow a hyphen. NAME_N is a reference only beside a picture or
+    a caption called NAME: a folder of shot_1.png + shot_1.txt, shot_2.png + shot_2.txt holds two targets. With both a
+    NAME and a caption of its own it could be either, and NAME is left out with that reason.
     """
 
     ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -217,35 +219,45 @@ class Folder(PictureRows):
             elif path.suffix.lower() in self.ENDINGS:
                 self.pictures.setdefault(path.stem, []).append(path)
         self.references = self._references()
-        owned = {name for names in self.references.values() for name in names.values()}
+        owned = {name for names in self.references.values() for _, name in names}
         self.targets = sorted((self.captions.keys() | self.pictures.keys()) - owned, key=natural)
         self.count = len(self.targets)
 
-    def _references(self) -> dict[str, dict[int, str]]:
-        """Target -> number -> the reference's own name."""
-        found: dict[str, dict[int, str]] = {}
-        for name in self.pictures.keys() - self.captions.keys():
-            parts = re.fullmatch(r"(.+)_([1-9][0-9]{0,3})", name)
+    def _references(self) -> dict[str, list[tuple[int, str]]]:
+        """Target -> (number, the reference's own name), in order."""
+        found: dict[str, list[tuple[int, str]]] = {}
+        for name in self.pictures:
+            parts = re.fullmatch(r"(.+)[_-]([0-9]{1,4})", name)
             if parts and (parts[1] in self.pictures or parts[1] in self.captions):
-                found.setdefault(parts[1], {})[int(parts[2])] = name
-        return found
+                found.setdefault(parts[1], []).append((int(parts[2]), name))
+        return {target: sorted(names) for target, names in found.items()}
+
+    def _check(self, numbered: Sequence[tuple[int, str]]) -> None:
+        """BadRow for references whose order or use is not certain."""
+        numbers = [number for number, _ in numbered]
+        for _, name in numbered:
+            if name in self.captions:
+                raise BadRow(f"{name} has a caption, so it may be a reference or a target; remove {name}.txt or rename")
+        start = min(numbers, default=1)
+        if start > 1 or numbers != list(range(start, start + len(numbers))):
+            missing = sorted(set(range(min(start, 1), max(numbers) + 1)) - set(numbers))
+            why = f"number {missing[0]} is missing" if missing else "a number comes twice"
+            raise BadRow(f"its references are {numbers}: {why}")
 
     def name(self, i: int) -> str:
         return self.targets[i]
 
     def read(self, i: int) -> Record:
         name = self.targets[i]
-        numbered = self.references.get(name, {})
-        missing = sorted(set(range(1, len(numbered) + 1)) - numbered.keys())
-        if missing:
-            raise BadRow(f"its references are {sorted(numbered)}: number {missing[0]} is missing")
+        numbered = self.references.get(name, [])
+        self._check(numbered)
         if name not in self.captions:
             raise BadRow(f"no instruction: there is no {name}.txt")
         try:
             prompt = self.captions[name].read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             raise BadRow(f"{name}.txt cannot be read ({error})") from None
-        references = tuple(self._only(numbered[n]) for n in sorted(numbered))
+        references = tuple(self._only(own) for _, own in numbered)
         return Record(self._only(name), references, prompt)
 
     def _only(self, name: str) -> Path:

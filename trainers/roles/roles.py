@@ -58,6 +58,7 @@ class AdapterRoles(nn.Module):
         forms = configs or {}
         if not any(re.fullmatch(targets_of(adapter), name) for name, _ in base.named_modules()):
             raise ConfigError(f"no layer of the network ends in one of adapter.targets: {', '.join(adapter.targets)}")
+        check_rank(base, adapter)
         self.forms = {r: RoleSetup(r, forms.get(r, base.config)) for r in adapters}
         self.forms[TEACHER] = RoleSetup(None, forms.get(TEACHER, base.config))
         with warnings.catch_warnings():
@@ -147,6 +148,16 @@ def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
             p.data = torch.zeros(p.shape)
             if "lora_A" in key:
                 nn.init.kaiming_uniform_(p.data, a=5**0.5, generator=generator)
+
+
+def check_rank(base: MMDiT, adapter: AdapterConfig) -> None:
+    """ConfigError for a rank above the smaller side of a layer that gets an adapter."""
+    layers = [m for n, m in base.named_modules() if re.fullmatch(targets_of(adapter), n)]
+    width = min(min(cast(Any, m).in_features, cast(Any, m).out_features) for m in layers)
+    if adapter.rank > width:
+        raise ConfigError(
+            f"network.adapter.rank: expected at least 1 and at most the layer's width ({width}), got {adapter.rank}"
+        )
 
 
 def targets_of(adapter: AdapterConfig) -> str:

@@ -29,6 +29,12 @@ def test_overrides():
         ({"optimizer": {"rate": 1}}, "unknown key 'rate'"),
         ({"vae": {"crop": True}}, r"vae\.crop must be int"),
         ({"method": "sgd"}, "method must be one of"),
+        ({"method": ["a"]}, r"method must be one of .*, got \['a'\]"),
+        ({"seed": -1}, r"seed must be from 0 to 9223372036854775807, got -1"),
+        ({"seed": 10**40}, "seed must be from 0"),
+        ({"optimizer": "prodigy"}, r"optimizer must be a section of keys and values, got 'prodigy'"),
+        ({"optimizer": {"betas": [0.9]}}, r"optimizer\.betas must be a list of 2 values, got \[0\.9\]"),
+        ({"stepz": {str(i): "x" * 100 for i in range(100)}}, r"^.{0,700}$"),
         ({"output": None}, r"config\.output must be str"),
         ({"steps": -5}, "steps must be at least 1, got -5"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
@@ -127,3 +133,49 @@ def test_wrong_network_configs(method, change, message):
     sections = {name: {**kept, **change.get(name, {})} for name, kept in REQUIRED.items()}
     with pytest.raises(ConfigError, match=message):
         parse_run({"method": method, "output": "x", **change, **sections})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("network.adapter.targets=attention", r"network\.adapter\.targets must be a list of values.*, got 'attention'"),
+        ("data.size=130", r"data\.size must be a multiple of 32 pixels, got 130"),
+        ("network.adapter.rank=0", r"network\.adapter\.rank must be at least 1, got 0"),
+        ("data.seed=-3", r"data\.seed must be from 0"),
+        ("steps=[1", r"steps: expected a YAML value in the override 'steps=\[1'"),
+        ("steps=" + "[" * 3000, "nested more than 16 levels"),
+        ("seed=" + "9" * 5000, "seed: expected a YAML value"),
+    ],
+    ids=lambda value: value[:24],
+)
+def test_wrong_overrides_are_one_line(override, message):
+    config = CONFIGS / "unipic3-consistency-80gb.yaml"
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(config, [override])
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 700
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(12)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "line 2 has a YAML alias"),
+        ("a: &a\n  b: *a\n", "YAML alias"),
+        ("{a: " * 5000, "nested more than 16 levels"),
+        ("x" * (2**20 + 1), "at most 1048576 are read"),
+        ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
+        ("? [a]\n: b", "unhashable key"),
+        ("steps: 2024-13-45", "month must be in"),
+    ],
+    ids=["bomb", "recursive", "deep", "long", "code", "key", "date"],
+)
+def test_hostile_files_are_one_line(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)

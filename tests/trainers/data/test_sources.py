@@ -257,7 +257,7 @@ def test_a_folder_of_captioned_pictures(tmp_path, album):
         (lambda f: picture(f / "2_2.png"), "2", "expected one picture called 2_2, found 2"),
         (lambda f: (f / "2_1.png").unlink(), "2", "number 1 is missing"),
         (lambda f: [picture(f / f"2_{n}.png") for n in range(3, 8)], "2", "7 references, at most 6"),
-        (lambda f: picture(f / "2_03.png"), "2_03", "no instruction: there is no 2_03.txt"),
+        (lambda f: picture(f / "2_04.png"), "2", "number 3 is missing"),
         (lambda f: (f / "10.webp").write_bytes(b"RIFF"), "10", "10.webp cannot be read as a picture"),
     ],
 )
@@ -364,3 +364,53 @@ def test_what_is_not_a_saved_data_set(saved, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match="pip install datasets"):
         open_source(data)
+
+
+def folder_of(place, names):
+    for name in names:
+        path = place / name
+        if path.suffix == ".txt":
+            path.write_text("a prompt")
+        else:
+            Image.new("RGB", (64, 64), "red").save(path)
+    return open_source(DataConfig(folder="c", kind="folder", path=str(place), size=64, reference_budget=64))
+
+
+@pytest.mark.parametrize(
+    "references", [("s_0", "s_1"), ("s_1", "s_2"), ("s_01", "s_02"), ("s-1", "s-2"), ("s_0001", "s_0002")], ids=str
+)
+def test_references_by_other_trainers_names(tmp_path, references):
+    source = folder_of(tmp_path, ["s.png", "s.txt", *(f"{name}.png" for name in references)])
+    assert len(source) == 1
+    assert tuple(path.stem for path in source.read(0).references) == references
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["s_1.png", "s_1.txt"], "s_1 has a caption, so it may be a reference or a target"),
+        (["s_2.png"], "number 1 is missing"),
+        (["s_1.png", "s-1.png"], "a number comes twice"),
+        (["s_0.png", "s_2.png"], "number 1 is missing"),
+    ],
+    ids=str,
+)
+def test_references_that_could_be_paired_wrongly_leave_their_target_out(tmp_path, more, why):
+    source = folder_of(tmp_path, ["s.png", "s.txt", *more])
+    assert len(source) == 1
+    with pytest.raises(BadRow, match=why):
+        source.check(0)
+
+
+def test_another_picture_of_equal_name_and_byte_count_is_noticed(tmp_path):
+    """Written in place, or under another data.images; equal ones in another folder need not be encoded again."""
+    digests = []
+    (tmp_path / "rows.jsonl").write_text('{"input_images": [], "instruction": "a", "output_image": "t.bmp"}')
+    for folder, colour in (("a", "red"), ("a", "blue"), ("b", "blue")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (64, 64), colour).save(tmp_path / folder / "t.bmp")
+        data = DataConfig(
+            folder="c", kind="jsonl", path=str(tmp_path / "rows.jsonl"), images=str(tmp_path / folder), size=64
+        )
+        digests.append(open_source(data).check(0))
+    assert digests[0] != digests[1] == digests[2]

@@ -167,3 +167,8 @@ def test_wrong_sets_of_roles_are_refused():
         require(still, (STUDENT,), (TEACHER,))
     with pytest.raises(ConfigError, match=r"no layer of the network ends in one of adapter.targets: to_x"):
         adapters(targets=("to_x",))
+
+
+def test_a_rank_above_the_layers_width_is_refused():
+    with pytest.raises(ConfigError, match=r"network.adapter.rank: expected at least 1 and at most the layer's width"):
+        adapters(rank=100000)
