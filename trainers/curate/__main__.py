@@ -1,0 +1,62 @@
+"""Curate a data set, or look at conflict rules.
+
+python -m trainers.curate conflicts FILE.yaml --matrix [--out matrix.png]
+python -m trainers.curate conflicts FILE.yaml hat mug person
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .conflicts.matrix import describe, draw_matrix
+from .conflicts.rules import read_rules
+from .conflicts.solve import solve
+
+
+def conflicts(args: argparse.Namespace) -> None:
+    """Print the matrix, or who takes which slot in one set of categories."""
+    rules = read_rules(args.file)
+    if args.matrix:
+        print(describe(rules))
+    if args.out:
+        draw_matrix(rules).save(args.out)
+    if args.categories:
+        solution = solve(rules, args.categories)
+        for name, seat in zip(args.categories, solution.seats, strict=bool(solution.seats)):
+            print(f"{name}: {', '.join(seat.slots) or 'free'}")
+        if not solution.possible:
+            print(f"not together: {'; '.join(solution.broken)}")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="trainers.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = made.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("conflicts", help="which categories may share a picture")
+    one.add_argument("file", type=Path)
+    one.add_argument("categories", nargs="*", help="solve one picture of these")
+    one.add_argument("--matrix", action="store_true", help="print the table")
+    one.add_argument("--out", type=Path, help="draw the matrix into this picture")
+    one.set_defaults(run=conflicts)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
