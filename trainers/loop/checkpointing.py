@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from unipic_core.errors import CheckpointError, one_line
 
-from ..config.run import RunConfig, to_dict
+from ..config.run import ConfigError, RunConfig, parse_run, to_dict
 from .state import State
 
 
@@ -72,6 +72,8 @@ def resume(
             f"{path} does not fit what is trained now ({one_line(error)}); choose another output, or take back what "
             f"was changed in {', '.join(allow_change) or 'the model'}"
         ) from error
+    if "order" not in run and run["config"].get("data"):
+        accelerator.print(f"note: {path} comes from a version whose batches were of one shape; rows now come anew")
     accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
     return run["step"]
 
@@ -105,8 +107,9 @@ def check_run(
     allow_change: Sequence[str],
 ) -> None:
     """TrainingError if this run cannot go on from there."""
-    output, now = path.parent.parent, json.loads(json.dumps(to_dict(config)))
-    changed = [key for key in changed_keys(run["config"], now) if key not in (*NO_CHANGE, *allow_change)]
+    output, now = path.parent.parent, with_defaults(json.loads(json.dumps(to_dict(config))))
+    recorded = with_defaults(run["config"])
+    changed = [key for key in changed_keys(recorded, now) if key not in (*NO_CHANGE, *allow_change)]
     if changed:
         raise TrainingError(
             f"{output} was started with other values of {', '.join(changed)}; choose another output, or allow it with "
@@ -120,6 +123,14 @@ def check_run(
             f"the networks in {path} are spread over {then} processes, and this run has {processes}; "
             f"start it with {then}"
         )
+
+
+def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A recorded config with the defaults of keys that came later; as it is where keys of it are no longer known."""
+    try:
+        return json.loads(json.dumps(to_dict(parse_run(config))))
+    except ConfigError:
+        return config
 
 
 def remove_leftovers(output: Path) -> None:
@@ -143,12 +154,21 @@ def changed_keys(before: Any, now: Any, where: str = "") -> list[str]:
     return [name for names in inner for name in names]
 
 
-def save(accelerator: Accelerator, state: State, output: Path, step: int, config: RunConfig) -> None:
-    """Write a checkpoint aside and rename it; remove the oldest ones."""
+def save(
+    accelerator: Accelerator,
+    state: State,
+    output: Path,
+    step: int,
+    config: RunConfig,
+    more: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint aside and rename it; remove the oldest ones. more: writes what else belongs into it."""
     with replaced(accelerator, output / "checkpoints" / f"step-{step:07d}") as folder:
         state.save(folder, accelerator.process_index)
         if accelerator.is_main_process:
-            run = {"step": step, "processes": accelerator.num_processes, "config": to_dict(config)}
+            if more is not None:
+                more(folder)
+            run = {"step": step, "processes": accelerator.num_processes, "order": "rows", "config": to_dict(config)}
             (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
     if accelerator.is_main_process:
         ours = [path for path in checkpoints(output) if step_of(path) <= step]

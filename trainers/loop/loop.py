@@ -188,7 +188,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
             bar.update()
             bar.set_postfix(log.losses, refresh=False)
             if due:
-                save(accelerator, state, output, done, config)
+                save(accelerator, state, output, done, config, getattr(method, "save_adapter", None))
                 saved = time.monotonic()
             if stop and done < config.steps:
                 log.close()

@@ -25,6 +25,7 @@ from unipic_core.conditioning.sequence import (
 from unipic_core.run.plan import resolve
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
+from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
 from unipic_core.weights.transformer import read_shift
 
@@ -296,16 +297,24 @@ class NetworkTraining:
             return sample_euler(velocity, start, times)
         return sample_consistency(velocity, start, times, noise)
 
-    def export(self, folder: Path) -> None:
-        """EMA and raw student, each as all that people open: LoRA, one file, whole folder.
-
-        The name says a causal form: a loader that only adds weights cannot bring it.
-        """
+    @property
+    def export_name(self) -> str:
+        """Of what is exported. It says a causal form: a loader that only adds weights cannot bring it."""
         name = "unipic_distill" if self.config.method != "sft" else "unipic_sft"
         form = self.own_recipe.causal_form
-        name = f"{name}_{form}" if form else name
+        return f"{name}_{form}" if form else name
+
+    def save_adapter(self, folder: Path) -> None:
+        """The EMA's LoRA as one small file that everything opens, with each checkpoint; full runs have none."""
+        if isinstance(self.roles, AdapterRoles):
+            assert self.network.adapter is not None  # adapter roles come from an adapter section
+            path, layers = folder / f"{self.export_name}.safetensors", self.roles.lora(EMA)
+            save_lora(path, layers, alpha=self.network.adapter.alpha, recipe=self.own_recipe)
+
+    def export(self, folder: Path) -> None:
+        """EMA and raw student, each as all that people open: LoRA, one file, whole folder."""
         for role, suffix in ((EMA, ""), (STUDENT, "_raw")):
-            self.export_role(folder, role, name + suffix)
+            self.export_role(folder, role, self.export_name + suffix)
 
     def export_role(self, folder: Path, role: str, name: str) -> None:
         recipe = self.own_recipe

@@ -120,6 +120,11 @@ def test_an_adapter_can_be_fine_tuned(changed):
     sections = {**FROZEN, "network": {"adapter": {"rank": 2, "alpha": 4.0}}}
     export = train(changed(sections=sections, steps=3), SFTTraining(changed(sections=sections, steps=3)))
     lora = read_lora(export / "unipic_sft.safetensors")
+    (early,) = (export.parent / "checkpoints" / "step-0000003").glob("*.safetensors")
+    assert early.read_bytes() == (export / "unipic_sft.safetensors").read_bytes()
+    report = json.loads((export.parent / "data.json").read_text())
+    assert (report["rows"], report["repeated_in_step"]) == (48, 0)
+    assert report["padding_share"] <= 0.05
     assert lora.recipe is not None
     assert lora.recipe.made["method"] == "sft"
     assert lora.recipe.steps is None  # sampled as its base is
