@@ -29,5 +29,5 @@ def attach(patcher: Any, facts: Facts) -> None:
 
 
 def facts_of(patcher: Any) -> Facts:
-    """The facts that a ModelPatcher carries; MODEL.md's defaults for one that our loader did not make."""
+    """The facts that a ModelPatcher carries; docs/recipes.md's defaults for one of another loader."""
     return patcher.get_attachment(KEY) or Facts()

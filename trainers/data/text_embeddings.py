@@ -24,7 +24,7 @@ from unipic_core.weights.text_encoder import HEAD
 from .shards import Rows, Shard, drop_vision, text_path, write_shard
 
 UNCOND_PROMPT = " "
-"""The prompt of the unconditional branch (MODEL: step 3)."""
+"""The prompt of the unconditional branch (the released recipe's)."""
 
 TOKENS_PER_BATCH = 16384
 MOST_PER_BATCH = 64

@@ -51,6 +51,7 @@ def consistency_terms(
                 tangent = difference_tangent(student, x_t, along, t, options.e)
     prediction = student(x_t, t)
     tangent_used = scaled_tangent(tangent) if options.normalisation == "tangent" else tangent
+    # UniPic 3, eq. 9; then eq. 10-11 in `consistency_loss`
     residual = consistency_residual(prediction.detach(), v, tangent_used, t)
     used = scaled_residual(residual, "rms" if options.normalisation == "rms" else "none")
     metrics = {

@@ -37,10 +37,12 @@ def dmd_terms(
 ) -> tuple[Tensor, Metrics]:
     """The student's loss [B]. x: its pictures, with gradient; teacher and fake score see them noised to t."""
     with torch.no_grad():
+        # UniPic 3, eq. 12-13, at x_t = (1 - t) x + t eps with eps drawn anew
         x_t = add_noise(x.detach(), eps, t)
         v_teacher, v_fake = teacher(x_t, t), fake(x_t, t)
         direction = dmd_direction(x.detach(), eps, t, v_teacher, v_fake, weighting)
     gap = float((v_teacher.float() - v_fake.float()).square().mean().sqrt())
+    # UniPic 3, eq. 14
     return dmd_loss(x, direction), {"teacher_fake_gap": gap}
 
 

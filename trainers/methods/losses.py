@@ -29,6 +29,7 @@ def per_sample(values: Tensor) -> Tensor:
 
 def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     """|F(x_t, t) - (eps - x0)|^2."""
+    # UniPic 3, eq. 1
     return per_sample((full(v) - velocity(full(x0), full(eps))).square())
 
 
@@ -37,7 +38,7 @@ def full(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-# --- consistency tuning (MODEL: section 4.3) --------------------------------------------------------------------------
+# --- consistency tuning (UniPic 3, section 4.3, eq. 9-11) -------------------------------------------------------------
 
 
 def difference_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor, e: float) -> Tensor:
@@ -49,6 +50,7 @@ def difference_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor
     x_t, v = full(x_t), full(v)
     high = full(network(x_t + like(after - t, x_t) * v, after))
     low = full(network(x_t + like(before - t, x_t) * v, before))
+    # UniPic 3, section 4.3: the central difference that stands for dF/dt in eq. 9-11
     return (high - low) / like(after - before, x_t)
 
 
@@ -64,6 +66,7 @@ def jvp_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor) -> tu
 
 def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor) -> Tensor:
     """r = F - (v - t dF/dt): zero where f(x_t, t) = x_t - t F does not change along dx/dt = v."""
+    # UniPic 3, eq. 9, with the opposite sign: df/dt = v - F - t dF/dt = -r
     return full(v_sg) - (full(v) - like(t, tangent) * full(tangent))
 
 
@@ -91,7 +94,9 @@ def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False) -> Tenso
     pixel, [B, N, C, 2, 2] in packed order.
     """
     v = full(v)
+    # UniPic 3, eq. 11: F - r = v - t dF/dt
     wanted = v.detach() - residual
+    # its gradient is 2 r dF/dtheta: eq. 10 with w(t) = 1/t
     loss = per_sample((v - wanted).square())
     if cosine:
         own, others = (x.unflatten(-1, (-1, PATCH * PATCH)) for x in (v, wanted))
@@ -99,11 +104,12 @@ def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False) -> Tenso
     return loss
 
 
-# --- distribution matching (MODEL: section 4.3) -----------------------------------------------------------------------
+# --- distribution matching (UniPic 3, section 4.3, eq. 12-14) ---------------------------------------------------------
 
 
 def fake_score_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
     """|F_fake(x_t, t) - (eps - x)|^2: flow matching on the student's own pictures x."""
+    # UniPic 3, eq. 1 on the student's samples: the fake score that stands for the student's score in eq. 12
     return flow_matching_loss(v, x.detach(), eps)
 
 
@@ -116,6 +122,7 @@ def dmd_direction(
     version's. "released": the same with the teacher's F in the mean, clipped below at 1e-5, the code's.
     """
     x, eps, v_teacher, v_fake = full(x), full(eps), full(v_teacher), full(v_fake)
+    # UniPic 3, eq. 12-13: the gradient of KL(student | teacher) as a difference of two velocities
     difference = v_teacher - v_fake
     if weighting == "final":
         return like((1 - t) / t, x) * difference
@@ -126,6 +133,7 @@ def dmd_direction(
 def dmd_loss(x: Tensor, direction: Tensor) -> Tensor:
     """1/2 |x - sg(x - w g)|^2, whose gradient with respect to x is w g. x: the student's pictures, with gradient."""
     x = full(x)
+    # UniPic 3, eq. 14
     return 0.5 * per_sample((x - (x - direction).detach()).square())
 
 

@@ -67,6 +67,7 @@ def pack_latents(latents: Tensor) -> Tensor:
     b, c, h, w = latents.shape
     if h % PATCH or w % PATCH:
         raise ValueError(f"latent height and width must be even, got {h}x{w}")
+    # UniPic 3, eq. 6
     x = latents.reshape(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(b, (h // PATCH) * (w // PATCH), c * PATCH * PATCH)
 
@@ -142,7 +143,9 @@ def pack_with_references(
     rows, shapes = [], []
     for row, shape, latents in zip(x_t, targets, samples, strict=True):
         packed = [pack_latents(z if z.ndim == 5 else z[None])[0].to(row) for z in latents]
+        # UniPic 3, eq. 7: S = [target | reference 1 | ... | reference K]
         rows.append(torch.cat([row, *packed]))
+        # UniPic 3, eq. 8: the shape of each piece
         shapes.append((shape, *map(LatentShape.of_latents, latents)))
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return PackedLatents(tokens, tuple(shapes), x_t.shape[1])

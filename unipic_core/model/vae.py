@@ -86,6 +86,7 @@ class ImageVAE(nn.Module):
         """The posterior's mode, normalised: (z - latents_mean) / latents_std, float32 whatever the weights are."""
         z = self.posterior(pictures.to(self.quant_conv.weight))[0].float()
         mean, std = self._statistics(z)
+        # UniPic 3, eq. 5: the latent of the target or of a reference
         return ((z - mean) / std)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class UniPicPipeline:
         callback: Callback | None = None,
         output_type: str = "pil",
     ) -> UniPicOutput:
-        """Compose. None means: from the recipe, else MODEL's defaults.
+        """Compose. None means: from the recipe, else the released weights' (docs/recipes.md).
 
         images: 0 to 6 references in the order that the prompt counts them. height, width: multiples of 16 within the
         output budget; by default the first reference's aspect. true_cfg_scale: 1 = no unconditional pass. sampler:

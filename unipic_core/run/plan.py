@@ -40,7 +40,7 @@ def resolve(
     sampler: str | None = None,
     reference_budget: int | None = None,
 ) -> Settings:
-    """None = from the recipe, else from MODEL's defaults for the sampler. UniPicError for values that cannot be."""
+    """None: from the recipe, else the sampler's defaults (docs/recipes.md). UniPicError for impossible values."""
     if sampler is not None and sampler not in SAMPLERS:
         raise UniPicError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     sampler = sampler or recipe.sampler or str(RELEASED_BASE.sampler)

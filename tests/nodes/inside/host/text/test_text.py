@@ -313,7 +313,7 @@ def test_stock_clip_agrees_with_ours(real, count):
         [[a, _]], [[b, _]] = (encode_prompt(clip, prompt, references) for clip in real)
         assert distance(a, b) < 1e-4
     tokens = [pair[0] for pair in ours.tokenize("x")[KEY][0]]
-    assert ours.tokenizer.dropped(tokens) == 64  # MODEL.md's number for the released tokenizer
+    assert ours.tokenizer.dropped(tokens) == 64  # as with the released tokenizer
     assert type(theirs.tokenizer) is not type(ours.tokenizer)
 
 
