@@ -38,8 +38,8 @@ class RowOrder:
     def __getitem__(self, index: int) -> np.ndarray:
         start, stop = index * self.batch_size, (index + 1) * self.batch_size
         epochs = range(start // self.rows, (stop - 1) // self.rows + 1)
-        pieces = np.concatenate([self._epoch(epoch) for epoch in epochs])
-        return pieces[start - epochs[0] * self.rows : stop - epochs[0] * self.rows]
+        pieces = [self._epoch(e)[max(start - e * self.rows, 0) : stop - e * self.rows] for e in epochs]
+        return np.concatenate(pieces)
 
     @lru_cache(maxsize=3)  # noqa: B019 - there is one order, and it lives as long as the run
     def _epoch(self, epoch: int) -> np.ndarray:
