@@ -51,14 +51,15 @@ def _check_events(text: str) -> None:
     """Refuse aliases and deep nesting before anything is built."""
     depth = 0
     for event in yaml.parse(text, yaml.SafeLoader):
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError(f"line {event.start_mark.line + 1} has an alias; write the values out")
+            raise ValueError(f"line {line} has an alias; write the values out")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > DEEPEST:
-            raise ValueError(f"line {event.start_mark.line + 1} is nested deeper than {DEEPEST} levels")
+            raise ValueError(f"line {line} is nested deeper than {DEEPEST} levels")
 
 
 def _where(error: Exception) -> str:
