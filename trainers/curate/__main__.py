@@ -14,6 +14,7 @@ from pathlib import Path
 from .conflicts.matrix import describe, draw_matrix
 from .conflicts.rules import read_rules
 from .conflicts.solve import solve
+from .conflicts.wording import instruction
 
 
 def conflicts(args: argparse.Namespace) -> None:
@@ -27,7 +28,9 @@ def conflicts(args: argparse.Namespace) -> None:
         solution = solve(rules, args.categories)
         for name, seat in zip(args.categories, solution.seats, strict=bool(solution.seats)):
             print(f"{name}: {', '.join(seat.slots) or 'free'}")
-        if not solution.possible:
+        if solution.possible:
+            print(instruction(rules, args.categories, solution.seats))
+        else:
             print(f"not together: {'; '.join(solution.broken)}")
 
 

@@ -12,6 +12,7 @@ from trainers.curate.bounded_yaml import CurateError
 from trainers.curate.conflicts.matrix import conflict_matrix, draw_matrix, reachable_share
 from trainers.curate.conflicts.rules import Rules, read_rules
 from trainers.curate.conflicts.solve import solve
+from trainers.curate.conflicts.wording import instruction
 
 FOLDER = Path(trainers.curate.__file__).parent / "conflicts"
 
@@ -140,3 +141,14 @@ def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
     assert (tmp_path / "m.png").exists()
     assert main(["conflicts", str(FOLDER / "drawn.yaml"), "person", "hat"]) == 0
     assert "hat: head" in capsys.readouterr().out
+
+
+def test_the_instruction_numbers_every_source_beside_its_person(people):
+    names = ["hat", "person", "person", "mug", "instrument", "background"]
+    seats = solve(people, names).seats
+    text = instruction(people, names, seats)
+    assert all(text.count(f"the {name} from image {i}") == 1 for i, name in enumerate(names, 1))
+    assert text.startswith("Show the person from image 2 wearing the hat from image 1")
+    assert text.endswith(", before the background from image 6.")
+    with pytest.raises(CurateError, match="one seat for each"):
+        instruction(people, names, ())

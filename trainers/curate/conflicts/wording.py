@@ -1,0 +1,29 @@
+"""The instruction of one picture by template: every source by its number, in the words of its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..bounded_yaml import CurateError
+from .rules import Rules
+from .solve import Seat
+
+
+def instruction(rules: Rules, categories: Sequence[str], seats: Sequence[Seat]) -> str:
+    """As "Show the person from image 1 wearing the hat from image 2." Raises CurateError without any source or seat.
+
+    A thing follows the person whose slot it takes; the scene's things, with their slot's phrase if it has one, follow
+    all persons.
+    """
+    if not seats or len(seats) != len(categories):
+        raise CurateError(f"expected one seat for each of {len(categories)} sources, got {len(seats)}")
+    nouns = [f"the {name} from image {i}" for i, name in enumerate(categories, 1)]
+    persons = [i for i, name in enumerate(categories) if rules.categories[name].person]
+    other = "with {}" if persons else "{}"
+    phrased = [rules.phrases.get(seat.slots[0], other) if seat.slots else "{}" for seat in seats]
+    groups = []
+    for person in persons:
+        things = [phrased[i].format(nouns[i]) for i, seat in enumerate(seats) if seat.person == person and i != person]
+        groups.append(" ".join([nouns[person], " and ".join(things)]).strip())
+    scene = [phrased[i].format(nouns[i]) for i, seat in enumerate(seats) if seat.person is None]
+    return f"Show {', '.join([*([' and '.join(groups)] if groups else []), *scene])}."
