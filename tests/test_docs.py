@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -44,3 +45,21 @@ def test_readme_is_short() -> None:
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda p: p.name)
 def test_yaml_parses(path: Path) -> None:
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def test_troubleshooting_quotes_real_messages() -> None:
+    """Each quotation is in one string of the code, `...` standing for any text."""
+    texts = []
+    for package in ("unipic_core", "nodes"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.JoinedStr, ast.Constant)):
+                    values = node.values if isinstance(node, ast.JoinedStr) else [node]
+                    parts = (v.value if isinstance(v, ast.Constant) else "\0" for v in values)
+                    texts.append("".join(part for part in parts if isinstance(part, str)))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quotations = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    assert len(quotations) >= 10
+    for quotation in quotations:
+        wanted = re.compile(".*?".join(re.escape(part) for part in quotation.split("...")), re.DOTALL)
+        assert any(wanted.search(text) for text in texts), f"no message of the code reads {quotation!r}"
