@@ -38,6 +38,17 @@ def test_links(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page.relative_to(ROOT)}: no heading for {link}"
 
 
+NAMED = re.compile(r"`((?:unipic_core|nodes|trainers|tests|docs|web|locales|\.github)/[\w/.-]+)`")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_named_files_are_there(page: Path) -> None:
+    if page.name == "CHANGELOG.md":
+        return
+    missing = [name for name in NAMED.findall(prose(page)) if not (ROOT / name).exists()]
+    assert not missing, f"{page.relative_to(ROOT)} names {missing}"
+
+
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 130
 
