@@ -5,10 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .compose import MultiImageCompose
-from .host.images import UniPicSampleImages
 from .load import LoadUniPic
 from .lora import DistillLoRA
 from .sample import FewStepSampler, UniPicSamplerSelect, UniPicSigmas
+from .sample_images import UniPicSampleImages
 
 NODES: list[type[io.ComfyNode]] = [
     LoadUniPic,

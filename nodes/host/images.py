@@ -1,22 +1,15 @@
-"""Between ComfyUI's IMAGE and MASK and Pillow's pictures; and the pictures that come with the pack."""
+"""Conversions between ComfyUI's IMAGE and MASK and Pillow's pictures."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ...unipic_core.conditioning.images import load_image, to_rgb
+from ...unipic_core.conditioning.images import to_rgb
 from ...unipic_core.errors import UniPicError
-from .. import CATEGORY
-
-FOLDER = Path(__file__).resolve().parents[2] / "pictures"
-"""The pictures that come with the pack."""
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
@@ -60,37 +53,3 @@ def _stretched(mask: Tensor, values: Tensor) -> Tensor:
     if mask.shape[1:] != (height, width):
         mask = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
     return mask.nan_to_num(nan=0.0).clamp(0, 1)[..., None].expand(batch, -1, -1, -1)
-
-
-def example_names() -> list[str]:
-    """Names of the pictures that come with the pack."""
-    return sorted(path.stem for path in FOLDER.glob("*.png"))
-
-
-class UniPicSampleImages(io.ComfyNode):
-    """The inputs of the shipped workflows, so that these run as they are."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="UniPicSampleImages",
-            display_name="Sample Images (UniPic)",
-            category=CATEGORY,
-            description="A picture that comes with the pack, to try a workflow with before loading your own.",
-            search_aliases=["example image", "sample picture", "unipic images"],
-            inputs=[
-                io.Combo.Input(
-                    "picture",
-                    options=example_names(),
-                    default="astronaut",
-                    tooltip="Which of the pack's pictures; all are 256x256 pixels on an opaque ground.",
-                )
-            ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The picture in its own size.")],
-        )
-
-    @classmethod
-    def execute(cls, picture: str) -> io.NodeOutput:
-        if picture not in example_names():
-            raise UniPicError(f"there is no sample picture {picture!r}; choose one of {', '.join(example_names())}")
-        return io.NodeOutput(to_image(load_image(FOLDER / f"{picture}.png")))

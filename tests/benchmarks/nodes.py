@@ -39,7 +39,8 @@ def compared(first: Run, second: Run, runs: int) -> dict[str, float]:
 def nodes_against_pipeline(runs: int) -> dict[str, float]:
     import torch
     from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
-    from unipic_pack.nodes.host.images import FOLDER, to_image
+    from unipic_pack.nodes.host.images import to_image
+    from unipic_pack.nodes.sample_images import FOLDER
     from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
     from unipic_pack.nodes.load import LoadUniPic
     from unipic_pack.nodes.sample import FewStepSampler

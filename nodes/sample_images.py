@@ -1,0 +1,49 @@
+"""UniPicSampleImages: the pictures that come with the pack, so that the shipped workflows run as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..unipic_core.conditioning.images import load_image
+from ..unipic_core.errors import UniPicError
+from . import CATEGORY
+from .host.images import to_image
+
+FOLDER = Path(__file__).resolve().parents[1] / "pictures"
+"""The pictures that come with the pack."""
+
+
+def example_names() -> list[str]:
+    """Names of the pictures that come with the pack."""
+    return sorted(path.stem for path in FOLDER.glob("*.png"))
+
+
+class UniPicSampleImages(io.ComfyNode):
+    """The inputs of the shipped workflows, so that these run as they are."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="UniPicSampleImages",
+            display_name="Sample Images (UniPic)",
+            category=CATEGORY,
+            description="A picture that comes with the pack, to try a workflow with before loading your own.",
+            search_aliases=["example image", "sample picture", "unipic images"],
+            inputs=[
+                io.Combo.Input(
+                    "picture",
+                    options=example_names(),
+                    default="astronaut",
+                    tooltip="Which of the pack's pictures; all are 256x256 pixels on an opaque ground.",
+                )
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture in its own size.")],
+        )
+
+    @classmethod
+    def execute(cls, picture: str) -> io.NodeOutput:
+        if picture not in example_names():
+            raise UniPicError(f"there is no sample picture {picture!r}; choose one of {', '.join(example_names())}")
+        return io.NodeOutput(to_image(load_image(FOLDER / f"{picture}.png")))
