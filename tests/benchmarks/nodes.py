@@ -40,10 +40,10 @@ def nodes_against_pipeline(runs: int) -> dict[str, float]:
     import torch
     from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
     from unipic_pack.nodes.host.images import to_image
-    from unipic_pack.nodes.sample_images import FOLDER
     from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
     from unipic_pack.nodes.load import LoadUniPic
     from unipic_pack.nodes.sample import FewStepSampler
+    from unipic_pack.nodes.sample_images import FOLDER
     from unipic_pack.unipic_core.conditioning.images import load_image
 
     sys.path.append(str(ROOT))

@@ -11,10 +11,10 @@ from sampled import sample_from
 from torch import Tensor
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.host.images import to_image
-from unipic_pack.nodes.sample_images import FOLDER
 from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.load import LoadUniPic
+from unipic_pack.nodes.sample_images import FOLDER
 from unipic_pack.unipic_core.conditioning.images import load_image
 from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
 from unipic_pack.unipic_core.run.plan import resolve

@@ -10,11 +10,11 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.host.images import to_image
-from unipic_pack.nodes.sample_images import FOLDER
 from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.nodes.lora import DistillLoRA
 from unipic_pack.nodes.sample import FewStepSampler
+from unipic_pack.nodes.sample_images import FOLDER
 from unipic_pack.unipic_core.conditioning.images import load_image
 
 torch.set_num_threads(1)
