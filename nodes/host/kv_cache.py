@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -42,9 +42,6 @@ REFERENCE_SETS = 2
 
 Kept = tuple[KeyValue, ...]
 """Keys and values in every block."""
-
-Past = Iterator[tuple[KeyValue, ...]]
-"""Block by block, those of the segments before the target's, in order."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrapper
 from torch import Tensor
 
 from ...unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_latents
-from ...unipic_core.model.attention_forms import Segment, advance, advance_all
+from ...unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
 from ...unipic_core.model.blocks import KeyValue
 from ...unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
 from ...unipic_core.model.mmdit import MMDiT
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .inputs import checked_method, checked_text, packed, positions
-from .kv_cache import FORM, OWN_OPTIONS, Conditions, Fixed, Kept, Past, Reused
+from .kv_cache import FORM, OWN_OPTIONS, Conditions, Fixed, Kept, Reused
 
 
 def network_options(config: MMDiTConfig) -> Options:
@@ -109,18 +109,19 @@ class Network(MMDiT):
         )
         reused = self.conditions.approximate(fixed)
         if reused is not None and reused.serves(float(timestep[0])):
-            fixed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), _by_block([reused.kept]), None
+            fixed, computed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), [], [reused.kept], None
         else:
-            past = self._past(fixed)
+            computed, past = self._past(fixed)
         options = self._options(latents, options)
-        return self._moving(x, timestep, fixed, past, options, control, method, reused)
+        return self._moving(x, timestep, fixed, computed, past, options, control, method, reused)
 
     def _moving(
         self,
         x: Tensor,
         timestep: Tensor,
         fixed: Fixed,
-        past: Past,
+        computed: Sequence[Segment],
+        past: Sequence[Kept],
         options: Options,
         control: dict[str, Any] | None,
         method: str,
@@ -146,10 +147,13 @@ class Network(MMDiT):
             words=words,
             keeps=reused is not None,
         )
-        img, kept = self._blocks(x, img, txt, temb, state, latents.num_target_tokens, control, past)
-        if reused is not None and len(kept) == len(self.transformer_blocks):  # a replaced block keeps nothing
-            reused.t, reused.kept = float(timestep[0]), tuple(kept)
-        velocity = self.proj_out(self.norm_out(img[:, : latents.num_target_tokens], temb[: img.shape[0]]))
+        target = Segment(pieces, img, txt, temb, state, latents.num_target_tokens)
+        kept: list[list[KeyValue]] | None = None if reused is None else []
+        step = self._hooked(x, options, control)
+        img = through_blocks(self.transformer_blocks, [*computed, target], past, step, kept)[-1].img
+        if reused is not None and kept and all(kept):  # a replaced block keeps nothing
+            reused.t, reused.kept = float(timestep[0]), tuple(kv for (kv,) in kept)
+        velocity = self.proj_out(self.norm_out(img[:, : latents.num_target_tokens], temb[: x.shape[0]]))
         velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
         return velocity if x.ndim == 5 else velocity[:, :, 0]
 
@@ -168,68 +172,55 @@ class Network(MMDiT):
             img, txt, picture_ids, text_ids = out["img"], out["txt"], out["img_ids"], out["txt_ids"]
         return img, txt, picture_ids, text_ids
 
-    def _blocks(
-        self,
-        x: Tensor,
-        img: Tensor,
-        txt: Tensor | None,
-        temb: Tensor,
-        state: HookedState,
-        num_target_tokens: int,
-        control: dict[str, Any] | None,
-        past: Past,
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Image tokens after all blocks; where no hook can see it, the last block makes the target's alone.
-
-        And, where `state` keeps them, the references' keys and values.
-        """
-        options = state.options
+    def _hooked(self, x: Tensor, options: Options, control: dict[str, Any] | None) -> Step:
+        """`advance` with ComfyUI's hooks around the last segment; where none can see it, the last block is pruned."""
         replacements = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         residuals = (control or {}).get("input") or ()
         hooked = bool(options.get("patches") or replacements or residuals or "optimized_attention_override" in options)
-        last, references = len(self.transformer_blocks) - 1, state.words + num_target_tokens
-        keeps: list[KeyValue] = []
-        for i, (block, seen) in enumerate(zip(self.transformer_blocks, past, strict=True)):
-            options["block_index"] = i
-            state = replace(state, past=seen)
+        index = {id(block): i for i, block in enumerate(self.transformer_blocks)}
+
+        def step(
+            block: Any, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
+        ) -> tuple[list[Segment], list[KeyValue]]:
+            i = options["block_index"] = index[id(block)]
+            *before, target = segments
+            before, made = advance(block, before, past, last)
             if ("double_block", i) in replacements:
-                args = {"img": img, "txt": txt, "vec": temb, "pe": state.rope, "transformer_options": options}
-                out = replacements[("double_block", i)](args, {"original_block": _original(block, state)})
-                img, txt = out["img"], out["txt"]
+                target, kept = _replaced(replacements[("double_block", i)], block, target, (*past, *made), options), []
             else:
-                img, txt, kept = block(img, txt, temb, state, num_target_tokens if i == last and not hooked else None)
-                if kept is not None:  # copied, or all the other tokens' would stay in memory with them
-                    keeps.append((kept[0][:, :, references:].clone(), kept[1][:, :, references:].clone()))
+                [target], kept = advance(block, [target], (*past, *made), last and not hooked)
+                kept = [_references_of(kv, target) for kv in kept]
             for patch in after:
-                out = patch({"img": img, "txt": txt, "x": x, "block_index": i, "transformer_options": options})
-                img, txt = out["img"], out["txt"]
+                seen = {"img": target.img, "txt": target.txt, "x": x, "block_index": i, "transformer_options": options}
+                out = patch(seen)
+                target = replace(target, img=out["img"], txt=out["txt"])
             if i < len(residuals) and residuals[i] is not None:
-                img[:, : residuals[i].shape[1]] += residuals[i]
-        return img, keeps
+                target.img[:, : residuals[i].shape[1]] += residuals[i]
+            return [*before, target], kept
+
+        return step
 
     # --- what no step changes ---
 
-    def _past(self, fixed: Fixed) -> Past:
-        """Keys and values of the segments before the target's: the run's own, or made as each block comes."""
+    def _past(self, fixed: Fixed) -> tuple[list[Segment], list[Kept]]:
+        """The segments before the target's: to be computed in this step, or their keys and values from the run's cache.
+
+        Computed ones go through each block just before the target, so no block's keys and values stay for long.
+        """
         pieces = [piece for (piece,) in SEGMENTS[fixed.form][:-1] if piece != REFERENCES or fixed.latents.shapes[0][1:]]
         if not pieces or not self.conditions.keeps(fixed):
-            return self._in_passing([self._segment(piece, fixed) for piece in pieces])
+            return [self._segment(piece, fixed) for piece in pieces], []
         made: list[Kept] = []
         for piece in pieces:
             made.append(self.conditions.get(piece, fixed, partial(self._prefill, piece, fixed, tuple(made))))
-        return _by_block(made)
+        return [], made
 
     def _prefill(self, piece: str, fixed: Fixed, past: Sequence[Kept]) -> Kept:
         """Keys and values of references or text in every block."""
-        _, [kept] = advance_all(self.transformer_blocks, [self._segment(piece, fixed)], past)
-        return kept
-
-    def _in_passing(self, segments: Sequence[Segment]) -> Past:
-        """The segments go through each block just before the target's, so no block's keys and values stay for long."""
-        for block in self.transformer_blocks:
-            segments, made = advance(block, segments, (), block is self.transformer_blocks[-1])
-            yield tuple(made)
+        kept: list[list[KeyValue]] = []
+        through_blocks(self.transformer_blocks, [self._segment(piece, fixed)], past, keep=kept)
+        return tuple(kv for (kv,) in kept)
 
     def _segment(self, piece: str, fixed: Fixed) -> Segment:
         """References or text as they enter the first block; of one sample, if all of a batch are alike."""
@@ -280,9 +271,20 @@ class Network(MMDiT):
         return positions(latents, words, self.config.use_layer3d_rope, method).to(device)
 
 
-def _by_block(made: Sequence[Kept]) -> Past:
-    """For each block, the keys and values of all these segments."""
-    return zip(*made, strict=True)
+def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
+    """The references' share of a full segment's keys and values; copied, or the others would stay in memory with it."""
+    start = target.state.words + target.wanted
+    return kv[0][:, :, start:].clone(), kv[1][:, :, start:].clone()
+
+
+def _replaced(
+    replacement: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
+) -> Segment:
+    """A block that a patch replaces, with the block itself at hand."""
+    state = replace(target.state, past=past)
+    args = {"img": target.img, "txt": target.txt, "vec": target.temb, "pe": state.rope, "transformer_options": options}
+    out = replacement(args, {"original_block": _original(block, state)})
+    return replace(target, img=out["img"], txt=out["txt"])
 
 
 def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -> Callable[[Options], Options]:

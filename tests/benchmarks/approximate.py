@@ -32,7 +32,7 @@ from trainers.nano.render import Sample, render
 from trainers.nano.scenes import make_scene
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
-from unipic_core.model.attention_forms import advance_all, spans
+from unipic_core.model.attention_forms import spans, through_blocks
 from unipic_core.model.blocks import KeyValue
 from unipic_core.model.config import FULL, REFERENCE_CAUSAL, REFERENCES, MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
@@ -100,7 +100,9 @@ class Reusing:
         network, references = self.network, spans(latents, text)[REFERENCES]
         segments, _ = network._segments(latents, t, text, None, {})
         keeping = replace(segments[0], state=replace(segments[0].state, keeps=True))
-        [done], [kept] = advance_all(network.transformer_blocks, [keeping], ())
+        by_block: list[list[KeyValue]] = []
+        [done] = through_blocks(network.transformer_blocks, [keeping], keep=by_block)
+        kept = tuple(kv for (kv,) in by_block)
         v = network.proj_out(network.norm_out(done.img, done.temb))
         return v, tuple((k[:, references.start :], v[:, references.start :]) for k, v in kept)
 

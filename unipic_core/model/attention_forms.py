@@ -8,7 +8,7 @@ computed once and kept (`MMDiT.prefill`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from .blocks import JointState, KeyValue
 from .config import REFERENCES, TARGET, TEXT
 
 ConditionCache = Mapping[str, tuple[KeyValue, ...]]
-"""What `MMDiT.prefill` gives: REFERENCES or TEXT -> keys and values in every block."""
+"""The result of `MMDiT.prefill`: REFERENCES or TEXT -> keys and values in every block."""
 
 
 @dataclass(frozen=True)
@@ -39,33 +39,46 @@ class Segment:
     wanted: int
 
 
+Step = Callable[[Any, Sequence[Segment], tuple[KeyValue, ...], bool], tuple[list[Segment], list[KeyValue]]]
+"""(block, segments, keys and values of earlier segments in this block, last block) -> segments, those they keep."""
+
+
 def advance(
     block: Any, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
 ) -> tuple[list[Segment], list[KeyValue]]:
-    """All segments through one block. past: keys and values of earlier segments in this block.
+    """All segments through one block, each attending to those before it.
 
-    Returns the segments, and the keys and values of those that keep them. last: this is the last block.
+    Returns the segments, and the keys and values of those that keep them.
     """
-    done, made = [], []
+    done, kept = [], []
     for segment in segments:
         state = replace(segment.state, past=past)
-        img, txt, kept = block(segment.img, segment.txt, segment.temb, state, segment.wanted if last else None)
+        img, txt, kv = block(segment.img, segment.txt, segment.temb, state, segment.wanted if last else None)
         done.append(replace(segment, img=img, txt=txt))
-        if kept is not None:
-            past = (*past, kept)
-            made.append(kept)
-    return done, made
+        if kv is not None:
+            past = (*past, kv)
+            kept.append(kv)
+    return done, kept
 
 
-def advance_all(
-    blocks: Iterable[Any], segments: Sequence[Segment], past: Sequence[Sequence[KeyValue]]
-) -> tuple[Sequence[Segment], list[tuple[KeyValue, ...]]]:
-    """All segments through all blocks, and what each that keeps them has of keys and values in every block."""
-    blocks, made = list(blocks), []
+def through_blocks(
+    blocks: Iterable[Any],
+    segments: Sequence[Segment],
+    past: Sequence[Sequence[KeyValue]] = (),
+    step: Step = advance,
+    keep: list[list[KeyValue]] | None = None,
+) -> Sequence[Segment]:
+    """The loop over the blocks. past: keys and values, by block, of each earlier segment that is not computed.
+
+    step: what happens in one block; a host hooks in here. keep: a list that gets each block's keys and values; without
+    one they are freed after their block.
+    """
+    blocks = list(blocks)
     for i, block in enumerate(blocks):
-        segments, kept = advance(block, segments, tuple(kv[i] for kv in past), block is blocks[-1])
-        made.append(kept)
-    return segments, list(zip(*made, strict=True))
+        segments, kept = step(block, segments, tuple(kv[i] for kv in past), block is blocks[-1])
+        if keep is not None:
+            keep.append(kept)
+    return segments
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the network is made of: blocks of two streams that attend jointly, and the layers at its ends.
+"""The transformer block of two streams that attend jointly, and the layers at the network's ends.
 
 Layers come from an `operations` namespace (Linear, LayerNorm, RMSNorm, Embedding as in torch.nn); parameter names are
 diffusers'.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,21 +19,35 @@ from .attention import Attention
 from .config import MMDiTConfig
 from .rope import Rotation, rotate
 
+Layer = Callable[..., Any]
+
+S = TypeVar("S", Tensor, None, Tensor | None)
+"""Tokens of one stream; None where a segment has none."""
+
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of some tokens in one block, each [B or 1, N, H, D]."""
 
-Modulation = Any
-"""shift, scale and gate before attention and again before the MLP: six of [B, 1 or S, width]; None without tokens."""
+
+class Modulation(NamedTuple):
+    """How the time modulates a stream before attention or before the MLP; each [B, 1 or S, width]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+    def first(self, count: int) -> Modulation:
+        """Of the first `count` tokens; one row for all tokens stays one row."""
+        return Modulation(*(m[:, :count] for m in self))
 
 
 @dataclass(frozen=True)
 class JointState:
-    """What one block is told of the tokens that it works on, beside the tokens.
+    """Attention context of one segment: RoPE, mask, cached keys and values.
 
-    rope: of these tokens, text first. past: keys and values of tokens that are not worked on but attended to; in the
-    sequence they come before. mask: [B, 1, 1, past + own] bool or None, True where a key may be attended to.
-    reference: [1, S, 1] bool or None, True where an image token is modulated by the second half of the time embedding.
-    keeps: hand out the keys and values of these tokens.
+    rope: of the segment's tokens, text first. mask: [B, 1, 1, past + segment] bool or None, True where a key may be
+    attended to. reference: [1, S, 1] bool or None, True where an image token is modulated by the second half of the
+    time embedding. attention: the function. past: keys and values of earlier tokens, which are attended to but not
+    computed. keeps: return the segment's keys and values.
 
     A host with hooks of its own around attention brings a subclass with another `placed` and `attend`.
     """
@@ -46,13 +60,13 @@ class JointState:
     keeps: bool = False
 
     def placed(self, k: Tensor, v: Tensor) -> KeyValue:
-        """Keys and values [B, L + S, H, D] of these tokens as others attend to them: keys turned to their positions."""
+        """Keys and values [B, L + S, H, D] as later tokens attend to them: keys rotated to their positions."""
         return rotate(k, self.rope), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> tuple[Tensor, KeyValue | None]:
-        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised but not yet rotated -> [B, Q, H * D], and what is kept.
+        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised but not rotated -> [B, Q, H * D], and what `keeps` returns.
 
-        start: the first query's place among these tokens [text | images].
+        start: index of the first query in [text | images].
         """
         cos, sin = (r[:, start : start + q.shape[1]] for r in self.rope)
         q = rotate(q, (cos, sin))
@@ -69,6 +83,11 @@ def joined(past: tuple[KeyValue, ...], own: KeyValue, dim: int = 1) -> KeyValue:
     batch = len(own[0])
     k, v = zip(*((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in (*past, own)), strict=True)
     return torch.cat(k, dim=dim), torch.cat(v, dim=dim)
+
+
+_NOTHING = torch.empty(0)
+ABSENT = Modulation(_NOTHING, _NOTHING, _NOTHING)
+"""The modulation of an absent stream; nothing reads it."""
 
 
 class Block(nn.Module):
@@ -92,39 +111,76 @@ class Block(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None, KeyValue | None]:
         """img [B, S, width] and txt [B, L, width], one of which may be absent; temb [B or 2B, width].
 
-        Returns both, in the same shapes, and the keys and values if `state` keeps them. keep: only the first `keep`
-        image tokens are wanted, as after the last block; the text comes back as it was. With keep 0 only keys and
-        values are made.
+        Returns both, and the keys and values if `state` keeps them. keep: the image tokens, from the first, that are
+        needed after this, the last block; 0: only keys and values are.
         """
-        img_mod: Modulation = None if img is None else _per_token(self.img_mod(temb), len(img), state.reference)
-        txt_mod: Modulation = None if txt is None else _per_token(self.txt_mod(temb[: len(txt)]), len(txt), None)
-        img_in = None if img is None else _modulated(self.img_norm1(img), img_mod)
-        txt_in = None if txt is None else _modulated(self.txt_norm1(txt), txt_mod)
         if keep == 0:
-            return img, txt, self.attn.keys_and_values(img_in, txt_in, state)
-        img_out, txt_out, kept = self.attn(img_in, txt_in, state, keep)
-        if img is not None and keep is not None:
-            img, img_mod = img[:, :keep], [m[:, :keep] for m in img_mod]
-        if img is not None:
-            img = _fed(torch.addcmul(img, img_mod[2], img_out), img_mod[3:], self.img_norm2, self.img_mlp)
-        if txt is not None and keep is None:
-            txt = _fed(torch.addcmul(txt, txt_mod[2], txt_out), txt_mod[3:], self.txt_norm2, self.txt_mlp)
+            return img, txt, self.keys_and_values(img, txt, temb, state)
+        if keep is not None:
+            return self.last(img, txt, temb, state, keep)
+        img_attn, img_ff = _modulations(self.img_mod, temb, img, state.reference)
+        txt_attn, txt_ff = _modulations(self.txt_mod, temb, txt)
+        img_in, txt_in = _modulated(img, self.img_norm1, img_attn), _modulated(txt, self.txt_norm1, txt_attn)
+        img_out, txt_out, kept = self.attn(img_in, txt_in, state)
+        img = _fed_forward(_gated(img, img_attn, img_out), self.img_norm2, img_ff, self.img_mlp)
+        txt = _fed_forward(_gated(txt, txt_attn, txt_out), self.txt_norm2, txt_ff, self.txt_mlp)
         return img, txt, kept
 
+    def last(
+        self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState, keep: int
+    ) -> tuple[Tensor | None, Tensor | None, KeyValue | None]:
+        """The last block: `forward` of the first `keep` image tokens alone; the text comes back unchanged."""
+        assert img is not None  # only image tokens are needed of the last block
+        img_attn, img_ff = _modulations(self.img_mod, temb, img, state.reference)
+        txt_attn, _ = _modulations(self.txt_mod, temb, txt)
+        img_in, txt_in = _modulated(img, self.img_norm1, img_attn), _modulated(txt, self.txt_norm1, txt_attn)
+        out, kept = self.attn.of_images(img_in, txt_in, state, keep)
+        img = _gated(img[:, :keep], img_attn.first(keep), out)
+        return _fed_forward(img, self.img_norm2, img_ff.first(keep), self.img_mlp), txt, kept
 
-def _per_token(mod: Tensor, batch: int, reference: Tensor | None) -> Modulation:
-    """mod [B, 6 width], or [2B, 6 width]: then the tokens in `reference` take the second half, made at t = 0."""
-    mod = mod[:, None] if reference is None else torch.where(reference, mod[batch:, None], mod[:batch, None])
-    return mod.chunk(6, dim=-1)
+    def keys_and_values(self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState) -> KeyValue:
+        """Keys and values alone, where nothing else is needed of these tokens."""
+        img_attn, _ = _modulations(self.img_mod, temb, img, state.reference)
+        txt_attn, _ = _modulations(self.txt_mod, temb, txt)
+        img_in, txt_in = _modulated(img, self.img_norm1, img_attn), _modulated(txt, self.txt_norm1, txt_attn)
+        return self.attn.keys_and_values(img_in, txt_in, state)
 
 
-def _modulated(normed: Tensor, mod: Modulation) -> Tensor:
-    return torch.addcmul(mod[0], normed, 1 + mod[1])
+# A segment may lack images or text: what follows passes an absent stream (None) through.
 
 
-def _fed(x: Tensor, mod: Modulation, norm: Callable[[Tensor], Tensor], mlp: Callable[[Tensor], Tensor]) -> Tensor:
-    """The second half of a block: x + gate MLP(modulated x)."""
-    return torch.addcmul(x, mod[2], mlp(_modulated(norm(x), mod)))
+def _modulations(
+    layers: Layer, temb: Tensor, x: Tensor | None, reference: Tensor | None = None
+) -> tuple[Modulation, Modulation]:
+    """Of the stream x before attention and before the MLP. temb: [B, width]; or [2B, width], the second half at t = 0.
+
+    reference: [1, S, 1], True where a token takes the second half; None = all take the first.
+    """
+    if x is None:
+        return ABSENT, ABSENT
+    batch = len(x)
+    if reference is None:
+        mod = layers(temb[:batch])[:, None]
+    else:
+        both = layers(temb)[:, None]
+        mod = torch.where(reference, both[batch:], both[:batch])
+    parts = mod.chunk(6, dim=-1)
+    return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+
+def _modulated(x: S, norm: Layer, mod: Modulation) -> S:
+    """norm(x) (1 + scale) + shift."""
+    return None if x is None else torch.addcmul(mod.shift, norm(x), 1 + mod.scale)
+
+
+def _gated(x: S, mod: Modulation, out: Tensor | None) -> S:
+    """x + gate out."""
+    return None if x is None or out is None else torch.addcmul(x, mod.gate, out)
+
+
+def _fed_forward(x: S, norm: Layer, mod: Modulation, mlp: Layer) -> S:
+    """x + gate MLP(modulated x)."""
+    return None if x is None else _gated(x, mod, mlp(_modulated(x, norm, mod)))
 
 
 class JointAttention(nn.Module):
@@ -146,27 +202,30 @@ class JointAttention(nn.Module):
         self.to_out, self.to_add_out = nn.ModuleList([linear()]), linear()
 
     def forward(
-        self, img: Tensor | None, txt: Tensor | None, state: JointState, keep: int | None = None
+        self, img: Tensor | None, txt: Tensor | None, state: JointState
     ) -> tuple[Tensor | None, Tensor | None, KeyValue | None]:
-        """Outputs for images and text, and what `state` keeps; with `keep` outputs for the first image tokens alone."""
+        """Outputs for images and text, and the keys and values if `state` keeps them."""
+        # no names for queries, keys and values: a name would hold the unrotated tensors while attention runs
+        out, kept = state.attend(self._queries(img, txt), self._keys(img, txt), self._values(img, txt))
         words = 0 if txt is None else txt.shape[1]
-        # no names for the three: a name would keep the unrotated tensors in memory while attention runs
-        out, kept = state.attend(
-            self._queries(img, txt, keep), self._keys(img, txt), self._values(img, txt), 0 if keep is None else words
-        )
-        if keep is not None:
-            return self.to_out[0](out), None, kept
         img_out = None if img is None else self.to_out[0](out[:, words:])
         return img_out, None if txt is None else self.to_add_out(out[:, :words]), kept
 
+    def of_images(
+        self, img: Tensor, txt: Tensor | None, state: JointState, keep: int
+    ) -> tuple[Tensor, KeyValue | None]:
+        """`forward` of the first `keep` image tokens alone, which attend to all."""
+        words = 0 if txt is None else txt.shape[1]
+        out, kept = state.attend(
+            self._heads(self.to_q, img[:, :keep], self.norm_q), self._keys(img, txt), self._values(img, txt), words
+        )
+        return self.to_out[0](out), kept
+
     def keys_and_values(self, img: Tensor | None, txt: Tensor | None, state: JointState) -> KeyValue:
-        """What others attend to, where nothing else is wanted of these tokens."""
+        """Keys and values as later tokens attend to them."""
         return state.placed(self._keys(img, txt), self._values(img, txt))
 
-    def _queries(self, img: Tensor | None, txt: Tensor | None, keep: int | None) -> Tensor:
-        if keep is not None:
-            assert img is not None  # only image tokens are wanted of the last block
-            return self._heads(self.to_q, img[:, :keep], self.norm_q)
+    def _queries(self, img: Tensor | None, txt: Tensor | None) -> Tensor:
         return self._joint((self.add_q_proj, txt, self.norm_added_q), (self.to_q, img, self.norm_q))
 
     def _keys(self, img: Tensor | None, txt: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..conditioning.sequence import PackedLatents, TextCond
 from .attention import Attention, scaled_dot_product_attention
-from .attention_forms import ConditionCache, Segment, Span, advance, advance_all, key_mask, reference_tokens, spans
+from .attention_forms import ConditionCache, Segment, Span, advance, key_mask, reference_tokens, spans, through_blocks
 from .blocks import Block, JointState, KeyValue, OutputNorm, TimeEmbedding
 from .config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig
 from .rope import Rotation, joint_positions, rotation
@@ -75,12 +75,8 @@ class MMDiT(nn.Module):
         if text.embeds.shape[0] != batch:
             raise ValueError(f"expected {batch} text conditions, got {text.embeds.shape[0]}")
         segments, past = self._segments(latents, t, text, additional_t_cond, cache or {})
-        for i, block in enumerate(self.transformer_blocks):
-            args = block, segments, tuple(kv[i] for kv in past), block is self.transformer_blocks[-1]
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                segments, _ = checkpoint(advance, *args, use_reentrant=False)
-            else:
-                segments, _ = advance(*args)
+        step = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else advance
+        segments = through_blocks(self.transformer_blocks, segments, past, step)
         moving = segments[-1]
         return self.proj_out(self.norm_out(moving.img, moving.temb[:batch]))
 
@@ -97,8 +93,10 @@ class MMDiT(nn.Module):
         depend on the references, and on the target's size, from which its positions start.
         """
         segments, past = self._segments(latents, None, text, additional_t_cond, cache or {})
-        done, kept = advance_all(self.transformer_blocks, segments, past)
-        return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in zip(done, kept, strict=True)}}
+        kept: list[list[KeyValue]] = []
+        through_blocks(self.transformer_blocks, segments, past, keep=kept)
+        by_segment = zip(segments, zip(*kept, strict=True), strict=True)
+        return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in by_segment}}
 
     def _segments(
         self,
@@ -107,7 +105,7 @@ class MMDiT(nn.Module):
         text: TextCond | None,
         additional_t_cond: Tensor | None,
         cache: ConditionCache,
-    ) -> tuple[list[Segment], list[Sequence[KeyValue]]]:
+    ) -> tuple[Sequence[Segment], list[Sequence[KeyValue]]]:
         """The segments to compute, and the cached ones before them. t: None = without the target's."""
         places = spans(latents, text)
         rope = self.rope(latents, places[TEXT].stop, latents.tokens.device)
@@ -177,3 +175,11 @@ class MMDiT(nn.Module):
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
         positions = joint_positions(latents.shapes, text_tokens, self.config.use_layer3d_rope)
         return rotation(positions.to(device), self.config.axes_dims_rope)
+
+
+def _recomputed(
+    block: Block, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
+) -> tuple[list[Segment], list[KeyValue]]:
+    """`advance` whose activations are computed again in the backward pass, instead of held."""
+    result: tuple[list[Segment], list[KeyValue]] = checkpoint(advance, block, segments, past, last, use_reentrant=False)
+    return result
