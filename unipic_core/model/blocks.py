@@ -64,7 +64,7 @@ class JointState:
         return rotate(k, self.rope), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> tuple[Tensor, KeyValue | None]:
-        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised but not rotated -> [B, Q, H * D], and what `keeps` returns.
+        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised, not yet rotated -> [B, Q, H * D], `keeps`' result.
 
         start: index of the first query in [text | images].
         """
@@ -173,7 +173,7 @@ def _modulated(x: S, norm: Layer, mod: Modulation) -> S:
     return None if x is None else torch.addcmul(mod.shift, norm(x), 1 + mod.scale)
 
 
-def _gated(x: S, mod: Modulation, out: Tensor | None) -> S:
+def _gated(x: S, mod: Modulation, out: S) -> S:
     """x + gate out."""
     return None if x is None or out is None else torch.addcmul(x, mod.gate, out)
 
