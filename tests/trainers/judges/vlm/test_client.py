@@ -1,0 +1,179 @@
+"""The client asks, reads, retries and reports; whether a judge is right is what its controls test."""
+
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.trainers.judges.vlm.servers import KEY, FakeServer
+from trainers.judges.vlm import (
+    Abilities,
+    AnswerError,
+    Client,
+    JudgeConfig,
+    JudgeError,
+    Question,
+    Recorder,
+    Replay,
+    Shown,
+    bundled_templates,
+    fitness,
+    in_order,
+    judge_case,
+    load_picture,
+    load_template,
+    parse_boxes,
+    parse_judge,
+    parse_scores,
+    parse_yes_no,
+)
+
+RED, BLUE = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (5, 7), "blue")
+SHOWN = Shown("make it blue", load_picture(BLUE), (load_picture(RED),), load_picture(BLUE))
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+def client(server: FakeServer, **options) -> Client:
+    config = JudgeConfig(server.url, "fake", api_key_env="JUDGE_KEY", **{"timeout": 5, **options})
+    return Client(config, abilities=Abilities(), sleep=lambda _: None)
+
+
+def test_pictures_arrive_in_their_order_and_after_two_faults_the_answer_is_read():
+    server = FakeServer(faults=[429, "cut", "think"])
+    question = Question(("rate", load_picture(RED), load_picture(BLUE)))
+    answer = client(server).ask(question)
+    assert (parse_scores(answer.text, 2), answer.tries) == ([7, 9], 3)
+    urls = [part["image_url"]["url"] for part in server.bodies[-1]["messages"][0]["content"][1:]]
+    assert urls == [load_picture(RED).url, load_picture(BLUE).url]
+    swapped = Question(("rate", load_picture(BLUE), load_picture(RED)))
+    assert swapped.key("fake", 0, 1) != question.key("fake", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("html", "web page"),
+        ("list", "JSON object"),
+        ("redirect", "example.org"),
+        (401, "refuses the key"),
+        (404, "404"),
+    ],
+)
+def test_faults_of_the_server_stop_the_run_in_one_sentence_without_the_key(fault, words):
+    server = FakeServer(faults=[fault])
+    with pytest.raises(JudgeError, match=words) as caught:
+        client(server).ask(Question(("rate",)))
+    assert KEY not in str(caught.value)
+    assert len(server.bodies) == 1
+
+
+def test_one_refused_question_is_missing_and_three_in_a_row_stop_the_run():
+    asker = client(FakeServer(faults=[400, *[429] * 20]), tries=2)
+    with pytest.raises(AnswerError) as caught:
+        asker.ask(Question(("rate",)))
+    assert caught.value.kind == "rejected"
+    for _ in range(2):
+        with pytest.raises(AnswerError):
+            asker.ask(Question(("rate",)))
+    with pytest.raises(JudgeError, match="429"):
+        asker.ask(Question(("rate",)))
+
+
+def test_nobody_listens_slow_and_unknown_names():
+    server = FakeServer(faults=["slow"] * 2)
+    with pytest.raises(AnswerError, match="nothing within"):
+        client(server, timeout=0.1, first_timeout=0.1, tries=2).ask(Question(("rate",)))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(JudgeError, match="connection refused"):
+        client(server, tries=1).ask(Question(("rate",)))
+    with pytest.raises(JudgeError, match="lacks base_url"):
+        parse_judge({"model": "x"})
+    with pytest.raises(JudgeError, match="unknown key 'key'"):
+        parse_judge({"base_url": "http://localhost/v1", "model": "x", "key": "k"})
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"), [("prose", "unparsed"), ("range", "unparsed"), ("refuse", "refused"), ("length", "cut")]
+)
+def test_an_answer_without_scores_is_missing_and_never_invented(fault, kind):
+    judged = judge_case(client(FakeServer(faults=[fault])), load_template("edit"), SHOWN)
+    assert judged.score is None
+    assert [one.failure for one in judged.failures] == [kind]
+    assert judged.values == {"semantics": None, "quality": 7}
+
+
+def test_the_score_of_a_case_by_hand_recorded_and_replayed_without_a_server(tmp_path):
+    server = FakeServer('{"score": [4, 9]}')
+    file = tmp_path / "answers.jsonl"
+    judged = judge_case(Recorder(client(server, passes=2), file), load_template("reference"), SHOWN)
+    assert judged.score == pytest.approx(6)  # each question sqrt(4 x 9) = 6, the case sqrt(6 x 6)
+    assert KEY not in file.read_text()
+    file.write_bytes(file.read_bytes() + b'{"key": "cut by a ki')
+    assert judge_case(Replay(file), load_template("reference"), SHOWN) == judged
+    with pytest.raises(JudgeError, match="no answer for a question"):
+        Replay(file).ask(Question(("another",)))
+    Recorder(client(server, passes=2), file)  # goes on behind the cut line
+    assert judge_case(Replay(file), load_template("reference"), SHOWN) == judged
+
+
+def test_every_bundled_template_asks_what_its_parser_reads():
+    def answer(body):
+        schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("properties", {})
+        if "boxes" in schema:
+            return '{"boxes": [[0, 0, 500, 500]]}'
+        return (
+            "5"
+            if "digit" in str(body)
+            else "Yes."
+            if "yes or no" in str(body)
+            else str([5.0] * schema["score"]["minItems"])
+        )
+
+    for name in bundled_templates():
+        asker = client(FakeServer(answer))
+        asker._abilities = Abilities(response_format="json_schema")
+        judged = judge_case(asker, load_template(name), SHOWN)
+        assert judged.failures == [], name
+        assert judged.score is not None
+
+
+def test_concurrency_is_bounded_and_keeps_the_order():
+    most, now, lock = [0], [0], threading.Lock()
+
+    def work(item):
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        threading.Event().wait(0.01)
+        with lock:
+            now[0] -= 1
+        return item
+
+    assert list(in_order(work, range(20), 3)) == list(range(20))
+    assert most[0] == 3
+
+
+def test_parsing_by_hand():
+    assert parse_scores("scratch [1, 2] and then [3, 4]", 2) == [3, 4]
+    assert parse_scores('{"score": [6, 7]} as in [1, 2]', 2) == [6, 7]
+    assert parse_yes_no("**Yes**, it does.")
+    assert parse_boxes('```{"boxes": [[0, 100, 500, 1000]]}```') == [(0, 0.1, 0.5, 1)]
+    for text in ("yes or no", ""):
+        with pytest.raises(AnswerError):
+            parse_yes_no(text)
+
+
+def test_controls_that_are_in_order_are_fit_and_a_judge_that_ties_them_is_not():
+    rng = np.random.default_rng(0)
+    levels = {"truth": 9.0, "redrawn": 9.0, "shuffled": 6.0, "swapped": 4.0, "background alone": 1.0}
+    scores = {name: level + rng.normal(0, 0.5, 30) for name, level in levels.items()}
+    assert fitness(scores).fit
+    found = fitness(scores | {"swapped": scores["shuffled"]})
+    assert not found.fit
+    assert "does not separate shuffled from swapped" in found.sentence

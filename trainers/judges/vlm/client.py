@@ -1,0 +1,203 @@
+"""Ask an OpenAI-compatible server: one question, or many at a bounded concurrency in their order."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from .config import JudgeConfig
+from .endpoint import Endpoint, Reply, key_from_environment
+from .errors import AnswerError, JudgeError, one_line
+from .question import Answer, Question, TokenChoice
+
+T = TypeVar("T")
+R = TypeVar("R")
+TOP_LOGPROBS = 20
+PATH = "/chat/completions"
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a probe found the server to honour: log-probabilities of tokens, and a form of ``response_format``."""
+
+    logprobs: bool = False
+    response_format: str = "none"
+
+
+class Asker(Protocol):
+    """A server, or the recording of one."""
+
+    config: JudgeConfig
+    abilities: Abilities
+
+    def ask(self, question: Question, seed: int | None = None) -> Answer:
+        """Raises AnswerError for this question, JudgeError when asking further is of no use."""
+
+
+class Client:
+    """A judge behind ``config.base_url``. Safe to use from several threads; probed before the first question."""
+
+    def __init__(
+        self, config: JudgeConfig, *, abilities: Abilities | None = None, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self.config = config
+        self.endpoint = Endpoint(
+            config.base_url,
+            key_from_environment(config.api_key_env),
+            timeout=config.timeout,
+            first_timeout=config.first_timeout,
+            tries=config.tries,
+            max_wait=config.max_wait,
+            sleep=sleep,
+        )
+        self._abilities = abilities
+        self._lock = threading.Lock()
+
+    @property
+    def abilities(self) -> Abilities:
+        """Probed with two short questions without a picture, once. Raises JudgeError."""
+        with self._lock:
+            if self._abilities is None:
+                self._abilities = self._probe()
+            return self._abilities
+
+    def ask(self, question: Question, seed: int | None = None) -> Answer:
+        """The answer to one question; ``seed`` defaults to the judge's. See ``Asker.ask``."""
+        config = self.config
+        if len(question.pictures) > config.max_images:
+            raise AnswerError(
+                "rejected",
+                f"{len(question.pictures)} pictures in a question; judge.max_images is {config.max_images}",
+            )
+        seed = config.seed if seed is None else seed
+        key = question.key(config.model, config.temperature, seed)
+        reply = self.endpoint.post_json(PATH, request_body(question, config, seed, self.abilities))
+        return read_reply(reply, key, self.endpoint.hide_key)
+
+    def _probe(self) -> Abilities:
+        config = self.config
+        logprobs = config.logprobs == "auto" and self._honours_logprobs()
+        if config.response_format != "auto":
+            return Abilities(logprobs, config.response_format)
+        forms = ("json_schema", "json_object")
+        return Abilities(logprobs, next((form for form in forms if self._honours(form)), "none"))
+
+    def _honours_logprobs(self) -> bool:
+        question = Question(("Answer with the digit 7 and nothing else.",), first_tokens=True, max_tokens=16)
+        answer = self._attempt(question, Abilities(logprobs=True))
+        return answer is not None and any(choice.alternatives for choice in answer.tokens)
+
+    def _honours(self, form: str) -> bool:
+        schema = object_schema({"answer": {"type": "integer"}})
+        question = Question(('Answer with the number seven, as JSON: {"answer": 7}',), schema, max_tokens=64)
+        answer = self._attempt(question, Abilities(response_format=form))
+        if answer is None:
+            return False
+        try:
+            return isinstance(json.loads(answer.text), dict)
+        except ValueError:
+            return False
+
+    def _attempt(self, question: Question, abilities: Abilities) -> Answer | None:
+        """None when the server does not take the request, or cuts the answer."""
+        try:
+            reply = self.endpoint.post_json(PATH, request_body(question, self.config, self.config.seed, abilities))
+            return read_reply(reply, "", self.endpoint.hide_key)
+        except AnswerError:
+            return None
+
+
+def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
+    """JSON schema of an object with exactly these properties."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+def request_body(question: Question, config: JudgeConfig, seed: int, abilities: Abilities) -> dict[str, Any]:
+    """The JSON of one chat completion."""
+    body: dict[str, Any] = {
+        "model": config.model,
+        "messages": [{"role": "user", "content": question.content}],
+        "temperature": config.temperature,
+        "seed": seed,
+        "max_tokens": question.max_tokens or config.max_tokens,
+        **config.extra,
+    }
+    if question.first_tokens and abilities.logprobs:
+        body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+    if question.schema is not None and abilities.response_format == "json_schema":
+        form = {"name": "answer", "strict": True, "schema": dict(question.schema)}
+        body["response_format"] = {"type": "json_schema", "json_schema": form}
+    elif question.schema is not None and abilities.response_format == "json_object":
+        body["response_format"] = {"type": "json_object"}
+    return body
+
+
+def read_reply(reply: Reply, key: str, hide: Callable[[str], str] = str) -> Answer:
+    """Check a chat completion. Raises JudgeError for another protocol, AnswerError for an answer without an end."""
+    data = reply.data
+    try:
+        choice = data["choices"][0]
+        message = choice["message"]
+        text = message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise JudgeError(
+            f"the server's answer has no choices[0].message ({hide(one_line(data, 100))}); it has no chat API"
+        ) from None
+    if choice.get("finish_reason") == "length":
+        raise AnswerError("cut", "the answer was cut at max_tokens; raise judge.max_tokens")
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        raise AnswerError("refused", f"the judge declined: {hide(one_line(message.get('refusal') or 'filtered'))}")
+    if not isinstance(text, str) or not text.strip():
+        raise AnswerError("unparsed", "the answer is empty")
+    model = data.get("model")
+    return Answer(
+        hide(text), key, model if isinstance(model, str) else "", round(reply.seconds, 3), reply.tries, _tokens(choice)
+    )
+
+
+def _tokens(choice: dict[str, Any]) -> tuple[TokenChoice, ...]:
+    """Log-probabilities of the generated tokens; empty when there are none or they have another form."""
+    try:
+        return tuple(
+            TokenChoice(
+                str(one["token"]),
+                {str(other["token"]): float(other["logprob"]) for other in one.get("top_logprobs") or []},
+            )
+            for one in choice["logprobs"]["content"]
+        )
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], concurrency: int) -> Iterator[R]:
+    """Results in the order of the items, at most ``concurrency`` at once; the first item alone.
+
+    Alone, because a server may load its model for minutes at the first request. An exception, Ctrl-C included, ends
+    the iteration; calls in flight are not waited for longer than they take.
+    """
+    items = iter(items)
+    for first in items:
+        yield function(first)
+        break
+    pool = ThreadPoolExecutor(concurrency)
+    waiting: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= 2 * concurrency:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

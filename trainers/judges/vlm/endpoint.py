@@ -1,0 +1,277 @@
+"""One HTTP server: bounded answers, deadlines, retries; no redirects, and no proxy for addresses of this machine."""
+
+from __future__ import annotations
+
+import email.message
+import http.client
+import ipaddress
+import json
+import os
+import random
+import socket
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+from .errors import AnswerError, JudgeError, one_line
+
+RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 529})
+OF_THE_QUESTION = frozenset({400, 413, 422})
+LARGEST_REPLY = 64 << 20
+"""Bytes; enough for a base64 picture of an image endpoint."""
+CHUNK = 1 << 16
+FIRST_WAIT = 0.5  # seconds; doubled with each try
+FAILURES_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A JSON object, the seconds of the try that brought it, and how many tries it took."""
+
+    data: dict[str, Any]
+    seconds: float
+    tries: int
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> None:
+        return None
+
+
+class _Again(Exception):
+    """A failed try that may be repeated, after ``wait`` seconds if the server names them."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+
+
+class Endpoint:
+    """Requests to one base address. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = 120.0,
+        first_timeout: float | None = None,
+        tries: int = 5,
+        max_wait: float = 60.0,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.base_url = checked_url(base_url)
+        self.host = urlsplit(self.base_url).hostname or ""
+        self.is_local = is_this_machine(self.host)
+        self._key = api_key
+        self.timeout, self.first_timeout = timeout, first_timeout or timeout
+        self.tries, self.max_wait, self._sleep = tries, max_wait, sleep
+        proxies = [urllib.request.ProxyHandler({})] if self.is_local else []
+        self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
+        self._answered = False
+        self._failed_in_a_row = 0
+        self._lock = threading.Lock()
+
+    def post_json(self, path: str, body: Mapping[str, Any]) -> Reply:
+        """POST a JSON object; see ``post``."""
+        return self.post(path, json.dumps(body).encode(), "application/json")
+
+    def post(self, path: str, body: bytes, content_type: str) -> Reply:
+        """POST and read a JSON object, with retries.
+
+        Raises AnswerError when this request alone fails (kinds "rejected" and "server"), and JudgeError when further
+        requests cannot do better: nobody listens, the key or the address is wrong, or three requests in a row failed.
+        """
+        message = ""
+        for attempt in range(1, self.tries + 1):
+            start = time.monotonic()
+            try:
+                data = self._try(path, body, content_type)
+            except _Again as failure:
+                message = str(failure)
+                if attempt < self.tries:
+                    self._sleep(self._pause(attempt, failure.wait))
+                continue
+            self._count(failed=False)
+            return Reply(data, time.monotonic() - start, attempt)
+        tries = f"{self.tries} tries" if self.tries > 1 else "one try"
+        if self._count(failed=True) >= FAILURES_IN_A_ROW or "refused" in message:
+            raise JudgeError(f"the server at {self.base_url} gave no answer after {tries}: {message}; run again later")
+        raise AnswerError("server", f"no answer after {tries}: {message}")
+
+    def _count(self, failed: bool) -> int:
+        """Requests that failed in a row, this one included."""
+        with self._lock:
+            self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
+            self._answered = self._answered or not failed
+            return self._failed_in_a_row
+
+    def _pause(self, attempt: int, asked: float | None) -> float:
+        """Seconds before the next try: the server's Retry-After, else doubling with jitter; at most ``max_wait``."""
+        wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if asked is None else asked
+        return min(wait, self.max_wait)
+
+    def _try(self, path: str, body: bytes, content_type: str) -> dict[str, Any]:
+        timeout = self.timeout if self._answered else self.first_timeout
+        headers = {"Content-Type": content_type, "Accept": "application/json"}
+        if self._key is not None:
+            headers["Authorization"] = f"Bearer {self._key}"
+        request = urllib.request.Request(self.base_url + path, body, headers)
+        try:
+            with self._opener.open(request, timeout=timeout) as reply:
+                return self._object(_read(reply, time.monotonic() + timeout))
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refusal(error, timeout) from None
+        except urllib.error.URLError as error:
+            raise self._unreachable(error.reason, timeout) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unreachable(error, timeout) from None
+
+    def _object(self, raw: bytes) -> dict[str, Any]:
+        """The JSON object of an answer with status 200."""
+        try:
+            data = json.loads(raw)
+        except (ValueError, RecursionError):
+            if raw.lstrip()[:1] == b"<":
+                raise JudgeError(
+                    f"{self.base_url} answered with a web page instead of JSON; is this the address that ends in /v1?"
+                ) from None
+            raise _Again(f"the answer is not JSON ({one_line(raw[:60].decode('utf-8', 'replace'))!r})") from None
+        if not isinstance(data, dict):
+            raise JudgeError(f"{self.base_url} answered with {one_line(data, 60)!r} where a JSON object was expected")
+        return data
+
+    def _refusal(self, error: urllib.error.HTTPError, timeout: float) -> Exception:
+        """The exception for a status other than 200, with the server's sentence; its key, if it echoes it, hidden."""
+        code, said = error.code, self.hide_key(_sentence(error, timeout))
+        if code in RETRIED:
+            return _Again(f"HTTP {code} ({said})", _retry_after(error.headers))
+        if code in OF_THE_QUESTION:
+            return AnswerError("rejected", f"HTTP {code}: {said}")
+        if 300 <= code < 400:
+            where = urlsplit(error.headers.get("Location") or "").netloc or "another address"
+            return JudgeError(f"{self.base_url} redirects to {one_line(where, 80)}; it is not followed; name it")
+        if code in (401, 403):
+            return JudgeError(f"{self.base_url} refuses the key (HTTP {code}: {said}); set judge.api_key_env")
+        return JudgeError(f"{self.base_url} answered HTTP {code}: {said}; check the address and the model's name")
+
+    def _unreachable(self, reason: object, timeout: float) -> Exception:
+        if isinstance(reason, TimeoutError):
+            return _Again(f"nothing within {timeout:g} s")
+        if isinstance(reason, ConnectionRefusedError):
+            return _Again("connection refused: no server is listening")
+        if isinstance(reason, socket.gaierror):
+            return JudgeError(f"there is no host {self.host!r} ({one_line(reason.strerror or reason)})")
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return JudgeError(f"the certificate of {self.host} is not trusted ({one_line(reason.verify_message)})")
+        return _Again(f"the connection broke ({one_line(reason) or type(reason).__name__})")
+
+    def hide_key(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
+    """The whole body before ``deadline`` (monotonic seconds), however slowly it drips; _Again when cut or too long."""
+    parts, size = [], 0
+    while chunk := reply.read1(CHUNK):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > LARGEST_REPLY:
+            raise _Again(f"the answer is longer than {LARGEST_REPLY >> 20} MiB")
+        if time.monotonic() > deadline:
+            raise _Again("the answer did not end in time")
+    if reply.length:
+        raise _Again("the answer was cut off")
+    return b"".join(parts)
+
+
+def _sentence(error: urllib.error.HTTPError, timeout: float) -> str:
+    """The server's explanation out of an error's body: OpenAI's and FastAPI's forms, else plain text."""
+    try:
+        raw = error.read(CHUNK)
+    except (OSError, http.client.HTTPException):
+        return str(error.reason)
+    try:
+        data = json.loads(raw)
+        found = data.get("error", data.get("detail", data.get("message", data)))
+        text = found.get("message", found) if isinstance(found, dict) else found
+    except (ValueError, AttributeError):
+        text = raw.decode("utf-8", "replace")
+        if text.lstrip().startswith("<"):
+            text = "a web page"
+    return one_line(text) or str(error.reason)
+
+
+def _retry_after(headers: email.message.Message) -> float | None:
+    """Seconds, where the server names them as a number."""
+    try:
+        seconds = float(headers.get("Retry-After", ""))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < float("inf") else None
+
+
+def checked_url(url: str) -> str:
+    """The base address without a final slash. Raises JudgeError for anything but http(s)://host[:port][/path]."""
+    try:
+        parts = urlsplit(url.strip())
+        port_fits = parts.port is None or parts.port > 0
+    except ValueError:
+        parts, port_fits = urlsplit(""), False
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_fits:
+        raise JudgeError(f"judge.base_url must be as http://localhost:8000/v1, got {one_line(url, 80)!r}")
+    if parts.username or parts.password:
+        raise JudgeError("judge.base_url holds a name or password; use judge.api_key_env")
+    if parts.query or parts.fragment:
+        raise JudgeError(f"judge.base_url may not hold '?' or '#', got {one_line(url, 80)!r}")
+    return url.strip().rstrip("/")
+
+
+def is_this_machine(host: str) -> bool:
+    """Loopback and the machine's other addresses; False for names that do not resolve."""
+    try:
+        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)}
+    except (OSError, UnicodeError):
+        return False
+    return bool(found) and all(_is_own_address(str(address)) for address in found)
+
+
+def _is_own_address(address: str) -> bool:
+    """Loopback, or an address that a socket here can be bound to."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.is_loopback or ip.is_unspecified:
+        return True
+    family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as one:
+            one.bind((address, 0))
+    except OSError:
+        return False
+    return True
+
+
+def key_from_environment(name: str | None) -> str | None:
+    """The API key in the environment variable ``name``. Raises JudgeError, which never shows it."""
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise JudgeError(f"the environment variable {name} (judge.api_key_env) is empty; put the key into it")
+    if not key.isascii() or not key.isprintable():
+        raise JudgeError(f"the environment variable {name} holds letters that no key has; set it anew")
+    return key

@@ -1,0 +1,201 @@
+"""A judge's view of one case: a template's questions asked, parsed and combined; missing where an answer is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .client import Asker, object_schema
+from .errors import AnswerError
+from .grounding import changed_parts
+from .parse import parse_lines, parse_scores, parse_yes_no
+from .pictures import Picture, encode_picture, side_by_side
+from .probabilities import expected_digit, yes_probability
+from .question import Answer, Part, Question
+from .templates import QuestionTemplate, Template
+from .values import combine
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Pictures of one case and its words. ``captions``: one per source, for questions about a single one."""
+
+    instruction: str
+    output: Picture
+    sources: tuple[Picture, ...] = ()
+    reference: Picture | None = None
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One question in one pass. value: combined, None with a failure. how: "text" or "logprobs"."""
+
+    question: str
+    seed: int
+    numbers: tuple[float, ...] = ()
+    value: float | None = None
+    how: str = "text"
+    answer: str = ""
+    key: str = ""
+    seconds: float = 0.0
+    failure: str | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """score: 0..10, the mean over the passes; None when any question of any pass is missing. values: by question."""
+
+    score: float | None
+    values: Mapping[str, float | None]
+    passes: tuple[float | None, ...]
+    readings: tuple[Reading, ...] = field(repr=False)
+
+    @property
+    def failures(self) -> list[Reading]:
+        return [one for one in self.readings if one.failure]
+
+    def as_row(self) -> dict[str, Any]:
+        """For a line of JSON."""
+        return asdict(self)
+
+
+def judge_case(asker: Asker, template: Template, shown: Shown) -> Judgement:
+    """Ask every question of the template in every pass. Raises JudgeError alone."""
+    config = asker.config
+    readings: list[Reading] = []
+    passes: list[float | None] = []
+    for which in range(config.passes):
+        found = _one_pass(asker, template, shown, config.seed + which)
+        readings += found
+        values = [None if one.value is None else _scaled(template, one) for one in found]
+        passes.append(_combined(values, template))
+    by_question = {
+        one.id: _mean([r.value for r in readings if r.question.split("#")[0] == one.id]) for one in template.questions
+    }
+    return Judgement(_mean(passes), by_question, tuple(passes), tuple(readings))
+
+
+def _one_pass(asker: Asker, template: Template, shown: Shown, seed: int) -> list[Reading]:
+    crops: tuple[Part, ...] = ()
+    if template.grounded:
+        try:
+            crops = changed_parts(asker, shown.sources, shown.output, seed)
+        except AnswerError as error:
+            return [Reading("boxes", seed, failure=error.kind, message=str(error))]
+    readings = []
+    for question in template.questions:
+        for index in range(len(shown.sources)) if question.per_source else (None,):
+            readings.append(ask_question(asker, question, shown, seed, index, crops))
+    return readings
+
+
+def ask_question(
+    asker: Asker,
+    question: QuestionTemplate,
+    shown: Shown,
+    seed: int,
+    index: int | None = None,
+    crops: Sequence[Part] = (),
+) -> Reading:
+    """One question, about source ``index`` if it is asked of each. A failure is part of the reading."""
+    name = question.id if index is None else f"{question.id}#{index + 1}"
+    try:
+        asked = build_question(question, shown, index, crops)
+        answer = asker.ask(asked, seed)
+    except AnswerError as error:
+        return Reading(name, seed, failure=error.kind, message=str(error))
+    try:
+        numbers, how = read_numbers(question, answer, answer_count(question, shown))
+    except AnswerError as error:
+        return Reading(name, seed, answer=answer.text, key=answer.key, failure=error.kind, message=str(error))
+    value = combine(numbers, question.combine)
+    return Reading(name, seed, tuple(numbers), value, how, answer.text, answer.key, answer.seconds)
+
+
+def answer_count(question: QuestionTemplate, shown: Shown) -> int:
+    """Numbers expected: the named ones, and one per source where the template says so."""
+    return len(question.answers) + (len(shown.sources) if question.per_source_answers else 0)
+
+
+def build_question(
+    question: QuestionTemplate, shown: Shown, index: int | None = None, crops: Sequence[Part] = ()
+) -> Question:
+    """Texts and pictures in their order. Raises AnswerError when a picture is missing."""
+    parts: list[Part] = [question.rules.strip()] if question.rules.strip() else []
+    pictures = [labelled for role in question.pictures for labelled in _pictures(role, shown, index)]
+    caption = shown.captions[index] if index is not None and index < len(shown.captions) else "the main subject"
+    words = {"instruction": shown.instruction, "count": str(len(shown.sources)), "caption": caption}
+    ask = question.ask.strip()
+    for key, text in words.items():
+        ask = ask.replace("{" + key + "}", text)
+    if question.text_file:
+        return Question((ask, *(picture for _, picture in pictures)), first_tokens=question.kind in ("yes_no", "digit"))
+    for label, picture in pictures:
+        parts += [label, picture]
+    parts += [*crops, ask]
+    return Question(tuple(parts), _schema(question, shown), first_tokens=question.kind in ("yes_no", "digit"))
+
+
+def _schema(question: QuestionTemplate, shown: Shown) -> dict[str, Any] | None:
+    """Of answers in JSON: reasoning first, so that the numbers follow from it."""
+    if question.kind != "scores":
+        return None
+    count = answer_count(question, shown)
+    numbers = {"type": "array", "items": {"type": "number"}, "minItems": count, "maxItems": count}
+    return object_schema({"reasoning": {"type": "string"}, "score": numbers})
+
+
+def _pictures(role: str, shown: Shown, index: int | None) -> list[tuple[str, Picture]]:
+    if role == "output":
+        return [("The picture to judge:", shown.output)]
+    if role == "reference":
+        if shown.reference is None:
+            raise AnswerError("picture", "the case has no reference picture, which this template compares with")
+        return [("The reference picture:", shown.reference)]
+    if not shown.sources:
+        raise AnswerError("picture", "the case has no source picture, which this template compares with")
+    if role == "sources_row":
+        row = side_by_side([one.image for one in shown.sources])
+        return [("The source pictures, numbered from the left:", encode_picture(row))]
+    if role == "source":
+        return [("The source picture:", shown.sources[index or 0])]
+    return [(f"Source picture {number}:", one) for number, one in enumerate(shown.sources, 1)]
+
+
+def read_numbers(question: QuestionTemplate, answer: Answer, count: int) -> tuple[list[float], str]:
+    """The numbers of an answer, and whether they came from "logprobs" or the "text". Raises AnswerError."""
+    if question.kind == "yes_no":
+        share = yes_probability(answer.tokens)
+        if share is not None:
+            return [share], "logprobs"
+        return [float(parse_yes_no(answer.text))], "text"
+    if question.kind == "digit":
+        digit = expected_digit(answer.tokens, int(question.low), int(question.high))
+        if digit is not None:
+            return [digit], "logprobs"
+        text = answer.text if "[" in answer.text else f"[{answer.text.strip().rstrip('.')}]"
+        return parse_scores(text, 1, question.low, question.high), "text"
+    if question.kind == "lines":
+        return parse_lines(answer.text, count, question.low, question.high), "text"
+    return parse_scores(answer.text, count, question.low, question.high), "text"
+
+
+def _scaled(template: Template, reading: Reading) -> float:
+    """The value on 0..10."""
+    assert reading.value is not None
+    question = next(one for one in template.questions if one.id == reading.question.split("#")[0])
+    low, high = (0.0, 1.0) if question.kind == "yes_no" else (0.0, question.high)
+    return 10 * (reading.value - low) / (high - low)
+
+
+def _combined(values: Sequence[float | None], template: Template) -> float | None:
+    known = [one for one in values if one is not None]
+    return combine(known, template.overall) if values and len(known) == len(values) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [one for one in values if one is not None]
+    return sum(known) / len(known) if values and len(known) == len(values) else None

@@ -1,0 +1,120 @@
+"""Pictures as a judge receives them: upright RGB on white, shrunk to a longest side, as PNG in a data URL."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from .errors import AnswerError, one_line
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused before they are decoded."""
+
+PictureSource = Path | bytes | Image.Image
+"""A file, a file's content, or a decoded picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``png``: the bytes that are sent; ``size``: (width, height) in pixels; ``digest``: sha256 of size and pixels.
+
+    The digest does not depend on the PNG encoder, so that a recording outlives an update of it.
+    """
+
+    png: bytes
+    size: tuple[int, int]
+    digest: str
+
+    @cached_property
+    def url(self) -> str:
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def image(self) -> Image.Image:
+        """RGB."""
+        return Image.open(io.BytesIO(self.png)).convert("RGB")
+
+
+def load_picture(source: PictureSource, max_side: int | None = None, size: tuple[int, int] | None = None) -> Picture:
+    """Prepare one picture; ``size`` resizes it to (width, height), ``max_side`` shrinks its longer side.
+
+    Animations give their first frame. Raises AnswerError (kind "picture") for missing, damaged or huge files.
+    """
+    image = _opened(source)
+    if size is not None and image.size != size:
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    if max_side is not None and max(image.size) > max_side:
+        scale = max_side / max(image.size)
+        smaller = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(smaller, Image.Resampling.LANCZOS)
+    return encode_picture(image)
+
+
+def encode_picture(image: Image.Image) -> Picture:
+    """An RGB picture as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=4)
+    digest = hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
+    return Picture(buffer.getvalue(), image.size, digest)
+
+
+def _opened(source: PictureSource) -> Image.Image:
+    """Upright RGB on white."""
+    name = str(source) if isinstance(source, Path) else "a picture"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = source if isinstance(source, Image.Image) else Image.open(_file(source))
+            if image.width * image.height > MAX_PIXELS:
+                raise AnswerError(
+                    "picture", f"{name} is {image.width}x{image.height}; at most {MAX_PIXELS:,} pixels are read"
+                )
+            return on_white(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise AnswerError("picture", f"there is no picture {name}") from None
+    except AnswerError:
+        raise
+    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+        detail = one_line(error, 100) or type(error).__name__
+        raise AnswerError("picture", f"{name} cannot be read as a picture ({detail})") from None
+
+
+def _file(source: Path | bytes) -> Path | io.BytesIO:
+    return source if isinstance(source, Path) else io.BytesIO(source)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB; transparent parts become white, 16-bit greys keep their upper 8 bits."""
+    if image.mode.startswith("I;16"):
+        image = image.point(lambda value: value / 256).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        return Image.alpha_composite(paper, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def side_by_side(images: Iterable[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures in one row on white, all as high as the lowest of them. Raises ValueError without any."""
+    images = list(images)
+    if not images:
+        raise ValueError("expected at least one picture to put side by side, got none")
+    height = min(image.height for image in images)
+    scaled = [
+        image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
+        for image in images
+    ]
+    row = Image.new("RGB", (sum(one.width for one in scaled) + gap * (len(scaled) - 1), height), (255, 255, 255))
+    left = 0
+    for one in scaled:
+        row.paste(on_white(one), (left, 0))
+        left += one.width + gap
+    return row
