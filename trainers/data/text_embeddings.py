@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from unipic_core.conditioning.prompt import prompt_text
 from unipic_core.conditioning.vision import grid_thw, vision_patches, vision_tokens
-from unipic_core.errors import CheckpointError
-from unipic_core.pipeline.text_encoder import EncoderInputs, TextEncoder, positions_of
+from unipic_core.pipeline.text_encoder import LOCAL, EncoderInputs, TextEncoder, load_tokenizer, positions_of
 from unipic_core.weights.files import open_weights
-from unipic_core.weights.text_encoder import HEAD
+from unipic_core.weights.text_encoder import HEAD, check_encoder_files, readable_encoder_errors
 
 from .shards import Rows, Shard, drop_vision, text_path, write_shard
 
@@ -89,13 +88,12 @@ def text_fingerprint(folder: Path) -> str:
 @lru_cache(maxsize=4)
 def _folder_fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
     """stamp: names, sizes and times of the files, so that unchanged ones are read once in a process."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import Qwen2_5_VLConfig
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        config = AutoConfig.from_pretrained(folder / "text_encoder", local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the encoder in {folder} cannot be read: {' '.join(str(error).split())[:200]}") from None
+    check_encoder_files(folder)
+    with readable_encoder_errors(f"the encoder in {folder} cannot be read"):
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        config = Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder", **LOCAL)
     weights = open_weights(folder / "text_encoder")
     return _fingerprint(((name, weights.get(name)) for name in weights), config, tokenizer, positions_of(config))
 

@@ -17,12 +17,14 @@ from ..conditioning.prompt import IMAGE_PAD, PREFIX, body_text, check_length
 from ..conditioning.sequence import TextCond
 from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..errors import CheckpointError, UniPicError
-from ..weights.files import open_weights
-from ..weights.text_encoder import HEAD
+from ..weights.text_encoder import HEAD, check_encoder_files, readable_encoder_errors, tokenizer_class
 
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
 patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
+
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""Arguments of every `from_pretrained`: nothing is downloaded and no code of a folder runs."""
 
 
 class TextEncoder:
@@ -53,23 +55,17 @@ class TextEncoder:
         cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> TextEncoder:
         """From a pipeline folder's text_encoder/, tokenizer/ and processor/ (CheckpointError names what is missing)."""
-        from transformers import AutoTokenizer
-
         folder = Path(folder)
         for part in ("text_encoder", "tokenizer"):
             if not (folder / part).is_dir():
                 raise CheckpointError(
                     f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
                 )
-        open_weights(folder / "text_encoder")  # checks the files: truncated, hostile, leaving the folder
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        check_encoder_files(folder)
+        with readable_encoder_errors(f"the encoder in {folder} cannot be loaded"):
+            tokenizer = load_tokenizer(folder / "tokenizer")
             model = _load_model(folder / "text_encoder", dtype, torch.device(device))
             processor = _image_processor(folder)
-        except CheckpointError:
-            raise
-        except Exception as error:  # transformers, tokenizers and safetensors raise their own kinds
-            raise CheckpointError(f"the encoder in {folder} cannot be loaded: {_first_line(error)}") from error
         return cls(model.eval().requires_grad_(False), tokenizer, processor)
 
     @property
@@ -219,7 +215,8 @@ class TextEncoder:
             warnings.warn(caution, stacklevel=2)
 
     def _token_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        with readable_encoder_errors("the tokenizer cannot read this text; its files are damaged"):
+            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _grids(references: Sequence[Image.Image]) -> Tensor:
@@ -251,6 +248,13 @@ def image_processor_class() -> Any:
     raise ImportError("this version of transformers has no Qwen2-VL image processor; install transformers 5")
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' tokenizer of a tokenizer/ folder: one of two named classes, no code of the folder's own."""
+    import transformers
+
+    return getattr(transformers, tokenizer_class(folder)).from_pretrained(folder, **LOCAL)
+
+
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """The model on the device, or CheckpointError naming weights that transformers would have made up."""
     from transformers import Qwen2_5_VLForConditionalGeneration
@@ -259,7 +263,8 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         folder,
         dtype=dtype,
         device_map=None if device.type == "cpu" else {"": device},
-        local_files_only=True,
+        **LOCAL,
+        attn_implementation="sdpa",
         output_loading_info=True,
     )
     model, found = loaded
@@ -277,9 +282,5 @@ def _image_processor(folder: Path) -> Any:
     kind = image_processor_class()
     for part in ("processor", "image_processor", "text_encoder"):
         if (folder / part / "preprocessor_config.json").is_file():
-            return kind.from_pretrained(folder / part, local_files_only=True)
+            return kind.from_pretrained(folder / part, **LOCAL)
     return kind()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

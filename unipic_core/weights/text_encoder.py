@@ -1,14 +1,135 @@
-"""The condition encoder's files: which of their weights make hidden states."""
+"""The condition encoder's files: which of their weights make hidden states, and that none of them runs code."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, one_line
 from .files import PathLike, open_weights
 
 HEAD = "lm_head."
 """Start of the names of the head over the vocabulary, which is not needed."""
+
+TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+"""Classes of transformers that a tokenizer_config.json may name; both read the same files."""
+
+ENCODER_FOLDERS = ("text_encoder", "tokenizer", "processor", "image_processor")
+
+_LARGEST_CONFIG = 10_000_000
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+_PLAIN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_CODE = "asks to run Python code of its own when it is loaded"
+_ELSEWHERE = "names a file to read instead of the folder's own"
+_REFUSED = {
+    "auto_map": _CODE,
+    "trust_remote_code": _CODE,
+    "custom_pipelines": _CODE,
+    "use_kernels": "asks for code from the Hugging Face hub",
+    "quantization_config": "is quantised in a form that fetches code from the Hugging Face hub",
+    "transformers_weights": _ELSEWHERE,
+    "vocab_file": _ELSEWHERE,
+    "merges_file": _ELSEWHERE,
+    "tokenizer_file": _ELSEWHERE,
+    "tokenizer_object": _ELSEWHERE,
+    "fast_tokenizer_files": _ELSEWHERE,
+}
+"""Keys of a config with which other libraries run code, reach the network or read other files, and why each is
+refused."""
 
 
 def encoder_parameters(folder: PathLike) -> int:
     """Parameters of a text_encoder/ folder that make hidden states, from the files' headers. CheckpointError."""
     weights = open_weights(folder)
     return sum(weights.count(name) for name in weights if not name.startswith(HEAD))
+
+
+def check_encoder_files(folder: PathLike) -> None:
+    """CheckpointError if loading the encoder of a pipeline folder could run code, reach the network or leave it.
+
+    Reads every config and every index of shards beside the weights; opens no tensor.
+    """
+    folder = Path(folder)
+    for part in ENCODER_FOLDERS:
+        for file in sorted((folder / part).glob("*.json")):
+            if file.name.endswith(".index.json"):
+                open_weights(file)
+            elif file.name not in _VOCABULARIES:
+                check_config(file)
+    weights = folder / "text_encoder"
+    if (weights / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{weights} holds an adapter_config.json, which takes the encoder's weights from another place; refused: "
+            "merge the adapter into the encoder first"
+        )
+    if weights.is_dir():
+        open_weights(weights)
+
+
+def check_config(file: Path) -> Any:
+    """The content of a JSON config, or CheckpointError if it cannot be read or has a key that is refused."""
+    try:
+        if file.stat().st_size > _LARGEST_CONFIG:
+            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a config; fetch it again")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = next((why for key, value in _items(content) if (why := _refusal(key, value))), None)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not JSON ({one_line(error)}); fetch it again") from None
+    if found:
+        raise CheckpointError(f"{file} {found}; refused, take this part from a Qwen-Image-Edit or UniPic 3 repository")
+    return content
+
+
+def tokenizer_class(folder: PathLike) -> str:
+    """The name of transformers' class for a tokenizer/ folder, one of TOKENIZERS. CheckpointError for any other."""
+    file = Path(folder) / "tokenizer_config.json"
+    config = check_config(file) if file.is_file() else {}
+    name = config.get("tokenizer_class", TOKENIZERS[0]) if isinstance(config, dict) else config
+    if name not in TOKENIZERS:
+        raise CheckpointError(
+            f"{file} names the tokenizer {str(name)[:60]!r}, expected {' or '.join(TOKENIZERS)}; take the tokenizer "
+            "from a Qwen-Image-Edit or UniPic 3 repository"
+        )
+    return TOKENIZERS[0]
+
+
+@contextmanager
+def readable_encoder_errors(what: str) -> Iterator[None]:
+    """Errors of transformers, tokenizers and safetensors as CheckpointErrors: `what` cannot be loaded.
+
+    A panic of their Rust code is a BaseException, which would end the program or ComfyUI's queue.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise CheckpointError(f"{what}: {one_line(error)}; fetch it again") from error
+
+
+def _items(content: Any) -> Iterator[tuple[str, Any]]:
+    """All keys and values of JSON at any depth."""
+    if isinstance(content, dict):
+        yield from content.items()
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _items(value)
+
+
+def _refusal(key: str, value: Any) -> str | None:
+    """Why a key of a config is refused, None if it is not."""
+    if value in (None, False, "", {}, []):
+        return None
+    if key.endswith(("attn_implementation", "attn_implementation_internal", "experts_implementation")):
+        names = list(value.values()) if isinstance(value, dict) else [value]
+        foreign = next((n for n in names if n is not None and n not in _PLAIN_ATTENTION), None)
+        return foreign and f"has {key} {str(foreign)[:80]!r}, code from the Hugging Face hub"
+    if key == "quantization_config" and isinstance(value, dict) and value.get("quant_method") == "bitsandbytes":
+        return None
+    return f"has the key {key}: it {_REFUSED[key]}" if key in _REFUSED else None

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ....unipic_core.conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length
 from ....unipic_core.conditioning.vision import vision_tokens
-from ....unipic_core.errors import CheckpointError, one_line
+from ....unipic_core.errors import CheckpointError
+from ....unipic_core.weights.text_encoder import readable_encoder_errors, tokenizer_class
 
 KEY = "qwen25_7b"
 """ComfyUI's name for Qwen2.5-VL, whatever its size: key of the tokens, and prefix of the encoder's LoRA keys."""
@@ -41,21 +42,25 @@ class Vocabulary:
         tokenizer_config.json. A folder with only vocab.json and merges.txt is read as ComfyUI reads its own.
         """
         file = next((f for f in (folder / _JSON, folder.parent / "processor" / _JSON) if f.is_file()), None)
-        try:
+        with readable_encoder_errors(f"the tokenizer in {folder} cannot be loaded"):
             return cls._of_json(file) if file else cls._of_lists(folder)
-        except Exception as error:  # tokenizers and transformers raise their own kinds
-            raise CheckpointError(f"the tokenizer in {folder} cannot be loaded: {one_line(error)}") from error
 
     @classmethod
     def _of_json(cls, file: Path) -> Vocabulary:
         words = tokenizers.Tokenizer.from_file(str(file))
         words.no_truncation()
         words.no_padding()
-        return cls(lambda text: words.encode(text, add_special_tokens=False).ids, words.token_to_id, words.decode)
+
+        def ids(text: str) -> list[int]:
+            with readable_encoder_errors(f"the tokenizer {file} cannot read this text; it is damaged"):
+                return list(words.encode(text, add_special_tokens=False).ids)
+
+        return cls(ids, words.token_to_id, words.decode)
 
     @classmethod
     def _of_lists(cls, folder: Path) -> Vocabulary:
-        words = qwen_image.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer_class(folder)  # refuses a folder that brings code
+        words = qwen_image.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
         def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
             return words.decode(ids, skip_special_tokens=skip_special_tokens)
