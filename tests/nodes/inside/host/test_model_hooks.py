@@ -167,6 +167,42 @@ def test_wrapper_sees_every_call(nano_model: Any) -> None:
     torch.testing.assert_close(got, 2 * velocity(nano_model, x, 0.5, text, references))
 
 
+def test_a_wrapper_may_write_into_the_latent(nano_model: Any) -> None:
+    x, text, references = random_inputs()
+
+    def wrapper(executor: Any, x: Tensor, *args: Any, **kw: Any) -> Any:
+        return executor(x.zero_(), *args, **kw)
+
+    wrapped = nano_model.clone()
+    wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
+    before = x.clone()
+    velocity(wrapped, x, 0.5, text, references, transformer_options={"wrappers": wrapped.wrappers})
+    torch.testing.assert_close(x, before, rtol=0, atol=0)
+
+
+def test_easycache_skips_steps_and_makes_nearly_the_same_latents(nano_model: Any) -> None:
+    from comfy_extras.nodes_easycache import EasyCacheNode
+
+    x, text, references = random_inputs()
+    cond = [[text, {"reference_latents": references}]]
+    sampler, sigmas = comfy.samplers.ksampler("euler"), torch.linspace(1, 0, 13)
+
+    def latents(model: Any) -> Tensor:
+        return comfy.sample.sample_custom(
+            model, x, 1.0, sampler, sigmas, cond, cond, torch.zeros_like(x), seed=0, disable_pbar=True
+        )
+
+    calls = []
+    counted = nano_model.clone()
+    counted.set_model_patch_replace(
+        lambda args, extra: calls.append(1) or extra["original_block"](args), "dit", "double_block", 0
+    )
+    cached = EasyCacheNode.execute(counted, reuse_threshold=0.5, start_percent=0.15, end_percent=0.95, verbose=False)[0]
+    got = latents(cached)
+    assert 4 < len(calls) < 12
+    assert relative(got, latents(nano_model)) < 0.1  # 1.01 where its sums end in the sampler's latent
+
+
 def test_reference_methods(nano_model: Any) -> None:
     x, text, references = random_inputs()
     results = {
