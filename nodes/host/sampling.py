@@ -102,6 +102,7 @@ def sample_consistency(
     """Predict x0, re-noise to the next sigma; a sampler function of ComfyUI's around `samplers.renoise`."""
     seed = (extra_args or {}).get("seed") or 0
     noise = seeded_noise(x, seed, pictures) if step_noise is None else given_noise(x, step_noise)
+    _check_falling(sigmas)
     with _run(model, sigmas, extra_args, callback, disable) as run:
         return samplers.renoise(run.predict, x, run.times, noise, run.report)
 
@@ -114,7 +115,10 @@ def sample_euler(
     callback: Callback | None = None,
     disable: bool | None = None,
 ) -> Tensor:
-    """Euler's method; a sampler function of ComfyUI's around `samplers.sample_euler`."""
+    """Euler's method; a sampler function of ComfyUI's around `samplers.sample_euler`.
+
+    Rising sigmas invert: from a picture to the noise that makes it.
+    """
     with _run(model, sigmas, extra_args, callback, disable) as run:
         return samplers.sample_euler(run.velocity, x, run.times, run.report)
 
@@ -176,14 +180,29 @@ def _run(
     model: Any, sigmas: Tensor, extra_args: dict[str, Any] | None, callback: Callback | None, disable: bool | None
 ) -> Iterator[_Run]:
     """A run with a progress bar on the console. UniPicError for sigmas of another kind of model, and for NaN."""
-    if not bool(((sigmas[:-1] > 0) & (sigmas[:-1] <= 1)).all()):
-        got = ", ".join(f"{s:.4g}" for s in sigmas.tolist())
-        raise UniPicError(f"the sigmas should fall from at most 1 to 0, got {got}; make them with UniPic Sigmas")
+    in_range = (sigmas >= 0) & (sigmas <= 1)  # false for NaN; 0 is for the end alone
+    if not bool(in_range.all() and (sigmas[:-1] > 0).all()):
+        raise _wrong_sigmas(sigmas, "make them with UniPic Sigmas")
+    if sigmas[-1] == 1:  # ComfyUI divides the result by 1 - the last sigma
+        raise _wrong_sigmas(sigmas, "to invert a picture with euler, let them rise to 0.999")
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
         try:
             yield _Run(model, sigmas, extra_args or {}, callback, bar)
         except NonFiniteLatent as error:
             raise NonFiniteLatent(error.step, ADVICE) from None
+
+
+def _check_falling(sigmas: Tensor) -> None:
+    """UniPicError for sigmas that rise: the noise added after a step is that of a later, smaller time."""
+    if bool((sigmas.diff() > 0).any()):
+        raise _wrong_sigmas(
+            sigmas, "make them with UniPic Sigmas, or choose euler, which can follow the flow backwards"
+        )
+
+
+def _wrong_sigmas(sigmas: Tensor, advice: str) -> UniPicError:
+    got = ", ".join(f"{s:.4g}" for s in sigmas.tolist())
+    return UniPicError(f"the sigmas should fall from at most 1 to 0, got {got}; {advice}")
 
 
 # --- guidance ---

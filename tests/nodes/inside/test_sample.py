@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,30 @@ def test_split_sigmas_go_on_where_they_stopped() -> None:
 def test_sigmas_of_another_kind_of_model() -> None:
     with pytest.raises(UniPicError, match=r"fall from at most 1 to 0, got 14\.6, 1, 0; make them with UniPic Sigmas"):
         toy.run(toy.model(), EULER, torch.tensor([14.6, 1.0, 0.0]), toy.start())
+
+
+@pytest.mark.parametrize("sampler", [CONSISTENCY, EULER], ids=["consistency", "euler"])
+@pytest.mark.parametrize("bad", [[math.nan, 0.5, 0.0], [1.0, math.nan, 0.0], [1.0, 0.5, math.nan], [0.5, 0.2, -0.1]])
+def test_sigmas_that_are_no_times(sampler: Any, bad: list[float]) -> None:
+    with pytest.raises(UniPicError, match="fall from at most 1 to 0, got .*; make them with UniPic Sigmas"):
+        toy.run(toy.model(), sampler, torch.tensor(bad), toy.start())
+
+
+def test_the_consistency_sampler_wants_falling_sigmas() -> None:
+    """FlipSigmas writes 0.0001 in the place of 0."""
+    for rising in ([1e-4, *FEW.flip(0).tolist()[1:]], [0.2, 0.5, 1.0], [1.0, 0.5, 0.7, 0.0]):
+        with pytest.raises(UniPicError, match="fall from at most 1 to 0, got .*, or choose euler"):
+            toy.run(toy.model(), CONSISTENCY, torch.tensor(rising), toy.start())
+
+
+def test_euler_inverts_with_rising_sigmas() -> None:
+    """From a picture up the flow, and down again to the picture."""
+    model, picture = toy.model(), toy.start()
+    none, up = torch.zeros_like(picture), torch.linspace(1e-4, 0.9, 401)
+    inverted = toy.run(model, EULER, up, none, picture)
+    toy.close(toy.run(model, EULER, up.flip(0), none, inverted), picture, 0.05)
+    with pytest.raises(UniPicError, match="got 0.0001, 0.5, 1; to invert a picture with euler, let them rise to 0.999"):
+        toy.run(model, EULER, torch.tensor([1e-4, 0.5, 1.0]), none, picture)
 
 
 # --- golden numbers ---
