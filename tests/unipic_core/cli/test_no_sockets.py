@@ -46,12 +46,12 @@ def test_no_command_opens_a_socket(tmp_path: Path) -> None:
     wide = ["--size", "32x16", "--steps", "1", "--cfg", "1", "--reference-budget", "32", "--device", "cpu"]
     cli = "unipic_core.cli"
     lora = next((DEFAULT_MODEL / "loras").glob("*.safetensors"))
+    place = ["--out", str(tmp_path / "out.png")]
     commands = [
         [cli, "--help"],
         [cli, "info", str(TINY)],
         [cli, "convert", str(TINY), str(tmp_path / "c.safetensors")],
-        [cli, "compose", str(PICTURES / "tent.png"), "-p", "a tent", "--model", str(TINY), *wide]
-        + ["--out", str(tmp_path / "out.png")],
+        [cli, "compose", str(PICTURES / "tent.png"), "-p", "a tent", "--model", str(TINY), *wide, *place],
         [cli, "info", str(tmp_path / "c.safetensors")],
         [cli, "merge", str(DEFAULT_MODEL), str(tmp_path / "merged"), "--lora", str(lora)],
         ["trainers.cache", "--help"],
