@@ -34,7 +34,9 @@ class Asker(Protocol):
     """A server, or the recording of one."""
 
     config: JudgeConfig
-    abilities: Abilities
+
+    @property
+    def abilities(self) -> Abilities: ...
 
     def ask(self, question: Question, seed: int | None = None) -> Answer:
         """Raises AnswerError for this question, JudgeError when asking further is of no use."""

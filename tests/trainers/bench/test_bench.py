@@ -1,0 +1,144 @@
+"""From cases to the page, with a judge that computes its answers from the pixels it is sent."""
+
+import base64
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from tests.trainers.judges.vlm.servers import KEY, FakeServer
+from trainers.bench.__main__ import main
+
+
+def pixels(part):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",")[1]))), float)
+
+
+def looks(body):
+    """Colours anywhere weigh most, their places a little; a missing item's colours are missed."""
+    pictures = [pixels(part) for part in body["messages"][0]["content"] if part["type"] == "image_url"]
+    if len(pictures) < 2:
+        return '{"score": [10, 10]}'
+    first, second = pictures[0], pictures[-1]
+    if first.shape != second.shape:
+        return '{"score": [5, 5]}'
+    bins = [np.histogramdd(p.reshape(-1, 3), 6, [(0, 256)] * 3)[0].ravel() / p[..., 0].size for p in (first, second)]
+    colours = np.minimum(*bins).sum()
+    places = np.exp(-((first - second) ** 2).mean() / 4000)
+    score = round(10 * float(0.8 * colours**4 + 0.2 * places), 3)
+    return json.dumps({"score": [score, score]})
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+
+
+@pytest.fixture
+def judge(tmp_path):
+    def write(server, **options):
+        fixed = {"logprobs": "off", "response_format": "none", "api_key_env": "JUDGE_KEY", "image_max_side": 128}
+        path = tmp_path / "judge.yaml"
+        path.write_text(yaml.safe_dump({"judge": {"base_url": server.url, "model": "looks", **fixed, **options}}))
+        return str(path)
+
+    return write
+
+
+def picture(path, colour):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), colour).save(path)
+
+
+def own_run(tmp_path):
+    rows = []
+    for name, colour in (("a", "red"), ("b", "blue"), ("<b>", "green")):
+        picture(tmp_path / f"s_{colour}.png", colour)
+        picture(tmp_path / "made" / f"{'_b_' if name == '<b>' else name}.png", colour)
+        source = f"s_{colour}.png"
+        rows.append({"id": name, "instruction": f"Show {name}.", "sources": [source], "truth": source})
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    arguments = ["run", "--bench", "own", "--root", str(tmp_path / "cases.jsonl"), "--out", str(out)]
+    assert main([*arguments, "--pictures", f"made={tmp_path / 'made'}", "--device", "cpu"]) == 0
+    return out
+
+
+def test_own_cases_judged_recorded_replayed_and_shown(tmp_path, judge):
+    out, answers = own_run(tmp_path), tmp_path / "answers.jsonl"
+    (out / "results/made/2-3_sources/b.png").write_bytes(b"no picture")
+    file = judge(FakeServer(looks))
+    score = ["score", "--out", str(out), "--template", "reference"]
+    assert main([*score, "--judge", file, "--record", str(answers)]) == 0
+    assert main(["score", "--out", str(out)]) == 0
+    first = (out / "scores.jsonl").read_text()
+    assert main(["report", "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    found = report["scores"]["looks, reference 1 (bundled)"]["made"]
+    assert (found["value"], found["judged"], found["failures"]) == (10.0, "2 of 3", {"picture": 1})
+    page = (out / "report.html").read_text()
+    assert "Show &lt;b&gt;." in page
+    assert KEY not in page + first + json.dumps(report) + answers.read_text()
+    assert "http" not in page.replace("&quot;base_url&quot;: &quot;http", "")
+    (out / "scores.jsonl").unlink()
+    assert main([*score, "--replay", str(answers)]) == 0
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert {row["id"]: row["score"] for row in rows} == {"a": 10.0, "b": None, "<b>": 10.0}
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, judge, capsys):
+    out = own_run(tmp_path)
+    server = FakeServer(looks, faults=[None, None, 401])
+    arguments = ["score", "--out", str(out), "--template", "reference", "--judge", judge(server, concurrency=1)]
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith("trainers.bench: http://127.0.0.1")
+    with (out / "scores.jsonl").open("a") as file:
+        file.write('{"system": "cut by a ki')
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert sorted(row["id"] for row in rows) == ["<b>", "a", "b"]
+    assert len(server.bodies) == 3 + 4  # two of the first case, the refused one, two for each other case
+
+
+def test_the_controls_pass_a_judge_that_looks_and_not_one_that_likes_everything(tmp_path, judge):
+    from trainers.bench.cases import Plan, draw_cases
+
+    out = tmp_path / "out"
+    Plan("nano", 0, tuple(draw_cases(16, 0, out)), (), {}).save(out)
+    score = ["score", "--out", str(out), "--template", "reference", "--controls", "--judge"]
+    assert main([*score, judge(FakeServer(looks), concurrency=2)]) == 0
+    found = json.loads((out / "controls.json").read_text())
+    means = [one["mean"] for one in found["means"].values()]
+    assert means == sorted(means, reverse=True)
+    assert found["fit"], found["sentence"]
+    assert main([*score, judge(FakeServer('{"score": [9, 9]}'))]) == 0
+    assert not json.loads((out / "controls.json").read_text())["fit"]
+
+
+def test_gedit_and_mico_are_read_and_written_in_their_forms(tmp_path, judge):
+    picture(tmp_path / "in.png", "red")
+    for name in ("fullset/color_alter/en/k1.png", "mico_bench_hoi/0.png"):
+        picture(tmp_path / "made" / name, "red")
+    row = {"key": "k1", "task_type": "color_alter", "instruction": "x", "instruction_language": "en"}
+    (tmp_path / "gedit.jsonl").write_text(json.dumps(row | {"input_image": "in.png", "Intersection_exist": True}))
+    for task in ("object_centric", "human_centric", "hoi", "dere"):
+        case = {"input": ["in.png"] * (2 if task == "hoi" else 7), "reference": "in.png", "prompt": "x", "idx": 0}
+        (tmp_path / f"mico_bench_{task}.jsonl").write_text(json.dumps(case))
+    for bench, options in (("gedit", []), ("mico", ["--w-one"])):
+        out = str(tmp_path / bench)
+        made = f"made={tmp_path / 'made'}"
+        arguments = ["run", "--bench", bench, "--root", str(tmp_path), "--pictures", made, "--out", out]
+        assert main([*arguments, "--device", "cpu"]) == 0
+        assert main(["score", "--out", out, "--judge", judge(FakeServer('{"score": [4, 9]}')), *options]) == 0
+        assert main(["report", "--out", out]) == 0
+    made = tmp_path / "gedit/results/made/made_color_alter_all_vie_score.csv"
+    (line,) = csv.DictReader(made.open())
+    assert (line["sementics_score"], line["quality_score"], line["intersection_exist"]) == ("4.0", "4.0", "True")
+    summary = json.loads((tmp_path / "mico/results/made/summary.json").read_text())
+    assert summary["overall"] == {"mean": 36.0, "count": 1}  # 1 x sqrt(4 x 9) x sqrt(4 x 9)
+    report = json.loads((tmp_path / "mico/report.json").read_text())
+    assert len(report["not_covered"]) == 3

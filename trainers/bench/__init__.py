@@ -1,0 +1,1 @@
+"""Benchmarks: ``cases`` reads them, ``make`` composes, ``score`` judges, ``aggregates`` and ``report`` sum up."""

@@ -1,0 +1,75 @@
+"""Make, score and report the pictures of a benchmark.
+
+    python -m trainers.bench run --bench own --root FILE.jsonl --model PATH --out DIR
+    python -m trainers.bench score --out DIR [--judge FILE.yaml [--record FILE] | --replay FILE] [--controls]
+    python -m trainers.bench report --out DIR
+
+Each may be interrupted; the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .cases import BENCHES
+from .make import run
+from .report import report
+from .score import score
+
+
+def parser() -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="trainers.bench", description=__doc__, formatter_class=form)
+    commands = top.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("run", help="make pictures")
+    make.add_argument("--bench", required=True, choices=BENCHES)
+    make.add_argument("--root", type=Path, help="the benchmark's folder; own and multicom: a file of JSON lines")
+    make.add_argument("--n", type=int, help="the first N cases")
+    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--model", action="append", default=[], metavar="PATH", help="repeatable, once per system")
+    for name, kind in (("lora", str), ("steps", int), ("cfg", float), ("label", str)):
+        make.add_argument(f"--{name}", action="append", default=[], type=kind, help="once, or once per system")
+    make.add_argument("--sampler", action="append", default=[], choices=["consistency", "euler"])
+    make.add_argument("--budget", type=int, help="reference budget in pixels a side")
+    make.add_argument("--pictures", action="append", default=[], metavar="LABEL=DIR", help="made by another program")
+    make.add_argument("--device", default="auto")
+    make.set_defaults(controls_only=False)
+    judge = commands.add_parser("score", help="add scores")
+    judge.add_argument(
+        "--judge", type=Path, metavar="FILE.yaml", help="a server of yours; without it: PSNR to the truth"
+    )
+    judge.add_argument("--record", type=Path, metavar="FILE", help="write the judge's answers down")
+    judge.add_argument("--replay", type=Path, metavar="FILE", help="answers of a recording instead of a server")
+    judge.add_argument("--template", help="a question template's name")
+    judge.add_argument("--templates", type=Path, metavar="DIR", help="texts of a checkout of the benchmark")
+    judge.add_argument("--controls", action="store_true", help="test the judge on pictures whose order is known")
+    judge.add_argument("--weights", type=Path, metavar="DIR", help="MICo-Bench's weights")
+    judge.add_argument("--w-one", action="store_true", help="MICo-Bench without weights: W = 1")
+    show = commands.add_parser("report", help="tables and a page to browse")
+    for command in (make, judge, show):
+        command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.command == "report":
+            report(args.out)
+            print(args.out / "report.html")
+        else:
+            {"run": run, "score": score}[args.command](args)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"trainers.bench: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Cases of a benchmark: sources, an instruction, and where the picture of a system is expected.
+
+Own cases and MultiCom-Bench's form are JSON lines {id, instruction, sources, truth?, task?}; GEdit-Bench is a
+gedit.jsonl of its own fields with input_image as a path; MICo-Bench is its checkout with the pictures beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..judges.vlm import JudgeError, read_lines
+from ..nano.emoji import Bank
+
+BENCHES = ("own", "nano", "mico", "gedit", "multicom")
+MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
+MAX_SOURCES = 6
+TEMPLATES = {"own": "compose", "nano": "compose", "mico": "reference", "gedit": "edit", "multicom": "composition3"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``result``: path of a system's picture below its folder. extra: language and intersection of GEdit-Bench."""
+
+    id: str
+    task: str
+    instruction: str
+    sources: tuple[str, ...]
+    truth: str | None
+    result: str
+    extra: Mapping[str, Any]
+
+
+def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Path) -> tuple[list[Case], list[str]]:
+    """The first ``n`` cases, and the ids not covered: those above six sources. Raises ValueError."""
+    if bench == "nano":
+        return draw_cases(n or 12, seed, out), []
+    if root is None:
+        raise ValueError(f"--root is missing: the files of {bench}")
+    if bench == "mico":
+        cases = [_mico(root, task, row) for task in MICO_TASKS for row in _rows(root / f"{task}.jsonl")]
+    elif bench == "gedit":
+        cases = [_gedit(root, row) for row in _rows(root / "gedit.jsonl")]
+    else:
+        cases = [_own(root.parent, number, row) for number, row in enumerate(_rows(root))]
+    left_out = [case.id for case in cases if len(case.sources) > MAX_SOURCES]
+    covered = [case for case in cases if case.id not in left_out][:n]
+    ids = [case.id for case in covered]
+    if not covered or len(set(ids)) < len(ids):
+        raise ValueError(f"{root} has {'two cases of one id' if covered else 'no case'}; each needs an id of its own")
+    return covered, left_out
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(read_lines(path))
+
+
+def _text(row: Mapping[str, Any], name: str) -> str:
+    value = row.get(name)
+    if not isinstance(value, (str, int)) or not str(value).strip():
+        raise ValueError(f"a case lacks {name!r}: {str(row)[:80]}")
+    return str(value)
+
+
+def file_name(text: str) -> str:
+    """A name for files: letters that could leave the folder become underscores."""
+    return re.sub(r"[^\w.-]", "_", text).lstrip(".") or "_"
+
+
+def _own(folder: Path, number: int, row: Mapping[str, Any]) -> Case:
+    sources = row.get("sources")
+    if not isinstance(sources, list) or not sources:
+        raise ValueError(f"case {number} needs 'sources', a list of pictures, got {sources!r}")
+    name = str(row.get("id", number))
+    task = str(row.get("task") or ("2-3 sources" if len(sources) <= 3 else "4-6 sources"))
+    truth = str(folder / str(row["truth"])) if row.get("truth") else None
+    paths = tuple(str(folder / str(one)) for one in sources)
+    return Case(name, task, _text(row, "instruction"), paths, truth, f"{file_name(task)}/{file_name(name)}.png", {})
+
+
+def _mico(root: Path, task: str, row: Mapping[str, Any]) -> Case:
+    name = str(row["idx"] if row.get("idx") is not None else _text(row, "ed_idx"))
+    words = str(row.get("refined_prompt") or _text(row, "prompt"))
+    sources = tuple(str(root / str(one)) for one in row.get("input", ()))
+    truth = str(root / _text(row, "reference"))
+    return Case(f"{task}/{name}", task, words, sources, truth, f"{task}/{file_name(name)}.png", {})
+
+
+def _gedit(root: Path, row: Mapping[str, Any]) -> Case:
+    key, group, language = _text(row, "key"), _text(row, "task_type"), _text(row, "instruction_language")
+    extra = {"language": language, "intersection": bool(row.get("Intersection_exist"))}
+    source = str(root / _text(row, "input_image"))
+    result = f"fullset/{file_name(group)}/{file_name(language)}/{file_name(key)}.png"
+    return Case(f"{language}/{key}", group, _text(row, "instruction"), (source,), None, result, extra)
+
+
+def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
+    """Scenes of unseen assets with their truth, drawn into ``out``/inputs."""
+    from ..judges.measure import Plan
+    from ..judges.panel import Case as Scene
+
+    bank, plan = Bank.open(None), Plan(n, seed, progress=False)
+    folder = out / "inputs"
+    folder.mkdir(parents=True, exist_ok=True)
+    cases = []
+    for index in range(n):
+        sample = Scene.of(bank, plan.scene(bank, index)).sample
+        paths = [folder / f"{index}_{number}.png" for number in range(1, len(sample.references) + 1)]
+        truth = folder / f"{index}_truth.png"
+        for path, picture in zip([*paths, truth], [*sample.references, sample.target], strict=True):
+            picture.save(path)
+        sources = tuple(str(path) for path in paths)
+        result = f"{sample.task}/{index}.png"
+        cases.append(Case(str(index), sample.task, sample.instruction, sources, str(truth), result, {"scene": index}))
+    return cases
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a folder holds: the benchmark, its cases, the systems by label. Stored as bench.json."""
+
+    bench: str
+    seed: int
+    cases: tuple[Case, ...]
+    not_covered: tuple[str, ...]
+    systems: Mapping[str, Mapping[str, Any]]
+
+    def save(self, out: Path) -> None:
+        from unipic_core.weights.write_small import aside
+
+        with aside(out / "bench.json") as path:
+            path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    def with_systems(self, systems: Mapping[str, Mapping[str, Any]]) -> Plan:
+        return replace(self, systems={**self.systems, **systems})
+
+    @classmethod
+    def load(cls, out: Path) -> Plan:
+        """Raises JudgeError without a run in the folder."""
+        try:
+            data = json.loads((out / "bench.json").read_text(encoding="utf-8"))
+            cases = tuple(Case(**{**one, "sources": tuple(one["sources"])}) for one in data["cases"])
+            return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise JudgeError(
+                f"{out} holds no run of trainers.bench; begin with: trainers.bench run --out {out}"
+            ) from None

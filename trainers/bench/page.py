@@ -1,0 +1,132 @@
+"""One page to browse the cases of a run: no network, answers escaped, thumbnails of at most 50 MB in all."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from .cases import Case, Plan
+from .make import result_path
+from .pictures import thumbnail
+from .pixels import PIXELS
+from .score import Rows
+
+LARGEST = 50_000_000
+STYLE = """body{font:14px sans-serif;margin:20px;color:#222}table{border-collapse:collapse;margin:12px 0}
+td,th{border-bottom:1px solid #ddd;padding:5px 9px;text-align:left;vertical-align:top}img{max-width:128px;margin:2px}
+pre{white-space:pre-wrap;font-size:11px;max-width:240px;max-height:90px;overflow:auto;color:#555}.bad{color:#a00}
+small{color:#666}.words{max-width:220px}"""
+SCRIPT = """const t=document.getElementById('t'),f=document.getElementById('f');function go(){
+for(const r of document.querySelectorAll('tr.case'))
+r.hidden=(t.value&&r.dataset.task!=t.value)||(f.checked&&!r.dataset.bad)}
+t.onchange=f.onchange=go"""
+esc = html.escape
+
+
+def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
+    """The whole page."""
+    about = {name: summary[name] for name in ("version", "seed", "systems", "judge", "not_covered")}
+    tasks = sorted({case.task for case in plan.cases})
+    options = "".join(f'<option value="{esc(task, quote=True)}">{esc(task)}' for task in tasks)
+    labels = "".join(f"<th>{esc(label)}" for label in plan.systems)
+    spent = [0]
+    parts = [
+        f"<!doctype html><meta charset=utf-8><title>{esc(plan.bench)}</title><style>{STYLE}</style>",
+        f"<h1>{esc(plan.bench)}: {len(plan.cases)} cases, {len(plan.systems)} systems</h1><details><summary>settings",
+        f"</summary><pre style='max-width:none;max-height:none'>{esc(json.dumps(about, indent=1))}</pre></details>",
+        controls_table(summary["controls"]),
+        f"<table><tr><th>score{labels}</tr>",
+        *(score_row(judge, found) for judge, found in summary["scores"].items()),
+        "</table><small>value [95% over cases]; below it the paired difference to the first system, its interval, and ",
+        "how many cases are judged</small>",
+        *(group_table(judge, found) for judge, found in summary["scores"].items() if not judge.startswith(PIXELS)),
+        f"<p>task <select id=t><option value=''>all{options}</select> <label><input type=checkbox id=f> failures only",
+        f"</label></p><table><tr><th>case<th>sources<th>truth{labels}</tr>",
+        *(case_row(plan, rows, list(summary["scores"]), case, out, spent) for case in plan.cases),
+        f"</table><script>{SCRIPT}</script>",
+    ]
+    return "".join(parts)
+
+
+def controls_table(found: dict[str, Any] | None) -> str:
+    if not found:
+        return "<p>The judge was not tested on controls.</p>"
+    names = "".join(f"<th>{esc(name)}" for name in found["means"])
+    means = "".join(f"<td>{number(one['mean'])} {bounds(one['ci95'])}" for one in found["means"].values())
+    return f"<p><b>{esc(found['sentence'])}</b></p><table><tr>{names}</tr><tr>{means}</tr></table>"
+
+
+def score_row(judge: str, found: dict[str, Any]) -> str:
+    """One judge, or one measure of the pixels: a cell per system."""
+    name = next(iter(found.values()))["name"] if found else ""
+    cells = [f"<td>{esc(judge)}<br><small>{esc(name)}</small>"]
+    for one in found.values():
+        gap = f"{one['minus_first']:+.3f} {bounds(one['minus_first_ci95'])}; " if one["minus_first_ci95"] else ""
+        failures = ", ".join(f"{kind}: {count}" for kind, count in one["failures"].items())
+        more = f"{gap}{one['judged']}" + (f" ({failures})" if failures else "")
+        cells.append(f"<td><b>{number(one['value'])}</b> {bounds(one['ci95'])}<br><small>{esc(more)}</small>")
+    return "<tr>" + "".join(cells) + "</tr>"
+
+
+def group_table(judge: str, found: dict[str, Any]) -> str:
+    """By task and by number of sources."""
+    text = [f"<details><summary>{esc(judge)}: by task and by number of sources</summary><table><tr><th>"]
+    text += [f"<th>{esc(label)}" for label in found]
+    for kind, words in (("by_task", "{}"), ("by_sources", "{} sources")):
+        for group in sorted({group for one in found.values() for group in one[kind]}):
+            cells = "".join(f"<td>{number(one[kind].get(group))}" for one in found.values())
+            text.append(f"<tr><td>{esc(words.format(group))}{cells}</tr>")
+    return "".join(text) + "</table></details>"
+
+
+def case_row(plan: Plan, rows: Rows, judges: list[str], case: Case, out: Path, spent: list[int]) -> str:
+    """``spent``: bytes of thumbnails so far, counted on."""
+    found = {label: {judge: rows.get((label, case.id, judge)) for judge in judges} for label in plan.systems}
+    bad = "1" if any(row and row.get("failure") for many in found.values() for row in many.values()) else ""
+    text = [f'<tr class=case data-task="{esc(case.task, quote=True)}" data-bad="{bad}"><td class=words>']
+    text.append(f"<b>{esc(case.id)}</b> {esc(case.task)}<br>{esc(case.instruction)}<td>")
+    text += [img(Path(path), spent) for path in case.sources]
+    text.append("<td>" + (img(Path(case.truth), spent) if case.truth else "-"))
+    for label, many in found.items():
+        text.append("<td>" + img(result_path(out, label, case), spent))
+        text += [score_cell(judge, row) for judge, row in many.items() if row]
+    return "".join(text) + "</tr>"
+
+
+def score_cell(judge: str, row: dict[str, Any]) -> str:
+    if row.get("failure"):
+        words = f"{judge}: {row['failure']}: {row['message']}"
+        return f"<div class=bad>{esc(words)}</div>"
+    if row["score"] is None:
+        return ""
+    name = esc(judge.removeprefix(f"{PIXELS}: "))
+    if judge.startswith(PIXELS):
+        return f"<small>{name} {row['score']:.2f}<br></small>"
+    answers = "\n".join(f"{one['question']}: {one['answer'][:300]}" for one in row.get("readings", []))
+    return f"<div>{name}: <b>{row['score']:.2f}</b></div><pre>{esc(answers)}</pre>"
+
+
+def img(path: Path, spent: list[int]) -> str:
+    """A thumbnail inside the page."""
+    picture = thumbnail(path)
+    if picture is None:
+        return '<span class="bad">no picture</span>'
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    if spent[0] + len(data) > LARGEST:
+        return "(left out: the page would pass 50 MB)"
+    spent[0] += len(data)
+    return f'<img src="data:image/jpeg;base64,{data}" alt="">'
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def bounds(pair: list[float] | None) -> str:
+    return f"[{pair[0]:.3f}, {pair[1]:.3f}]" if pair else ""

@@ -1,0 +1,78 @@
+"""Scores without a judge behind a server: PSNR to a truth, and for the nano's scenes the judges of their pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..judges.vlm import AnswerError, LineFile, load_picture
+from .cases import Case, Plan
+from .make import result_path
+
+PIXELS = "pixels"
+PSNR = f"{PIXELS}: PSNR to the truth, dB"
+MOST_DB = 99.0
+
+
+def score_pixels(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
+    """Append what is missing to ``file``. Raises ValueError when no case has a truth."""
+    if not any(case.truth for case in plan.cases):
+        raise ValueError("no case has a truth to compare with; give --judge FILE.yaml or --replay FILE")
+    for label in plan.systems:
+        for case in plan.cases:
+            if case.truth and (label, case.id, PSNR) not in done:
+                found = psnr(result_path(out, label, case), Path(case.truth))
+                file.add({"system": label, "id": case.id, "judge": PSNR, **found})
+    if plan.bench == "nano":
+        score_scenes(plan, out, file, done)
+
+
+def psnr(path: Path, truth_path: Path) -> dict[str, Any]:
+    """The score in dB, or why there is none; the output is resized to the truth."""
+    try:
+        truth = load_picture(truth_path)
+        output = load_picture(path, size=truth.size)
+    except AnswerError as error:
+        return {"score": None, "failure": error.kind, "message": str(error)}
+    squares = np.mean((np.asarray(truth.image, float) - np.asarray(output.image, float)) ** 2)
+    return {"score": float(min(MOST_DB, 10 * np.log10(255**2 / max(squares, 1e-9))))}
+
+
+def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
+    """The judges of drawn scenes: placement, appearance, identity; a picture's score is the mean over its items."""
+    from ..judges.measure import Plan as Scenes
+    from ..judges.panel import JUDGES, Panel
+    from ..judges.panel import Case as Scene
+    from ..nano.emoji import Bank
+
+    names = {judge.name: f"{PIXELS}: {judge.title}" for judge in JUDGES}
+    jobs = [
+        (label, index, case)
+        for label in plan.systems
+        for index, case in enumerate(plan.cases)
+        if (label, case.id, next(iter(names.values()))) not in done
+    ]
+    if not jobs:
+        return
+    bank, scenes = Bank.open(None), Scenes(max(2, len(plan.cases)), plan.seed, progress=False)
+    panel = Panel(bank)
+    for label, index, case in jobs:
+        scene = Scene.of(bank, scenes.scene(bank, index))
+        row = _scene_row(panel, scene, result_path(out, label, case), case)
+        # The first name marks the picture as done, so it is written last.
+        for name, title in reversed(names.items()):
+            file.add({"system": label, "id": case.id, "judge": title, **row[name]})
+
+
+def _scene_row(panel: Any, scene: Any, path: Path, case: Case) -> dict[str, dict[str, Any]]:
+    """By judge: its score, None where the scene has nothing for it, or the failure."""
+    from ..judges.panel import JUDGES
+
+    try:
+        picture = load_picture(path, size=scene.sample.target.size).image
+    except AnswerError as error:
+        return {judge.name: {"score": None, "failure": error.kind, "message": str(error)} for judge in JUDGES}
+    found = {name: values[0][np.isfinite(values[0])] for name, values in panel.judge(scene, [picture]).items()}
+    return {name: {"score": float(values.mean()) if len(values) else None} for name, values in found.items()}
