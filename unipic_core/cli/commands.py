@@ -149,6 +149,7 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", "-p", required=True, help="what to make of them")
     p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
     p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     p.add_argument(
         "--size", type=size_argument, metavar="WxH", help="multiples of 16 (default: the first picture's aspect)"
     )

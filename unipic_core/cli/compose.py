@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from ..pipeline.loading import find_recipe
 from ..pipeline.loras import AddedLoRAs
 from ..pipeline.offload import checked_device
 from ..pipeline.pipeline import UniPicPipeline
-from ..run.plan import plan, resolve
+from ..run.plan import checked_seed, plan, resolve
 from ..weights.lora import read_lora
 from ..weights.write_small import aside
+from .outputs import check_outputs, free_path, output_paths
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
 
 
 def compose(args: argparse.Namespace) -> None:
     """Load, compose with a progress bar, write."""
+    check_destinations(args)
     images = [load_image(path) for path in args.images]
     if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UniPicError("the bundled model is not installed; name a model folder with --model")
@@ -46,10 +49,33 @@ def compose(args: argparse.Namespace) -> None:
     with progress_bar("composing") as advance:  # around loading, which the bar's package may be absent for
         pipe = load_pipeline(args)
         out = pipe(images, args.prompt, args.negative, callback=lambda step, *_: advance(step + 1, steps), **wishes)
-    for image, seed in zip(out.images, out.seeds, strict=True):
-        path = args.out if len(out.images) == 1 else args.out.with_stem(f"{args.out.stem}-{seed}")
+    paths = output_paths(args.out, out.seeds[0], len(out.images))
+    for image, seed, named in zip(out.images, out.seeds, paths, strict=True):
+        path = still_free(named, args)
         save_image(image, path, record(args, seed, image.size, out.settings))
         print(path)
+
+
+def check_destinations(args: argparse.Namespace) -> None:
+    """UniPicError if a picture would be written over something that is not to be replaced."""
+    seed, count = checked_seed(args.seed, args.num_images)
+    check_outputs(output_paths(args.out, seed, count), files_read(args), args.overwrite)
+
+
+def files_read(args: argparse.Namespace) -> list[Path]:
+    """Pictures and weight files that the arguments name."""
+    return [*args.images, *(path for path, _ in args.lora), *([args.transformer] if args.transformer else [])]
+
+
+def still_free(path: Path, args: argparse.Namespace) -> Path:
+    """The path, or a free name with a warning if something has appeared there since it was checked."""
+    try:
+        check_outputs([path], files_read(args), args.overwrite)
+    except UniPicError as error:
+        free = free_path(path)
+        warnings.warn(f"{error}; it appeared meanwhile, and the picture is written to {free}", stacklevel=2)
+        return free
+    return path
 
 
 def check_wishes(args: argparse.Namespace, sizes: list[tuple[int, int]], wishes: dict[str, Any]) -> int:

@@ -60,7 +60,7 @@ class Place:
     def command(self) -> list[str]:
         fast = ["--size", "32x16", "--steps", "1", "--cfg", "1", "--reference-budget", "32", "--device", "cpu"]
         what = ["compose", *map(str, self.images), "--prompt", self.prompt, "--model", str(self.model)]
-        return [*what, *fast, "--out", str(self.out), *self.arguments]
+        return [*what, *fast, "--out", str(self.out), "--overwrite", *self.arguments]
 
     def held(self) -> dict[Path, bytes]:
         return {p: p.read_bytes() for p in self.folder.rglob("*") if p.is_file()}

@@ -249,7 +249,7 @@ def test_interrupted_while_writing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Image.Image, "save", interrupted)
-    assert "interrupted" in fails(compose(golden / "tiny", picture, "--out", out), capsys, code=130)
+    assert "interrupted" in fails(compose(golden / "tiny", picture, "--out", out, "--overwrite"), capsys, code=130)
     assert out.read_bytes() == b"the picture of before"
     assert sorted(p.name for p in picture.parent.iterdir()) == ["cat.png", "out.png"]
 
