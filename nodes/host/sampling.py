@@ -256,6 +256,22 @@ def prepared(model: Any, latent: dict[str, Any]) -> Tensor:
     return x
 
 
+def picture_masks(mask: Tensor | None, pictures: int) -> Tensor | None:
+    """A LATENT's mask [H, W], [B, H, W] or [B, 1, H, W] as [B, 1, 1, H, W]; B is 1 or the number of pictures.
+
+    ComfyUI reads the masks of a batch as the frames of one picture and averages them, unless they have five dimensions.
+    UniPicError for another number of masks, and for NaN.
+    """
+    if mask is None:
+        return None
+    masks = mask if mask.ndim == 5 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
+    if len(masks) not in (1, pictures):
+        raise UniPicError(f"the latent has {len(masks)} masks for {pictures} pictures; give it one, or one for each")
+    if bool(masks.isnan().any()):
+        raise UniPicError("the latent's mask should hold numbers from 0 to 1 and holds NaN; make it again")
+    return masks
+
+
 def sample(
     model: Any,
     positive: Any,
@@ -278,7 +294,7 @@ def sample(
         positive,
         negative,
         x,
-        noise_mask=latent.get("noise_mask"),
+        noise_mask=picture_masks(latent.get("noise_mask"), len(x)),
         callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,

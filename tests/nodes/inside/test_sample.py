@@ -284,6 +284,31 @@ def test_the_masked_part_is_what_lcm_gives() -> None:
     toy.close(toy.run(model, CONSISTENCY, FEW, noise, before, noise_mask=mask), lcm)
 
 
+@pytest.mark.parametrize("form", ["BHW", "B1HW", "B11HW"])
+def test_each_picture_of_a_batch_has_its_own_mask(form: str) -> None:
+    """Pixels' masks, as Load Image and Set Latent Noise Mask give them."""
+    before = torch.randn(3, 4, 1, 8, 12, generator=torch.Generator().manual_seed(3))
+    left = torch.zeros(64, 96)
+    left[:, :48] = 1
+    masks = torch.stack([left, 1 - left, left])
+    shaped = {"BHW": masks, "B1HW": masks[:, None], "B11HW": masks[:, None, None]}[form]
+    out = few_step(with_facts(toy.model()), {"samples": before, "noise_mask": shaped})["samples"]
+    changed = (out - before).abs() > 1e-5
+    for picture, half in enumerate((slice(0, 6), slice(6, 12), slice(0, 6))):
+        assert bool(changed[picture, ..., half].all())
+        assert int(changed[picture].sum()) == changed[picture, ..., half].numel()
+
+
+def test_masks_that_do_not_fit_the_batch() -> None:
+    model, samples = with_facts(toy.model()), torch.zeros(3, 4, 1, 8, 12)
+    one = few_step(model, {"samples": samples, "noise_mask": torch.ones(64, 96)})
+    toy.close(one["samples"], few_step(model, {"samples": samples})["samples"], 1e-6)
+    with pytest.raises(UniPicError, match="the latent has 2 masks for 3 pictures; give it one, or one for each"):
+        few_step(model, {"samples": samples, "noise_mask": torch.ones(2, 64, 96)})
+    with pytest.raises(UniPicError, match="mask should hold numbers from 0 to 1 and holds NaN"):
+        few_step(model, {"samples": samples, "noise_mask": torch.full((1, 64, 96), math.nan)})
+
+
 # --- schedules ---
 
 
