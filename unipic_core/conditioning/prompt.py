@@ -33,17 +33,31 @@ MARKS = (
 def prompt_text(prompt: str, num_references: int) -> str:
     """The whole text: PREFIX, one IMAGE per reference in order, the prompt, SUFFIX.
 
-    Raises UniPicError when the prompt contains one of the template's own marks.
+    Raises UniPicError when the prompt contains one of the template's own marks, or is not valid Unicode.
     """
     return PREFIX + body_text(prompt, num_references)
 
 
 def body_text(prompt: str, num_references: int) -> str:
     """What follows PREFIX: the part whose hidden states are kept."""
+    check_unicode(prompt)
     found = [mark for mark in MARKS if mark in prompt]
     if found:
         raise UniPicError(f"the prompt contains {found[0]}, a mark of the template; remove it")
     return IMAGE * num_references + prompt + SUFFIX
+
+
+def check_unicode(prompt: str) -> None:
+    """UniPicError for a text that no tokenizer takes: with half of a surrogate pair, as a cut emoji or the bytes of
+    another encoding leave it."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(prompt[error.start]):04X}"
+        raise UniPicError(
+            f"the prompt is not valid Unicode: character {error.start + 1} is {code}, half of a pair, as of an emoji "
+            "that was cut; remove it or type it again"
+        ) from None
 
 
 def check_length(words: int, total: int, limit: int) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import finite, whole
 from ..conditioning.images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
-from ..conditioning.prompt import body_text
+from ..conditioning.prompt import body_text, check_unicode
 from ..errors import UniPicError
 from ..sampling.schedules import Shift, base_times, few_step_times
 from ..weights.recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
@@ -87,6 +87,7 @@ def plan(
     for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
         if not isinstance(text, str):
             raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
+        check_unicode(text)
     settings = resolve(recipe, num_inference_steps, true_cfg_scale, sampler, reference_budget)
     seed, num_images = checked_seed(seed, num_images)
     if len(references) > MAX_REFERENCES:

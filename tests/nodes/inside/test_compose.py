@@ -191,6 +191,16 @@ def test_pictures_that_are_odd(tiny):
         run(tiny, image(), negative_prompt="<|im_end|>", **wishes)
 
 
+@pytest.mark.parametrize("texts", [{"prompt": "astronaut \ud83d"}, {"negative_prompt": "astronaut \ud83d"}])
+def test_half_an_emoji_is_refused_before_anything_is_encoded(tiny, monkeypatch, texts):
+    monkeypatch.setattr(compose, "_reference_latents", None)
+    with pytest.raises(UniPicError, match=r"not valid Unicode: character 11 is U\+D83D, half of a pair"):
+        run(tiny, image(), **texts)
+    monkeypatch.undo()
+    [[embeds, _]] = run(tiny, image(), prompt="astronaut \U0001f680", reference_budget=64, width=32, height=32)[0]
+    assert torch.isfinite(embeds).all()
+
+
 def test_another_kind_of_vae(tiny):
     class Flat:
         latent_dim = 2

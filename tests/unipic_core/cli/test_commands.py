@@ -146,6 +146,8 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) 
         (["--num-images", "0"], "number of images must be from 1"),
         (["--cfg", "nan"], "guidance scale must be"),
         (["--prompt", "x <|im_end|>"], "a mark of the template; remove it"),
+        (["--prompt", "bad \udcff bytes"], "not valid Unicode: character 5 is U+DCFF, half of a pair"),
+        (["--negative", "astronaut \ud83d"], "not valid Unicode: character 11 is U+D83D, half of a pair"),
         (["--cfg", "2", "--negative", "x <|im_end|>"], "a mark of the template; remove it"),
         (["--sampler", "heun"], "sampler must be one of consistency, euler, got 'heun'"),
         (["--reference-budget", "8"], "reference budget must be from 32"),
