@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -15,11 +14,11 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..unipic_core.caching import LRU, WeightsKey, image_key
+from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
 from ..unipic_core.conditioning.images import MAX_REFERENCES, Size, resize_references
 from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.run.plan import Plan, plan
+from ..unipic_core.run.plan import Plan, Request, plan
 from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
 from .host.images import to_image, to_pictures
@@ -37,7 +36,7 @@ NO_IMAGES = "no images are connected: the model was tuned to compose pictures, n
 CACHED_REFERENCES, CACHED_TEXTS = 24, 4
 """At the release's size a reference takes up to 1 MB, a text about 20 MB of main memory."""
 
-_references: LRU[Tensor] = LRU(CACHED_REFERENCES)
+_references: PictureCache[Tensor] = PictureCache(CACHED_REFERENCES)
 _texts: LRU[Conditioning] = LRU(CACHED_TEXTS)
 
 
@@ -194,38 +193,31 @@ def _plan(
     width, height = (side or None for side in output)
     if recipe.output_budget is None and (width or height):
         recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
-    return plan(
-        recipe,
-        sizes,
-        *texts,
+    prompt, negative_prompt = texts
+    request = Request(
+        prompt=prompt,
+        negative_prompt=negative_prompt,
         width=width,
         height=height,
         num_images=batch_size,
         reference_budget=reference_budget or None,
     )
+    return plan(recipe, sizes, request)
 
 
 def _reference_latents(vae: Any, references: Sequence[Image.Image]) -> list[Tensor]:
-    """[1, C, 1, h, w] of each picture, not normalised: the MODEL does that. Those made before are kept."""
+    """[1, C, 1, h, w] of each picture, not normalised: the MODEL does that. Encodings are reused.
+
+    Our VAE takes pictures of one size together; a stock VAE would read them as a video.
+    """
+
+    def encode(pictures: list[Image.Image]) -> list[Tensor]:
+        latents = vae.encode(torch.cat([to_image(picture) for picture in pictures])).cpu()
+        return [latent[None].clone() for latent in latents]  # copied: a view would hold all of its batch
+
     weights = (WeightsKey(vae.first_stage_model), vae.patcher.patches_uuid, vae.vae_dtype)
-    keys = [(*weights, image_key(reference)) for reference in references]
-    new = _encode_at_once(vae, {k: r for k, r in zip(keys, references, strict=True) if k not in _references})
-    known_first = sorted(keys, key=new.__contains__)  # no new one may push out one that is asked for
-    latents = {key: _references.get(key, partial(new.__getitem__, key)) for key in known_first}
-    return [latents[key].to(comfy.model_management.intermediate_device()) for key in keys]
-
-
-def _encode_at_once(vae: Any, references: Mapping[Hashable, Image.Image]) -> dict[Hashable, Tensor]:
-    """Latents [1, C, 1, h, w] in main memory. Ours takes pictures of one size together; a stock VAE reads a video."""
-    batches: dict[Hashable, list[Hashable]] = {}
-    for key, reference in references.items():
-        batches.setdefault(reference.size if isinstance(vae, UniPicVAE) else key, []).append(key)
-    latents: dict[Hashable, Tensor] = {}
-    for keys in batches.values():
-        made = vae.encode(torch.cat([to_image(references[key]) for key in keys])).cpu()
-        # copied, since one that is kept would keep all of its batch
-        latents |= {key: latent[None].clone() for key, latent in zip(keys, made, strict=True)}
-    return latents
+    latents = _references.encode(references, weights, encode, together=isinstance(vae, UniPicVAE))
+    return [latent.to(comfy.model_management.intermediate_device()) for latent in latents]
 
 
 def _text(clip: Any, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:

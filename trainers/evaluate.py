@@ -53,11 +53,11 @@ class System:
 
     def settings(self) -> Settings:
         """What the wishes and the recipes come to, read without loading. Raises UniPicError as ``open`` does."""
-        from unipic_core.pipeline.loading import find_recipe
+        from unipic_core.pipeline.loading import open_pipeline
         from unipic_core.run.plan import resolve
         from unipic_core.weights.lora import read_lora
 
-        _, recipe = find_recipe(Path(self.model), None)
+        recipe = open_pipeline(self.model).model.recipe
         if self.lora:
             recipe = recipe.merge(read_lora(self.lora, mapped=True).recipe)
         return resolve(recipe, self.steps, self.cfg, self.sampler)

@@ -7,6 +7,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
@@ -94,6 +95,33 @@ def image_key(image: Image.Image) -> str:
     digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+class PictureCache(LRU[V]):
+    """Encodings of pictures, by the pictures' contents and by a key of the encoder's state."""
+
+    def encode(
+        self,
+        pictures: Sequence[Image.Image],
+        encoder: Hashable,
+        encode: Callable[[list[Image.Image]], Sequence[V]],
+        together: bool = True,
+    ) -> list[V]:
+        """One encoding per picture; new ones are made, those of one size in one call, or each in its own.
+
+        encoder: equal keys mean that the encoder would give the same values. encode: pictures -> their encodings.
+        """
+        keys = [(encoder, image_key(picture)) for picture in pictures]
+        missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self}
+        batches: dict[Hashable, list[tuple[Hashable, str]]] = {}
+        for key, picture in missing.items():
+            batches.setdefault(picture.size if together else key, []).append(key)
+        new: dict[tuple[Hashable, str], V] = {}
+        for batch in batches.values():
+            new |= zip(batch, encode([missing[key] for key in batch]), strict=True)
+        known_first = sorted(keys, key=new.__contains__)  # no new one may push out one that is asked for
+        values = {key: self.get(key, partial(new.__getitem__, key)) for key in known_first}
+        return [values[key] for key in keys]
 
 
 class WeightsKey:

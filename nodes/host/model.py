@@ -22,7 +22,7 @@ from ...unipic_core.errors import CheckpointError, UniPicError
 from ...unipic_core.model.config import condition_bytes
 from ...unipic_core.sampling.schedules import resolution_shift
 from ...unipic_core.weights.files import FP8, Weights
-from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS, recipe_of
+from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ...unipic_core.weights.safetensors_file import read_table
 from ...unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
 from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
@@ -113,16 +113,17 @@ def load_model(
     weight_dtype: one of `WEIGHT_DTYPES`. latents: None = as the folder's VAE says, the release's where it has none.
     custom_operations: layers in the place of ComfyUI's. Raises CheckpointError.
     """
-    weights, config = open_transformer(source)
+    opened = open_transformer(source)
+    config = opened.config
     latents = latents or read_latent_format(_pipeline_folder(source))
     if config.in_channels != PATCH**2 * latents.latent_channels:
         raise CheckpointError(
             f"{source} is a network for latents of {config.in_channels // PATCH**2} channels, its VAE has "
             f"{latents.latent_channels}; they belong to different models"
         )
-    facts = Facts(recipe_of(source), read_shift(_pipeline_folder(source)))
+    facts = Facts(opened.recipe, read_shift(_pipeline_folder(source)))
     model_config = UniPicConfig(network_options(config), latents, default_mu(facts))
-    patcher = _build(source, weights, model_config, weight_dtype, custom_operations, disable_dynamic)
+    patcher = _build(source, opened.weights, model_config, weight_dtype, custom_operations, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (source, weight_dtype, latents, custom_operations))
     attach(patcher, facts)
     keep_during_runs(patcher)

@@ -82,7 +82,7 @@ def read_checkpoint(accelerator: Accelerator, state: State, path: Path) -> tuple
     """run.json and this process's tensors, or None, in every process, if any of them cannot read its part."""
     read, why = None, ""
     try:
-        run = json.loads((path / "run.json").read_text())
+        run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if run["step"] != step_of(path) or not isinstance(run["config"], dict):
             raise ValueError(f"run.json is of step {run['step']}")
         if not state.sharded or run["processes"] == accelerator.num_processes:

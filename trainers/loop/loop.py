@@ -308,7 +308,7 @@ def write_data_report(accelerator: Accelerator, method: Method, output: Path) ->
     if values:
         accelerator.print(", ".join(f"{name} {value}" for name, value in values.items()))
         with aside(output / "data.json") as partial:
-            partial.write_text(json.dumps(values, indent=1))
+            partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:

@@ -95,7 +95,8 @@ def joined(batches: Sequence[Inputs]) -> Inputs:
     shapes = tuple(s for b in batches for s in b.latents.shapes)
     latents = PackedLatents(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), shapes, x0.shape[1])
     cond, uncond = (TextCond.stack([getattr(b, name) for b in batches]) for name in ("cond", "uncond"))
-    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond)
+    rows = tuple(row for b in batches for row in b.rows)
+    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond, rows=rows)
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,8 @@ def load_frozen(config: NetworkConfig) -> MMDiT:
     """The base of adapter mode, filled tensor by tensor in its stored form; activations are float32 or autocast's."""
     if config.weights == "nf4":
         four_bit()  # before anything is read
-    weights, sizes = open_transformer(config.transformer or config.model)
+    opened = open_transformer(config.transformer or config.model)
+    weights, sizes = opened.weights, opened.config
     network = MMDiT(
         sizes,
         operations=FrozenOperations,

@@ -63,7 +63,7 @@ def extract(
     targets: its layers, as `adapter.targets`. Raises CheckpointError for what cannot be read, and
     UniPicError for checkpoints of different shapes, for equal ones, and where no layer is named so or one is too small.
     """
-    (before, _), (after, _) = open_transformer(base), open_transformer(tuned)
+    before, after = open_transformer(base).weights, open_transformer(tuned).weights
     report = check_keys(before.shapes(), after.shapes())
     if not report.fits:
         raise UniPicError(f"{base} and {tuned} are of different shapes ({report}); expected one trained from the other")

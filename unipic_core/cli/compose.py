@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,12 @@ from PIL.PngImagePlugin import PngInfo
 from .. import __version__
 from ..conditioning.images import load_image
 from ..errors import UniPicError
-from ..model.attention import attention_named
-from ..model.compile import check_compiler
-from ..pipeline.loading import find_recipe
+from ..pipeline.loading import OpenedPipeline, open_pipeline
 from ..pipeline.loras import AddedLoRAs
-from ..pipeline.offload import checked_device
+from ..pipeline.offload import check_machine
 from ..pipeline.pipeline import UniPicPipeline
-from ..run.plan import checked_seed, plan, resolve
-from ..weights.lora import read_lora
+from ..run.plan import Plan, Request, checked_seed, plan, resolve
+from ..weights.lora import LoRA, read_lora
 from ..weights.write_small import aside
 from .outputs import check_outputs, free_path, output_paths
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
@@ -34,21 +33,11 @@ def compose(args: argparse.Namespace) -> None:
     images = [load_image(path) for path in args.images]
     if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UniPicError("the bundled model is not installed; name a model folder with --model")
-    width, height = args.size or (None, None)
-    wishes = {
-        "height": height,
-        "width": width,
-        "num_inference_steps": args.steps,
-        "true_cfg_scale": args.cfg,
-        "sampler": args.sampler,
-        "seed": args.seed,
-        "num_images": args.num_images,
-        "reference_budget": args.reference_budget,
-    }
-    steps = check_wishes(args, [image.size for image in images], wishes)
+    opened = open_checked(args, [image.size for image in images])
     with progress_bar("composing") as advance:  # around loading, which the bar's package may be absent for
-        pipe = load_pipeline(args)
-        out = pipe(images, args.prompt, args.negative, callback=lambda step, *_: advance(step + 1, steps), **wishes)
+        pipe = load_pipeline(args, opened)
+        steps = opened.plan.settings.steps
+        out = pipe.run(images, opened.plan.request, callback=lambda step, *_: advance(step + 1, steps))
     paths = output_paths(args.out, out.seeds[0], len(out.images))
     for image, seed, named in zip(out.images, out.seeds, paths, strict=True):
         path = still_free(named, args)
@@ -78,23 +67,47 @@ def still_free(path: Path, args: argparse.Namespace) -> Path:
     return path
 
 
-def check_wishes(args: argparse.Namespace, sizes: list[tuple[int, int]], wishes: dict[str, Any]) -> int:
-    """The number of steps, after checking all that can be checked before gigabytes are read."""
-    _, recipe = find_recipe(args.model, args.transformer)
-    loras = AddedLoRAs()
-    for path, strength in args.lora:
-        loras = loras.add(path, read_lora(path, mapped=True).recipe, strength)
-        resolve(loras.over(recipe))  # as load_lora will, one by one
-    device = checked_device(device_name(args))
-    attention_named(args.attention)
-    if args.compile:
-        check_compiler(device)
-    return plan(loras.over(recipe), sizes, args.prompt, args.negative, **wishes).settings.steps
+@dataclass(frozen=True)
+class Opened:
+    """Everything that a run needs, opened and checked, before gigabytes are read."""
+
+    pipeline: OpenedPipeline
+    loras: tuple[tuple[LoRA, float], ...]
+    plan: Plan
 
 
-def load_pipeline(args: argparse.Namespace) -> UniPicPipeline:
+def open_checked(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Opened:
+    """Open the weights' headers and check all arguments. sizes: of the pictures. Raises UniPicError."""
+    check_machine(device_name(args), args.attention, args.compile)
+    opened = open_pipeline(args.model, args.transformer)
+    loras = tuple((read_lora(path, mapped=True), strength) for path, strength in args.lora)
+    added = AddedLoRAs()
+    for lora, strength in loras:
+        added = added.add(lora.path, lora.recipe, strength)
+        resolve(added.over(opened.model.recipe))  # as load_lora will, one by one
+    return Opened(opened, loras, plan(added.over(opened.model.recipe), sizes, request_of(args)))
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    """The request that the arguments make."""
+    width, height = args.size or (None, None)
+    return Request(
+        prompt=args.prompt,
+        negative_prompt=args.negative,
+        width=width,
+        height=height,
+        steps=args.steps,
+        guidance=args.cfg,
+        sampler=args.sampler,
+        seed=args.seed,
+        num_images=args.num_images,
+        reference_budget=args.reference_budget,
+    )
+
+
+def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
     """The pipeline with its LoRAs, on the device asked for."""
-    from transformers.utils import logging  # takes a second, which bad wishes should not wait for
+    from transformers.utils import logging  # takes a second, which bad arguments should not wait for
 
     if not args.debug:
         logging.set_verbosity_error()
@@ -103,17 +116,9 @@ def load_pipeline(args: argparse.Namespace) -> UniPicPipeline:
     name = ("fp32" if device == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
     dtype = getattr(torch, DTYPES[name])
     print(f"loading {args.model.name} on {device} in {name}", file=sys.stderr)
-    pipe = UniPicPipeline.from_pretrained(
-        args.model,
-        args.transformer,
-        torch_dtype=dtype,
-        device=device,
-        attention=args.attention,
-        compile=args.compile,
-    )
-    for path, strength in args.lora:
-        report = pipe.load_lora(path, strength)
-        print(layers_added(path, strength, report), file=sys.stderr)
+    pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile)
+    for (lora, strength), (path, _) in zip(opened.loras, args.lora, strict=True):
+        print(layers_added(path, strength, pipe.load_lora(lora, strength)), file=sys.stderr)
     return pipe
 
 

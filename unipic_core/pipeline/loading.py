@@ -1,8 +1,7 @@
-"""From folders to the pipeline's parts, with a clear word about what is missing."""
+"""Open a pipeline folder and load its parts; missing ones are named with where to get them."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +13,15 @@ from ..model.mmdit import MMDiT
 from ..run.kv_cache import most_bytes
 from ..run.plan import resolve
 from ..sampling.schedules import Shift
-from ..weights.recipe import Recipe, recipe_of
+from ..weights.recipe import Recipe
 from ..weights.text_encoder import encoder_parameters
 from ..weights.transformer import (
     PARTS,
+    OpenedModel,
     checked_dtype,
-    expected_shapes,
     find_transformer,
     load_transformer,
-    read_config,
+    open_transformer,
     read_shift,
 )
 from ..weights.vae import vae_parameters
@@ -40,7 +39,7 @@ _MEMORY_ADVICE = "the weights do not fit; close other programs, use torch.bfloat
 
 @dataclass
 class Parts:
-    """What `UniPicPipeline` is made of."""
+    """The loaded parts of a `UniPicPipeline`."""
 
     transformer: MMDiT
     text_encoder: TextEncoder
@@ -51,45 +50,44 @@ class Parts:
     offload: bool
 
 
-def load_parts(
-    folder: str | Path, transformer: str | Path | None, dtype: torch.dtype, device: torch.device | str
-) -> Parts:
-    """Load everything: the network from `transformer` if given, all else from `folder`. Raises CheckpointError."""
+@dataclass(frozen=True)
+class OpenedPipeline:
+    """A pipeline folder, and the network from there or from elsewhere, opened once; nothing is loaded yet."""
+
+    folder: Path
+    model: OpenedModel
+
+    def part_bytes(self, dtype: torch.dtype) -> list[int]:
+        """Bytes of the network, the condition encoder and the VAE once loaded, from headers alone. CheckpointError."""
+        encoder, vae = encoder_parameters(self.folder / "text_encoder"), vae_parameters(self.folder / "vae")
+        return [count * dtype.itemsize for count in (self.model.parameters, encoder, vae)]
+
+    def kv_cache_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the keys and values that a run keeps at the recipe's budget: none but in a causal form."""
+        return most_bytes(self.model.config, resolve(self.model.recipe).reference_budget, dtype.itemsize)
+
+
+def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> OpenedPipeline:
+    """Open the network from `transformer` if given, else from `folder`, which holds the rest. CheckpointError."""
+    require_folder(Path(folder), transformer)
+    return OpenedPipeline(Path(folder), open_transformer(folder if transformer is None else transformer))
+
+
+def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str) -> Parts:
+    """Load every part. Raises CheckpointError."""
     device = checked_device(device)
     checked_dtype(dtype)
-    folder = Path(folder)
-    source, recipe = find_recipe(folder, transformer)
+    folder, recipe = opened.folder, opened.model.recipe
     shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):
-        offload = needs_offload(device, [*part_bytes(folder, source, dtype), kept_bytes(source, recipe, dtype)])
+        offload = needs_offload(device, [*opened.part_bytes(dtype), opened.kv_cache_bytes(dtype)])
         place = torch.device("cpu") if offload else device
         encoder = TextEncoder.from_pretrained(folder, dtype, place)
         vae = VAE.from_pretrained(folder / "vae", dtype, place)
-        network = load_transformer(source, dtype=dtype, device=place)
+        network = load_transformer(opened.model, dtype=dtype, device=place)
     network.requires_grad_(False)
     check_fit(network, encoder, vae)
     return Parts(network, encoder, vae, recipe, shift, device, offload)
-
-
-def part_bytes(folder: Path, source: Path, dtype: torch.dtype) -> list[int]:
-    """Bytes of the network, the condition encoder and the VAE once loaded, from headers alone. CheckpointError."""
-    network = sum(math.prod(shape) for shape in expected_shapes(read_config(source)).values())
-    encoder = encoder_parameters(folder / "text_encoder")
-    return [count * dtype.itemsize for count in (network, encoder, vae_parameters(folder / "vae"))]
-
-
-def kept_bytes(source: Path, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Bytes of the keys and values that runs keep at the recipe's budget: none but in a causal form."""
-    config = read_config(source).with_form(recipe.causal_form)
-    return most_bytes(config, resolve(recipe).reference_budget, dtype.itemsize)
-
-
-def find_recipe(folder: Path, transformer: str | Path | None) -> tuple[Path, Recipe]:
-    """Where the network comes from and how it wants to be used, without loading. CheckpointError, as `load_parts`."""
-    require_folder(folder, transformer)
-    source = Path(transformer) if transformer is not None else folder
-    find_transformer(source)
-    return source, recipe_of(source)
 
 
 def require_folder(folder: Path, transformer: str | Path | None) -> None:

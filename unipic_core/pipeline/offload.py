@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..errors import UniPicError
+from ..model.attention import attention_named
+from ..model.compile import check_compiler
 
 WORKING_BYTES = 6 * 2**30
 """Kept free for activations: a 1024x1024 output with six references in bfloat16 needs about this much."""
@@ -38,6 +40,14 @@ def checked_device(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UniPicError(f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA GPUs")
     return device
+
+
+def check_machine(device: torch.device | str, attention: str, compile: bool) -> None:
+    """UniPicError if this machine lacks the device, the attention's package, or what torch.compile needs."""
+    place = checked_device(device)
+    attention_named(attention)
+    if compile:
+        check_compiler(place)
 
 
 class Placement:

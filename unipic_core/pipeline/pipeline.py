@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..caching import LRU, WeightsKey, image_key
+from ..caching import LRU, PictureCache, WeightsKey, image_key
 from ..conditioning.images import resize_references, to_images, to_tensor
 from ..conditioning.sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
 from ..errors import UniPicError
 from ..model.attention import attention_named
-from ..model.compile import check_compiler, compile_blocks
+from ..model.compile import compile_blocks
 from ..model.mmdit import MMDiT
 from ..run.kv_cache import Conditions
-from ..run.plan import Settings, plan, resolve
+from ..run.plan import Plan, Request, Settings, plan, resolve
 from ..sampling.guidance import guided_velocity
 from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
 from ..sampling.schedules import Shift
-from ..weights.lora import MergeReport, merge_lora, read_lora
+from ..weights.lora import LoRA, MergeReport, merge_lora, read_lora
 from ..weights.recipe import Recipe
 from .inputs import checked_images, memory_advice, noise_of
-from .loading import load_parts
+from .loading import OpenedPipeline, load_parts, open_pipeline
 from .loras import AddedLoRAs
-from .offload import Placement, checked_device, readable_out_of_memory
+from .offload import Placement, check_machine, readable_out_of_memory
 from .text_encoder import TextEncoder
 from .vae import VAE
-
-K = TypeVar("K", bound=Hashable)
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
@@ -76,7 +73,7 @@ class UniPicPipeline:
         self._loras = AddedLoRAs()
         self.shift = shift
         self.placement = Placement(torch.device(device), offload)
-        self._reference_cache: LRU[Tensor] = LRU(CACHED_REFERENCES)
+        self._reference_cache: PictureCache[Tensor] = PictureCache(CACHED_REFERENCES)
         self._vision_cache: LRU[Tensor] = LRU(CACHED_VISION)
         self._text_cache: LRU[TextCond] = LRU(CACHED_TEXTS)
         self._conditions = Conditions()
@@ -98,11 +95,22 @@ class UniPicPipeline:
         first step and faster steps after it. Raises UniPicError: missing parts are named with what to download; without
         a GPU pass device="cpu".
         """
-        if compile:
-            check_compiler(checked_device(device))
-        attend = attention_named(attention)
-        pipe = cls(**vars(load_parts(folder, transformer, torch_dtype, device)))
-        pipe.transformer.attention = attend
+        check_machine(device, attention, compile)
+        return cls.from_opened(open_pipeline(folder, transformer), torch_dtype, device, attention, compile)
+
+    @classmethod
+    def from_opened(
+        cls,
+        opened: OpenedPipeline,
+        torch_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cuda",
+        attention: str = "sdpa",
+        compile: bool = False,
+    ) -> UniPicPipeline:
+        """`from_pretrained` of what `open_pipeline` has opened."""
+        check_machine(device, attention, compile)
+        pipe = cls(**vars(load_parts(opened, torch_dtype, device)))
+        pipe.transformer.attention = attention_named(attention)
         if compile:
             compile_blocks(pipe.transformer)
         return pipe
@@ -116,14 +124,14 @@ class UniPicPipeline:
         """The checkpoint's, with those of the LoRAs that are in its weights over it, in the order they came."""
         return self._loras.over(self.base_recipe)
 
-    def load_lora(self, path: str | Path, strength: float = 1.0) -> MergeReport:
+    def load_lora(self, lora: str | Path | LoRA, strength: float = 1.0) -> MergeReport:
         """Add a LoRA to the network's weights; its recipe, if it has one, goes over the checkpoint's.
 
         Load it again with -strength to take it out, recipe and all; strength 0 changes nothing. Raises LoRAError when
         nothing matches, and UniPicError for a strength that is not a finite number.
         """
-        lora = read_lora(path)
-        loras = self._loras.add(path, lora.recipe, strength)
+        lora = lora if isinstance(lora, LoRA) else read_lora(lora)
+        loras = self._loras.add(lora.path, lora.recipe, strength)
         recipe = loras.over(self.base_recipe)
         resolve(recipe)  # refuses what this version does not have before the weights change
         self._conditions.clear()  # of the old weights: WeightsKey does not see writes to inference tensors
@@ -176,41 +184,52 @@ class UniPicPipeline:
         callback(step, t, x_t, x0) after each step counted from 0: t is the time reached and x_t the latent there, so t
         is 0 in the last step; x0 is what the step predicted. output_type: "pil", "pt" or "latent". Raises UniPicError.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise UniPicError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        originals = checked_images(images)
-        planned = plan(
-            self.recipe,
-            [image.size for image in originals],
-            prompt,
-            negative_prompt,
-            height=height,
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
             width=width,
-            num_inference_steps=num_inference_steps,
-            true_cfg_scale=true_cfg_scale,
+            height=height,
+            steps=num_inference_steps,
+            guidance=true_cfg_scale,
             sampler=sampler,
             seed=seed,
             num_images=num_images,
             reference_budget=reference_budget,
         )
+        return self.run(images, request, latents, step_noise, callback, output_type)
+
+    @torch.no_grad()
+    def run(
+        self,
+        images: Sequence[Image.Image] | Image.Image,
+        request: Request,
+        latents: Tensor | None = None,
+        step_noise: Sequence[Tensor] | None = None,
+        callback: Callback | None = None,
+        output_type: str = "pil",
+    ) -> UniPicOutput:
+        """Compose as `__call__` does, from a request."""
+        if output_type not in OUTPUT_TYPES:
+            raise UniPicError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        originals = checked_images(images)
+        planned = plan(self.recipe, [image.size for image in originals], request)
         settings, shape = planned.settings, LatentShape.of_pixels(*planned.size)
         token = shape.num_tokens, self.transformer.config.in_channels
         start, noise = noise_of(planned, token, self.device, latents, step_noise)
         with readable_out_of_memory(memory_advice(planned, len(originals), len(start))):
-            references, cond, uncond = self._encode(originals, prompt, negative_prompt, settings)
+            references, cond, uncond = self._encode(originals, planned)
             packed = pack_with_references(start, shape, [references] * len(start))
             x0 = self._sample(packed, cond, uncond, noise, settings, callback)
             made = x0 if output_type == "latent" else self._decode(x0, shape)
         seeds = [planned.seed + i for i in range(len(start))]
         return UniPicOutput(to_images(made) if output_type == "pil" else made, seeds, settings)
 
-    def _encode(
-        self, originals: list[Image.Image], prompt: str, negative_prompt: str, settings: Settings
-    ) -> tuple[list[Tensor], TextCond, TextCond | None]:
+    def _encode(self, originals: list[Image.Image], planned: Plan) -> tuple[list[Tensor], TextCond, TextCond | None]:
         """The references' latents [1, C, 1, h, w], the prompt, and the negative prompt where guidance asks for it."""
+        request, settings = planned.request, planned.settings
         references = resize_references(originals, settings.reference_budget)
-        cond = self._encode_text(references, prompt)
-        uncond = self._encode_text(references, negative_prompt) if settings.guidance != 1 else None
+        cond = self._encode_text(references, request.prompt)
+        uncond = self._encode_text(references, request.negative_prompt) if settings.guidance != 1 else None
         return self._encode_references(references), cond, uncond
 
     def _sample(
@@ -252,21 +271,13 @@ class UniPicPipeline:
 
     def _encode_references(self, references: list[Image.Image]) -> list[Tensor]:
         """Latents [1, C, 1, h, w] of the resized references."""
-        weights, cache = WeightsKey(self.vae.model), self._reference_cache
-        keys = [(weights, image_key(r)) for r in references]
-        new = self._encode_at_once({k: r for k, r in zip(keys, references, strict=True) if k not in cache})
-        known_first = sorted(keys, key=new.__contains__)  # no new one may push out one that is asked for
-        latents = {key: cache.get(key, partial(new.__getitem__, key)) for key in known_first}
-        return [latents[key] for key in keys]
 
-    def _encode_at_once(self, references: Mapping[K, Image.Image]) -> dict[K, Tensor]:
-        """Latents [1, C, 1, h, w]; those of one size go through the VAE together."""
-        latents: dict[K, Tensor] = {}
-        for size in {r.size: None for r in references.values()}:
-            alike = {key: to_tensor(r) for key, r in references.items() if r.size == size}
-            made = self._use("vae").encode(torch.stack(list(alike.values())).to(self.device))
-            latents |= zip(alike, made.split(1), strict=True)
-        return latents
+        def encode(pictures: list[Image.Image]) -> Sequence[Tensor]:
+            pixels = torch.stack([to_tensor(picture) for picture in pictures]).to(self.device)
+            latents: Tensor = self._use("vae").encode(pixels)
+            return latents.split(1)
+
+        return self._reference_cache.encode(references, WeightsKey(self.vae.model), encode)
 
     def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, guidance: float) -> Velocity:
         """v(x_t, t) in float32, guided if there is an unconditional text."""

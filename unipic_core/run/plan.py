@@ -1,4 +1,4 @@
-"""What a run does: the caller's wishes over the recipe's over the defaults, checked."""
+"""Explicit arguments override the recipe, which overrides the defaults; every value is checked."""
 
 from __future__ import annotations
 
@@ -59,43 +59,51 @@ def resolve(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that can be said and checked of a run before weights are loaded. size: (width, height) of the output."""
+class Request:
+    """What a user asks of one run; None = as the recipe of the weights says.
 
+    width, height: of the output, multiples of 16. seed: of the first of `num_images`; image i has seed + i.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = " "
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    seed: int = 0
+    num_images: int = 1
+    reference_budget: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked request with every choice made, before weights are loaded. size: (width, height) of the output."""
+
+    request: Request
     settings: Settings
     size: Size
     seed: int
     num_images: int
 
 
-def plan(
-    recipe: Recipe,
-    references: Sequence[Size],
-    prompt: str,
-    negative_prompt: str = " ",
-    *,
-    height: int | None = None,
-    width: int | None = None,
-    num_inference_steps: int | None = None,
-    true_cfg_scale: float | None = None,
-    sampler: str | None = None,
-    seed: int = 0,
-    num_images: int = 1,
-    reference_budget: int | None = None,
-) -> Plan:
-    """What a call of `UniPicPipeline` with these wishes will do. references: (w, h) of the pictures. UniPicError."""
-    for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-        if not isinstance(text, str):
+def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
+    """Check a request against the recipe of the weights. references: (w, h) of the pictures. Raises UniPicError."""
+    for name in ("prompt", "negative_prompt"):
+        if not isinstance(text := getattr(request, name), str):
             raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
         check_unicode(text)
-    settings = resolve(recipe, num_inference_steps, true_cfg_scale, sampler, reference_budget)
-    seed, num_images = checked_seed(seed, num_images)
+    settings = resolve(recipe, request.steps, request.guidance, request.sampler, request.reference_budget)
+    seed, num_images = checked_seed(request.seed, request.num_images)
     if len(references) > MAX_REFERENCES:
         raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
-    for text in (prompt, negative_prompt) if settings.guidance != 1 else (prompt,):
+    texts = (request.prompt, request.negative_prompt) if settings.guidance != 1 else (request.prompt,)
+    for text in texts:
         body_text(text, len(references))
-    size = output_size(references[0] if references else None, settings.output_budget, width, height)
-    return Plan(settings, size, seed, num_images)
+    first = references[0] if references else None
+    size = output_size(first, settings.output_budget, request.width, request.height)
+    return Plan(request, settings, size, seed, num_images)
 
 
 def _first(*values: Any) -> Any:

@@ -62,7 +62,8 @@ def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Prog
     if dst.suffix != ".safetensors":
         raise CheckpointError(f"the destination should end in .safetensors, got {dst.name}")
     keep_sources(dst, [src])
-    weights, config = open_transformer(src)
+    opened = open_transformer(src)
+    weights, config = opened.weights, opened.config
     keep_sources(dst, weights.files)
     recipe = source_recipe(src)
     how = {"source": src.absolute().name, "dtype": dtype}

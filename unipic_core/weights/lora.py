@@ -50,7 +50,11 @@ class LoRA:
     recipe: Recipe | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
-    name: str = "LoRA"
+    path: Path = Path("LoRA")
+
+    @property
+    def name(self) -> str:
+        return self.path.name
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -183,7 +187,7 @@ def build_lora(
         raise LoRAError(
             f"{path.name} holds no LoRA layer among {len(keys)} tensors (first {next(iter(keys), 'none')!r})"
         )
-    return LoRA(layers, recipe, dict(metadata), tuple(unread), path.name)
+    return LoRA(layers, recipe, dict(metadata), tuple(unread), path)
 
 
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:

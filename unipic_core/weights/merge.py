@@ -72,7 +72,8 @@ def merge(
     adapters = [(read_lora(path, mapped=True), checked_strength(strength)) for path, strength in loras]
     if not adapters:
         raise LoRAError("nothing to merge: name at least one LoRA")
-    weights, config = open_transformer(src)
+    opened = open_transformer(src)
+    weights, config = opened.weights, opened.config
     parts = src if parts_from is None else Path(parts_from)
     keep_sources(dst, [src, parts, *weights.files, *(Path(path) for path, _ in loras)])
     fitted = [(lora.fit(weights.shapes()), strength) for lora, strength in adapters]

@@ -111,17 +111,22 @@ class Recipe:
         return None if self.attention_form == FULL else self.attention_form
 
     @classmethod
-    def read(cls, path: PathLike) -> Recipe | None:
-        """The recipe of a folder or a weight file, None if it has none. CheckpointError if it has one that is wrong."""
+    def read(cls, path: PathLike, metadata: Mapping[str, str] | None = None) -> Recipe | None:
+        """The recipe of a folder or a weight file, None if it has none. CheckpointError if it has one that is wrong.
+
+        metadata: of the weight file, where it is open already and need not be opened again.
+        """
         path = Path(path)
         places = [folder / FILE_NAME for folder in _folders(path)]
         if path.is_file():
             places.insert(0, path)
+        elif metadata is not None:
+            places.append(path)
         else:
             places += [file for folder in _folders(path) if (file := find_weight_file(folder))]
         for place in places:
             try:
-                text = _recipe_text(place)
+                text = metadata.get(METADATA_KEY) if metadata is not None and place == path else _recipe_text(place)
                 if text is not None:
                     return cls.from_json(text)
             except (OSError, ValueError) as error:
@@ -169,9 +174,9 @@ def _own_names(path: Path) -> list[str]:
     return names
 
 
-def recipe_of(path: PathLike) -> Recipe:
-    """What weights say of themselves, over what is known of them by name; None where neither says anything."""
-    return (released_recipe(path) or Recipe()).merge(Recipe.read(path))
+def recipe_of(path: PathLike, metadata: Mapping[str, str] | None = None) -> Recipe:
+    """The recipe stored with the weights over the one known by their name; metadata as for `Recipe.read`."""
+    return (released_recipe(path) or Recipe()).merge(Recipe.read(path, metadata))
 
 
 def _folders(path: Path) -> list[Path]:

@@ -17,7 +17,7 @@ from ..model.config import MMDiTConfig
 from ..model.mmdit import MMDiT
 from ..sampling.schedules import Shift
 from .files import FP8, PathLike, Weights, find_weight_file, open_weights
-from .recipe import TRANSFORMER_FOLDERS, recipe_of
+from .recipe import TRANSFORMER_FOLDERS, Recipe, recipe_of
 
 CONFIG_KEY = "unipic_config"
 """Metadata key of a single file: the network's config.json as text."""
@@ -234,16 +234,35 @@ def require_keys(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> N
         )
 
 
-def open_transformer(path: PathLike) -> tuple[Weights, MMDiTConfig]:
-    """Weights under bare names and their config, checked against each other; a recipe may name the attention form."""
+@dataclass(frozen=True)
+class OpenedModel:
+    """A transformer on disk, opened once and checked: nothing of it is loaded yet.
+
+    source: the path that it was opened by. weights: under bare names. config: with the recipe's attention form.
+    """
+
+    source: Path
+    weights: Weights
+    config: MMDiTConfig
+    recipe: Recipe
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(map(self.weights.count, self.weights))
+
+
+def open_transformer(path: PathLike) -> OpenedModel:
+    """Open weights, config and recipe, and check them against each other; a recipe may name the attention form."""
     weights = open_weights(find_transformer(path)).bare()
-    config = read_config(path, weights).with_form(recipe_of(path).causal_form)
+    recipe = recipe_of(path, weights.metadata)
+    config = read_config(path, weights).with_form(recipe.causal_form)
     if config.num_layers and "transformer_blocks.0.attn.norm_q.weight" not in weights:
         raise CheckpointError(
             f"{weights.path} is not a UniPic transformer; it looks like {looks_like(weights.shapes())}"
         )
     require_keys(weights, expected_shapes(config))
-    return weights, config
+    return OpenedModel(Path(path), weights, config, recipe)
 
 
 def stored_dtype(weights: Weights) -> torch.dtype:
@@ -263,21 +282,22 @@ def checked_dtype(dtype: torch.dtype | None) -> None:
 
 
 def load_transformer(
-    path: PathLike,
+    source: PathLike | OpenedModel,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     operations: Any = nn,
     attention: Attention = scaled_dot_product_attention,
 ) -> MMDiT:
-    """The network with its weights, in eval mode.
+    """Load the network, in eval mode, from a path or from what `open_transformer` opened.
 
     Built without memory, then filled tensor by tensor in its final type and place, so there is never a second copy.
     dtype: bfloat16 or float32; None = as stored (`stored_dtype`). Raises CheckpointError.
     """
     checked_dtype(dtype)
-    weights, config = open_transformer(path)
-    model = MMDiT(config, operations=operations, attention=attention, device="meta")
+    opened = source if isinstance(source, OpenedModel) else open_transformer(source)
+    weights = opened.weights
+    model = MMDiT(opened.config, operations=operations, attention=attention, device="meta")
     dtype = dtype or stored_dtype(weights)
     for module_name, module in model.named_modules():
         for name in list(module._parameters):

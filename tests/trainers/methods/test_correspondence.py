@@ -107,7 +107,7 @@ def test_training_on_scenes_resumes_exactly_and_exports_no_head(changed, tmp_pat
     assert metrics(config.output)[0]["early_things"] >= metrics(config.output)[0]["early_things_right"]
     file = "unipic_sft/transformer/diffusion_pytorch_model.safetensors"
     assert (resumed / file).read_bytes() == (whole / file).read_bytes()
-    weights, _ = open_transformer(whole / "unipic_sft")
+    weights = open_transformer(whole / "unipic_sft").weights
     assert not [name for name in weights if "correspondence" in name]
 
 

@@ -37,7 +37,7 @@ def picture(tmp_path: Path) -> Path:
 @pytest.fixture
 def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tiny pipeline in place of loading one."""
-    monkeypatch.setattr(command, "load_pipeline", lambda args: tiny)
+    monkeypatch.setattr(command, "load_pipeline", lambda *_: tiny)
     return tiny
 
 
@@ -45,7 +45,7 @@ def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading weights fails the test."""
 
-    def load(args: Any) -> Any:
+    def load(*_: Any) -> Any:
         raise AssertionError("weights were loaded before the mistake was found")
 
     monkeypatch.setattr(command, "load_pipeline", load)
@@ -100,7 +100,7 @@ def test_loras_are_loaded_with_their_strength(golden: Path, tmp_path: Path, tiny
     save_lora(tmp_path / "a.safetensors", {"img_in": (down, up)})
     lora = f"{tmp_path / 'a.safetensors'}=0.5"
     args = cli.parser().parse_args(compose(golden / "tiny", "--lora", lora, "--lora", lora))
-    loaded = command.load_pipeline(args).transformer.img_in.weight
+    loaded = command.load_pipeline(args, command.open_checked(args, [])).transformer.img_in.weight
     torch.testing.assert_close(loaded, tiny.transformer.img_in.weight + 2 * 0.5 * up @ down)
     assert "a.safetensors: 1 layers added at strength 0.5" in capsys.readouterr().err
     absent = tmp_path / "b.safetensors=0.5"
@@ -184,7 +184,7 @@ def test_attention_and_compile_reach_the_network(golden: Path, monkeypatch: pyte
     compiled: list[Any] = []
     monkeypatch.setattr(pipeline, "compile_blocks", compiled.append)
     args = cli.parser().parse_args(compose(golden / "tiny", "--attention", "matmul", "--compile"))
-    network = command.load_pipeline(args).transformer
+    network = command.load_pipeline(args, command.open_checked(args, [])).transformer
     assert network.attention is matmul_attention
     assert compiled == [network]
 
@@ -233,7 +233,7 @@ def test_a_module_of_our_own_that_is_absent_is_unforeseen(
 
 
 def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def broken(args: Any) -> None:
+    def broken(*_: Any) -> None:
         raise KeyError("surprise")
 
     monkeypatch.setattr(command, "load_pipeline", broken)

@@ -25,12 +25,12 @@ def picture(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def loaded(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "load_pipeline", lambda args: tiny)
+    monkeypatch.setattr(command, "load_pipeline", lambda *_: tiny)
 
 
 @pytest.fixture
 def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(args: Any) -> Any:
+    def load(*_: Any) -> Any:
         raise AssertionError("weights were loaded before the mistake was found")
 
     monkeypatch.setattr(command, "load_pipeline", load)
@@ -92,7 +92,7 @@ def test_what_appears_while_composing_stays(
 ) -> None:
     out = picture.with_name("out.png")
 
-    def load(args: Any) -> Any:
+    def load(*_: Any) -> Any:
         out.write_bytes(b"of another program")
         return tiny
 

@@ -227,14 +227,14 @@ def test_the_form_travels_in_config_recipe_and_lora(tmp_path: Path) -> None:
     latents, text = condition(((2, 3),))
     want = network("prefix_causal")(latents, 0.5, text)
     for file in (by_config, by_recipe):
-        assert open_transformer(file)[1] == prefix
+        assert open_transformer(file).config == prefix
         assert difference(load_transformer(file)(latents, 0.5, text), want) == 0
 
     base = written(tmp_path / "base.safetensors", full, Recipe(steps=50))
     nothing = {"transformer_blocks.0.attn.to_q": (torch.ones(1, 32), torch.zeros(32, 1))}
     save_lora(tmp_path / "lora.safetensors", nothing, recipe=Recipe(steps=8, attention_form="prefix_causal"))
     merge(base, tmp_path / "merged.safetensors", [(tmp_path / "lora.safetensors", 1.0)], dtype="fp32")
-    assert open_transformer(tmp_path / "merged.safetensors")[1] == prefix
+    assert open_transformer(tmp_path / "merged.safetensors").config == prefix
     recipe = Recipe.read(tmp_path / "merged.safetensors")
     assert recipe is not None
     assert (recipe.steps, recipe.causal_form) == (8, "prefix_causal")

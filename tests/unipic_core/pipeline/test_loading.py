@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.unipic_core.small_runs import picture
 from unipic_core.errors import CheckpointError, UniPicError
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.pipeline.loading import check_fit, load_parts
+from unipic_core.pipeline.loading import check_fit, load_parts, open_pipeline
 from unipic_core.run.plan import resolve
 from unipic_core.weights.recipe import Recipe
 
@@ -128,13 +128,13 @@ def test_a_network_whose_output_does_not_fit_the_vae(tiny: UniPicPipeline, monke
 def test_float16_is_refused_before_anything_is_loaded(golden: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("unipic_core.pipeline.loading.TextEncoder", None)
     with pytest.raises(CheckpointError, match="float16 overflows"):
-        load_parts(golden / "tiny", None, torch.float16, "cpu")
+        load_parts(open_pipeline(golden / "tiny"), torch.float16, "cpu")
 
 
 def test_scheduler_config_decides_the_shift(folder: Path) -> None:
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_shift": 0.25}))
-    assert load_parts(folder, None, torch.float32, "cpu").shift.base_mu == 0.25
+    assert load_parts(open_pipeline(folder), torch.float32, "cpu").shift.base_mu == 0.25
     path.write_text("{")
     with pytest.raises(CheckpointError, match=r"scheduler_config.json cannot be read"):
         load(folder)

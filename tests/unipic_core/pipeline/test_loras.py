@@ -90,17 +90,18 @@ def test_loras_that_cancel_decide_nothing(golden: Path, tmp_path: Path, strength
     save_lora(tmp_path / "a.safetensors", {"img_in": (torch.ones(2, 16), torch.ones(64, 2))}, recipe=recipe)
     ways = (tmp_path / "a.safetensors", tmp_path / ".." / tmp_path.name / "a.safetensors")
     args = compose(golden / "tiny", *(f"{ways[i % 2]}={strength}" for i, strength in enumerate(strengths)))
-    assert command.check_wishes(args, [(20, 10)], {}) == steps
-    assert resolve(command.load_pipeline(args).recipe).steps == steps
-    size = {"width": 512, "height": 512}
+    opened = command.open_checked(args, [(20, 10)])
+    assert opened.plan.settings.steps == steps
+    assert resolve(command.load_pipeline(args, opened).recipe).steps == steps
+    args.size = (512, 512)
     if steps == 50:
-        command.check_wishes(args, [(20, 10)], size)
+        command.open_checked(args, [(20, 10)])
         return
     with pytest.raises(UniPicError, match="over this model's 64x64 pixels"):
-        command.check_wishes(args, [(20, 10)], size)
+        command.open_checked(args, [(20, 10)])
 
 
 def test_a_strength_that_is_no_number_is_found_before_loading(golden: Path, tmp_path: Path) -> None:
     save_lora(tmp_path / "a.safetensors", {"img_in": (torch.ones(2, 16), torch.ones(64, 2))})
     with pytest.raises(UniPicError, match="strength of a LoRA must be a number, got nan"):
-        command.check_wishes(compose(golden / "tiny", f"{tmp_path / 'a.safetensors'}=nan"), [(20, 10)], {})
+        command.open_checked(compose(golden / "tiny", f"{tmp_path / 'a.safetensors'}=nan"), [(20, 10)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.unipic_core.small_runs import SMALL, picture
-from unipic_core.caching import LRU
+from unipic_core.caching import PictureCache
 from unipic_core.errors import UniPicError
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.pipeline.offload import Placement, checked_device, needs_offload, readable_out_of_memory
@@ -99,7 +99,7 @@ def test_references_of_one_size_go_through_the_vae_together(tiny: UniPicPipeline
 
 
 def test_a_full_cache_keeps_what_is_asked_for(tiny: UniPicPipeline, calls: Counter[str], monkeypatch: Any) -> None:
-    monkeypatch.setattr(tiny, "_reference_cache", LRU(2))
+    monkeypatch.setattr(tiny, "_reference_cache", PictureCache(2))
     old, *new = (picture(i, 32, 32) for i in range(3))
     first = tiny._encode_references([old])[0]
     assert tiny._encode_references([*new, old])[-1] is first

@@ -93,7 +93,7 @@ def test_scaled_fp8_files_stay_fp8(form: str, nano: Path, nano_model: Any, tmp_p
 
 
 def test_weights_are_mapped_until_they_are_used(nano: Path) -> None:
-    weights, _ = open_transformer(nano)
+    weights = open_transformer(nano).weights
     tensors = model_module.state_dict(weights, keep_scaled=True)
     addresses = sorted((t.data_ptr(), t.nbytes) for t in tensors.values())
     span = addresses[-1][0] + addresses[-1][1] - addresses[0][0]
