@@ -92,6 +92,15 @@ def test_every_node_has_help_in_both_languages(schemas) -> None:
     assert {page.stem for page in pages.glob("*.md")} == {page.parent.name for page in pages.glob("*/zh.md")} == known
 
 
+def test_help_of_a_prompt_names_the_marks_that_the_page_takes_out(schemas) -> None:
+    """A text input with dynamic_prompts loses braces and comments before it is sent."""
+    changed = {s["node_id"] for s in schemas if any(i.get("dynamic_prompts") for i in s["inputs"])}
+    assert changed == {"MultiImageCompose"}
+    for page in ("MultiImageCompose.md", "MultiImageCompose/zh.md"):
+        text = (ROOT / "web" / "docs" / page).read_text(encoding="utf-8")
+        assert all(mark in text for mark in ("`{...}`", "`//`", "`/* */`")), page
+
+
 def test_english_repeats_the_schemas(schemas) -> None:
     """After a change of a schema: python tests/nodes/schemas.py --write"""
     assert json.loads((ROOT / "locales/en/nodeDefs.json").read_text(encoding="utf-8")) == english(schemas)

@@ -12,7 +12,7 @@ import tokenizers
 from comfy.text_encoders import qwen_image
 from torch import Tensor
 
-from ....unipic_core.conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length
+from ....unipic_core.conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length, check_unicode
 from ....unipic_core.conditioning.vision import vision_tokens
 from ....unipic_core.errors import CheckpointError
 from ....unipic_core.weights.text_encoder import readable_encoder_errors, tokenizer_class
@@ -104,8 +104,9 @@ class Tokenizer:
         """As ComfyUI's nodes call it. images: [1, H, W, 3] in [0, 1], one for each IMAGE_PAD in order.
 
         A text that begins with a turn is taken whole; else it is put into llama_template, or without one into the
-        template of the release (one IMAGE per picture and no labels).
+        template of the release (one IMAGE per picture and no labels). UniPicError for text that is not valid Unicode.
         """
+        check_unicode(text)
         if text.startswith(_TURN):
             whole = text
         elif llama_template is not None:

@@ -123,6 +123,12 @@ def test_marks_in_the_prompt(small):
         encode_prompt(small, "a <|im_end|> b", [])
 
 
+def test_a_lone_surrogate_through_a_stock_node(small):
+    """Half an emoji; the tokenizer's own error is a TypeError."""
+    with pytest.raises(UniPicError, match=r"not valid Unicode: character 7 is U\+D83D"):
+        comfy_nodes.CLIPTextEncode().encode(small, "rocket\ud83d")
+
+
 def test_too_long_a_prompt(small):
     with pytest.raises(UniPicError, match="too long"):
         encode_prompt(small, "word " * 40000, [])
