@@ -15,7 +15,6 @@ import numpy as np
 from PIL import Image
 
 from unipic_core.conditioning.images import (
-    MAX_PIXELS,
     MAX_REFERENCES,
     REFERENCE_MULTIPLE,
     Size,
@@ -23,6 +22,7 @@ from unipic_core.conditioning.images import (
     resize_for_vision,
     resize_references,
 )
+from unipic_core.conditioning.picture_files import MAX_PIXELS, open_picture
 from unipic_core.conditioning.prompt import body_text
 from unipic_core.conditioning.sequence import nearest_multiple
 from unipic_core.errors import UniPicError
@@ -105,16 +105,15 @@ def identity_of(picture: Picture) -> list[str]:
 
 def header_size(picture: Picture) -> Size:
     """(width, height) without decoding; BadRow if the file is missing or no picture."""
+    if isinstance(picture, Path) and not picture.exists():
+        raise BadRow(f"there is no picture {name_of(picture)}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(_opened(picture)) as image:
+            with open_picture(_opened(picture)) as image:
                 return image.size
-    except FileNotFoundError:
-        raise BadRow(f"there is no picture {name_of(picture)}") from None
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
-        detail = " ".join(str(error).split())[:100] or type(error).__name__
-        raise BadRow(f"{name_of(picture)} cannot be read as a picture ({detail})") from None
+    except UniPicError as error:
+        raise BadRow(f"{name_of(picture)} cannot be read as a picture: {error}") from None
 
 
 def check_size(size: Size, picture: Picture) -> None:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from os import PathLike
-from typing import IO, Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..checks import whole
-from ..errors import UniPicError, one_line
+from ..errors import UniPicError
+from .picture_files import Source, name_of, open_picture, picture_errors
 from .sequence import PIXELS_PER_TOKEN, nearest_multiple
 
 Size = tuple[int, int]
@@ -32,70 +33,77 @@ DEFAULT_BUDGET = 1024
 MAX_ASPECT = 8.0
 """The default output is at most this many times as long as it is wide, whatever the first reference."""
 
-MAX_PIXELS = 178_956_970
-"""Pictures of more pixels are refused (Pillow's own limit against decompression bombs)."""
-
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
+"""Formats whose integers of Pillow's mode I are 16-bit ones."""
+_BRIGHTER_THAN_WHITE = 16.0
+"""Floats up to this have white at 1 (high dynamic range); others count to 255 or 65535."""
+_BAND = 4_000_000
+"""Pixels that are converted at a time."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how to turn a picture upright (CIPA DC-008, section 4.6.4)."""
+_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
+"""Where Pillow looks for an orientation; removed once it is applied."""
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
-def load_image(source: str | PathLike[str] | IO[bytes]) -> Image.Image:
+def load_image(source: Source) -> Image.Image:
     """Open any picture as 8-bit RGB: upright (EXIF), alpha composited on white, the first frame of an animation.
 
     Raises UniPicError in one line when the file is missing, truncated, not a picture, or has more than MAX_PIXELS.
+    Takes at most BYTES_PER_PIXEL of memory for each pixel.
     """
-    name = source if isinstance(source, (str, PathLike)) else getattr(source, "name", "the picture")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source)
-        return _decode(image, str(name))
-    except UnidentifiedImageError:
-        raise UniPicError(f"{name} is not a picture that can be read; use PNG, JPEG or WebP") from None
-    except Image.DecompressionBombError:
-        raise _too_large(name) from None
-    except FileNotFoundError:
-        raise UniPicError(f"no such picture: {name}") from None
-    except IsADirectoryError:
-        raise UniPicError(f"{name} is a folder, not a picture; name the picture inside it") from None
-    except PermissionError:
-        raise UniPicError(f"{name} may not be read; check its permissions") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError) as error:
-        if isinstance(error, UniPicError):
-            raise
-        # Pillow's decoders raise any of these on damaged files
-        raise UniPicError(f"{name} is damaged or truncated ({one_line(error)}); save or download it again") from None
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > MAX_PIXELS:
-        raise _too_large(name)
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # MPO: a JPEG with a thumbnail or a second eye, no animation
-        warnings.warn(f"{name} is animated; its first frame of {frames} is used", stacklevel=3)
-        image.seek(0)
-    image.load()
-    return to_rgb(image)
-
-
-def _too_large(name: object) -> UniPicError:
-    return UniPicError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first")
+    image, name = open_picture(source), name_of(source)
+    with picture_errors(name), image:
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1 and image.format != "MPO":  # MPO: a JPEG with a thumbnail or a second eye, no animation
+            warnings.warn(f"{name} is animated; its first frame of {frames} is used", stacklevel=2)
+            image.seek(0)
+        image.load()
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of any Pillow picture: EXIF rotation applied, 16-bit scaled, transparency composited on white."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in _DEEP_MODES:
-        return _from_deep_grey(image).convert("RGB")
-    if _has_transparency(image):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+        return _by_bands(image, partial(_from_deep_grey, top=_deep_white(image), clear=image.info.get("transparency")))
+    return _by_bands(image, _on_white) if _has_transparency(image) else image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF says, which a picture without EXIF's other tags needs no more.
+
+    Damaged EXIF does not make a picture unreadable: it is taken as it is stored, with a warning.
+    """
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises nearly anything on damaged EXIF
+        warnings.warn("the EXIF of a picture is damaged; the picture is taken as it is stored", stacklevel=3)
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in _EXIF_KEYS:
+        turned.info.pop(key, None)
+    return turned
 
 
 def _has_transparency(image: Image.Image) -> bool:
@@ -103,14 +111,50 @@ def _has_transparency(image: Image.Image) -> bool:
     return image.mode.endswith(("A", "a")) or "transparency" in image.info or bool(palette and palette.mode == "RGBA")
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greyscale -> "L". Pillow's own conversion clips at 255 instead of scaling."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), nan=0.0)
-    if image.mode == "F":
-        top = 1.0 if values.max() <= 1 else 255.0
-    else:
-        top = 255.0 if image.mode == "I" and values.max() <= 255 else 65535.0
-    grey = np.clip(values / top * 255, 0, 255).round().astype(np.uint8)
+def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """The RGB of a picture, a band of rows at a time, so that no copy of the whole in a wider type is made."""
+    made = Image.new("RGB", image.size)
+    for box in _bands(image.size):
+        made.paste(convert(image.crop(box)), box[:2])
+    return made
+
+
+def _bands(size: Size) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes of whole rows that together are the picture."""
+    width, height = size
+    rows = max(_BAND // width, 1)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+
+
+def _deep_white(image: Image.Image) -> float:
+    """The value that is white in a greyscale picture of more than 8 bits."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
+        return 65535.0
+    most = 0.0
+    for box in _bands(image.size):
+        values = np.asarray(image.crop(box))
+        most = max(most, float(values[np.isfinite(values)].max(initial=0)))
+    if image.mode == "F" and most <= _BRIGHTER_THAN_WHITE:
+        return 1.0
+    return 255.0 if most <= 255 else 65535.0
+
+
+def _from_deep_grey(image: Image.Image, top: float, clear: Any = None) -> Image.Image:
+    """Greyscale of more than 8 bits -> "L". Pillow's own conversion clips at 255 instead of scaling.
+
+    clear: the value that means transparent, which becomes white.
+    """
+    values = np.asarray(image).astype(np.float64)
+    hidden = values == clear if isinstance(clear, int) else None
+    grey = np.clip(np.nan_to_num(values, nan=0.0, posinf=top) / top * 255, 0, 255).round().astype(np.uint8)
+    if hidden is not None:
+        grey[hidden] = 255
     return Image.fromarray(grey)
 
 

@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
-from unipic_core.conditioning import images
+from unipic_core.conditioning import picture_files
 from unipic_core.conditioning.images import (
     MAX_ASPECT,
     load_image,
@@ -139,7 +139,7 @@ def test_unreadable(tmp_path: Path) -> None:
 
 
 def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 10)
+    monkeypatch.setattr(picture_files, "MAX_PIXELS", 10)
     with pytest.raises(UniPicError, match="million pixels"):
         load_image(saved(Image.new("RGB", (4, 4))))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4)  # Pillow's own limit, at twice this

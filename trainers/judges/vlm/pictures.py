@@ -13,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from unipic_core.conditioning.picture_files import open_picture
+
 from .errors import AnswerError, one_line
 
 MAX_PIXELS = 100_000_000
@@ -69,17 +71,17 @@ def encode_picture(image: Image.Image) -> Picture:
 def _opened(source: PictureSource) -> Image.Image:
     """Upright RGB on white."""
     name = str(source) if isinstance(source, Path) else "a picture"
+    if isinstance(source, Path) and not source.exists():
+        raise AnswerError("picture", f"there is no picture {name}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = source if isinstance(source, Image.Image) else Image.open(_file(source))
+            image = source if isinstance(source, Image.Image) else open_picture(_file(source))
             if image.width * image.height > MAX_PIXELS:
                 raise AnswerError(
                     "picture", f"{name} is {image.width}x{image.height}; at most {MAX_PIXELS:,} pixels are read"
                 )
             return on_white(ImageOps.exif_transpose(image))
-    except FileNotFoundError:
-        raise AnswerError("picture", f"there is no picture {name}") from None
     except AnswerError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
