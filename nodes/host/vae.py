@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ...unipic_core.model.vae import ImageVAE, VAEConfig
-from ...unipic_core.weights.vae import load_image_vae
+from ...unipic_core.weights.vae import load_image_vae, weights_in_file
 
 ENCODE_VALUES, DECODE_VALUES = 1000, 1100
 """Values to reserve per pixel when a VAE of base_dim 96 encodes or decodes. Counted at 512x512 in bf16: 581 and 675
@@ -73,6 +73,13 @@ class UniPicVAE(comfy.sd.VAE):
         offload = comfy.model_management.vae_offload_device()
         self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=self.device, offload_device=offload)
         self.model_size()
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """The weights as Save VAE and Save Checkpoint write them: of the video model, as in qwen_image_vae.safetensors.
+
+        CheckpointError for a VAE that such a file cannot describe.
+        """
+        return weights_in_file(self.first_stage_model)
 
     def _describe(self, config: VAEConfig) -> None:
         """What ComfyUI's encode and decode, plain and tiled, want to know."""

@@ -226,14 +226,28 @@ def name_in_file(name: str, config: VAEConfig) -> str:
 def config_of_file(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig | None:
     """The config of a file with these tensors, or None if it is another VAE (other channels, other blocks, a prefix).
 
-    The file does not hold one: all but its width is the release's.
+    The file does not hold one: all but its width and its number of residual blocks is the release's.
     """
     width = shapes.get("decoder.head.0.gamma", (0,))[:1]
-    if not width or not 0 < width[0] <= _LARGEST:
+    blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.downsamples.")})
+    res_blocks = (blocks - (_LEVELS - 1)) // _LEVELS  # beside them each level but the last has a resampler
+    if not width or not 0 < width[0] <= _LARGEST or not 0 < res_blocks <= _MOST_BLOCKS:
         return None
-    config = VAEConfig(base_dim=width[0])
+    config = VAEConfig(base_dim=width[0], num_res_blocks=res_blocks)
     expected = {name_in_file(name, config): shape for name, shape in _video_shapes(config).items()}
     return config if check_keys(expected, shapes).fits else None
+
+
+def weights_in_file(vae: ImageVAE) -> dict[str, Tensor]:
+    """All weights as ComfyUI's file has them, contiguous. CheckpointError for a VAE that a file cannot describe: it
+    holds neither the statistics of latents nor other sizes than `config_of_file` reads."""
+    tensors = {name_in_file(name, vae.config): w.contiguous() for name, w in video_weights(vae).items()}
+    if config_of_file({name: tuple(w.shape) for name, w in tensors.items()}) != vae.config:
+        raise CheckpointError(
+            "this VAE has sizes or latent statistics of its own, which one file does not hold; keep the model folder "
+            "with its vae/config.json"
+        )
+    return tensors
 
 
 def _video_shapes(config: VAEConfig) -> dict[str, tuple[int, ...]]:

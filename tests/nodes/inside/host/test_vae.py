@@ -226,3 +226,45 @@ def test_a_file_in_tiles_and_batches(tmp_path):
 def test_files_of_another_vae_are_left_to_comfyui(tmp_path):
     vae = load.load_vae(wan_file(tmp_path, image_channels=4, conv_out_channels=4))
     assert isinstance(vae.first_stage_model, WanVAE)
+
+
+# --- saving --------------------------------------------------------------------------------------------------------
+
+
+def saved(vae, folder, monkeypatch):
+    """The file that Save VAE writes."""
+    from comfy_extras.nodes_model_merging import VAESave
+
+    monkeypatch.setattr("folder_paths.get_output_directory", lambda: str(folder))
+    VAESave().save(vae, "ComfyUI_vae")
+    [file] = folder.glob("*.safetensors")
+    return file
+
+
+@torch.inference_mode()
+def test_a_saved_file_gives_the_same_numbers_in_both_loaders(tmp_path, monkeypatch):
+    (tmp_path / "first").mkdir()
+    first = load.load_vae(wan_file(tmp_path / "first"))
+    file = saved(first, tmp_path, monkeypatch)
+    again, stock = load.load_vae(file), comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
+    assert isinstance(stock.first_stage_model, WanVAE)
+    image = smooth(64, 48)
+    latent = first.encode(image)
+    assert distance(again.encode(image), latent) == distance(again.decode(latent), first.decode(latent)) == 0
+    assert distance(stock.encode(image), latent) < 1e-5
+    assert distance(stock.decode(latent), first.decode(latent)) < 1e-5
+
+
+@torch.inference_mode()
+def test_the_nanos_saved_file_loads_again(small, tmp_path, monkeypatch):
+    """It has one residual block a level, which the file shows; ComfyUI's own loader knows two alone."""
+    again, image = load.load_vae(saved(small, tmp_path, monkeypatch)), smooth(64, 48)
+    assert again.config == small.config
+    latent = small.encode(image)
+    assert distance(again.encode(image), latent) == distance(again.decode(latent), small.decode(latent)) == 0
+
+
+def test_a_vae_that_a_file_cannot_describe(tiny, tmp_path, monkeypatch):
+    with pytest.raises(CheckpointError, match="statistics of its own, which one file does not hold; keep the model"):
+        saved(tiny, tmp_path, monkeypatch)
+    assert not list(tmp_path.iterdir())
