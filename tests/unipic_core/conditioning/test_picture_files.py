@@ -36,7 +36,7 @@ def test_meant_formats_open_under_any_name(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["EPS", "SPIDER", "DDS", "ICO", "PCX", "TGA", "IM", "SGI"])
 def test_other_formats_are_not_tried(tmp_path: Path, kind: str) -> None:
     mode = "F" if kind == "SPIDER" else "RGB"
-    path = saved(Image.new(mode, (16, 16)), tmp_path / "a.png", kind)
+    path = saved(Image.new(mode, (16, 16)), tmp_path / "a.other", kind).rename(tmp_path / "a.png")
     with pytest.raises(UniPicError, match=r"a\.png is not a picture that can be read; use PNG, JPEG or WebP"):
         load_image(path)
 
