@@ -25,10 +25,11 @@ from tqdm import tqdm
 from unipic_core.errors import CheckpointError
 from unipic_core.model.vae import ImageVAE
 from unipic_core.pipeline.text_encoder import TextEncoder
+from unipic_core.replacing import write_json
 from unipic_core.weights.vae import load_image_vae
 
 from .config.run import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
-from .data.checking import Checked, check_rows, load_rows, report, require_good, write_json
+from .data.checking import Checked, check_rows, load_rows, report, require_good
 from .data.encoding import Encoded
 from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
 from .data.rows import Row

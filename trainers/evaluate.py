@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from PIL import Image
 
 from unipic_core import __version__
-from unipic_core.weights.write_small import aside
+from unipic_core.replacing import replacing
 
 from .judges.measure import Evaluation, Generate, Plan, compare
 from .judges.plot import AXES, draw_plot
@@ -266,15 +266,15 @@ def check_outputs(args: argparse.Namespace, count: int) -> None:
 
 def write_outputs(args: argparse.Namespace, result: Evaluation, plan: Plan) -> None:
     if args.json:
-        with aside(args.json) as path:
+        with replacing(args.json) as path:
             path.write_text(json.dumps(result.report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if args.sheet:
         title = f"{plan.n} unseen scenes, seed {plan.seed}: the first {len(result.rows)}"
-        with aside(args.sheet) as path:
+        with replacing(args.sheet) as path:
             sheet = draw_sheet(result.rows, title, result.report.get("comparison"))
             sheet.save(path, quality=90, subsampling=0)  # of a JPEG, a third of the PNG
     if args.plot:
-        with aside(args.plot) as path:
+        with replacing(args.plot) as path:
             draw_plot(result.report["comparison"], path, args.plot_against)
 
 

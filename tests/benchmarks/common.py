@@ -6,7 +6,6 @@ Nothing of torch is imported with this module: a benchmark inside ComfyUI import
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unipic_core.weights.write_small import aside
+from unipic_core import replacing
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -193,8 +192,7 @@ def device_name(cuda: bool = False) -> str:
 def write_json(path: Path | None, result: Mapping[str, Any]) -> None:
     """Nothing where there is no path."""
     if path is not None:
-        with aside(path) as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n")
+        replacing.write_json(path, result, indent=1)
 
 
 def draw(path: Path | None, panels: Sequence[str], fill: Callable[[Sequence[Any]], None]) -> None:
@@ -214,7 +212,7 @@ def draw(path: Path | None, panels: Sequence[str], fill: Callable[[Sequence[Any]
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
     fill(list(axes[0]))
-    with aside(path.with_suffix(".png")) as partial:
+    with replacing.replacing(path.with_suffix(".png")) as partial:
         figure.savefig(partial, dpi=110, format="png")
     pyplot.close(figure)
 

@@ -130,9 +130,9 @@ class Plan:
     systems: Mapping[str, Mapping[str, Any]]
 
     def save(self, out: Path) -> None:
-        from unipic_core.weights.write_small import aside
+        from unipic_core.replacing import replacing
 
-        with aside(out / "bench.json") as path:
+        with replacing(out / "bench.json") as path:
             path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     def with_systems(self, systems: Mapping[str, Mapping[str, Any]]) -> Plan:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from unipic_core.weights.write_small import aside
+from unipic_core.replacing import replacing
 
 from ..evaluate import System, find_device, systems_of
 from ..judges.vlm import AnswerError, LineFile, load_picture
@@ -67,7 +67,7 @@ def collect(plan: Plan, out: Path, label: str, folder: Path) -> None:
         found = [path for path in (folder / case.result, folder / f"{file_name(case.id)}.png") if path.is_file()]
         if found and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with aside(target) as partial:
+            with replacing(target) as partial:
                 shutil.copyfile(found[0], partial)
 
 
@@ -106,7 +106,7 @@ def generate(plan: Plan, out: Path, system: System, device: str, budget: int | N
         )
         path = result_path(out, system.label, case)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside(path) as partial:
+        with replacing(path) as partial:
             made.images[0].save(partial)
         if plan.bench == "gedit":
             shutil.copyfile(case.sources[0], path.with_name(f"{path.stem}_SRCIMG.png"))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from unipic_core import __version__
-from unipic_core.weights.write_small import aside
+from unipic_core.replacing import replacing
 
 from ..judges.statistics import Bootstrap, interval, rounded
 from .aggregates import Scored, aggregate
@@ -39,14 +39,14 @@ def report(out: Path) -> dict[str, Any]:
         "controls": _json(out / "controls.json"),
         "scores": {judge: summarise(plan, rows, judge) for judge in judges},
     }
-    with aside(out / "report.json") as path:
+    with replacing(out / "report.json") as path:
         path.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
     for judge in judges:
         if not judge.startswith(PIXELS):
             write_forms(plan, rows, judge, out)
-    with aside(out / "report.html") as path:
+    with replacing(out / "report.html") as path:
         path.write_text(page(plan, rows, summary, out), encoding="utf-8")
-    with aside(out / "sheet.png") as path:
+    with replacing(out / "sheet.png") as path:
         sheet(plan, rows, out).save(path)
     return summary
 

@@ -7,12 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from unipic_core.weights.write_small import aside
+from unipic_core.replacing import write_json
 
 from ..config.run import ConfigError, DataConfig
 from .rows import BadRow, Row
@@ -81,11 +80,6 @@ def report(data: DataConfig, checked: Checked, bad: dict[int, str]) -> None:
 def printable(text: str) -> str:
     """Names come with the data: nothing in them may steer a terminal."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    with aside(path) as partial:
-        partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
 class Tried(Dataset):

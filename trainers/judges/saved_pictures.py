@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from unipic_core.weights.write_small import aside
+from unipic_core.replacing import replacing
 
 
 class KeptPictures:
@@ -24,7 +24,7 @@ class KeptPictures:
         text = json.dumps(about, sort_keys=True, indent=1)
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        with aside(self.folder / "system.json") as path:
+        with replacing(self.folder / "system.json") as path:
             path.write_text(text + "\n", encoding="utf-8")
 
     def find(self, seed: int) -> tuple[Image.Image, float] | None:
@@ -38,7 +38,7 @@ class KeptPictures:
     def put(self, seed: int, picture: Image.Image, seconds: float) -> None:
         info = PngInfo()
         info.add_text("seconds", repr(seconds))
-        with aside(self.folder / f"{seed}.png") as path:
+        with replacing(self.folder / f"{seed}.png") as path:
             picture.save(path, pnginfo=info)
 
 

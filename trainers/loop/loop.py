@@ -6,7 +6,6 @@ of samples in the whole batch, and gradients are added over processes: so any nu
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections import defaultdict
@@ -27,8 +26,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from unipic_core.replacing import replacing, write_json
 from unipic_core.sampling.samplers import NonFiniteLatent
-from unipic_core.weights.write_small import aside
 
 from ..config.methods import OptimizerConfig
 from ..config.run import ConfigError, RunConfig
@@ -307,8 +306,7 @@ def write_data_report(accelerator: Accelerator, method: Method, output: Path) ->
     values = report() if report is not None and accelerator.is_main_process else None
     if values:
         accelerator.print(", ".join(f"{name} {value}" for name, value in values.items()))
-        with aside(output / "data.json") as partial:
-            partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
+        write_json(output / "data.json", values)
 
 
 def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:
@@ -349,7 +347,7 @@ def save_preview(accelerator: Accelerator, method: Method, output: Path, step: i
         if accelerator.is_main_process:
             path = preview_path(output, step)
             path.parent.mkdir(parents=True, exist_ok=True)
-            with aside(path) as partial:
+            with replacing(path) as partial:
                 picture.save(partial)
             board = accelerator.get_tracker("tensorboard")
             board.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")

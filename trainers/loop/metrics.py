@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from unipic_core.weights.write_small import aside
+from unipic_core.replacing import replacing
 
 Metrics = dict[str, float]
 
@@ -63,7 +63,7 @@ def forget_after(path: Path, start: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of one
-    with aside(path) as partial:
+    with replacing(path) as partial:
         partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start), encoding="utf-8")
 
 

@@ -251,8 +251,8 @@ def run_info(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """Write one safetensors file."""
+    from ..replacing import require_new
     from ..weights.convert import convert
-    from ..weights.write import require_new
 
     require_new(args.dst, args.overwrite)
     with progress_bar("converting", unit="B") as advance:

@@ -20,9 +20,9 @@ from ..pipeline.loading import OpenedPipeline, open_pipeline
 from ..pipeline.loras import AddedLoRAs
 from ..pipeline.offload import check_machine
 from ..pipeline.pipeline import UniPicPipeline
+from ..replacing import replacing
 from ..run.plan import Plan, Request, checked_seed, plan, resolve
 from ..weights.lora import LoRA, read_lora
-from ..weights.write_small import aside
 from .outputs import check_outputs, free_path, output_paths
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
 
@@ -154,7 +154,7 @@ def save_image(image: Any, path: Path, made_by: dict[str, Any]) -> None:
         info.add_text("unipic", json.dumps(made_by))
         options = {"pnginfo": info}
     try:
-        with aside(path) as partial:
+        with replacing(path) as partial:
             image.save(partial, format=kind, **options)
     except OSError as error:
         raise UniPicError(f"cannot write {path}: {error.strerror or error}") from error

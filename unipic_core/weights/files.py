@@ -216,6 +216,12 @@ def _read_shards(index: Path) -> tuple[Table, dict[str, str]]:
     return table, metadata
 
 
+def trusted_folders(folder: Path) -> list[Path]:
+    """Where links of a model folder may lead: into itself, and to the blobs of the Hugging Face cache it lies in."""
+    folder = folder.resolve()
+    return [folder, *(p.parent / "blobs" for p in folder.parents if p.name == "snapshots")]
+
+
 def _inside(index: Path, name: str) -> Path:
     """The shard's path, or CheckpointError if it is not in the index's folder.
 
@@ -225,9 +231,7 @@ def _inside(index: Path, name: str) -> Path:
     parts = (PurePosixPath(name), PureWindowsPath(name))
     leaves = not name or any(p.is_absolute() or p.drive or ".." in p.parts for p in parts)
     if not leaves:
-        folder = index.parent.resolve()
-        roots = [folder, *(p.parent / "blobs" for p in folder.parents if p.name == "snapshots")]
-        leaves = not any(path.resolve().is_relative_to(root) for root in roots)
+        leaves = not any(path.resolve().is_relative_to(root) for root in trusted_folders(index.parent))
     if leaves:
         raise CheckpointError(
             f"{index} names {name!r}, which is outside its folder; refused, the files are not trustworthy"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, LoRAError
+from ..replacing import replacing, require_new, write_errors, write_json
 from .convert import (
     DTYPES,
     Network,
@@ -30,9 +29,10 @@ from .convert import (
 )
 from .files import FP8, PathLike, Weights
 from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
+from .model_files import files_to_copy, foreign_file, write_manifest
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe
 from .transformer import PARTS, expected_shapes, open_transformer, stored_dtype
-from .write import Described, Progress, file_size, require_new, write_tensors, written_aside
+from .write import Described, Progress, file_size, write_tensors
 
 STEM = "diffusion_pytorch_model"
 MODEL_INDEX = "model_index.json"
@@ -129,18 +129,21 @@ def write_folder(
 ) -> None:
     """Write a diffusers folder: transformer/, recipe.json, and the other parts of the pipeline folder `parts_from`.
 
-    An older model folder at `dst` is replaced at the end. Raises CheckpointError, for fp8 too, which diffusers does not
-    read, and where `dst` holds anything that is no part of a model; nothing half-written is left.
+    An older folder at `dst` is replaced at the end, where every file in it was written by an earlier call. Raises
+    CheckpointError, for fp8 too, which diffusers does not read, for a link in `parts_from` that leads out of it, and
+    where `dst` holds any file that was not written here or was changed since; nothing half-written is left.
     """
     _checked_folder_form(dtype)
-    if dst.is_dir() and (strange := _stranger(dst)):
-        raise CheckpointError(f"{dst} holds {strange}, which is no part of a model, and is not overwritten")
+    if dst.is_dir() and (foreign := foreign_file(dst)):
+        raise CheckpointError(
+            f"{dst} holds {foreign}, which merge did not write, so the folder is not overwritten; choose another name"
+        )
     described = {name: (DTYPES[dtype], shape) for name, shape in expected_shapes(network.config).items()}
     shards = plan_shards(described, SHARD_BYTES)
-    copies = _other_files(parts_from) if parts_from is not None else {}
+    copies = files_to_copy(parts_from, (MODEL_INDEX,), OTHER_PARTS) if parts_from is not None else {}
     size = sum(file_size(shard, network.metadata) for shard in shards.values())
     size += sum(source.stat().st_size for source in copies.values())
-    with written_aside(dst, size, folder=True) as partial:
+    with write_errors(dst, size), replacing(dst, size, folder=True) as partial:
         (partial / "transformer").mkdir()
         done = 0
         for name, shard in shards.items():
@@ -154,10 +157,11 @@ def write_folder(
             done += source.stat().st_size
             if progress:
                 progress(done, size)
-        _write_json(partial / "transformer" / "config.json", network.config.to_dict())
+        write_json(partial / "transformer" / "config.json", network.config.to_dict())
         if len(shards) > 1:
-            _write_json(partial / "transformer" / f"{STEM}.safetensors.index.json", _index(shards))
+            write_json(partial / "transformer" / f"{STEM}.safetensors.index.json", _index(shards))
         (partial / FILE_NAME).write_text(network.recipe.to_json() + "\n", encoding="utf-8")
+        write_manifest(partial)
 
 
 def plan_shards(described: Described, limit: int) -> dict[str, Described]:
@@ -210,27 +214,5 @@ def _checked_folder_form(dtype: str) -> None:
         )
 
 
-def _stranger(folder: Path) -> str | None:
-    """The first thing in a folder that no pipeline folder has: what would be lost with it."""
-    known = {*OTHER_PARTS, *TRANSFORMER_FOLDERS, MODEL_INDEX, FILE_NAME}
-    return next((name for name in sorted(os.listdir(folder)) if name not in known), None)
-
-
-def _other_files(folder: Path) -> dict[str, Path]:
-    """Place in the new folder -> file, of all that a pipeline folder has beside its transformer."""
-    if not folder.is_dir():
-        return {}
-    found = {MODEL_INDEX: folder / MODEL_INDEX} if (folder / MODEL_INDEX).is_file() else {}
-    for part in OTHER_PARTS:
-        for place, _, names in os.walk(folder / part, followlinks=True):
-            files = (Path(place) / name for name in sorted(names))
-            found |= {str(file.relative_to(folder)): file for file in files}
-    return found
-
-
 def _shifted(progress: Progress, done: int, size: int) -> Progress:
     return lambda written, _: progress(done + written, size)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

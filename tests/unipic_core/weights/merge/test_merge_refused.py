@@ -12,8 +12,8 @@ import torch
 
 from tests.paths import TINY
 from tests.unipic_core.weights.merge.small_loras import SOURCE, files
+from unipic_core import replacing as merging
 from unipic_core.errors import CheckpointError, LoRAError
-from unipic_core.weights import merge as merging
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.merge import merge
 
@@ -91,7 +91,7 @@ def test_overwriting_takes_no_source_and_nothing_that_is_no_model(tmp_path: Path
         (base / "transformer", base, "holds the source transformer"),
         (TINY, base, "holds the source lora.safetensors"),
         (TINY, inner, "same file"),
-        (TINY, out / "mine", "holds photo.jpg, which is no part of a model, and is not overwritten"),
+        (TINY, out / "mine", "holds photo.jpg, which merge did not write, so the folder is not overwritten"),
         (TINY, out / "file", "is a file; name a folder"),
         (TINY, out / "folder.safetensors", "is a folder; name a file in it"),
     ):

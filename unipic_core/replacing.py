@@ -1,0 +1,227 @@
+"""Write files and folders so that they appear at their place only when they are whole.
+
+Everything is written under a random name beside its place, flushed to the disk and renamed. A run that is killed leaves
+that name behind; the next one that writes into the same folder removes it. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_PARTIAL = re.compile(r"\.unipic\.partial-[0-9a-f]{32}(\.\w+)?")
+_ABANDONED = 24 * 3600
+"""Seconds after which a leftover is removed where the system has no locks that tell whether its writer lives."""
+
+
+def require_new(dst: Path, overwrite: bool) -> None:
+    """CheckpointError if there is something at `dst` that may not be replaced."""
+    _finish_interrupted(dst)
+    if os.path.lexists(dst) and not overwrite:
+        raise CheckpointError(f"{dst} is there already; choose another name, or overwrite it with overwrite=True")
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+    """Write JSON and a final line break; an older file is replaced when the new one is whole."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def write_errors(path: Path, size: int) -> Iterator[None]:
+    """OSErrors inside as CheckpointErrors of one sentence. size: bytes that are being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CheckpointError(_full(path, size, shutil.disk_usage(path.parent).free)) from error
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def replacing(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[Path]:
+    """A temporary file or folder beside `path`, with `path`'s ending, renamed to it at the end.
+
+    size: bytes that are going to be written, checked against the free space. On any failure it is removed and an older
+    file or folder at `path` stays. The older one's mode is kept; where `path` is a link, the link stays and the file it
+    leads to is replaced. CheckpointError if `path` is a device, a link to nothing, or a folder in place of a file.
+    """
+    path = _destination(path, folder)
+    _finish_interrupted(path)
+    remove_leftovers(path.parent)
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise CheckpointError(_full(path, size, free))
+    partial, lock = _new_partial(path, folder)
+    try:
+        yield partial
+        if path.exists():
+            os.chmod(partial, stat.S_IMODE(path.stat().st_mode))
+        _flush(partial)
+        _put_in_place(partial, path)
+        _flush_folder(path.parent)
+    finally:
+        if lock is not None:
+            os.close(lock)
+        _remove(partial)
+
+
+def _destination(path: Path, folder: bool) -> Path:
+    """The file or folder that is to be replaced, links followed, or CheckpointError."""
+    if not path.parent.is_dir():
+        raise CheckpointError(f"there is no folder {path.parent}; make it first")
+    if path.is_symlink():
+        if not path.exists():
+            raise CheckpointError(f"{path} is a link that leads nowhere; remove it or choose another name")
+        path = path.resolve()
+    if path.is_dir() and not folder:
+        raise CheckpointError(f"{path} is a folder; name a file in it")
+    if path.is_file() and folder:
+        raise CheckpointError(f"{path} is a file; name a folder, or a file that ends in .safetensors")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise CheckpointError(f"{path} is a device or a pipe, not a file; choose another name")
+    return path
+
+
+def _new_partial(path: Path, folder: bool) -> tuple[Path, int | None]:
+    """(a new file or folder of a name that nobody can guess, the descriptor that holds its lock)."""
+    while True:
+        partial = path.with_name(f".unipic.partial-{secrets.token_hex(16)}{'' if folder else path.suffix[:20]}")
+        if not _PARTIAL.fullmatch(partial.name):  # an ending that is none, such as ". 1"
+            partial = partial.with_name(partial.name[: -len(path.suffix[:20])])
+        if folder:
+            partial.mkdir()
+        else:
+            os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        lock = _locked(partial)
+        if partial.exists():  # another run may have swept it away before it was locked
+            return partial, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor with the lock of a file or folder; None where the system has no locks or another holds it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half-written in a folder: names of `replacing` whose writer is no more."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in [e for e in entries if _PARTIAL.fullmatch(e.name)]:
+            with suppress(OSError):
+                _remove_leftover(Path(entry.path))
+
+
+def _remove_leftover(path: Path) -> None:
+    about = path.lstat()
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+        return
+    if fcntl is None:
+        if time.time() - about.st_mtime > _ABANDONED:
+            _remove(path)
+    elif about.st_uid == os.getuid() and (lock := _locked(path)) is not None:
+        try:
+            _remove(path)
+        finally:
+            os.close(lock)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """Rename; a folder cannot be renamed over another, so the older one steps aside first."""
+    if not path.is_dir():
+        os.replace(partial, path)
+        return
+    older = path.with_name(f"{_replaced_prefix(path)}{secrets.token_hex(16)}")
+    try:
+        os.replace(path, older)
+        os.replace(partial, path)
+    except BaseException:
+        if older.exists() and not path.exists():
+            os.replace(older, path)
+        raise
+    _remove(older)
+
+
+def _replaced_prefix(path: Path) -> str:
+    """Start of the names under which older folders of this name step aside."""
+    return f".unipic.replaced-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
+
+
+def _finish_interrupted(path: Path) -> None:
+    """After a kill between the two renames of a folder: the older folder comes back, or goes if its successor is there.
+
+    Only folders of the name that `_put_in_place` gives for this very path.
+    """
+    pattern = re.compile(re.escape(_replaced_prefix(path)) + "[0-9a-f]{32}")
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in [e for e in entries if pattern.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]:
+            if os.path.lexists(path):
+                _remove(Path(entry.path))
+            else:
+                os.replace(entry.path, path)
+
+
+def _flush(path: Path) -> None:
+    """A file, or all that a folder holds, to the disk: a rename must not survive a power cut that its content does not.
+
+    Files whose mode forbids opening are left to the system.
+    """
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    for file in files:
+        with suppress(PermissionError), open(file, "r+b") as f:
+            os.fsync(f.fileno())
+    if path.is_dir():
+        for folder in (path, *(p for p in path.rglob("*") if p.is_dir())):
+            _flush_folder(folder)
+
+
+def _flush_folder(folder: Path) -> None:
+    if fcntl is None:  # Windows opens no folders
+        return
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _full(path: Path, size: int, free: int) -> str:
+    return (
+        f"not enough room for {path}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free; "
+        "free some space or choose another disk"
+    )
