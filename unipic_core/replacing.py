@@ -27,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_user = getattr(os, "getuid", lambda: 0)  # Windows has no numbers of users
 _PARTIAL = re.compile(r"\.unipic\.partial-[0-9a-f]{32}(\.\w+)?")
 _ABANDONED = 24 * 3600
 """Seconds after which a leftover is removed where the system has no locks that tell whether its writer lives."""
@@ -146,7 +147,7 @@ def _remove_leftover(path: Path) -> None:
     if fcntl is None:
         if time.time() - about.st_mtime > _ABANDONED:
             _remove(path)
-    elif about.st_uid == os.getuid() and (lock := _locked(path)) is not None:
+    elif about.st_uid == _user() and (lock := _locked(path)) is not None:
         try:
             _remove(path)
         finally:

@@ -19,7 +19,6 @@ from trainers.loop.export import export_adapter, export_network
 from unipic_core.cli import main
 from unipic_core.errors import CheckpointError, LoRAError
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.weights import write as saving
 from unipic_core.weights.describe import describe
 from unipic_core.weights.lora import LORA_KEY, read_lora
 from unipic_core.weights.recipe import Recipe
@@ -176,7 +175,7 @@ def test_a_disk_that_fills_up_leaves_the_lora_and_what_was_there(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving.shutil, "copyfile", full)
+    monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(CheckpointError, match=f"not enough room for {tmp_path / 'unipic_distill'}:"):
         export_adapter(tmp_path, TINY, layers, 2 * ALPHA, STUDENT)
     assert {p: p.read_bytes() for p in (tmp_path / "unipic_distill").rglob("*") if p.is_file()} == before

@@ -18,6 +18,7 @@ from unipic_core.weights import merge as merging
 from unipic_core.weights.convert import convert, quantise_fp8
 from unipic_core.weights.describe import describe
 from unipic_core.weights.merge import merge, plan_shards
+from unipic_core.weights.model_files import MANIFEST
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import load_transformer, read_config
 
@@ -78,7 +79,7 @@ def test_a_folder_holds_the_whole_pipeline(out: Path, lora: Path, weights: dict[
     merge(TINY, out / "model", [(lora, 1.0)])
     merge(TINY, out / "one.safetensors", [(lora, 1.0)])
     made, source, one = files(out / "model"), files(TINY), load_file(out / "one.safetensors")
-    assert set(made) == {*source, "recipe.json"}
+    assert set(made) == {*source, "recipe.json", MANIFEST}
     assert all(made[n] == source[n] for n in source if not n.startswith("transformer/"))
     theirs = diffusers.QwenImageTransformer2DModel.from_pretrained(out / "model" / "transformer")
     ours = load_transformer(out / "model").state_dict()
@@ -96,6 +97,7 @@ def test_a_file_becomes_a_transformer_folder(out: Path, lora: Path) -> None:
         "recipe.json",
         "transformer/config.json",
         "transformer/diffusion_pytorch_model.safetensors",
+        MANIFEST,
     ]
     assert load_transformer(out / "model").config == read_config(TINY)
 

@@ -74,7 +74,7 @@ def test_what_is_there_stays_unless_overwriting_is_asked_for(out: Path, lora: Pa
     assert set(after) == set(before)
     changed = {n for n in after if after[n] != before[n]}
     weights = "model/transformer/diffusion_pytorch_model.safetensors"
-    assert changed == {"o.safetensors", weights, "model/recipe.json"}
+    assert changed == {"o.safetensors", weights, "model/recipe.json", "model/unipic_files.json"}
 
 
 def test_overwriting_takes_no_source_and_nothing_that_is_no_model(tmp_path: Path, out: Path, lora: Path) -> None:
