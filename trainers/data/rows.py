@@ -23,7 +23,7 @@ from unipic_core.conditioning.images import (
     resize_references,
 )
 from unipic_core.conditioning.picture_files import MAX_PIXELS, open_picture
-from unipic_core.conditioning.prompt import body_text
+from unipic_core.conditioning.prompt import mark_in
 from unipic_core.conditioning.sequence import nearest_multiple
 from unipic_core.errors import UniPicError
 
@@ -81,11 +81,10 @@ def check_prompt(prompt: Any, num_references: int) -> None:
     try:
         if len(prompt.encode()) > LONGEST_INSTRUCTION:
             raise BadRow(f"the instruction is longer than {LONGEST_INSTRUCTION} bytes")
-        body_text(prompt, num_references)
     except UnicodeEncodeError:
         raise BadRow("the instruction is not valid Unicode") from None
-    except UniPicError as error:
-        raise BadRow(str(error)) from None
+    if mark := mark_in(prompt):
+        raise BadRow(f"the instruction contains {mark}, a mark of the template")
 
 
 def check_pictures(record: Record) -> str:

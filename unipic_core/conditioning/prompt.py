@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from ..errors import UniPicError
 
 SYSTEM = (
@@ -24,16 +27,18 @@ LONG_PROMPT = 1024
 """Prompt tokens beyond which the released weights were not trained."""
 
 MARKS = (
-    *(IMAGE_PAD, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"),
-    *("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    *(IMAGE_PAD, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"),
 )
-"""Texts that a tokenizer reads as marks; a prompt may not contain them."""
+"""Texts that Qwen2.5-VL's tokenizer reads as one token of its own, wherever they stand."""
 
 
 def prompt_text(prompt: str, num_references: int) -> str:
     """The whole text: PREFIX, one IMAGE per reference in order, the prompt, SUFFIX.
 
-    Raises UniPicError when the prompt contains one of the template's own marks, or is not valid Unicode.
+    Raises UniPicError when the prompt is not valid Unicode.
     """
     return PREFIX + body_text(prompt, num_references)
 
@@ -41,9 +46,6 @@ def prompt_text(prompt: str, num_references: int) -> str:
 def body_text(prompt: str, num_references: int) -> str:
     """What follows PREFIX: the part whose hidden states are kept."""
     check_unicode(prompt)
-    found = [mark for mark in MARKS if mark in prompt]
-    if found:
-        raise UniPicError(f"the prompt contains {found[0]}, a mark of the template; remove it")
     return IMAGE * num_references + prompt + SUFFIX
 
 
@@ -58,6 +60,21 @@ def check_unicode(prompt: str) -> None:
             f"the prompt is not valid Unicode: character {error.start + 1} is {code}, half of a pair, as of an emoji "
             "that was cut; remove it or type it again"
         ) from None
+
+
+def mark_in(prompt: str, marks: Iterable[str] = MARKS) -> str | None:
+    """The first mark that a prompt contains, None if it contains none."""
+    return next((mark for mark in marks if mark and mark in prompt), None)
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text in which marks are ordinary words. tokenizer: of the package tokenizers.
+
+    The steps of its `encode` without the search for marks: normalise, split into words, tokenize each.
+    """
+    text = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(text) if tokenizer.pre_tokenizer else [(text, None)]
+    return [token.id for word, _ in words for token in tokenizer.model.tokenize(word)]
 
 
 def check_length(words: int, total: int, limit: int) -> str | None:

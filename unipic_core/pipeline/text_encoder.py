@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..conditioning.images import REFERENCE_MULTIPLE, resize_for_vision, vision_size
-from ..conditioning.prompt import IMAGE_PAD, PREFIX, body_text, check_length
+from ..conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, body_text, check_length, mark_in, plain_ids
 from ..conditioning.sequence import TextCond
 from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..errors import CheckpointError, UniPicError
@@ -200,13 +200,24 @@ class TextEncoder:
         return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
     def prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
-        """Prefix and body are tokenized apart: no token spans the cut. IMAGE_PAD is repeated for every image token."""
+        """Prefix and body are tokenized apart: no token spans the cut. IMAGE_PAD is repeated for every image token.
+
+        Marks of the tokenizer in the prompt are ordinary text.
+        """
         counts = iter(image_tokens)
         body: list[int] = []
-        for token in self._token_ids(body_text(prompt, len(image_tokens))):
+        for token in self._body_ids(prompt, len(image_tokens)):
             body.extend([token] * (next(counts) if token == self.image_token else 1))
         self._check_length(len(body) - sum(image_tokens), sum(image_tokens))
         return self.prefix_ids + body
+
+    def _body_ids(self, prompt: str, images: int) -> list[int]:
+        text = body_text(prompt, images)
+        if mark_in(prompt, self.tokenizer.get_added_vocab()) is None:
+            return self._token_ids(text)
+        with readable_encoder_errors("the tokenizer cannot read this text; its files are damaged"):
+            words = plain_ids(self.tokenizer.backend_tokenizer, prompt)
+        return [*self._token_ids(IMAGE * images), *words, *self._token_ids(SUFFIX)]
 
     def _check_length(self, words: int, images: int) -> None:
         config = getattr(self.model.config, "text_config", self.model.config)

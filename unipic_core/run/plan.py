@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import finite, whole
 from ..conditioning.images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
-from ..conditioning.prompt import body_text, check_unicode
+from ..conditioning.prompt import check_unicode
 from ..errors import UniPicError
 from ..sampling.schedules import Shift, base_times, few_step_times
 from ..weights.recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
@@ -98,9 +98,6 @@ def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
     seed, num_images = checked_seed(request.seed, request.num_images)
     if len(references) > MAX_REFERENCES:
         raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
-    texts = (request.prompt, request.negative_prompt) if settings.guidance != 1 else (request.prompt,)
-    for text in texts:
-        body_text(text, len(references))
     first = references[0] if references else None
     size = output_size(first, settings.output_budget, request.width, request.height)
     return Plan(request, settings, size, seed, num_images)

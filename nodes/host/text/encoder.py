@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ....unipic_core.conditioning.images import resize_for_vision
-from ....unipic_core.conditioning.prompt import prompt_text
+from ....unipic_core.conditioning.prompt import mark_in, prompt_text
 from ....unipic_core.errors import CheckpointError, UniPicError
 from ....unipic_core.weights.files import open_weights
 from ....unipic_core.weights.text_encoder import HEAD
@@ -91,15 +91,17 @@ def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> 
     """Conditioning of the release's template: references in order, no labels, the prompt.
 
     clip: from `load_clip`, or ComfyUI's own Qwen2.5-VL. references: from `resize_references`; the vision encoder gets
-    them at exactly 28/32 of their sides, once for all texts. Raises UniPicError for another kind of CLIP and for marks
-    in the prompt.
+    them at exactly 28/32 of their sides, once for all texts. Raises UniPicError for another kind of CLIP, and for marks
+    in the prompt of ComfyUI's own, which would not stay text.
     """
     text = prompt_text(prompt, len(references))  # begins with a turn: every tokenizer takes such a text as it is
     pictures = [resize_for_vision(reference) for reference in references]
+    plain: dict[str, str] = {"prompt": prompt}
     if not isinstance(clip.tokenizer, Tokenizer):
-        text = _escaped(text)
+        _check_marks(prompt)
+        text, plain = _escaped(text), {}
         _warn_of_enlarging(pictures)
-    tokens = clip.tokenize(text, images=[to_image(picture) for picture in pictures])
+    tokens = clip.tokenize(text, images=[to_image(picture) for picture in pictures], **plain)
     _check_tokens(tokens, len(references))
     with nullcontext() if changes_weights(clip) else shared_tower(clip):
         return clip.encode_from_tokens_scheduled(tokens)
@@ -108,6 +110,15 @@ def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> 
 def changes_weights(clip: Any) -> bool:
     """Whether hooks may change a CLIP's weights while it encodes, so that nothing of it may be kept."""
     return bool(clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule)
+
+
+def _check_marks(prompt: str) -> None:
+    """UniPicError for a prompt that ComfyUI's own tokenizers would read as more than text."""
+    if mark := mark_in(prompt):
+        raise UniPicError(
+            f"the prompt contains {mark}, a mark of the template to this text encoder; remove it, or take the CLIP "
+            "from Load UniPic, to which it is text"
+        )
 
 
 def _escaped(text: str) -> str:

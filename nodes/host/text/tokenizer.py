@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,16 @@ import tokenizers
 from comfy.text_encoders import qwen_image
 from torch import Tensor
 
-from ....unipic_core.conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, check_length, check_unicode
+from ....unipic_core.conditioning.prompt import (
+    IMAGE,
+    IMAGE_PAD,
+    PREFIX,
+    SUFFIX,
+    check_length,
+    check_unicode,
+    mark_in,
+    plain_ids,
+)
 from ....unipic_core.conditioning.vision import vision_tokens
 from ....unipic_core.errors import CheckpointError
 from ....unipic_core.weights.text_encoder import readable_encoder_errors, tokenizer_class
@@ -28,9 +38,12 @@ _JSON = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """ids: of a text, with nothing added. id_of: of a mark, None if there is none. decode(ids, skip_special_tokens)."""
+    """ids: of a text, with nothing added. plain_ids: of a text in which marks are ordinary words. marks: those that
+    `ids` knows. id_of: of a mark, None if there is none. decode(ids, skip_special_tokens)."""
 
     ids: Callable[[str], list[int]]
+    plain_ids: Callable[[str], list[int]]
+    marks: frozenset[str]
     id_of: Callable[[str], int | None]
     decode: Callable[[Sequence[int], bool], str]
 
@@ -55,7 +68,12 @@ class Vocabulary:
             with readable_encoder_errors(f"the tokenizer {file} cannot read this text; it is damaged"):
                 return list(words.encode(text, add_special_tokens=False).ids)
 
-        return cls(ids, words.token_to_id, words.decode)
+        def plain(text: str) -> list[int]:
+            with readable_encoder_errors(f"the tokenizer {file} cannot read this text; it is damaged"):
+                return plain_ids(words, text)
+
+        marks = frozenset(token.content for token in words.get_added_tokens_decoder().values())
+        return cls(ids, plain, marks, words.token_to_id, words.decode)
 
     @classmethod
     def _of_lists(cls, folder: Path) -> Vocabulary:
@@ -65,7 +83,11 @@ class Vocabulary:
         def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
             return words.decode(ids, skip_special_tokens=skip_special_tokens)
 
-        return cls(lambda text: words(text, add_special_tokens=False)["input_ids"], words.convert_tokens_to_ids, decode)
+        def ids(text: str) -> list[int]:
+            return list(words(text, add_special_tokens=False)["input_ids"])
+
+        plain = partial(plain_ids, words.backend_tokenizer)
+        return cls(ids, plain, frozenset(words.get_added_vocab()), words.convert_tokens_to_ids, decode)
 
 
 class Tokenizer:
@@ -99,9 +121,11 @@ class Tokenizer:
         return_word_ids: bool = False,
         llama_template: str | None = None,
         images: Sequence[Tensor] = (),
+        prompt: str = "",
         **_: Any,
     ) -> dict[str, list[list[tuple[Any, ...]]]]:
         """As ComfyUI's nodes call it. images: [1, H, W, 3] in [0, 1], one for each IMAGE_PAD in order.
+        prompt: the user's words, with which the text ends before SUFFIX: marks in them are ordinary text.
 
         A text that begins with a turn is taken whole; else it is put into llama_template, or without one into the
         template of the release (one IMAGE per picture and no labels). UniPicError for text that is not valid Unicode.
@@ -114,7 +138,7 @@ class Tokenizer:
         else:
             whole = PREFIX + IMAGE * len(images) + text + SUFFIX
         waiting = iter(images)
-        tokens = [self._with_image(token, waiting) for token in self._split_ids(whole)]
+        tokens = [self._with_image(token, waiting) for token in self._split_ids(whole, prompt)]
         self._check_length(tokens)
         weighted = [(t, 1.0, i + 1) if return_word_ids else (t, 1.0) for i, t in enumerate(tokens)]
         return {KEY: [weighted]}
@@ -135,9 +159,12 @@ class Tokenizer:
         """What is saved with the weights: nothing, the tokenizer stays in its folder."""
         return {}
 
-    def _split_ids(self, text: str) -> list[int]:
-        """Prefix and body tokenized apart, so that no token spans the cut."""
+    def _split_ids(self, text: str, prompt: str) -> list[int]:
+        """Prefix and body tokenized apart, so that no token spans the cut; a prompt with marks in it by itself."""
         ids = self.vocabulary.ids
+        if mark_in(prompt, self.vocabulary.marks) and text.endswith(prompt + SUFFIX):
+            before = text[: -len(prompt + SUFFIX)]
+            return [*self._split_ids(before, ""), *self.vocabulary.plain_ids(prompt), *ids(SUFFIX)]
         return [*ids(PREFIX), *ids(text[len(PREFIX) :])] if text.startswith(PREFIX) else list(ids(text))
 
     def _with_image(self, token: int, waiting: Any) -> Any:

@@ -185,10 +185,8 @@ def test_pictures_that_are_odd(tiny):
         assert len(extra["reference_latents"]) == 2
     [[embeds, _]] = run(tiny, image(), prompt="", **wishes)[0]
     assert embeds.shape[1] > 0
-    with pytest.raises(UniPicError, match="mark of the template"):
-        run(tiny, image(), prompt="<|image_pad|>", **wishes)
-    with pytest.raises(UniPicError, match="mark of the template"):
-        run(tiny, image(), negative_prompt="<|im_end|>", **wishes)
+    marked = run(tiny, image(), prompt="<|image_pad|>", negative_prompt="<|im_end|>", **wishes)
+    assert marked[0][0][0].shape[1] > embeds.shape[1]
 
 
 @pytest.mark.parametrize("texts", [{"prompt": "astronaut \ud83d"}, {"negative_prompt": "astronaut \ud83d"}])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from unipic_core.conditioning.prompt import PREFIX, SUFFIX, prompt_text
+from unipic_core.conditioning.prompt import PREFIX, SUFFIX, plain_ids, prompt_text
 from unipic_core.errors import CheckpointError, UniPicError
 from unipic_core.pipeline.text_encoder import TextEncoder, positions_of
 
@@ -37,8 +37,25 @@ def test_text(golden: Path) -> None:
     case = json.loads((golden / "cases" / "two_references_8_steps_cfg4" / "case.json").read_text())
     assert prompt_text(case["prompt"], 2) == case["text"]
     assert prompt_text("", 0) == PREFIX + SUFFIX
-    with pytest.raises(UniPicError, match=r"contains <\|image_pad\|>.*remove it"):
-        prompt_text("a <|image_pad|>", 1)
+
+
+MARKED = "a <|image_pad|> b <|im_end|>\n<|im_start|>user\n <|vision_start|>漢<|endoftext|>"
+
+
+def test_marks_in_a_prompt_stay_text(encoder: TextEncoder) -> None:
+    ids = encoder.prompt_ids(MARKED, [3])
+    plain = encoder.prompt_ids("", [3])
+    words = ids[len(plain) - len(encoder.tokenizer(SUFFIX)["input_ids"]) : -len(encoder.tokenizer(SUFFIX)["input_ids"])]
+    assert not set(words) & set(encoder.tokenizer.get_added_vocab().values())
+    assert encoder.tokenizer.decode(words) == MARKED
+    assert ids.count(encoder.image_token) == 3
+    with torch.no_grad():
+        assert encoder.encode([[picture(32, 32)]], [MARKED]).embeds.isfinite().all()
+
+
+@pytest.mark.parametrize("prompt", ["A hat, on the 12 cats' heads!", "", " x\n\n y  ", "é 漢 🙂 naïve", "<|im"])
+def test_plain_ids_are_those_of_the_tokenizer_without_marks(encoder: TextEncoder, prompt: str) -> None:
+    assert plain_ids(encoder.tokenizer.backend_tokenizer, prompt) == encoder.tokenizer(prompt)["input_ids"]
 
 
 @pytest.mark.parametrize("positions", ["sequential", "multimodal"])

@@ -118,9 +118,25 @@ def test_tokens_are_those_of_the_prompt_module(small):
     assert small.tokenizer.decode(ids[dropped:], skip_special_tokens=False) == body_text("A hat", 2)
 
 
-def test_marks_in_the_prompt(small):
-    with pytest.raises(UniPicError, match="mark of the template"):
-        encode_prompt(small, "a <|im_end|> b", [])
+def test_marks_in_the_prompt_stay_text(small, nano, pipeline):
+    """As in the pipeline, token by token."""
+    prompt = "a <|im_end|> b <|vision_start|><|image_pad|> c"
+    text = PREFIX + body_text(prompt, 1)
+    tokens = [pair[0] for pair in small.tokenize(text, images=[torch.zeros(1, 28, 28, 3)], prompt=prompt)[KEY][0]]
+    ids = [i if isinstance(i, int) else small.tokenizer.image_token for i in tokens]
+    assert ids == pipeline.TextEncoder.from_pretrained(nano, torch.float32).prompt_ids(prompt, [1])
+    assert ids.count(small.tokenizer.image_token) == 1
+    assert small.tokenizer.decode(ids, skip_special_tokens=False) == text
+    [[embeds, _]] = encode_prompt(small, prompt, pictures(1, 64))
+    assert embeds.isfinite().all()
+
+
+def test_marks_are_refused_by_a_clip_that_reads_them(small):
+    class Other:
+        tokenizer = None
+
+    with pytest.raises(UniPicError, match=r"contains <tool_call>, a mark of the template to this text encoder; remove"):
+        encode_prompt(Other(), "a <tool_call> b", [])
 
 
 def test_a_lone_surrogate_through_a_stock_node(small):
