@@ -351,12 +351,12 @@ def test_a_replaced_file_is_read_again(file: Path, pairs: Pairs) -> None:
 def test_the_line_is_shown_in_the_node(monkeypatch: pytest.MonkeyPatch, file: Path, tiny: Any, pairs: Pairs) -> None:
     save_lora(file, pairs)
     shown = []
-    server = SimpleNamespace(send_progress_text=lambda *message: shown.append(message))
+    server = SimpleNamespace(client_id="page", send_progress_text=lambda *message: shown.append(message))
     page = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", page)
     monkeypatch.setattr(DistillLoRA, "hidden", SimpleNamespace(unique_id="12"))
     told = line(tiny)
-    assert shown == [(told, "12")]
+    assert shown == [(told, "12", "page")]
 
 
 def test_schema() -> None:
