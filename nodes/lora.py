@@ -25,6 +25,7 @@ from .host.kv_cache import FORM
 from .host.messages import tell
 from .host.model import UniPicModel
 from .host.recipe_attachment import Facts, attach, facts_of
+from .host.saving import save_with_facts
 from .sample import described
 
 BUNDLED = "bundled: "
@@ -89,6 +90,8 @@ def add_lora(model: Any, lora: LoRA, strength: float) -> tuple[Any, MergeReport]
     if facts.recipe.causal_form:
         switch_form(clone, lora.name, facts.recipe.causal_form)
     attach(clone, facts)
+    if not isinstance(model.model, UniPicModel):  # others save their facts already
+        save_with_facts(clone)
     return clone, fitted.report
 
 

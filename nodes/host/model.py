@@ -29,6 +29,7 @@ from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during
 from .latent_format import PictureLatents, read_latent_format
 from .network import Network, network_options
 from .recipe_attachment import Facts, attach
+from .saving import save_with_facts
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
@@ -127,6 +128,7 @@ def load_model(
     patcher.cached_patcher_init = (load_model, (source, weight_dtype, latents, custom_operations))
     attach(patcher, facts)
     keep_during_runs(patcher)
+    save_with_facts(patcher)
     return patcher
 
 

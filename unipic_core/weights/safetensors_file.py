@@ -22,6 +22,9 @@ from .tensor_spec import Table, TensorSpec
 MAX_HEADER = 100_000_000
 """Longest safetensors header accepted, in bytes; the format's own limit."""
 
+NOTE, MAX_NOTE = "unipic_", 1 << 20
+"""Begin of the names of tensors that hold the bytes of a text, as metadata does; and the longest one in bytes."""
+
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -97,7 +100,21 @@ def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
     for name, entry in header.items():
         table[name], ends[name] = _entry(path, name, entry, 8 + length, size)
     _check_layout(path, table, ends, 8 + length, size)
-    return table, metadata
+    return table, {**_take_notes(path, table), **metadata}
+
+
+def _take_notes(path: Path, table: Table) -> dict[str, str]:
+    """Removes texts that a program stored as tensors, since it could not write metadata, and returns them by name."""
+    notes = {}
+    for stored in [name for name in table if name.rpartition(".")[2].startswith(NOTE)]:
+        spec = table[stored]
+        if spec.dtype == torch.uint8 and len(spec.shape) == 1 and spec.nbytes <= MAX_NOTE:
+            try:
+                notes[stored.rpartition(".")[2]] = bytes(spec.read().tolist()).decode()
+            except UnicodeDecodeError as error:
+                raise CheckpointError(f"{path} is damaged: {stored!r} is not text; fetch it again") from error
+            del table[stored]
+    return notes
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> tuple[TensorSpec, int]:
