@@ -21,15 +21,13 @@ from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, Request, plan
 from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
-from .host.images import to_image, to_pictures
+from .host.images import to_image
 from .host.messages import tell
 from .host.recipe_attachment import facts_of
+from .host.references import BATCHES, FIRST, IMAGES, MASKS, cautions, connected
 from .host.text import vision_cache as vision
 from .host.text.encoder import Conditioning, changes_weights, encode_prompt
 from .host.vae import UniPicVAE
-
-IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
-MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
 
@@ -85,13 +83,15 @@ class MultiImageCompose(io.ComfyNode):
         reference_budget: int = 0,
         images: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        batches: str = FIRST,
         **others: Any,
     ) -> io.NodeOutput:
         _check_sockets(others)
         _check_vae(vae)
-        pictures = _collect(images or {}, masks or {})
-        if not pictures:
-            tell(cls, NO_IMAGES, logging.WARNING)
+        sockets = connected(images or {}, masks or {}, batches)
+        pictures = [picture for socket in sockets for picture in socket.pictures]
+        if notes := list(cautions(sockets)) if pictures else [NO_IMAGES]:
+            tell(cls, "; ".join(notes), logging.WARNING)
         planned = _plan(
             facts_of(clip.patcher).recipe,
             [picture.size for picture in pictures],
@@ -135,11 +135,19 @@ def _inputs() -> list[Any]:
             step=32,
             tooltip="Side of the square whose pixels all references share. 0: what the model was trained with.",
         ),
+        io.Combo.Input(
+            "batches",
+            options=list(BATCHES),
+            default=FIRST,
+            optional=True,
+            tooltip="Of a batch or an animation at one socket: first = its first picture; all = each is a reference "
+            "with a number of its own.",
+        ),
     ]
 
 
 def _growing_inputs() -> list[Any]:
-    image = io.Image.Input("image", tooltip="A picture. Each picture of a batch is a reference of its own.")
+    image = io.Image.Input("image", tooltip="A picture. Of a batch or an animation, see batches.")
     mask = io.Mask.Input("mask", tooltip="What to leave out of the picture: Load Image's MASK, stretched to its size.")
     return [
         io.Autogrow.Input(
@@ -170,15 +178,6 @@ def _check_vae(vae: Any) -> None:
             "vae must be the Qwen-Image VAE, got one with other latents; take it from Load UniPic, or load "
             "qwen_image_vae.safetensors with Load VAE"
         )
-
-
-def _collect(images: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[Image.Image]:
-    """The pictures in the order of their sockets; a batch is as many references."""
-    given = [(image, mask) for image, mask in zip(IMAGES, MASKS, strict=True) if images.get(image) is not None]
-    alone = [m for i, m in zip(IMAGES, MASKS, strict=True) if masks.get(m) is not None and images.get(i) is None]
-    if alone:
-        raise UniPicError(f"{alone[0]} has no picture; connect {alone[0].replace('mask', 'image')} or remove the mask")
-    return [picture for image, mask in given for picture in to_pictures(images[image], masks.get(mask))]
 
 
 def _plan(

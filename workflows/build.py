@@ -51,9 +51,9 @@ def _pictures(w: Workflow, names: Sequence[str]) -> list[Node]:
 def _compose(w: Workflow, model: Node, pictures: Sequence[Node], prompt: str, batch_size: int = 1) -> Node:
     images = {f"images.image_{i + 1}": picture["image"] for i, picture in enumerate(pictures)}
     texts = {"prompt": prompt, "negative_prompt": " "}
-    numbers = {"width": 0, "height": 0, "batch_size": batch_size, "reference_budget": 0}
+    others = {"width": 0, "height": 0, "batch_size": batch_size, "reference_budget": 0, "batches": "first"}
     wires = {"clip": model["CLIP"], "vae": model["VAE"], **images}
-    return w.add("MultiImageCompose", wires, {**texts, **numbers}, height=420 + 20 * len(pictures))
+    return w.add("MultiImageCompose", wires, {**texts, **others}, height=420 + 20 * len(pictures))
 
 
 def _few_steps(w: Workflow, model: tuple[Node, str], made: Node, title: str = "") -> Node:

@@ -17,7 +17,7 @@ KINDS = {
     "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60)),
     "MultiImageCompose": Kind(
         {"clip": "CLIP", "vae": "VAE"},
-        ("prompt", "negative_prompt", "width", "height", "batch_size", "reference_budget"),
+        ("prompt", "negative_prompt", "width", "height", "batch_size", "reference_budget", "batches"),
         {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
         (420, 440),
         growing={"images.image_": ("IMAGE", 6), "masks.mask_": ("MASK", 6)},

@@ -148,14 +148,52 @@ def facts_budget(parts):
 # --- bad input -----------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_is_as_many_references(tiny):
+def test_all_of_a_batch_are_references(tiny):
     wishes = {"reference_budget": 96, "width": 32, "height": 32}
-    together = run(tiny, torch.cat([image(0), image(1)]), image(2), **wishes)
+    together = run(tiny, torch.cat([image(0), image(1)]), image(2), batches="all", **wishes)
     apart = run(tiny, image(0), image(1), image(2), **wishes)
     assert distance(together[0][0][0], apart[0][0][0]) == 0
     assert len(together[0][0][1]["reference_latents"]) == 3
-    with pytest.raises(UniPicError, match="at most 6 pictures can be composed, got 7"):
-        run(tiny, torch.cat([image(0)] * 5), torch.cat([image(1)] * 2), **wishes)
+    with pytest.raises(UniPicError, match="at most 6 pictures can be composed, got 7, of which image_1 alone holds 5"):
+        run(tiny, torch.cat([image(0)] * 5), torch.cat([image(1)] * 2), batches="all", **wishes)
+
+
+def test_an_animation_counts_as_its_first_frame(tiny, caplog):
+    """Load Image gives every frame, and a mask for each."""
+    wishes = {"reference_budget": 96, "width": 32, "height": 32}
+    frames, holes = torch.cat([image(i) for i in range(8)]), torch.zeros(8, 50, 70)
+    holes[0, :20], holes[1] = 1, 1
+    with caplog.at_level(logging.WARNING):
+        moving = run(tiny, frames, image(9), masks={"mask_1": holes}, **wishes)
+    still = run(tiny, frames[:1], image(9), masks={"mask_1": holes[:1]}, **wishes)
+    assert distance(moving[0][0][0], still[0][0][0]) == 0
+    assert len(moving[0][0][1]["reference_latents"]) == 2
+    assert "image_1 holds 8 pictures, the first is used (batches: all uses each)" in caplog.text
+    assert "in the prompt" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sockets", "said"),
+    [
+        ((1, 2, 3), None),
+        ((1, 3), "image_2 is empty, muted or bypassed, so later pictures move up; image_3 is image 2 in the prompt"),
+        ((2,), "image_1 is empty, muted or bypassed, so later pictures move up; image_2 is image 1 in the prompt"),
+        ((3, 6), "image_1, image_2, image_4, image_5 are empty, muted or bypassed, so later pictures move up"),
+    ],
+)
+def test_a_muted_picture_is_told(tiny, caplog, sockets, said):
+    pictures = {f"image_{i}": image(i) for i in sockets}
+    with caplog.at_level(logging.WARNING), torch.inference_mode():
+        MultiImageCompose.execute(*tiny, "Go.", width=32, height=32, reference_budget=96, images=pictures)
+    assert said is None or said in caplog.text
+    assert bool(caplog.records) == bool(said)
+
+
+def test_numbers_behind_a_batch_are_told(tiny, caplog):
+    frames = torch.cat([image(i) for i in range(3)])
+    with caplog.at_level(logging.WARNING):
+        run(tiny, frames, image(9), batches="all", reference_budget=96, width=32, height=32)
+    assert "image_1 is image 1 to image 3 in the prompt; image_2 is image 4 in the prompt" in caplog.text
 
 
 def test_no_images_warns(tiny, caplog):

@@ -87,6 +87,7 @@ def batches(graph: Graph) -> None:
     images = node_of(graph, "MultiImageCompose")
     for socket in ("images.image_1", "images.image_2"):
         images[socket] = with_node(graph, "RepeatImageBatch", image=images[socket], amount=4)
+    images["batches"] = "all"
 
 
 def too_large(graph: Graph) -> None:
@@ -150,6 +151,7 @@ def one_pixel(graph: Graph) -> None:
 def three_in_a_batch(graph: Graph) -> None:
     images = node_of(graph, "MultiImageCompose")
     images["images.image_1"] = with_node(graph, "RepeatImageBatch", image=images["images.image_1"], amount=3)
+    images["batches"] = "all"
 
 
 UNUSUAL: dict[str, Change] = {
