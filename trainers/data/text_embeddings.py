@@ -18,7 +18,7 @@ from unipic_core.conditioning.prompt import prompt_text
 from unipic_core.conditioning.vision import grid_thw, vision_patches, vision_tokens
 from unipic_core.pipeline.text_encoder import LOCAL, EncoderInputs, TextEncoder, load_tokenizer, positions_of
 from unipic_core.weights.files import open_weights
-from unipic_core.weights.text_encoder import HEAD, check_encoder_files, readable_encoder_errors
+from unipic_core.weights.text_encoder import HEAD, open_encoder, readable_encoder_errors
 
 from .shards import Rows, Shard, drop_vision, text_path, write_shard
 
@@ -90,7 +90,7 @@ def _folder_fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -
     """stamp: names, sizes and times of the files, so that unchanged ones are read once in a process."""
     from transformers import Qwen2_5_VLConfig
 
-    check_encoder_files(folder)
+    open_encoder(folder)
     with readable_encoder_errors(f"the encoder in {folder} cannot be read"):
         tokenizer = load_tokenizer(folder / "tokenizer")
         config = Qwen2_5_VLConfig.from_pretrained(folder / "text_encoder", **LOCAL)

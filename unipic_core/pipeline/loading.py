@@ -13,8 +13,9 @@ from ..model.mmdit import MMDiT
 from ..run.kv_cache import most_bytes
 from ..run.plan import resolve
 from ..sampling.schedules import Shift
+from ..weights.files import Weights
 from ..weights.recipe import Recipe
-from ..weights.text_encoder import encoder_parameters
+from ..weights.text_encoder import encoder_parameters, open_encoder
 from ..weights.transformer import (
     PARTS,
     OpenedModel,
@@ -24,7 +25,7 @@ from ..weights.transformer import (
     open_transformer,
     read_shift,
 )
-from ..weights.vae import vae_parameters
+from ..weights.vae import OpenedVAE, open_vae
 from .offload import checked_device, needs_offload, readable_out_of_memory
 from .text_encoder import TextEncoder
 from .vae import VAE
@@ -52,15 +53,17 @@ class Parts:
 
 @dataclass(frozen=True)
 class OpenedPipeline:
-    """A pipeline folder, and the network from there or from elsewhere, opened once; nothing is loaded yet."""
+    """A pipeline folder, opened once and checked, with the network from there or elsewhere; nothing is loaded yet."""
 
     folder: Path
     model: OpenedModel
+    encoder: Weights
+    vae: OpenedVAE
 
     def part_bytes(self, dtype: torch.dtype) -> list[int]:
         """Bytes of the network, the condition encoder and the VAE once loaded, from headers alone. CheckpointError."""
-        encoder, vae = encoder_parameters(self.folder / "text_encoder"), vae_parameters(self.folder / "vae")
-        return [count * dtype.itemsize for count in (self.model.parameters, encoder, vae)]
+        counts = (self.model.parameters, encoder_parameters(self.encoder), self.vae.parameters)
+        return [count * dtype.itemsize for count in counts]
 
     def kv_cache_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the keys and values that a run keeps at the recipe's budget: none but in a causal form."""
@@ -70,7 +73,9 @@ class OpenedPipeline:
 def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> OpenedPipeline:
     """Open the network from `transformer` if given, else from `folder`, which holds the rest. CheckpointError."""
     require_folder(Path(folder), transformer)
-    return OpenedPipeline(Path(folder), open_transformer(folder if transformer is None else transformer))
+    folder = Path(folder)
+    model = open_transformer(folder if transformer is None else transformer)
+    return OpenedPipeline(folder, model, open_encoder(folder), open_vae(folder / "vae"))
 
 
 def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str) -> Parts:
@@ -82,8 +87,8 @@ def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device 
     with readable_out_of_memory(_MEMORY_ADVICE):
         offload = needs_offload(device, [*opened.part_bytes(dtype), opened.kv_cache_bytes(dtype)])
         place = torch.device("cpu") if offload else device
-        encoder = TextEncoder.from_pretrained(folder, dtype, place)
-        vae = VAE.from_pretrained(folder / "vae", dtype, place)
+        encoder = TextEncoder.from_checked(folder, dtype, place)
+        vae = VAE.from_pretrained(opened.vae, dtype, place)
         network = load_transformer(opened.model, dtype=dtype, device=place)
     network.requires_grad_(False)
     check_fit(network, encoder, vae)

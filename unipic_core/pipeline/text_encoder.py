@@ -17,7 +17,7 @@ from ..conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, body_text, c
 from ..conditioning.sequence import TextCond
 from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..errors import CheckpointError, UniPicError
-from ..weights.text_encoder import HEAD, check_encoder_files, readable_encoder_errors, tokenizer_class
+from ..weights.text_encoder import HEAD, open_encoder, readable_encoder_errors, tokenizer_class
 
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
@@ -61,7 +61,14 @@ class TextEncoder:
                 raise CheckpointError(
                     f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
                 )
-        check_encoder_files(folder)
+        open_encoder(folder)
+        return cls.from_checked(folder, dtype, device)
+
+    @classmethod
+    def from_checked(
+        cls, folder: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+    ) -> TextEncoder:
+        """`from_pretrained` of a folder that `open_encoder` has checked."""
         with readable_encoder_errors(f"the encoder in {folder} cannot be loaded"):
             tokenizer = load_tokenizer(folder / "tokenizer")
             model = _load_model(folder / "text_encoder", dtype, torch.device(device))

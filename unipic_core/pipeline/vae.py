@@ -11,7 +11,7 @@ from torch import Tensor
 from ..conditioning.sequence import VAE_SCALE
 from ..model.vae import ImageVAE
 from ..run.tiling import tiled
-from ..weights.vae import load_image_vae
+from ..weights.vae import OpenedVAE, load_image_vae
 
 TILE_ABOVE = 1536 * 1536
 """So many pixels are encoded or decoded at once; larger pictures in overlapping tiles."""
@@ -34,9 +34,9 @@ class VAE:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+        cls, folder: str | Path | OpenedVAE, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> VAE:
-        """From a vae/ folder of diffusers' layout. CheckpointError if it is damaged or of another architecture."""
+        """From a vae/ folder of diffusers' layout, or an opened one. Raises CheckpointError."""
         return cls(load_image_vae(folder, dtype, device))
 
     @property

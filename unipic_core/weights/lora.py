@@ -137,8 +137,7 @@ def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
     path = Path(path)
     try:
         weights = open_weights(path)
-        text = weights.metadata.get(METADATA_KEY)
-        recipe = Recipe.read(path) if text is None else Recipe.from_json(text)
+        recipe = Recipe.read(path, weights.metadata)
     except CheckpointError as error:
         raise LoRAError(str(error)) from error
     return build_lora(weights, partial(weights.get, mapped=mapped), path, weights.metadata, recipe)

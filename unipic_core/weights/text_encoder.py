@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, one_line
-from .files import PathLike, open_weights
+from .files import PathLike, Weights, open_weights, weight_file
 
 HEAD = "lm_head."
 """Start of the names of the head over the vocabulary, which is not needed."""
@@ -41,22 +41,24 @@ _REFUSED = {
 refused."""
 
 
-def encoder_parameters(folder: PathLike) -> int:
-    """Parameters of a text_encoder/ folder that make hidden states, from the files' headers. CheckpointError."""
-    weights = open_weights(folder)
+def encoder_parameters(weights: Weights) -> int:
+    """Parameters of an encoder that make hidden states, from the files' headers."""
     return sum(weights.count(name) for name in weights if not name.startswith(HEAD))
 
 
-def check_encoder_files(folder: PathLike) -> None:
-    """CheckpointError if loading the encoder of a pipeline folder could run code, reach the network or leave it.
+def open_encoder(folder: PathLike) -> Weights:
+    """The weights of a pipeline folder's encoder, no tensor loaded.
 
-    Reads every config and every index of shards beside the weights; opens no tensor.
+    CheckpointError if loading it could run code, reach the network or leave the folder: every config and every index of
+    shards beside the weights is read.
     """
     folder = Path(folder)
+    opened = weight_file(folder / "text_encoder")
     for part in ENCODER_FOLDERS:
         for file in sorted((folder / part).glob("*.json")):
             if file.name.endswith(".index.json"):
-                open_weights(file)
+                if file != opened:
+                    open_weights(file)
             elif file.name not in _VOCABULARIES:
                 check_config(file)
     weights = folder / "text_encoder"
@@ -65,8 +67,7 @@ def check_encoder_files(folder: PathLike) -> None:
             f"{weights} holds an adapter_config.json, which takes the encoder's weights from another place; refused: "
             "merge the adapter into the encoder first"
         )
-    if weights.is_dir():
-        open_weights(weights)
+    return open_weights(opened)
 
 
 def check_config(file: Path) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -74,23 +75,39 @@ def _wrong(config: VAEConfig) -> str:
     return ""
 
 
-def open_vae(source: PathLike) -> tuple[VAEConfig, Weights, dict[str, str]]:
-    """Config and weights of a vae/ folder or of a file, and diffusers' name -> stored name. CheckpointError."""
+@dataclass(frozen=True)
+class OpenedVAE:
+    """A VAE on disk, opened once; no tensor is loaded yet. stored: diffusers' name -> stored name."""
+
+    source: Path
+    config: VAEConfig
+    weights: Weights
+    stored: Mapping[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the 2-D form, which `load_image_vae` loads."""
+        shapes = ((name, self.weights.shape(stored)) for name, stored in self.stored.items())
+        return sum(prod(_image_shape(name, shape)) for name, shape in shapes if not _is_temporal(name))
+
+
+def open_vae(source: PathLike) -> OpenedVAE:
+    """Open a vae/ folder or a file. Raises CheckpointError."""
     source = Path(source)
     if not source.is_file():
         config, weights = read_vae_config(source), open_weights(source)
-        return config, weights, {name: name for name in weights}
+        return OpenedVAE(source, config, weights, {name: name for name in weights})
     weights = open_weights(source)
     found = config_of_file(weights.shapes())
     if found is None:
         raise CheckpointError(
             f"{source} is not the Qwen-Image VAE in ComfyUI's layout; use qwen_image_vae.safetensors, or a vae/ folder"
         )
-    return found, weights, {name: name_in_file(name, found) for name in _video_shapes(found)}
+    return OpenedVAE(source, found, weights, {name: name_in_file(name, found) for name in _video_shapes(found)})
 
 
 def load_image_vae(
-    source: PathLike,
+    source: PathLike | OpenedVAE,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     *,
@@ -103,10 +120,11 @@ def load_image_vae(
     one stored tensor. kind, operations: a class derived from ImageVAE, and the layers to build it of. Raises
     CheckpointError.
     """
-    config, weights, stored = open_vae(source)
+    opened = source if isinstance(source, OpenedVAE) else open_vae(source)
+    weights, stored = opened.weights, opened.stored
     with torch.device("meta"):
-        model = kind(config, operations=operations)
-    _require_weights(Path(source), model, {name: weights.shape(stored[name]) for name in stored})
+        model = kind(opened.config, operations=operations)
+    _require_weights(opened.source, model, {name: weights.shape(stored[name]) for name in stored})
     for module_name, module in model.named_modules():
         for parameter in list(module._parameters):
             if module._parameters[parameter] is not None:
@@ -130,12 +148,6 @@ def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> T
     """In memory of its own, 4-D kernels in the format in which convolutions are fastest."""
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     return tensor.to(device=device, dtype=dtype).contiguous(memory_format=layout)
-
-
-def vae_parameters(folder: PathLike) -> int:
-    """Parameters that `load_image_vae` will hold, from the files' headers."""
-    weights = open_weights(folder)
-    return sum(prod(_image_shape(name, weights.shape(name))) for name in weights if not _is_temporal(name))
 
 
 # --- names, shapes and values, both ways -----------------------------------------------------------------------------

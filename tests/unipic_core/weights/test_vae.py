@@ -18,8 +18,8 @@ from unipic_core.weights.vae import (
     config_of_file,
     load_image_vae,
     name_in_file,
+    open_vae,
     read_vae_config,
-    vae_parameters,
     video_shapes,
     video_weights,
 )
@@ -65,7 +65,7 @@ def test_type_and_memory_of_what_is_loaded(golden: Path, dtype: torch.dtype) -> 
     assert {p.dtype for p in vae.parameters()} == {dtype}
     # a view of a video kernel would keep three times the memory alive
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in vae.parameters())
-    assert vae_parameters(golden / "tiny" / "vae") == sum(p.numel() for p in vae.parameters())
+    assert open_vae(golden / "tiny" / "vae").parameters == sum(p.numel() for p in vae.parameters())
     kernel = vae.decoder.conv_in.weight
     assert kernel.is_contiguous(memory_format=torch.channels_last)
 
