@@ -165,7 +165,7 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     weights.add_argument("--lora", type=lora_argument, action="append", default=[], metavar=LORA, help=AGAIN)
     sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
     sampling.add_argument("--steps", type=int, help="number of steps")
-    sampling.add_argument("--cfg", type=float, help="guidance scale; 1 switches it off and halves the time")
+    sampling.add_argument("--cfg", type=float, help="guidance scale; 0 or 1 switches it off and halves the time")
     sampling.add_argument("--sampler", metavar="NAME", help="consistency, which few-step weights want, or euler")
     sampling.add_argument(
         "--reference-budget", type=int, metavar="PIXELS", help="side of the square all pictures share"

@@ -23,6 +23,7 @@ from ..pipeline.pipeline import UniPicPipeline
 from ..replacing import replacing
 from ..run.plan import Plan, Request, checked_seed, plan, resolve
 from ..weights.lora import LoRA, read_lora
+from ..weights.recipe import Recipe
 from .outputs import check_outputs, free_path, output_paths
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
 
@@ -85,7 +86,23 @@ def open_checked(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Open
     for lora, strength in loras:
         added = added.add(lora.path, lora.recipe, strength)
         resolve(added.over(opened.model.recipe))  # as load_lora will, one by one
-    return Opened(opened, loras, plan(added.over(opened.model.recipe), sizes, request_of(args)))
+    recipe = added.over(opened.model.recipe)
+    planned = plan(recipe, sizes, request_of(args))
+    if unknown(recipe, args):
+        name = (args.transformer or args.model).name
+        warnings.warn(
+            f"{name} brings no recipe and its name says nothing, so it runs with {planned.settings}; if it is a "
+            "few-step model, add --sampler consistency",
+            stacklevel=2,
+        )
+    return Opened(opened, loras, planned)
+
+
+def unknown(recipe: Recipe, args: argparse.Namespace) -> bool:
+    """Whether neither the weights nor the arguments say how many evaluations a picture takes."""
+    if (recipe.sampler or args.sampler) is not None:
+        return False
+    return (recipe.steps is None and args.steps is None) or (recipe.guidance is None and args.cfg is None)
 
 
 def request_of(args: argparse.Namespace) -> Request:
@@ -115,7 +132,7 @@ def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
     device = device_name(args)
     name = ("fp32" if device == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
     dtype = getattr(torch, DTYPES[name])
-    print(f"loading {args.model.name} on {device} in {name}", file=sys.stderr)
+    print(f"loading {args.model.name} on {device} in {name}: {opened.plan.settings}", file=sys.stderr)
     pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile)
     for (lora, strength), (path, _) in zip(opened.loras, args.lora, strict=True):
         print(layers_added(path, strength, pipe.load_lora(lora, strength)), file=sys.stderr)

@@ -12,13 +12,19 @@ from ..checks import finite, whole
 from ..conditioning.images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
 from ..conditioning.prompt import check_unicode
 from ..errors import UniPicError
-from ..sampling.schedules import Shift, base_times, few_step_times
+from ..sampling.schedules import Shift, base_times, few_step_times, fixed_shift_times
 from ..weights.recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
+
+DEFAULT_SHIFT = 3.0
+"""Of the schedule "fixed_shift" where a recipe names none."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice of a run. Budgets are sides in pixels; guidance 1 means no unconditional pass."""
+    """Every choice of a run. Budgets are sides in pixels; guidance 1 means no unconditional pass.
+
+    fixed_shift: of the schedule of that name; None for the others.
+    """
 
     steps: int
     guidance: float
@@ -26,9 +32,16 @@ class Settings:
     schedule: str
     reference_budget: int
     output_budget: int
+    fixed_shift: float | None = None
+
+    def __str__(self) -> str:
+        guidance = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}"
+        return f"{self.steps} steps, {self.sampler}, {guidance}"
 
     def times(self, num_target_tokens: int, shift: Shift) -> Tensor:
         """[steps + 1] float64 from 1 to 0."""
+        if self.schedule == "fixed_shift":
+            return fixed_shift_times(self.steps, self.fixed_shift or DEFAULT_SHIFT)
         make = base_times if self.schedule == "base" else few_step_times
         return make(self.steps, num_target_tokens, shift)
 
@@ -46,13 +59,15 @@ def resolve(
     sampler = sampler or recipe.sampler or str(RELEASED_BASE.sampler)
     default = RELEASED_BASE if sampler == "euler" else RELEASED_FEW_STEP
     references = _first(reference_budget, recipe.reference_budget, DEFAULT_BUDGET)
+    schedule = str(_first(recipe.schedule, default.schedule))
     settings = Settings(
         steps=_whole("the number of steps", _first(steps, recipe.steps, default.steps), *LIMITS["steps"]),
         guidance=_guidance(_first(guidance, recipe.guidance, default.guidance)),
         sampler=sampler,
-        schedule=str(_first(recipe.schedule, default.schedule)),
+        schedule=schedule,
         reference_budget=_whole("the reference budget", references, *LIMITS["reference_budget"]),
         output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
+        fixed_shift=_first(recipe.shift, DEFAULT_SHIFT) if schedule == "fixed_shift" else None,
     )
     _ = recipe.causal_form  # refuses a form that this version does not have
     return settings
@@ -120,9 +135,10 @@ def _guidance(value: Any) -> float:
     number = finite(value)
     if number is None or not 0 <= number <= MAX_GUIDANCE:
         raise UniPicError(
-            f"the guidance scale must be a number from 0 to {MAX_GUIDANCE:g} (1 switches guidance off), got {value!r}"
+            f"the guidance scale must be a number from 0 to {MAX_GUIDANCE:g} (0 and 1 switch guidance off), got "
+            f"{value!r}"
         )
-    return float(number)
+    return float(number) or 1.0  # 0 switches guidance off, as in the release
 
 
 def checked_seed(seed: Any, num_images: Any) -> tuple[int, int]:

@@ -99,6 +99,12 @@ def few_step_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -
     return shift_times(times, resolution_shift(num_target_tokens, shift))
 
 
+def fixed_shift_times(steps: int, k: float) -> Tensor:
+    """[steps + 1] float64 from 1 to 0: linspace, shifted by the same k at every size, as step LoRAs were distilled."""
+    _check(steps)
+    return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), k)
+
+
 def base_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -> Tensor:
     """[steps + 1] float64 from 1 to 0: linspace(1, 1/N, N), shifted, stretched to end at `terminal`, then 0."""
     _check(steps)

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, LoRAError
 from .files import PREFIXES as NETWORK_PREFIXES
 from .files import PathLike, open_weights
 from .lora_layers import LoRALayer, Shape
-from .recipe import METADATA_KEY, Recipe
+from .recipe import METADATA_KEY, Recipe, step_lora_recipe
 from .write import write_safetensors
 
 PREFIXES = (
@@ -152,6 +152,8 @@ def build_lora(
 ) -> LoRA:
     """A LoRA from a file that is open already. path: its name for messages, and where adapter settings may lie.
 
+    A step LoRA without a recipe gets the one that its name tells (`step_lora_recipe`).
+
     Raises LoRAError as `read_lora`.
     """
     keys = list(keys)
@@ -186,7 +188,7 @@ def build_lora(
         raise LoRAError(
             f"{path.name} holds no LoRA layer among {len(keys)} tensors (first {next(iter(keys), 'none')!r})"
         )
-    return LoRA(layers, recipe, dict(metadata), tuple(unread), path)
+    return LoRA(layers, recipe or step_lora_recipe(path), dict(metadata), tuple(unread), path)
 
 
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:

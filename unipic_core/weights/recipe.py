@@ -7,8 +7,10 @@ absent; fields that this version does not know are kept and written back.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,13 +28,14 @@ TRANSFORMER_FOLDERS = ("transformer", "ema_transformer")
 """Where a released repository keeps the network, in the order of preference."""
 
 Sampler = Literal["consistency", "euler"]
-Schedule = Literal["few_step", "base"]
+Schedule = Literal["few_step", "base", "fixed_shift"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 
 LIMITS = {"steps": (1, 1000), "reference_budget": (32, 8192), "output_budget": (32, 8192), "version": (1, 1_000_000)}
 """Least and most of the whole numbers: steps, and sides in pixels."""
 
 MAX_GUIDANCE = 1000.0
+MAX_SHIFT = 100.0
 
 _CHOICES = {"sampler": SAMPLERS, "schedule": get_args(Schedule)}
 
@@ -42,7 +45,8 @@ class Recipe:
     """How weights want to be used. None = not said.
 
     guidance: scale s of v = u + s (c - u); 1 = no unconditional pass. reference_budget, output_budget: side in pixels
-    of the square that all references together, or the output, may fill. attention_form: the one that the weights were
+    of the square that all references together, or the output, may fill. shift: of the schedule "fixed_shift", the
+    same at every size. attention_form: the one that the weights were
     trained with, see model/attention_forms.py. made: how they were made, free form. extra: fields of newer versions.
     """
 
@@ -53,6 +57,7 @@ class Recipe:
     schedule: Schedule | None = None
     reference_budget: int | None = None
     output_budget: int | None = None
+    shift: float | None = None
     attention_form: str = FULL
     made: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -85,7 +90,7 @@ class Recipe:
         if over is None:
             return self
         values = {}
-        for name in ("steps", "guidance", "sampler", "schedule", "reference_budget", "output_budget"):
+        for name in ("steps", "guidance", "sampler", "schedule", "reference_budget", "output_budget", "shift"):
             value = getattr(over, name)
             values[name] = getattr(self, name) if value is None else value
         made = {"base": self.made, **over.made} if self.made and over.made else over.made or self.made
@@ -144,34 +149,116 @@ RELEASED_FEW_STEP = Recipe(
 )
 """Skywork/Unipic3-Consistency-Model and Skywork/Unipic3-DMD: guidance was distilled in, and 1.0 costs half."""
 
+STEP_LORA = Recipe(steps=8, guidance=1.0, sampler="euler", schedule="fixed_shift", shift=3.0)
+"""Lightning and other step LoRAs for Qwen-Image: the schedule that they were distilled with."""
+
+MOST_FEW_STEPS = 16
+"""Numbers of steps in a name above this are those of a training."""
+
+WEIGHT_ENDINGS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
+
+_FEW_STEP_WORD = re.compile(r"dmd|cm|lcm|consistency(model)?")
+_STEP_FOLDER = re.compile(r"(step|checkpoint)[-_]?\d+")
+_PLAIN_WORDS = {
+    *("diffusion", "pytorch", "model", "models", "transformer", "unet", "dit", "network", "weights", "checkpoint"),
+    *("ema", "final", "last", "latest", "of", "qwen", "image", "edit", "scaled", "bf", "fp", "e", "m", "fn", "index"),
+    *map(str, range(100)),
+    *(f"{n:05d}" for n in range(100)),
+}
+"""Words of file names that say what a file holds, and nothing of how it was trained."""
+
 
 def released_recipe(path: PathLike) -> Recipe | None:
     """The recipe of the released weights, known by the name of their folder or file; None for other weights.
 
     A guess: anyone may give a folder that name. A recipe that the weights bring themselves goes before it.
     """
-    names = [name.lower().replace("_", "-") for name in _own_names(Path(path).absolute())]
-    if any("unipic3-dmd" in n or "unipic3-consistency" in n or n == "ema-transformer" for n in names):
+    path = Path(path)
+    alone = path.is_dir() and not (path / "transformer").is_dir() and (path / "ema_transformer").is_dir()
+    if path.name == "ema_transformer" or alone:
         return RELEASED_FEW_STEP
-    if Path(path).is_dir() and not (Path(path) / "transformer").is_dir() and (Path(path) / "ema_transformer").is_dir():
-        return RELEASED_FEW_STEP
-    return RELEASED_BASE if any("unipic3" in n for n in names) else None
+    names = _own_names(path.absolute())
+    family = any("unipic" in name for name in names)
+    for name in names:
+        words = _words(name)
+        few = _few_step_count(words)
+        if few and (family or _only_few_step(words)):
+            return replace(RELEASED_FEW_STEP, steps=few)
+        if "base" in words and family:
+            break
+    return RELEASED_BASE if any("unipic3" in _letters(name) for name in names) else None
+
+
+def step_lora_recipe(path: PathLike) -> Recipe | None:
+    """How a LoRA wants to be sampled that brings no recipe and whose file name tells; None where it tells nothing.
+
+    Step LoRAs such as Qwen-Image-Edit-Lightning-4steps: Euler, a shift of 3 at every size, no stretch, no guidance.
+    """
+    name = Path(path).stem.lower()
+    words = _words(name)
+    steps = _counted_steps(words)
+    if _few_step_kind(words) and "unipic" in name:
+        known = replace(RELEASED_FEW_STEP, reference_budget=None, output_budget=None)
+    elif steps or "lightning" in words:
+        known = STEP_LORA
+    else:
+        return None
+    return replace(known, steps=steps or known.steps, made={RECIPE_FROM: "name"})
 
 
 def _own_names(path: Path) -> list[str]:
-    """What weights are called: the path's own name, and the repository's where the path is a part of one.
+    """What weights are called, in small letters: the file's own name, and its model folder's.
 
-    Parts are the transformer's folder or a file in it, and a snapshot in the Hugging Face cache
-    (models--OWNER--NAME/snapshots/HASH).
+    The model folder is that of a transformer's folder, of a checkpoint step<N> of the release's trainers, and of a file
+    whose own name says no more than what it holds; a snapshot in the Hugging Face cache has its repository's name
+    (models--OWNER--NAME/snapshots/HASH). Folders farther up have no say.
     """
-    names = [path.name]
-    for _ in range(2):
-        if path.name in TRANSFORMER_FOLDERS or path.parent.name in TRANSFORMER_FOLDERS:
-            path = path.parent
-            names.append(path.name)
-    if path.parent.name == "snapshots":
-        names.append(path.parent.parent.name)
+    names, place = [path.name.lower()], path
+    if path.suffix.lower() in WEIGHT_ENDINGS:
+        names, place = [path.stem.lower()], path.parent
+        if place.name in TRANSFORMER_FOLDERS or set(_words(names[0])) <= _PLAIN_WORDS or "unipic" in names[0]:
+            folder = place.name.lower()
+            if place.name in TRANSFORMER_FOLDERS or _STEP_FOLDER.fullmatch(folder) or "unipic" in folder:
+                names.append(folder)
+    for _ in range(3):
+        if place.name in TRANSFORMER_FOLDERS or _STEP_FOLDER.fullmatch(place.name.lower()):
+            place = place.parent
+            names.append(place.name.lower())
+    if place.parent.name == "snapshots":
+        names.append(place.parent.parent.name.lower())
     return names
+
+
+def _letters(name: str) -> str:
+    """A name without what stands between its words: UniPic-3.0 and unipic_3 begin with unipic3."""
+    return re.sub(r"[^a-z0-9]", "", name)
+
+
+def _words(name: str) -> list[str]:
+    """Words and numbers of a name in small letters, without the model's own: unipic3dmd -> dmd."""
+    name = re.sub(r"unipic[-_. ]*3?(\.0)?(?![0-9])", " ", name)
+    return re.findall(r"[a-z]+|[0-9]+", name)
+
+
+def _few_step_kind(words: list[str]) -> bool:
+    return any(_FEW_STEP_WORD.fullmatch(word) for word in words)
+
+
+def _counted_steps(words: list[str]) -> int | None:
+    """8 of "8step", "8 steps"; numbers of training steps are none."""
+    pairs = pairwise(words)
+    counts = (int(n) for n, word in pairs if word in ("step", "steps") and n.isdecimal() and len(n) < 3)
+    return next((n for n in counts if 1 <= n <= MOST_FEW_STEPS), None)
+
+
+def _few_step_count(words: list[str]) -> int | None:
+    """The steps of few-step weights by the words of their name; None if these say nothing of few steps."""
+    return _counted_steps(words) or (RELEASED_FEW_STEP.steps if _few_step_kind(words) else None)
+
+
+def _only_few_step(words: list[str]) -> bool:
+    """Whether a folder is called "DMD" and no more, as the release's trainers call theirs."""
+    return len(words) == 1 and _few_step_kind(words)
 
 
 def recipe_of(path: PathLike, metadata: Mapping[str, str] | None = None) -> Recipe:
@@ -208,6 +295,9 @@ def _checked(name: str, value: Any) -> Any:
         value = int(value) if good else value
     elif name == "guidance":
         good, expected = number and 0 <= value <= MAX_GUIDANCE, f"a number from 0 to {MAX_GUIDANCE:g}"
+        value = float(value) if good else value
+    elif name == "shift":
+        good, expected = number and 0 < value <= MAX_SHIFT, f"a number above 0, up to {MAX_SHIFT:g}"
         value = float(value) if good else value
     elif name == "made":
         good, expected = isinstance(value, dict), "a table"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.paths import ROOT
 from unipic_core.cli import commands as cli
 from unipic_core.cli import compose as command
 from unipic_core.cli.commands import lora_argument, main, size_argument
+from unipic_core.errors import UniPicError
 from unipic_core.model.attention import PACKAGES, matmul_attention
 from unipic_core.pipeline import pipeline
 from unipic_core.weights.lora import save_lora
@@ -228,6 +230,27 @@ def test_a_module_of_our_own_that_is_absent_is_unforeseen(
 ) -> None:
     monkeypatch.setitem(sys.modules, "unipic_core.weights.describe", None)
     assert "unforeseen ModuleNotFoundError" in fails(["info", str(golden / "tiny")], capsys, code=1)
+
+
+def test_unknown_weights_are_told_with_what_was_chosen(
+    golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def said(model: Path, *more: str) -> str:
+        main(["compose", str(picture), "-p", "a", "--model", str(model), "--size", "32x16", *more])
+        return str(capsys.readouterr().err)
+
+    def stop(*_: Any) -> None:
+        raise UniPicError("far enough")
+
+    monkeypatch.setattr(command, "load_pipeline", stop)
+    tiny = golden / "tiny"
+    text = "warning: tiny brings no recipe and its name says nothing, so it runs with 50 steps, euler, guidance 4; if "
+    assert text in said(tiny)
+    assert "8 steps, euler, guidance 4" in said(tiny, "--steps", "8")
+    assert "8 steps, euler, no guidance" not in said(tiny, "--steps", "8", "--cfg", "0")
+    assert "brings no recipe" not in said(tiny, "--sampler", "consistency")
+    known = shutil.copytree(tiny, picture.parent / "UniPic-3-DMD")
+    assert "brings no recipe" not in said(known)
 
 
 def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -39,6 +39,8 @@ def test_recipe_and_wishes() -> None:
     assert (other.steps, other.schedule, other.guidance) == (6, "few_step", 2.0)
     open_ = resolve(Recipe(steps=8, sampler="consistency"), sampler="euler")  # the sampler fills what it leaves open
     assert (open_.steps, open_.schedule, open_.guidance) == (8, "base", 4.0)
+    assert resolve(recipe, guidance=0).guidance == 1.0  # off, as in the release
+    assert resolve(Recipe(guidance=0.0)).guidance == 1.0
     with pytest.raises(UniPicError, match="attention of the form 'causal'"):
         resolve(Recipe(attention_form="causal"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from unipic_core.weights.recipe import (
     Recipe,
     recipe_of,
     released_recipe,
+    step_lora_recipe,
 )
 
 
@@ -70,6 +72,8 @@ def test_absent_fields_are_none_and_written_as_absent() -> None:
         ("sampler", ["euler"]),
         ("schedule", "linear"),
         ("version", 0),
+        ("shift", 0),
+        ("shift", "3"),
         ("made", "by hand"),
         ("attention_form", 3),
         ("reference_budget", "1024"),
@@ -153,6 +157,23 @@ def test_a_wrong_recipe_names_its_file(tmp_path: Path) -> None:
         Recipe.read(file)
 
 
+FEW_STEP_NAMES = (
+    *("unipic3-cm", "unipic3_lcm", "UniPic3.0-DMD", "unipic3dmd", "Unipic3_8step_DMD", "UniPic-3-DMD", "unipic3_cm"),
+    *("unipic-3-consistency-model", "Unipic3ConsistencyModel", "UNIPIC3 DMD", "unipic_3.0_lcm", "Unipic3-8steps"),
+    *("DMD/step20000/transformer", "CM/step_300/transformer", "DMD/step20000", "Unipic3-CM/checkpoint-7/transformer"),
+    *("Unipic3-DMD/model.safetensors", "UniPic-3-DMD/unipic3_bf16.safetensors", "unipic3_dmd_fp8_e4m3fn.safetensors"),
+    *("unipic3-dmd/diffusion_pytorch_model-00001-of-00002.safetensors", "Unipic3/dmd.safetensors"),
+    *("DMD/step20000/transformer/diffusion_pytorch_model.safetensors", "unipic3-lcm/transformer/mine.safetensors"),
+    *("models--a--UniPic3.0-CM/snapshots/01", "models--a--unipic3_lcm/snapshots/01/model.safetensors"),
+)
+BASE_NAMES = (
+    *("dmd tests/unipic3-base.safetensors", "cm/unipic3.safetensors", "home/cm/models/unipic3/transformer"),
+    *("Unipic3-dmd/unipic3-base.safetensors", "lcm/Unipic3", "dmd/step/Unipic-3.0", "unipic3-step20000.safetensors"),
+    *("DMD/Unipic3/step20000/transformer", "unipic3-50steps.safetensors", "unipic3_2000steps", "unipic3-cmyk"),
+)
+UNKNOWN_NAMES = ("dmd tests/model.safetensors", "home/cm/mine/transformer", "Qwen-Image-Edit-2509", "step20000")
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -167,10 +188,34 @@ def test_a_wrong_recipe_names_its_file(tmp_path: Path) -> None:
         ("Unipic3-DMD/mine", None),
         ("unipic3/runs/mine/transformer", None),
         ("unipic3-dmd/mine.safetensors", None),
+        *((name, RELEASED_FEW_STEP) for name in FEW_STEP_NAMES),
+        *((name, RELEASED_BASE) for name in BASE_NAMES),
+        *((name, None) for name in UNKNOWN_NAMES),
+        ("unipic3_4steps.safetensors", replace(RELEASED_FEW_STEP, steps=4)),
     ],
 )
 def test_released_weights_are_known_by_name(tmp_path: Path, name: str, expected: Recipe | None) -> None:
     assert released_recipe(tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen-Image-Edit-Lightning-4steps-V1.0-bf16", (4, "euler", "fixed_shift", 3.0)),
+        ("Qwen-Image-Edit-2509-Lightning-8steps-V1.0-fp32", (8, "euler", "fixed_shift", 3.0)),
+        ("qwen_lightning", (8, "euler", "fixed_shift", 3.0)),
+        ("turbo_4step", (4, "euler", "fixed_shift", 3.0)),
+        ("unipic3-dmd-lora", (8, "consistency", "few_step", None)),
+        ("style_2000steps", None),
+        ("style-step4", None),
+        ("dmd", None),
+    ],
+)
+def test_step_loras_are_known_by_name(name: str, expected: tuple[object, ...] | None) -> None:
+    recipe = step_lora_recipe(f"4steps dmd/{name}.safetensors")
+    assert (recipe and (recipe.steps, recipe.sampler, recipe.schedule, recipe.shift)) == expected
+    assert recipe is None or recipe.guidance == 1
+    assert recipe is None or Recipe.from_json(recipe.to_json()) == recipe
 
 
 def test_recipe_of_fills_what_is_known_and_leaves_the_rest_open(tmp_path: Path) -> None:
