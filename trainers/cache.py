@@ -35,6 +35,7 @@ from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_
 from .data.rows import Row
 from .data.shards import Bucket, Part, Rows, Shard, TextShard, drop_vision, has_text, parts_of, shard_path, text_path
 from .data.text_embeddings import encode_text, encoder_fingerprint, text_fingerprint
+from .terminal import exit_code
 
 __all__ = ["Bucket", "PreviewRow", "Rows", "build", "fingerprint", "load_image_vae", "read_cache", "read_preview"]
 
@@ -240,15 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
-    try:
-        run(load_config(args.config, args.overrides))
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to go on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(load_config(args.config, args.overrides)), "run the same command to go on")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from .nano.catalogue import Split
 from .nano.emoji import LONGEST, Bank
 from .nano.render import Sample
 from .nano.scenes import TASKS
+from .terminal import exit_code
 
 if TYPE_CHECKING:
     from unipic_core.run.plan import Settings
@@ -288,18 +289,10 @@ def find_device(asked: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("once")
-            run(args)
-    except KeyboardInterrupt:
-        again = "the same command goes on" if args.keep else "with --keep DIR the next run goes on where it stops"
-        print(f"interrupted; nothing half-written is left; {again}", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"trainers.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    again = "the same command goes on" if args.keep else "with --keep DIR the next run goes on where it stops"
+    with warnings.catch_warnings():
+        warnings.simplefilter("once")
+        return exit_code(lambda: run(args), f"nothing half-written is left; {again}")
 
 
 if __name__ == "__main__":

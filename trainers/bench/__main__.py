@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..terminal import exit_code
 from .cases import BENCHES
 from .make import run
 from .report import report
@@ -54,21 +55,17 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def run_command(args: argparse.Namespace) -> None:
+    if args.command == "report":
+        report(args.out)
+        print(args.out / "report.html")
+    else:
+        {"run": run, "score": score}[args.command](args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        if args.command == "report":
-            report(args.out)
-            print(args.out / "report.html")
-        else:
-            {"run": run, "score": score}[args.command](args)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"trainers.bench: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run_command(args), "run the same command to go on")
 
 
 if __name__ == "__main__":

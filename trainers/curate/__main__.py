@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..terminal import exit_code
 from .conflicts.matrix import describe, draw_matrix
 from .conflicts.rules import read_rules
 from .conflicts.solve import solve
@@ -50,15 +51,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command to go on", file=sys.stderr)
-        return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: args.run(args), "run the same command to go on")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from unipic_core.weights.transformer import check_keys, open_transformer
 
 from ..config.run import TARGETS, AdapterConfig
 from ..roles.roles import targets_of
+from ..terminal import exit_code
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    try:
-        run(args)
-    except UniPicError as error:
-        print(f"trainers.tools.extract: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(args), "nothing was written")
 
 
 if __name__ == "__main__":

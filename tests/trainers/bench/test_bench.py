@@ -95,7 +95,7 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, judge, capsys):
     server = FakeServer(looks, faults=[None, None, 401])
     arguments = ["score", "--out", str(out), "--template", "reference", "--judge", judge(server, concurrency=1)]
     assert main(arguments) == 2
-    assert capsys.readouterr().err.startswith("trainers.bench: http://127.0.0.1")
+    assert capsys.readouterr().err.startswith("error: http://127.0.0.1")
     with (out / "scores.jsonl").open("a") as file:
         file.write('{"system": "cut by a ki')
     assert main(arguments) == 0
