@@ -18,6 +18,7 @@ lint: $(VENV)/test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.nodes.check_types
 
 $(VENV)/pipeline.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -125,8 +125,9 @@ class Conditions:
 
     def close(self) -> None:
         """Free everything."""
-        for cache in (*self.kept.values(), self.reused):
+        for cache in self.kept.values():
             cache.clear()
+        self.reused.clear()
         self._patcher = None
 
     def keeps(self, fixed: Fixed) -> bool:

@@ -23,7 +23,9 @@ class PictureLatents(Wan21):
         self.latents_mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         self.latents_std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
         if config != VAEConfig():  # the known preview colours are those of the release's VAE
-            self.latent_rgb_factors = self.latent_rgb_factors_bias = self.taesd_decoder_name = None
+            self.latent_rgb_factors: list[list[float]] | None = None
+            self.latent_rgb_factors_bias: list[float] | None = None
+            self.taesd_decoder_name = None
 
     def process_in(self, latent: Tensor) -> Tensor:
         return super().process_in(latent if latent.ndim == 5 else latent[:, :, None])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 from comfy_api.latest import io
 
@@ -16,7 +17,8 @@ def tell(node: type[io.ComfyNode], text: str, level: int = logging.INFO) -> None
     schema = node.SCHEMA or node.GET_SCHEMA()  # kept by ComfyUI; a new one would list folders again in every run
     logging.log(level, "%s: %s", schema.display_name, text)
     prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)  # absent where no page is served
-    server, unique_id = getattr(prompt_server, "instance", None), getattr(node.hidden, "unique_id", None)
+    server: Any = getattr(prompt_server, "instance", None)
+    unique_id = getattr(node.hidden, "unique_id", None)
     client = getattr(server, "client_id", None)
     if client is not None and unique_id:
         server.send_progress_text(text, unique_id, client)  # without a client's id it goes to every open page

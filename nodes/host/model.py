@@ -1,4 +1,4 @@
-"""From weights on disk to ComfyUI's MODEL: a ModelPatcher around `Network` that carries the weights' facts."""
+"""From weights on disk to ComfyUI's MODEL: a ModelPatcher around `ComfyMMDiT`, with the weights' recipe attached."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ from ...unipic_core.sampling.schedules import resolution_shift
 from ...unipic_core.weights.files import FP8, Weights
 from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ...unipic_core.weights.safetensors_file import read_table
+from ...unipic_core.weights.tensor_spec import Table
 from ...unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
 from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
 from .latent_format import PictureLatents, read_latent_format
-from .network import Network, network_options
+from .network import ComfyMMDiT, network_options
 from .recipe_attachment import Facts, attach
 from .saving import save_with_facts
 
@@ -46,7 +47,7 @@ class UniPicModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our network; so LoRA keys, conditioning and sampling are ComfyUI's own."""
 
     def __init__(self, model_config: Any, device: torch.device | None = None) -> None:
-        super().__init__(model_config, device=device, unet_model=Network)
+        super().__init__(model_config, device=device, unet_model=ComfyMMDiT)
 
     def _apply_model(
         self,
@@ -184,7 +185,7 @@ def state_dict(weights: Weights, keep_scaled: bool) -> dict[str, Tensor]:
 
 def _as_stored(weights: Weights) -> Weights:
     """The same files with scales and quantisation notes as tensors of their own."""
-    table = {}
+    table: Table = {}
     for file in sorted(weights.files):
         table |= read_table(file)[0]
     return Weights(weights.path, table, weights.metadata, {}).bare()

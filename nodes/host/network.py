@@ -21,18 +21,18 @@ from ...unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_la
 from ...unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
 from ...unipic_core.model.blocks import KeyValue
 from ...unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
-from ...unipic_core.model.mmdit import MMDiT
+from ...unipic_core.model.mmdit import MMDiTLayers
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .inputs import checked_method, checked_text, packed, positions
 from .kv_cache import FORM, OWN_OPTIONS, Conditions, Fixed, Kept, Reused
 
 
 def network_options(config: MMDiTConfig) -> Options:
-    """`Network`'s arguments for these sizes, as ComfyUI keeps them in unet_config."""
+    """`ComfyMMDiT`'s arguments for these sizes, as ComfyUI keeps them in unet_config."""
     return {"image_model": "qwen_image", **asdict(config)}
 
 
-class Network(MMDiT):
+class ComfyMMDiT(MMDiTLayers):
     """The velocity network behind ComfyUI's `diffusion_model`. sizes: fields of `MMDiTConfig`.
 
     dtype: what weights are stored in; activations have the type of the latent that comes in.
@@ -111,7 +111,8 @@ class Network(MMDiT):
         )
         reused = self.conditions.approximate(fixed)
         if reused is not None and reused.serves(float(timestep[0])):
-            fixed, computed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), [], [reused.kept], None
+            computed: list[Segment] = []
+            fixed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), [reused.kept], None
         else:
             computed, past = self._past(fixed)
         options = self._options(latents, options)
@@ -152,10 +153,11 @@ class Network(MMDiT):
         target = Segment(pieces, img, txt, temb, state, latents.num_target_tokens)
         kept: list[list[KeyValue]] | None = None if reused is None else []
         step = self._hooked(x, options, control)
-        img = through_blocks(self.transformer_blocks, [*computed, target], past, step, kept)[-1].img
+        target = through_blocks(self.transformer_blocks, [*computed, target], past, step, kept)[-1]
+        assert target.img is not None  # the target's segment has image tokens
         if reused is not None and kept and all(kept):  # a replaced block keeps nothing
             reused.t, reused.kept = float(timestep[0]), tuple(kv for (kv,) in kept)
-        velocity = self.proj_out(self.norm_out(img[:, : latents.num_target_tokens], temb[: x.shape[0]]))
+        velocity = self.proj_out(self.norm_out(target.img[:, : latents.num_target_tokens], temb[: x.shape[0]]))
         velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
         return velocity if x.ndim == 5 else velocity[:, :, 0]
 
@@ -189,7 +191,8 @@ class Network(MMDiT):
             *before, target = segments
             before, made = advance(block, before, past, last)
             if ("double_block", i) in replacements:
-                target, kept = _replaced(replacements[("double_block", i)], block, target, (*past, *made), options), []
+                target = _replaced(replacements[("double_block", i)], block, target, (*past, *made), options)
+                kept: list[KeyValue] = []
             else:
                 [target], kept = advance(block, [target], (*past, *made), last and not hooked)
                 kept = [_references_of(kv, target) for kv in kept]
@@ -198,6 +201,7 @@ class Network(MMDiT):
                 out = patch(seen)
                 target = replace(target, img=out["img"], txt=out["txt"])
             if i < len(residuals) and residuals[i] is not None:
+                assert target.img is not None  # the target's segment has image tokens
                 target.img[:, : residuals[i].shape[1]] += residuals[i]
             return [*before, target], kept
 
@@ -275,6 +279,7 @@ class Network(MMDiT):
 
 def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
     """The references' share of a full segment's keys and values; copied, or the others would stay in memory with it."""
+    assert isinstance(target.state, HookedState)  # made by `_moving`
     start = target.state.words + target.wanted
     return kv[0][:, :, start:].clone(), kv[1][:, :, start:].clone()
 
@@ -283,13 +288,14 @@ def _replaced(
     replacement: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
 ) -> Segment:
     """A block that a patch replaces, with the block itself at hand."""
+    assert isinstance(target.state, HookedState)  # made by `_moving`
     state = replace(target.state, past=past)
     args = {"img": target.img, "txt": target.txt, "vec": target.temb, "pe": state.rope, "transformer_options": options}
     out = replacement(args, {"original_block": _original(block, state)})
     return replace(target, img=out["img"], txt=out["txt"])
 
 
-def _original(block: Callable[..., tuple[Tensor, Tensor]], state: HookedState) -> Callable[[Options], Options]:
+def _original(block: Callable[..., tuple[Tensor, Tensor, Any]], state: HookedState) -> Callable[[Options], Options]:
     """The block itself, as replacements call it."""
 
     def run(args: Options) -> Options:

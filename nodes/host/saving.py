@@ -21,7 +21,7 @@ from ...unipic_core.model.config import FULL
 from ...unipic_core.weights.recipe import METADATA_KEY, Recipe
 from ...unipic_core.weights.transformer import CONFIG_KEY, ZERO_COND_MARKER
 from .kv_cache import FORM
-from .network import Network
+from .network import ComfyMMDiT
 from .recipe_attachment import KEY, facts_of
 
 WARNED = "unipic_merge_warned"
@@ -66,7 +66,7 @@ def _override(patcher: Any) -> None:
 def form_of(patcher: Any) -> str:
     """The attention form that a MODEL computes, with its LoRAs."""
     network = patcher.model.diffusion_model
-    own = network.config.attention_form if isinstance(network, Network) else FULL
+    own = network.config.attention_form if isinstance(network, ComfyMMDiT) else FULL
     form: str = patcher.model_options.get("transformer_options", {}).get(FORM) or own
     return form
 
@@ -75,7 +75,7 @@ def notes(patcher: Any) -> dict[str, Tensor]:
     """Tensors that say in a saved file what the weights are for."""
     form, network = form_of(patcher), patcher.model.diffusion_model
     tensors = {METADATA_KEY: _bytes(replace(facts_of(patcher).recipe, attention_form=form).to_json())}
-    if isinstance(network, Network):
+    if isinstance(network, ComfyMMDiT):
         tensors[CONFIG_KEY] = _bytes(json.dumps(network.config.with_form(form).to_dict()))
         if network.config.zero_cond_t:
             tensors[f"model.diffusion_model.{ZERO_COND_MARKER}"] = torch.zeros(0)  # the shape that ComfyUI has

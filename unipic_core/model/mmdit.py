@@ -21,8 +21,51 @@ from .config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig
 from .rope import Rotation, joint_positions, rotation
 
 
-class MMDiT(nn.Module):
-    """The velocity network. `operations` makes its layers; `attention` may be replaced at any time.
+class MMDiTLayers(nn.Module):
+    """The network's layers under diffusers' names, and how text and time are embedded. `operations` makes the layers.
+
+    Base of `MMDiT`, and of the networks of hosts that call it in their own way.
+    """
+
+    def __init__(
+        self,
+        config: MMDiTConfig,
+        *,
+        operations: Any = nn,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        kw: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.config = config
+        width = config.width
+        self.time_text_embed = TimeEmbedding(width, config.use_additional_t_cond, operations, kw)
+        self.txt_norm = operations.RMSNorm(config.joint_attention_dim, eps=1e-6, **kw)
+        self.img_in = operations.Linear(config.in_channels, width, **kw)
+        self.txt_in = operations.Linear(config.joint_attention_dim, width, **kw)
+        self.transformer_blocks = nn.ModuleList(Block(config, operations, kw) for _ in range(config.num_layers))
+        self.norm_out = OutputNorm(width, operations, kw)
+        self.proj_out = operations.Linear(width, config.patch_size**2 * config.out_channels, **kw)
+
+    def embed_text(self, embeds: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, width]."""
+        return self.txt_in(self.txt_norm(embeds))
+
+    def embed_time(
+        self, t: Tensor | float, like: Tensor, additional: Tensor | None = None, and_zero: bool = False
+    ) -> Tensor:
+        """[B, width] for embedded tokens `like` [B, ...], or [2B, width] with a second half at t = 0."""
+        batch, device = like.shape[0], like.device
+        t = torch.as_tensor(t, dtype=torch.float32, device=device).reshape(-1).expand(batch)
+        additional = None if additional is None else additional.reshape(-1).expand(batch)
+        if and_zero:
+            t = torch.cat([t, torch.zeros_like(t)])
+            additional = None if additional is None else additional.repeat(2)
+        return self.time_text_embed(t, like.dtype, additional)
+
+
+class MMDiT(MMDiTLayers):
+    """The velocity network. `attention` may be replaced at any time.
 
     dtype: that of the weights. compute_dtype: that of the activations, where `operations` store weights in a form that
     they alone can compute with (fp8, quantised); None = the weights' own.
@@ -38,20 +81,10 @@ class MMDiT(nn.Module):
         device: torch.device | str | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        kw: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.config = config
+        super().__init__(config, operations=operations, dtype=dtype, device=device)
         self.attention = attention
         self.compute_dtype = compute_dtype
         self.gradient_checkpointing = False
-        width = config.width
-        self.time_text_embed = TimeEmbedding(width, config.use_additional_t_cond, operations, kw)
-        self.txt_norm = operations.RMSNorm(config.joint_attention_dim, eps=1e-6, **kw)
-        self.img_in = operations.Linear(config.in_channels, width, **kw)
-        self.txt_in = operations.Linear(config.joint_attention_dim, width, **kw)
-        self.transformer_blocks = nn.ModuleList(Block(config, operations, kw) for _ in range(config.num_layers))
-        self.norm_out = OutputNorm(width, operations, kw)
-        self.proj_out = operations.Linear(width, config.patch_size**2 * config.out_channels, **kw)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,22 +188,6 @@ class MMDiT(nn.Module):
     def _two_times(self, pieces: tuple[str, ...]) -> bool:
         """Whether references are modulated at t = 0 beside a target at t, in one segment."""
         return self.config.zero_cond_t and TARGET in pieces and REFERENCES in pieces
-
-    def embed_text(self, embeds: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, width]."""
-        return self.txt_in(self.txt_norm(embeds))
-
-    def embed_time(
-        self, t: Tensor | float, like: Tensor, additional: Tensor | None = None, and_zero: bool = False
-    ) -> Tensor:
-        """[B, width] for embedded tokens `like` [B, ...], or [2B, width] with a second half at t = 0."""
-        batch, device = like.shape[0], like.device
-        t = torch.as_tensor(t, dtype=torch.float32, device=device).reshape(-1).expand(batch)
-        additional = None if additional is None else additional.reshape(-1).expand(batch)
-        if and_zero:
-            t = torch.cat([t, torch.zeros_like(t)])
-            additional = None if additional is None else additional.repeat(2)
-        return self.time_text_embed(t, like.dtype, additional)
 
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
         positions = joint_positions(latents.shapes, text_tokens, self.config.use_layer3d_rope)

@@ -77,7 +77,7 @@ class EncoderConfig:
         other = [f"{name} {eyes[name]}" for name, value in _FIXED.items() if eyes.get(name, value) != value]
         if other:
             raise CheckpointError(f"this vision tower's {', '.join(other)} is not Qwen2.5-VL's; take another encoder")
-        text = {name: type(default)(words.get(name, default)) for name, default in _TEXT.items()}
+        text: dict[str, Any] = {name: type(default)(words.get(name, default)) for name, default in _TEXT.items()}
         rope = words.get("rope_parameters") or words.get("rope_scaling") or {}
         text["rope_theta"] = float(rope.get("rope_theta") or words.get("rope_theta") or 1e6)
         sizes = {name: eyes.get(name, default) for name, default in _VISION.items()}

@@ -16,7 +16,7 @@ from model_tools import lora_file, random_inputs, velocity
 from unipic_pack.nodes.host import kv_cache as conditions
 from unipic_pack.nodes.host.kv_cache import CACHE, FORM
 from unipic_pack.nodes.host.model import load_model
-from unipic_pack.nodes.host.network import Network
+from unipic_pack.nodes.host.network import ComfyMMDiT
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.lora import add_lora, switch_form
 from unipic_pack.unipic_core.conditioning.sequence import (
@@ -40,13 +40,13 @@ pytestmark = pytest.mark.usefixtures("inference")
 def prefills(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is computed before the target's segment, in order."""
     made: list[str] = []
-    original = Network._segment
+    original = ComfyMMDiT._segment
 
-    def watched(self: Network, piece: str, fixed: Any) -> Any:
+    def watched(self: ComfyMMDiT, piece: str, fixed: Any) -> Any:
         made.append(f"{piece} x{fixed.rows[piece]}")
         return original(self, piece, fixed)
 
-    monkeypatch.setattr(Network, "_segment", watched)
+    monkeypatch.setattr(ComfyMMDiT, "_segment", watched)
     return made
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from unipic_pack.nodes.host.latent_format import PictureLatents, fit_preview, read_latent_format
 from unipic_pack.nodes.host.model import load_model
-from unipic_pack.nodes.host.network import Network, network_options
+from unipic_pack.nodes.host.network import ComfyMMDiT, network_options
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,
@@ -245,7 +245,7 @@ def test_fitted_preview_of_a_linear_vae() -> None:
 def test_parameters_sit_at_the_top_under_their_own_names(nano_model: Any) -> None:
     names = list(nano_model.model.state_dict())
     assert "diffusion_model.transformer_blocks.0.img_mlp.net.0.proj.weight" in names
-    network = Network(
+    network = ComfyMMDiT(
         operations=torch.nn,
         **network_options(
             MMDiTConfig(

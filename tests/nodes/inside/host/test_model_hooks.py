@@ -163,7 +163,7 @@ def test_wrapper_sees_every_call(nano_model: Any) -> None:
     wrapped.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", wrapper)
     options = {"wrappers": wrapped.wrappers}
     got = velocity(wrapped, x, 0.5, text, references, transformer_options=options)
-    assert seen == [("Network", (1, 16, 1, 8, 8), 2)]
+    assert seen == [("ComfyMMDiT", (1, 16, 1, 8, 8), 2)]
     torch.testing.assert_close(got, 2 * velocity(nano_model, x, 0.5, text, references))
 
 
