@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
 from ..unipic_core.conditioning.images import MAX_REFERENCES, Size, resize_references
+from ..unipic_core.conditioning.picture_numbers import number_cautions
 from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, Request, plan
@@ -90,7 +91,8 @@ class MultiImageCompose(io.ComfyNode):
         _check_vae(vae)
         sockets = connected(images or {}, masks or {}, batches)
         pictures = [picture for socket in sockets for picture in socket.pictures]
-        if notes := list(cautions(sockets)) if pictures else [NO_IMAGES]:
+        notes = [*cautions(sockets)] if pictures else [NO_IMAGES]
+        if notes := [*notes, *number_cautions(prompt, len(pictures))]:
             tell(cls, "; ".join(notes), logging.WARNING)
         planned = _plan(
             facts_of(clip.patcher).recipe,

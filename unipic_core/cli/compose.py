@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
 from ..conditioning.images import load_image
+from ..conditioning.picture_numbers import number_cautions
 from ..errors import UniPicError
 from ..pipeline.loading import OpenedPipeline, open_pipeline
 from ..pipeline.loras import AddedLoRAs
@@ -35,6 +36,8 @@ def compose(args: argparse.Namespace) -> None:
     if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UniPicError("the bundled model is not installed; name a model folder with --model")
     opened = open_checked(args, [image.size for image in images])
+    for caution in number_cautions(args.prompt, len(images)):
+        warnings.warn(caution, stacklevel=2)
     with progress_bar("composing") as advance:  # around loading, which the bar's package may be absent for
         pipe = load_pipeline(args, opened)
         steps = opened.plan.settings.steps

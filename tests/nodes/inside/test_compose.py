@@ -196,6 +196,23 @@ def test_numbers_behind_a_batch_are_told(tiny, caplog):
     assert "image_1 is image 1 to image 3 in the prompt; image_2 is image 4 in the prompt" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("the hat of image 2 on image 1", ""),
+        ("Blend them.", ""),
+        ("the hat of image 5 on image 1", "the prompt names image 5, and there are 2 pictures; the prompt never names"),
+        ("the panda of image 1", "the prompt never names image 2"),
+        ("图1里的熊猫", "the prompt never names image 2"),
+    ],
+)
+def test_a_prompt_that_names_other_pictures(tiny, caplog, prompt, said):
+    with caplog.at_level(logging.WARNING):
+        run(tiny, image(0), image(1), prompt=prompt, reference_budget=96, width=32, height=32)
+    assert said in caplog.text
+    assert bool(caplog.records) == bool(said)
+
+
 def test_no_images_warns(tiny, caplog):
     with caplog.at_level(logging.WARNING):
         positive, _, _ = run(tiny, width=32, height=32)

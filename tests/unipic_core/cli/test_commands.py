@@ -97,6 +97,14 @@ def test_no_pictures_warns(golden: Path, tmp_path: Path, loaded: Any, capsys: An
     assert Image.open(tmp_path / "a.jpg").format == "JPEG"
 
 
+def test_a_prompt_that_names_other_pictures_warns(golden: Path, picture: Path, loaded: Any, capsys: Any) -> None:
+    out = picture.with_name("out.png")
+    assert main(compose(golden / "tiny", picture, "--out", out, "--prompt", "image 5 on the beach")) == 0
+    said = capsys.readouterr().err
+    assert "warning: the prompt names image 5, and there is one picture" in said
+    assert "warning: the prompt never names image 1" in said
+
+
 def test_loras_are_loaded_with_their_strength(golden: Path, tmp_path: Path, tiny: Any, capsys: Any) -> None:
     down, up = torch.ones(2, 16), torch.ones(64, 2)
     save_lora(tmp_path / "a.safetensors", {"img_in": (down, up)})

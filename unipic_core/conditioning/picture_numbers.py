@@ -1,0 +1,63 @@
+"""The pictures that a prompt names, "image 2" or "the second photo", beside those that are there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+_ONE = r"(?:image|picture|photo|pic|img|reference)"
+_JOIN = r"\s*(?:,\s*and|,\s*or|,|&|\+|and|or|with|to|through|[-–])\s*"
+_AFTER = r"(?=\s*(?:[.,;:!?)\"']|$))"
+
+_NUMBERED = re.compile(rf"\b{_ONE}[\s_#-]*(?:no\.?\s*)?(\d+(?:{_JOIN}\d+{_AFTER})?)\b", re.IGNORECASE)
+"""image 1, Image_2, photo #3; "image 1 and 2" only where no noun follows, as in "image 1 and 2 dogs"."""
+_LISTED = re.compile(rf"\b{_ONE}s[\s_#-]*(\d+(?:{_JOIN}\d+)*)\b", re.IGNORECASE)
+"""images 1, 2 and 3; pictures 1-3."""
+_RANGE = re.compile(r"(\d+)\s*(?:to|through|[-–])\s*(\d+)", re.IGNORECASE)
+_ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
+_ORDINAL = re.compile(
+    rf"\b({'|'.join(_ORDINALS)}|last|\d+(?:st|nd|rd|th))\s+(?:reference\s+|input\s+|given\s+)?{_ONE}\b", re.IGNORECASE
+)
+_ALL = re.compile(rf"\b(?:both|all|each|every)\s+(?:of\s+)?(?:the\s+|these\s+)?(?:\w+\s+)?{_ONE}s?\b", re.IGNORECASE)
+_DIGITS = "零一二三四五六七八九"
+_CHINESE = re.compile(rf"(?:图片|图像|照片|图)\s*(\d+|[{_DIGITS}])|第\s*(\d+|[{_DIGITS}])\s*[张幅个]")
+_CHINESE_ALL = re.compile(r"(?:所有|全部|两|每)张?(?:的)?(?:图|照片)")
+_MOST = 99
+"""Larger numbers are years or sizes."""
+
+
+def named_pictures(prompt: str, count: int) -> set[int]:
+    """Numbers of the pictures that an English or Chinese prompt names; count: how many there are."""
+    named: set[int] = set()
+    for found in (*_NUMBERED.findall(prompt), *_LISTED.findall(prompt)):
+        for first, last in _RANGE.findall(found):
+            named |= set(range(int(first), min(int(last), _MOST) + 1))
+        named |= {int(number) for number in re.findall(r"\d+", found)}
+    for word in map(str.lower, _ORDINAL.findall(prompt)):
+        named.add(count if word == "last" else _ordinal(word))
+    for digits in ("".join(groups) for groups in _CHINESE.findall(prompt)):
+        named.add(_DIGITS.index(digits) if digits in _DIGITS else int(digits))
+    if _ALL.search(prompt) or _CHINESE_ALL.search(prompt):
+        named |= set(range(1, count + 1))
+    return {number for number in named if number <= _MOST}
+
+
+def _ordinal(word: str) -> int:
+    return _ORDINALS.index(word) + 1 if word in _ORDINALS else int(word[:-2])
+
+
+def number_cautions(prompt: str, count: int) -> Iterator[str]:
+    """What to warn of: a picture that the prompt names and that is not there; and one that is there and is not named,
+    though others are. count: pictures that there are."""
+    named = named_pictures(prompt, count)
+    absent = sorted(named - set(range(1, count + 1)))
+    if absent:
+        there = {0: "there is no picture", 1: "there is one picture"}.get(count, f"there are {count} pictures")
+        yield f"the prompt names {_listed(absent)}, and {there}"
+    silent = sorted(set(range(1, count + 1)) - named)
+    if named and silent:
+        yield f"the prompt never names {_listed(silent)}"
+
+
+def _listed(numbers: list[int]) -> str:
+    return " and ".join(f"image {number}" for number in numbers)
