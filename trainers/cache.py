@@ -28,7 +28,7 @@ from unipic_core.pipeline.text_encoder import TextEncoder
 from unipic_core.replacing import write_json
 from unipic_core.weights.vae import load_image_vae
 
-from .config.run import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config
+from .config.run import ConfigError, DataConfig, PreviewConfig, RunConfig, given, load_config
 from .data.checking import Checked, check_rows, load_rows, report, require_good
 from .data.encoding import Encoded
 from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
@@ -221,7 +221,16 @@ def run(config: RunConfig) -> None:
         raise ConfigError(f"method {config.method} takes no data cache")
     if config.data.kind == "scenes":
         raise ConfigError("data.kind scenes needs no cache: its scenes are drawn as training goes")
-    data, preview, folder = config.data, config.preview, Path(config.network.model)
+    validation = given(config.validation)
+    own_previews = config.preview is not None and config.preview.own
+    build_one(config, config.data, config.preview if own_previews or not validation.holds_out else None)
+    if validation.data is not None:
+        build_one(config, validation.data, None)
+
+
+def build_one(config: RunConfig, data: DataConfig, preview: PreviewConfig | None) -> None:
+    """The cache of one set. preview: samples that are encoded for the grid."""
+    folder = Path(given(config.network).model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     live = config.sft is not None and config.sft.train_text_encoder
     checked = check_rows(data)

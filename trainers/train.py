@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from .config.run import ConfigError, RunConfig, load_config
 from .loop.checkpointing import TrainingError
-from .loop.loop import Method, train
+from .loop.loop import train
+from .loop.method import Method
 
 
 def make_method(config: RunConfig) -> Method:

@@ -17,7 +17,8 @@ import torch
 
 from trainers.cache import build, load_image_vae
 from trainers.config.run import DataConfig, RunConfig, given, parse_run
-from trainers.loop.loop import MAIN, make_parts, update_average
+from trainers.loop.loop import make_parts, update_average
+from trainers.loop.method import MAIN
 from trainers.methods.base import joined
 from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method

@@ -177,7 +177,36 @@ class PreviewConfig:
         at_least(self, 0, "guidance")
 
 
-NETWORK_SECTIONS = ("network", "data", "preview")
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Rows held out of training. The method's loss on them goes into the metrics, and the previews show them.
+
+    share: of the rows of `data`, from 0 (none) to 0.5. data: a set and a cache of their own instead of a share; the
+    keys that it lacks are those of `data`.
+    every: steps between two validations (there is one at the start and one at the end). rows: the loss is of at most
+    so many, spread over all held-out rows. draws: fixed pairs of time and noise for each row.
+    """
+
+    share: float = 0.0
+    data: DataConfig | None = None
+    every: int = 500
+    rows: int = 256
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        within(self, 0, 0.5, "share")
+        at_least(self, 1, "every", "rows", "draws")
+        if self.share and self.data is not None:
+            raise ConfigError("validation takes a share of the rows or data of its own, not both; remove one")
+        if self.data is not None and self.data.kind == "scenes":
+            raise ConfigError("validation.data needs rows that are cached; kind scenes has no end")
+
+    @property
+    def holds_out(self) -> bool:
+        return bool(self.share) or self.data is not None
+
+
+NETWORK_SECTIONS = ("network", "data", "preview", "validation")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "vae": ("vae",),
     "sft": (*NETWORK_SECTIONS, "sft"),
@@ -210,6 +239,7 @@ class RunConfig:
     network: NetworkConfig | None = None
     data: DataConfig | None = None
     preview: PreviewConfig | None = None
+    validation: ValidationConfig | None = None
     vae: VAEMethod | None = None
     sft: SFTMethod | None = None
     consistency: ConsistencyMethod | None = None
@@ -231,12 +261,23 @@ class RunConfig:
             )
         if self.data is not None and self.data.kind == "scenes" and not (self.sft and self.sft.train_text_encoder):
             raise ConfigError("data.kind scenes goes with method sft and sft.train_text_encoder: true")
+        self._check_validation()
         if self.network is not None and self.network.shard:
             for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
                 if options.muon_lr:
                     raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
                 if options.kind == "adamw8bit":
                     raise ConfigError("adamw8bit does not know tensors that shard spreads over processes; take adamw")
+
+    def _check_validation(self) -> None:
+        if self.validation is None or self.data is None:
+            return
+        if self.data.kind == "scenes" and self.validation.holds_out:
+            raise ConfigError("validation needs rows that are cached; data.kind scenes has no end, so remove it")
+        if self.validation.data is not None and Path(self.validation.data.folder) == Path(self.data.folder):
+            raise ConfigError(
+                f"validation.data.folder must be another folder than data.folder, got {self.data.folder} for both"
+            )
 
 
 def given(section: Section | None) -> Section:
@@ -269,7 +310,11 @@ def parse_run(data: dict[str, Any]) -> RunConfig:
     for name in sorted(every & set(data)):
         if not isinstance(data[name], dict):
             raise ConfigError(f"the section {name} must hold keys and values, got {shown(data[name])}")
-    return parse(RunConfig, {**{name: {} for name in SECTIONS[method]}, **data}, "config")
+    sections = {**{name: {} for name in SECTIONS[method]}, **data}
+    own = sections.get("validation", {}).get("data")
+    if isinstance(own, dict):
+        sections["validation"] = {**sections["validation"], "data": {**sections["data"], **own}}
+    return parse(RunConfig, sections, "config")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -86,6 +86,10 @@ class Lengths:
     def whole(self) -> np.ndarray:
         return self.pictures + self.text
 
+    def of(self, rows: np.ndarray) -> Lengths:
+        """Those of some rows alone, in their order."""
+        return Lengths(self.target[rows], self.pictures[rows], self.text[rows])
+
     def padded(self, rows: Sequence[int]) -> int:
         """Tokens of these rows in one piece, padding included."""
         chosen = list(rows)
@@ -125,8 +129,13 @@ def shared_pieces(
     return [(piece, True) for piece in own] + [(spare, False)] * (most - len(own))
 
 
-def data_report(order: RowOrder, lengths: Lengths, max_tokens: int = 0, most: int = 1000) -> dict[str, float]:
-    """RUN/data.json: counts of rows, micro-batches and tokens; padding and repeats over at most `most` batches."""
+def data_report(
+    order: RowOrder, lengths: Lengths, max_tokens: int = 0, validation_rows: int = 0, most: int = 1000
+) -> dict[str, float]:
+    """RUN/data.json: counts of rows, micro-batches and tokens; padding and repeats over at most `most` batches.
+
+    lengths: of the rows that train.
+    """
     epoch = -(-order.rows // order.batch_size)
     batches = [order[i] for i in range(min(epoch, most))]
     pieces = [piece for rows in batches for piece in pieces_of(rows, lengths, max_tokens)]
@@ -134,8 +143,8 @@ def data_report(order: RowOrder, lengths: Lengths, max_tokens: int = 0, most: in
     per_update = order.update // order.batch_size
     updates = [np.concatenate(batches[at : at + per_update]) for at in range(0, len(batches), per_update)]
     return {
-        "rows": order.rows,
-        "validation_rows": 0,
+        "rows": order.rows + validation_rows,
+        "validation_rows": validation_rows,
         "rows_per_epoch": order.rows,
         "micro_batches_per_epoch": round(len(pieces) / len(batches) * epoch),
         "largest_tokens": int(lengths.whole.max()),

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from unipic_core.conditioning.images import load_image, output_size
+from unipic_core.conditioning.images import load_image, output_size, to_images
 from unipic_core.conditioning.sequence import LatentShape
 from unipic_core.errors import UniPicError
 from unipic_core.model.vae import ImageVAE
@@ -123,6 +124,19 @@ def read_preview_file(path: Path, text: str | None) -> list[PreviewRow]:
     return made
 
 
+@torch.no_grad()
+def decoded(vae: ImageVAE, latents: Tensor) -> Image.Image:
+    """The picture of normalised latents [1, C, 1, h, w]."""
+    return to_images(vae.decode(latents.to(vae.quant_conv.weight)).float().cpu())[0]
+
+
+def decoded_row(vae: ImageVAE, rows: Rows) -> PreviewRow:
+    """A column for one cached sample, whose pictures come from its latents."""
+    truth = decoded(vae, rows.target[:, :, None])
+    references = [np.asarray(decoded(vae, latents[:, :, None])) for latents in rows.references]
+    return PreviewRow(rows, LatentShape.of_latents(rows.target), strip(references, max(truth.size)), truth)
+
+
 def strip(pictures: list[np.ndarray], side: int) -> Image.Image:
     """All references of a sample in one square cell, each as large as it fits."""
     columns = 1 if len(pictures) <= 1 else 2 if len(pictures) <= 4 else 3
@@ -146,7 +160,7 @@ def order_of(rows: Sequence[Row]) -> list[tuple[str, int]]:
     return order
 
 
-def truths_of(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+def truths_of(rows: Sequence[Row]) -> dict[str, Tensor]:
     """`{shapes}/truth` [n, H, W, 3] uint8."""
     groups: dict[str, list[np.ndarray]] = {}
     for row in rows:

@@ -45,6 +45,15 @@ def newest_checkpoint(output: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def unusable(what: str, part: str, where: str, step: int, output: Path) -> TrainingError:
+    last = newest_checkpoint(output)
+    return TrainingError(
+        f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower the learning rate "
+        f"of the {part}, or set precision: no, and start again with --allow-config-change for that key: "
+        "the run resumes from there"
+    )
+
+
 def resume(
     accelerator: Accelerator, state: State, output: Path, config: RunConfig, allow_change: Sequence[str] = ()
 ) -> int:
@@ -141,7 +150,10 @@ def remove_leftovers(output: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-NO_CHANGE = ("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens")
+NO_CHANGE = (
+    *("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens"),
+    *("validation.every", "validation.rows", "validation.draws"),
+)
 """Config keys that change no number of a run (max_tokens: beyond rounding)."""
 
 

@@ -10,121 +10,36 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
-from PIL import Image
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from unipic_core.replacing import replacing, write_json
+from unipic_core.replacing import write_json
 from unipic_core.sampling.samplers import NonFiniteLatent
 
 from ..config.methods import OptimizerConfig
-from ..config.run import ConfigError, RunConfig
+from ..config.run import RunConfig
 from ..methods.losses import mix
 from ..roles.sharding import sum_gradients, whole
 from ..roles.types import Named
-from .checkpointing import TrainingError, newest_checkpoint, replaced, resume, save
+from .checkpointing import replaced, resume, save, unusable
+from .method import MAIN, Batch, Method, MicroSteps, Share
 from .metrics import MetricLog, Metrics
 from .optimizers import lr_factor, make_optimizers
 from .state import State
 from .stopping import StopRequest
-
-MAIN = "student"
-"""The part whose update makes a step; its metrics carry no prefix."""
+from .watching import preview_path, samples_due, save_preview, validate, validation_due
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for one that draws a preview or writes an export; torch's own is ten minutes."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch this process computes."""
-
-    process: int = 0
-    processes: int = 1
-
-    def part(self, count: int) -> slice:
-        """The samples of a batch of `count` that are this process's; ConfigError if it cannot be divided evenly."""
-        if count % self.processes:
-            raise ConfigError(
-                f"batch_size {count} cannot be shared evenly by {self.processes} processes; "
-                f"make it a multiple of {self.processes}"
-            )
-        size = count // self.processes
-        return slice(self.process * size, (self.process + 1) * size)
-
-
-class Batch(Protocol):
-    """What a method computes a loss on. index: of its micro step; name: for messages."""
-
-    index: int
-    name: str
-
-    def to(self, device: torch.device | str) -> Any: ...
-
-
-class Method(Protocol):
-    """What a training method brings to the loop. A part is what one optimizer trains: "student", "fake_score"."""
-
-    loader_workers: int
-    slots: int
-    """The most updates that a step can have."""
-
-    sharded: bool
-    """Whether the networks are spread over the processes, which then all take part in previews and exports."""
-
-    def place(self, device: torch.device, share: Share) -> None:
-        """Move everything to the device; batches will be this process's share."""
-
-    def updates(self, step: int) -> tuple[str, ...]:
-        """The parts that a step updates, in order."""
-
-    def trained(self, part: str) -> Named: ...
-
-    def averaged(self) -> list[tuple[Tensor, Tensor]]:
-        """(moving average, parameter) for all that has an EMA."""
-
-    def optimizer(self, part: str) -> OptimizerConfig: ...
-
-    def batch(self, index: int) -> Any:
-        """The Batch of a micro step: a pure function of it, so that a resumed run sees what an unbroken one sees."""
-
-    def loss(self, part: str, batch: Any) -> tuple[Tensor, Metrics]:
-        """One loss per sample of this process's share, [B]."""
-
-    def preview(self) -> Image.Image: ...
-
-    def export(self, folder: Path) -> None: ...
-
-
-class MicroSteps(Dataset):
-    """The batches of steps start .. stop in the order of their use, so that a DataLoader can prepare them ahead."""
-
-    def __init__(self, method: Method, start: int, stop: int, accumulation: int) -> None:
-        self.batch = method.batch
-        self.indices = [
-            (step * method.slots + slot) * accumulation + i
-            for step in range(start, stop)
-            for slot in range(len(method.updates(step)))
-            for i in range(accumulation)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, i: int) -> Any:
-        return self.batch(self.indices[i])
 
 
 class Part:
@@ -167,8 +82,11 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     start = resume(accelerator, state, output, config, allow_change)
     batches = load_batches(config, method, start)
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": start + 1}})
+    first = start + 1 if start else 0
+    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first}})
     log = MetricLog(accelerator, output, start)
+    if not start and config.validation is not None and config.validation.holds_out:
+        log.record(0, validate(accelerator, config, method, 0))
     if start and samples_due(config, start) and not preview_path(output, start).exists():  # stopped while it was drawn
         save_preview(accelerator, method, output, start)
     saved = time.monotonic()
@@ -184,6 +102,8 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
             due = due or stop or save_due(config, done)
             if done % config.log_every == 0 or due:  # so a resumed run averages the same steps
                 log.write(done)
+            if validation_due(config, done):
+                log.record(done, validate(accelerator, config, method, done))
             bar.update()
             bar.set_postfix(log.losses, refresh=False)
             if due:
@@ -213,11 +133,6 @@ def agreed(accelerator: Accelerator, *wishes: bool) -> list[bool]:
 def save_due(config: RunConfig, done: int) -> bool:
     """Whether a checkpoint follows this step."""
     return done % config.save_every == 0 or done == config.steps
-
-
-def samples_due(config: RunConfig, done: int) -> bool:
-    """Whether a preview follows this step."""
-    return done % config.sample_every == 0 or done == config.steps
 
 
 def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batch]:
@@ -324,30 +239,3 @@ def check_losses(accelerator: Accelerator, losses: Tensor, part: str, batch: Bat
     if float(anywhere):
         which = f"sample {bad[0]} of {batch.name}" if bad else "another process's batch"
         raise unusable("a loss became NaN or infinite", part, which, step, output)
-
-
-def unusable(what: str, part: str, where: str, step: int, output: Path) -> TrainingError:
-    last = newest_checkpoint(output)
-    return TrainingError(
-        f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower the learning rate "
-        f"of the {part}, or set precision: no, and start again with --allow-config-change for that key: "
-        "the run resumes from there"
-    )
-
-
-def preview_path(output: Path, step: int) -> Path:
-    return output / "samples" / f"step-{step:07d}.png"
-
-
-def save_preview(accelerator: Accelerator, method: Method, output: Path, step: int) -> None:
-    """The sample grid; every process takes part where the network is spread over them."""
-    if accelerator.is_main_process or method.sharded:
-        with torch.no_grad():
-            picture = method.preview()
-        if accelerator.is_main_process:
-            path = preview_path(output, step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                picture.save(partial)
-            board = accelerator.get_tracker("tensorboard")
-            board.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")

@@ -49,8 +49,12 @@ class MetricLog:
         means["peak_memory_gib"] = peak_memory() / 2**30
         self.since, self.written, self.samples = now, step, 0
         self.values.clear()
-        self.accelerator.log(means, step=step)
-        self.file.write(json.dumps({"step": step, **means}) + "\n")
+        self.record(step, means)
+
+    def record(self, step: int, values: Metrics) -> None:
+        """One line of its own."""
+        self.accelerator.log(values, step=step)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
 
     def close(self) -> None:
@@ -58,13 +62,17 @@ class MetricLog:
 
 
 def forget_after(path: Path, start: int) -> None:
-    """Keep the records up to a step, for the resumed run writes the later ones again; whole or untouched if killed."""
+    """Keep the records up to a step, for the resumed run writes the later ones again; whole or untouched if killed.
+
+    Step 0 has no checkpoint: a run that goes on from there writes all records again.
+    """
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half of one
+    kept = [line for line in whole if start and json.loads(line)["step"] <= start]
     with replacing(path) as partial:
-        partial.write_text("".join(line for line in whole if json.loads(line)["step"] <= start), encoding="utf-8")
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
 def peak_memory() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.conditioning.images import to_images
 from unipic_core.conditioning.sequence import (
     LatentShape,
     PackedLatents,
@@ -22,6 +21,7 @@ from unipic_core.conditioning.sequence import (
     pack_with_references,
     unpack_latents,
 )
+from unipic_core.model.vae import ImageVAE
 from unipic_core.run.plan import resolve
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
@@ -32,12 +32,13 @@ from unipic_core.weights.transformer import read_shift
 from ..cache import Rows, load_image_vae, read_cache, read_preview
 from ..config.methods import OptimizerConfig, Times
 from ..config.run import RunConfig, given
-from ..data.batches import Lengths, RowOrder, data_report, shared_pieces
+from ..data.batches import RowOrder, data_report, shared_pieces
 from ..data.picture_grid import picture_grid
-from ..data.previews import PreviewRow
+from ..data.previews import PreviewRow, decoded, decoded_row
+from ..data.samples import Samples, held_out_rows, spread
 from ..data.text_embeddings import text_fingerprint
 from ..loop.export import export_adapter, export_network
-from ..loop.loop import Share
+from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
@@ -131,6 +132,10 @@ class Draws:
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.like)
 
 
+VALIDATION = 2**48
+"""Micro steps from here on are draws of time and noise for held-out rows; no run trains so many."""
+
+
 class NetworkTraining:
     """Base of the methods that train the network."""
 
@@ -155,22 +160,23 @@ class NetworkTraining:
         self.sharded = self.network.shard
 
     def open_data(self) -> None:
-        """The cached samples, and their order."""
-        self.buckets = read_cache(self.data, self.encoder)
-        buckets = list(self.buckets.values())
-        sizes = [len(bucket) for bucket in buckets]
-        self.starts = np.cumsum([0, *sizes])
-        self.lengths = Lengths(
-            np.repeat([b.num_target_tokens for b in buckets], sizes),
-            np.repeat([b.num_picture_tokens for b in buckets], sizes),
-            np.concatenate([b.text_lengths for b in buckets]),
-        )
-        config = self.config
-        self.order = RowOrder(int(self.starts[-1]), config.batch_size, config.seed, config.accumulation)
+        """The cached samples, those held out of training, the order of the others, and the samples of the grid."""
+        self.samples, config = Samples(read_cache(self.data, self.encoder)), self.config
+        validation = self.validation = given(config.validation)
+        self.held_out = held_out_rows(self.samples, validation.share)
+        self.train_rows = np.setdiff1d(np.arange(len(self.samples)), self.held_out)
+        self.order = RowOrder(len(self.train_rows), config.batch_size, config.seed, config.accumulation)
+        self.validation_samples = self.samples
+        if validation.data is not None:
+            self.validation_samples = Samples(read_cache(validation.data, self.encoder))
+            self.held_out = np.arange(len(self.validation_samples))
+        if self.grid_is_cached:
+            read_preview(self.data, self.preview_config, self.encoder)  # now, in place of at the first grid
 
     def data_report(self) -> dict[str, float]:
         """Rows, micro-batches and padding of an epoch, for RUN/data.json."""
-        return data_report(self.order, self.lengths, self.config.max_tokens)
+        lengths = self.samples.lengths.of(self.train_rows)
+        return data_report(self.order, lengths, self.config.max_tokens, len(self.held_out))
 
     def frozen_encoder(self) -> str | None:
         """Fingerprint of the text encoder whose embeddings the cache must hold; None if it trains along."""
@@ -196,28 +202,33 @@ class NetworkTraining:
         return self.config.optimizer
 
     def batch(self, index: int) -> Any:
-        rows, share = self.order[self.position(index)], self.share
-        shared = shared_pieces(rows, self.lengths, share.process, share.processes, self.config.max_tokens)
-        pieces = tuple(replace(self.piece(own, index), counts=counts) for own, counts in shared)
-        return Pieces(pieces, index, f"rows {', '.join(map(str, rows))}")
+        rows = self.train_rows[self.order[self.position(index)]]
+        return self.pieces(self.samples, rows, index, self.prompt_dropout)
+
+    def validation_batches(self) -> Iterator[Pieces]:
+        """This process's share of the held-out rows, each with the same times and noise every time."""
+        rows, size = spread(self.held_out, self.validation.rows), self.config.batch_size
+        for draw in range(self.validation.draws):
+            for at in range(0, len(rows), size):
+                yield self.pieces(self.validation_samples, rows[at : at + size], VALIDATION + draw)
+
+    def pieces(self, samples: Samples, rows: np.ndarray, index: int, prompt_dropout: float = 0.0) -> Pieces:
+        """This process's share of a batch."""
+        share, made = self.share, []
+        shared = shared_pieces(rows, samples.lengths, share.process, share.processes, self.config.max_tokens)
+        for own, counts in shared:
+            made.append(replace(self.piece(samples, own, index, prompt_dropout), counts=counts))
+        return Pieces(tuple(made), index, f"rows {', '.join(map(str, rows))}")
 
     def position(self, index: int) -> int:
         """The number of a micro step among those that are computed; others in their range leave no rows out."""
         return index
 
-    def piece(self, rows: Sequence[int], index: int) -> Inputs:
-        """These rows as one padded batch."""
+    def piece(self, samples: Samples, rows: Sequence[int], index: int, prompt_dropout: float = 0.0) -> Inputs:
+        """These rows as one padded batch; each is without its prompt with this probability."""
         draws = [np.random.default_rng([self.config.seed, index, 1, row]).random() for row in rows]
-        dropped = np.array(draws) < self.prompt_dropout
-        made = self.mixed_inputs(
-            [self.cached(row) for row in rows], dropped, index, f"rows {', '.join(map(str, rows))}"
-        )
-        return replace(made, rows=tuple(rows))
-
-    def cached(self, row: int) -> Rows:
-        """One cached sample, by its number in the data."""
-        bucket = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return list(self.buckets.values())[bucket].take([row - int(self.starts[bucket])])
+        dropped, name = np.array(draws) < prompt_dropout, f"rows {', '.join(map(str, rows))}"
+        return replace(self.mixed_inputs([samples.take(row) for row in rows], dropped, index, name), rows=tuple(rows))
 
     def without_prompt(self, index: int, count: int) -> np.ndarray:
         """bool [count]: the samples of a whole batch that train without their prompt."""
@@ -268,19 +279,26 @@ class NetworkTraining:
         form = self.roles.config_of(STUDENT).attention_form
         return replace(self.recipe, reference_budget=None, output_budget=None, attention_form=form, made=made)
 
-    def preview_rows(self) -> list[PreviewRow]:
-        """The samples of the grid."""
-        return read_preview(self.data, self.preview_config, self.encoder)
+    @property
+    def grid_is_cached(self) -> bool:
+        """Whether the grid shows samples that were encoded for it, in place of held-out ones."""
+        return bool(self.preview_config.own) or not self.validation.holds_out
+
+    def preview_rows(self, vae: ImageVAE) -> list[PreviewRow]:
+        """The samples of the grid; pictures of held-out ones are decoded from the cache."""
+        if self.grid_is_cached:
+            return read_preview(self.data, self.preview_config, self.encoder)
+        chosen = spread(self.held_out, self.preview_config.samples)
+        return [decoded_row(vae, self.validation_samples.take(row)) for row in chosen.tolist()]
 
     def preview(self) -> Image.Image:
         """The references, the truth where there is one, and what the EMA makes of fixed noise."""
         vae = load_image_vae(self.folder / "vae", device=self.device)
         columns = []
-        for i, row in enumerate(self.preview_rows()):
+        for i, row in enumerate(self.preview_rows(vae)):
             inputs = self.sample_inputs(row.rows).to(self.device)
             x0 = unpack_latents(self.sample(EMA, inputs, seed=i), row.shape)
-            made = to_images(vae.decode(x0.to(vae.quant_conv.weight)).float().cpu())[0]
-            columns.append((row.references, row.truth, made))
+            columns.append((row.references, row.truth, decoded(vae, x0)))
         return picture_grid([list(cells) for cells in zip(*columns, strict=True)], ["references", "truth", "sample"])
 
     def sample(self, role: str, batch: Inputs, seed: int) -> Tensor:

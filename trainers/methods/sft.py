@@ -10,7 +10,7 @@ from unipic_core.weights.recipe import Recipe
 
 from ..config.methods import Correspondence
 from ..config.run import ConfigError, RunConfig, given
-from ..loop.loop import Share
+from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import STUDENT, Named, Roles

@@ -11,9 +11,10 @@ from PIL import Image
 from torch import Tensor
 
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_latents, pack_with_references
+from unipic_core.model.vae import ImageVAE
 from unipic_core.weights.recipe import Recipe
 
-from ..cache import Rows, load_image_vae
+from ..cache import Rows
 from ..data.encoding import encode_pictures
 from ..data.endless.drawing import AMBIGUOUS, open_bank
 from ..data.endless.stream import SceneStream, Use
@@ -68,11 +69,10 @@ class SFTOnScenes(SFTWithText):
         """The base's may speak of smaller pictures: training may grow them."""
         return replace(super().own_recipe, reference_budget=self.data.reference_budget, output_budget=self.data.size)
 
-    def preview_rows(self) -> list[PreviewRow]:
+    def preview_rows(self, vae: ImageVAE) -> list[PreviewRow]:
         """The composition set's, one half of training assets and one of held-out ones; encoded once."""
         if not hasattr(self, "_preview_rows"):
-            vae, bank = load_image_vae(self.folder / "vae"), open_bank(self.data.size)
-            count = self.preview_config.samples
+            bank, count = open_bank(self.data.size), self.preview_config.samples
             self._preview_rows = [
                 preview_row(scenes[i], encode_pictures(vae, [scenes[i].target, *scenes[i].references]))
                 for k, (split, seed) in enumerate(NANO_PREVIEWS)

@@ -18,7 +18,7 @@ from unipic_core.pipeline.text_encoder import EncoderInputs, TextEncoder
 from ..cache import Rows
 from ..config.run import RunConfig, given
 from ..data.text_embeddings import UNCOND_PROMPT, encoder_inputs, mixed_encoder_inputs
-from ..loop.loop import Share
+from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.types import EMA, Named, Roles
 from .base import Inputs, make_inputs

@@ -21,7 +21,7 @@ from unipic_core.weights.vae import video_weights
 from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig, given
 from ..data.picture_grid import picture_grid
-from ..loop.loop import MAIN, Share
+from ..loop.method import MAIN, Share
 from ..loop.metrics import Metrics
 from ..nano.backgrounds import draw, sample_background
 from ..nano.catalogue import Split

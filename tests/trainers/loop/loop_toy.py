@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import RunConfig
-from trainers.loop.loop import Share, train
+from trainers.loop.loop import train
+from trainers.loop.method import Share
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from tests.trainers.processes import ENV, launch
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import ConfigError
 from trainers.loop.checkpointing import TrainingError, newest_checkpoint, replaced, resume
-from trainers.loop.loop import PATIENCE, Part, Share, make_accelerator, make_parts, train
+from trainers.loop.loop import PATIENCE, Part, make_accelerator, make_parts, train
+from trainers.loop.method import Share
 from trainers.loop.metrics import MetricLog
 from trainers.loop.optimizers import lr_factor
 from trainers.loop.state import State

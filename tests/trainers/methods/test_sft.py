@@ -61,13 +61,14 @@ def test_a_batch_of_mixed_rows_has_the_losses_of_its_rows_alone(changed):
     batch = method.batch(3)
     assert sorted(row for piece in batch.pieces for row in piece.rows) == sorted(method.order[3].tolist())
     assert len({shapes for piece in batch.pieces for shapes in piece.latents.shapes}) > 1
-    together = method.piece([row for piece in batch.pieces for row in piece.rows], 3)
+    rows = [row for piece in batch.pieces for row in piece.rows]
+    together = method.piece(method.samples, rows, 3, method.prompt_dropout)
     assert together.latents.mask is not None
     losses = dict(zip(together.rows, method.loss("student", together)[0].tolist(), strict=True))
     for piece in batch.pieces:
         for row, loss in zip(piece.rows, method.loss("student", piece)[0].tolist(), strict=True):
             assert loss == pytest.approx(losses[row], abs=1e-6)
-        alone = method.loss("student", method.piece(piece.rows[:1], 3))[0]
+        alone = method.loss("student", method.piece(method.samples, piece.rows[:1], 3, method.prompt_dropout))[0]
         assert float(alone) == pytest.approx(losses[piece.rows[0]], abs=1e-6)
 
 
