@@ -13,6 +13,7 @@ from . import CATEGORY
 from .host import sampling
 from .host.kv_cache import AUTO, CACHES, with_cache
 from .host.messages import tell
+from .host.model_sampling import with_shift_of
 from .host.recipe_attachment import facts_of
 
 REUSE_ERROR = "48 dB PSNR on the bundled nano"
@@ -86,9 +87,11 @@ class FewStepSampler(io.ComfyNode):
         if condition_cache != AUTO:
             model = with_cache(model, condition_cache)
         settings = resolve(facts.recipe, steps or None, cfg or None, None if sampler == "auto" else sampler)
-        tell(cls, ("no recipe: " if facts.recipe == Recipe() else "") + described(settings))
+        settings, shift, note = with_shift_of(model, settings, facts.shift)
+        said = ("no recipe: " if facts.recipe == Recipe() else "") + described(settings)
+        tell(cls, f"{said}; {note}" if note else said)
         tokens = sampling.target_tokens(sampling.prepared(model, latent))
-        times = sampling.sigmas_of(settings, facts.shift, tokens, denoise)
+        times = sampling.sigmas_of(settings, shift, tokens, denoise)
         return io.NodeOutput(sampling.sample(model, positive, negative, latent, seed, settings, times))
 
 
@@ -155,12 +158,16 @@ class UniPicSigmas(io.ComfyNode):
                 denoise_input(),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="From 1 to 0, steps + 1 values.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model: Any, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
-        tokens = sampling.target_tokens(sampling.prepared(model, latent))
-        return io.NodeOutput(sampling.sigmas(facts_of(model), steps or None, tokens, denoise))
+        facts, tokens = facts_of(model), sampling.target_tokens(sampling.prepared(model, latent))
+        settings, shift, note = with_shift_of(model, resolve(facts.recipe, steps or None), facts.shift)
+        if note:
+            tell(cls, note)
+        return io.NodeOutput(sampling.sigmas_of(settings, shift, tokens, denoise))
 
 
 class UniPicSamplerSelect(io.ComfyNode):

@@ -28,6 +28,7 @@ from ...unipic_core.weights.tensor_spec import Table
 from ...unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
 from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
 from .latent_format import PictureLatents, read_latent_format
+from .model_sampling import check_times
 from .network import ComfyMMDiT, network_options
 from .recipe_attachment import Facts, attach
 from .saving import save_with_facts
@@ -60,7 +61,9 @@ class UniPicModel(comfy.model_base.QwenImage):
         **kwargs: Any,
     ) -> Tensor:
         """The stock call, with our own options as arguments too: what torch.compile made is not asked again when only
-        transformer_options change, for ComfyUI's node leaves them out of the guards."""
+        transformer_options change, for ComfyUI's node leaves them out of the guards. UniPicError for times of another
+        kind than the network's."""
+        check_times(self.model_sampling, "UniPic")
         options = transformer_options or {}
         own = {key: options[key] for key in OWN_OPTIONS if key in options}
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **own, **kwargs)

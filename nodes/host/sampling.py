@@ -37,6 +37,7 @@ from ...unipic_core.sampling.flow import x0_to_velocity
 from ...unipic_core.sampling.guidance import apply_cfg
 from ...unipic_core.sampling.samplers import NoiseSource, NonFiniteLatent
 from ...unipic_core.sampling.schedules import Shift
+from .model_sampling import check_times
 from .recipe_attachment import Facts
 
 PICTURE_STRIDE = 1_000_003
@@ -239,12 +240,7 @@ def _pack(v: Tensor) -> tuple[Tensor, LatentShape]:
 
 def prepared(model: Any, latent: dict[str, Any]) -> Tensor:
     """The latent [B, C, 1, H, W] as the MODEL takes it. UniPicError for a model or a latent of another kind."""
-    sampling = model.get_model_object("model_sampling")
-    if not isinstance(sampling, comfy.model_sampling.CONST):
-        raise UniPicError(
-            f"expected a flow model such as UniPic or Qwen-Image-Edit, got {type(model.model).__name__}; connect the "
-            "MODEL of Load UniPic"
-        )
+    check_times(model.get_model_object("model_sampling"), type(model.model).__name__)
     scales = [latent.get(f"downscale_ratio_{way}") for way in ("spacial", "temporal")]
     x = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *scales)
     channels = model.get_model_object("latent_format").latent_channels
