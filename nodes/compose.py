@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import node_helpers
 import torch
+from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
@@ -74,8 +75,8 @@ class MultiImageCompose(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        clip: Any,
-        vae: Any,
+        clip: CLIP,
+        vae: VAE,
         prompt: str,
         negative_prompt: str = " ",
         width: int = 0,
@@ -85,7 +86,7 @@ class MultiImageCompose(io.ComfyNode):
         images: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         batches: str = FIRST,
-        **others: Any,
+        **others: object,
     ) -> io.NodeOutput:
         _check_sockets(others)
         _check_vae(vae)
@@ -165,7 +166,7 @@ def _growing_inputs() -> list[Any]:
     ]
 
 
-def _check_sockets(others: Mapping[str, Any]) -> None:
+def _check_sockets(others: Mapping[str, object]) -> None:
     """What is connected to sockets that the schema does not have comes along when a graph is sent by the API."""
     if others:
         raise UniPicError(
@@ -174,7 +175,7 @@ def _check_sockets(others: Mapping[str, Any]) -> None:
         )
 
 
-def _check_vae(vae: Any) -> None:
+def _check_vae(vae: VAE) -> None:
     if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
             "vae must be the Qwen-Image VAE, got one with other latents; take it from Load UniPic, or load "
@@ -206,7 +207,7 @@ def _plan(
     return plan(recipe, sizes, request)
 
 
-def _reference_latents(vae: Any, references: Sequence[Image.Image]) -> list[Tensor]:
+def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tensor]:
     """[1, C, 1, h, w] of each picture, not normalised: the MODEL does that. Encodings are reused.
 
     Our VAE takes pictures of one size together; a stock VAE would read them as a video.
@@ -221,7 +222,7 @@ def _reference_latents(vae: Any, references: Sequence[Image.Image]) -> list[Tens
     return [latent.to(comfy.model_management.intermediate_device()) for latent in latents]
 
 
-def _text(clip: Any, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:
+def _text(clip: CLIP, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:
     """The conditioning of a text, with the references' latents. Kept unless hooks change weights as it is made."""
 
     def encode() -> Conditioning:
@@ -231,13 +232,13 @@ def _text(clip: Any, text: str, references: list[Image.Image], latents: list[Ten
     return node_helpers.conditioning_set_values(made, {"reference_latents": latents} if latents else {})
 
 
-def _text_key(clip: Any, text: str, references: list[Image.Image]) -> tuple[Any, ...]:
+def _text_key(clip: CLIP, text: str, references: list[Image.Image]) -> tuple[Any, ...]:
     weights = (WeightsKey(clip.cond_stage_model), clip.patcher.patches_uuid)
     options = (clip.layer_idx, str(clip.tokenizer_options))
     return *weights, *options, text, *(image_key(reference) for reference in references)
 
 
-def _empty_latent(vae: Any, planned: Plan) -> dict[str, Any]:
+def _empty_latent(vae: VAE, planned: Plan) -> dict[str, Any]:
     width, height = planned.size
     samples = torch.zeros(
         (planned.num_images, vae.latent_channels, 1, height // VAE_SCALE, width // VAE_SCALE),

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management as management
 import comfy.sd
 import comfy.utils
 import folder_paths
+from comfy.sd import VAE
 from comfy_api.latest import io
 
 from ..unipic_core.errors import UniPicError
@@ -132,7 +132,7 @@ def load_vae(path: Path) -> comfy.sd.VAE:
     return vae
 
 
-def check_vae(vae: Any, latents: PictureLatents, path: Path) -> None:
+def check_vae(vae: VAE, latents: PictureLatents, path: Path) -> None:
     """UniPicError if the VAE makes latents of another kind than the network's."""
     if vae.latent_channels != latents.latent_channels:
         raise UniPicError(

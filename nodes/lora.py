@@ -11,6 +11,7 @@ import comfy.lora
 import comfy.utils
 import folder_paths
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def read_lora(path: Path) -> LoRA:
     return build_lora(tensors, tensors.__getitem__, path, metadata, recipe)
 
 
-def add_lora(model: Any, lora: LoRA, strength: float) -> tuple[Any, MergeReport]:
+def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, MergeReport]:
     """A clone of the MODEL with the LoRA as ComfyUI's weight patches, and its recipe over the model's.
 
     Raises LoRAError if nothing matches or a layer has another shape, and UniPicError if the recipe wants something that
@@ -95,7 +96,7 @@ def add_lora(model: Any, lora: LoRA, strength: float) -> tuple[Any, MergeReport]
     return clone, fitted.report
 
 
-def switch_form(model: Any, name: str, form: str) -> None:
+def switch_form(model: ModelPatcher, name: str, form: str) -> None:
     """Let a MODEL attend in another form, as a LoRA was trained. LoRAError for a network that cannot."""
     if not isinstance(model.model, UniPicModel):
         raise LoRAError(
@@ -152,7 +153,7 @@ class DistillLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str | None, **_: Any) -> Any:
+    def fingerprint_inputs(cls, lora: str | None, **_: object) -> Any:
         """Run again when the file was replaced; a name that comes through a wire is not known yet."""
         if lora is None:
             return None
@@ -160,7 +161,7 @@ class DistillLoRA(io.ComfyNode):
         return state.st_mtime_ns, state.st_size
 
     @classmethod
-    def execute(cls, model: Any, lora: str, strength: float) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, lora: str, strength: float) -> io.NodeOutput:
         if strength == 0:
             text = "strength 0: the model is as it was"
             tell(cls, text)

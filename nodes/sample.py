@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..unipic_core.run.kv_cache import REUSE_WITHIN
@@ -72,9 +73,9 @@ class FewStepSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        positive: Any,
-        negative: Any,
+        model: ModelPatcher,
+        positive: object,
+        negative: object,
         latent: dict[str, Any],
         seed: int,
         steps: int,
@@ -162,7 +163,7 @@ class UniPicSigmas(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
+    def execute(cls, model: ModelPatcher, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
         facts, tokens = facts_of(model), sampling.target_tokens(sampling.prepared(model, latent))
         settings, shift, note = with_shift_of(model, resolve(facts.recipe, steps or None), facts.shift)
         if note:

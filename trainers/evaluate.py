@@ -238,7 +238,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def kept_pictures(
-    args: argparse.Namespace, systems: Sequence[System], plan: Plan, about: Mapping[str, Mapping[str, Any]]
+    args: argparse.Namespace, systems: Sequence[System], plan: Plan, about: Mapping[str, Mapping[str, object]]
 ) -> dict[str, KeptPictures]:
     """By label; empty without --keep. Other weights, scenes or settings have folders of their own, other labels not."""
     if args.keep is None:

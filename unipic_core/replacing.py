@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from .errors import CheckpointError
 
@@ -40,7 +39,7 @@ def require_new(dst: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{dst} is there already; choose another name, or overwrite it with overwrite=True")
 
 
-def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
+def write_json(path: Path, content: object, indent: int | None = 2) -> None:
     """Write JSON and a final line break; an older file is replaced when the new one is whole."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")

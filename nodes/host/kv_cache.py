@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.samplers import CFGGuider
 from torch import Tensor
@@ -118,7 +119,7 @@ class Conditions:
         self.reused: TensorCache[Reused] = TensorCache(4)
         self._patcher: Any = None
 
-    def open(self, patcher: Any) -> None:
+    def open(self, patcher: ModelPatcher) -> None:
         """A run begins, with the weights of this ModelPatcher."""
         self.close()
         self._patcher = patcher
@@ -146,13 +147,13 @@ class Conditions:
         return self.reused.get(*fixed.identity(TEXT), Reused)
 
 
-def keep_during_runs(patcher: Any) -> None:
+def keep_during_runs(patcher: ModelPatcher) -> None:
     """Let a ModelPatcher and its clones open their network's conditions for each run, and free them after it.
 
     And count their memory: what a run keeps is written onto its conditionings before ComfyUI estimates.
     """
 
-    def conditions(patcher: Any) -> Conditions:
+    def conditions(patcher: ModelPatcher) -> Conditions:
         return patcher.model.diffusion_model.conditions
 
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda p, *_: conditions(p).open(p))
@@ -189,7 +190,7 @@ def _same_references(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return len(first) == len(second) and all(equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def _leaves_negative(guider: Any) -> bool:
+def _leaves_negative(guider: CFGGuider) -> bool:
     """Whether the negative is never evaluated, as ComfyUI has it at guidance 1."""
     stock = type(guider).predict_noise is CFGGuider.predict_noise
     return stock and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization")
@@ -210,7 +211,7 @@ def held_shapes(cond: Mapping[str, Any], form: str, cache: str, pictures: int) -
     return {ONCE: [1, references], EACH: [1, 0 if text is None else text.shape[1]]}
 
 
-def with_cache(model: Any, cache: str) -> Any:
+def with_cache(model: ModelPatcher, cache: str) -> Any:
     """A clone of a MODEL whose network treats its conditions in one of the ways of CACHES.
 
     UniPicError if references are to be used again by a network that cannot.

@@ -20,6 +20,7 @@ from ...unipic_core.conditioning.images import DEFAULT_BUDGET
 from ...unipic_core.conditioning.sequence import PATCH, PIXELS_PER_TOKEN
 from ...unipic_core.errors import CheckpointError, UniPicError
 from ...unipic_core.model.config import condition_bytes
+from ...unipic_core.model.layers import Operations
 from ...unipic_core.sampling.schedules import resolution_shift
 from ...unipic_core.weights.files import FP8, Weights
 from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
@@ -47,18 +48,18 @@ each step on casting."""
 class UniPicModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our network; so LoRA keys, conditioning and sampling are ComfyUI's own."""
 
-    def __init__(self, model_config: Any, device: torch.device | None = None) -> None:
+    def __init__(self, model_config: object, device: torch.device | None = None) -> None:
         super().__init__(model_config, device=device, unet_model=ComfyMMDiT)
 
     def _apply_model(
         self,
         x: Tensor,
         t: Tensor,
-        c_concat: Any = None,
-        c_crossattn: Any = None,
-        control: Any = None,
+        c_concat: object = None,
+        c_crossattn: object = None,
+        control: object = None,
         transformer_options: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """The stock call, with our own options as arguments too: what torch.compile made is not asked again when only
         transformer_options change, for ComfyUI's node leaves them out of the guards. UniPicError for times of another
@@ -102,7 +103,7 @@ class UniPicConfig(comfy.supported_models.QwenImage):
         self.latent_format = latents
         self.sampling_settings["shift"] = mu
 
-    def get_model(self, state_dict: Any, prefix: str = "", device: torch.device | None = None) -> UniPicModel:
+    def get_model(self, state_dict: object, prefix: str = "", device: torch.device | None = None) -> UniPicModel:
         return UniPicModel(self, device=device)
 
 
@@ -110,7 +111,7 @@ def load_model(
     source: Path,
     weight_dtype: str = "as stored",
     latents: PictureLatents | None = None,
-    custom_operations: Any = None,
+    custom_operations: Operations | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
     """The MODEL of a pipeline folder, a transformer folder or a single file.
@@ -137,7 +138,12 @@ def load_model(
 
 
 def _build(
-    source: Path, weights: Weights, config: UniPicConfig, weight_dtype: str, operations: Any, disable_dynamic: bool
+    source: Path,
+    weights: Weights,
+    config: UniPicConfig,
+    weight_dtype: str,
+    operations: Operations | None,
+    disable_dynamic: bool,
 ) -> comfy.model_patcher.ModelPatcher:
     if weight_dtype not in WEIGHT_DTYPES:
         raise UniPicError(f"weight_dtype is one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")

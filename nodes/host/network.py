@@ -21,6 +21,7 @@ from ...unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_la
 from ...unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
 from ...unipic_core.model.blocks import KeyValue
 from ...unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
+from ...unipic_core.model.layers import Operations
 from ...unipic_core.model.mmdit import MMDiTLayers
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .inputs import checked_method, checked_text, packed, positions
@@ -41,7 +42,7 @@ class ComfyMMDiT(MMDiTLayers):
     def __init__(
         self,
         *,
-        operations: Any,
+        operations: Operations,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         image_model: str = "qwen_image",
@@ -67,7 +68,7 @@ class ComfyMMDiT(MMDiTLayers):
         ref_latents: Sequence[Tensor] | None = None,
         additional_t_cond: Tensor | None = None,
         transformer_options: Options | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Tensor:
         """Velocity of x [B, C, 1, H, W] (or without the frame) at times `timestep` [B] in [0, 1]; the same shape.
 
@@ -93,7 +94,7 @@ class ComfyMMDiT(MMDiTLayers):
         transformer_options: Options | None = None,
         control: dict[str, Any] | None = None,
         ref_latents_method: str | None = None,
-        **own: Any,
+        **own: object,
     ) -> Tensor:
         method = checked_method(ref_latents_method or self.default_ref_method)
         options = {**(transformer_options or {}), **{key: own[key] for key in OWN_OPTIONS if key in own}}
@@ -185,7 +186,7 @@ class ComfyMMDiT(MMDiTLayers):
         index = {id(block): i for i, block in enumerate(self.transformer_blocks)}
 
         def step(
-            block: Any, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
+            block: object, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
         ) -> tuple[list[Segment], list[KeyValue]]:
             i = options["block_index"] = index[id(block)]
             *before, target = segments
@@ -295,7 +296,7 @@ def _replaced(
     return replace(target, img=out["img"], txt=out["txt"])
 
 
-def _original(block: Callable[..., tuple[Tensor, Tensor, Any]], state: HookedState) -> Callable[[Options], Options]:
+def _original(block: Callable[..., tuple[Tensor, Tensor, object]], state: HookedState) -> Callable[[Options], Options]:
     """The block itself, as replacements call it."""
 
     def run(args: Options) -> Options:

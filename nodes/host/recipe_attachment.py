@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+
+from comfy.model_patcher import ModelPatcher
 
 from ...unipic_core.sampling.schedules import Shift
 from ...unipic_core.weights.recipe import Recipe
@@ -23,11 +24,11 @@ class Facts:
         return replace(self, recipe=self.recipe.merge(over))
 
 
-def attach(patcher: Any, facts: Facts) -> None:
+def attach(patcher: ModelPatcher, facts: Facts) -> None:
     """Let a ModelPatcher (a MODEL, or a CLIP's .patcher) carry the facts; its clones carry them too."""
     patcher.set_attachments(KEY, facts)
 
 
-def facts_of(patcher: Any) -> Facts:
+def facts_of(patcher: ModelPatcher) -> Facts:
     """The facts that a ModelPatcher carries; docs/recipes.md's defaults for one of another loader."""
     return patcher.get_attachment(KEY) or Facts()

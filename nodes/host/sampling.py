@@ -26,6 +26,7 @@ import comfy.utils
 import latent_preview
 import torch
 import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -81,7 +82,7 @@ def target_tokens(latent: Tensor) -> int:
 # --- samplers ---
 
 
-def ksampler(name: str, **options: Any) -> comfy.samplers.KSAMPLER:
+def ksampler(name: str, **options: object) -> comfy.samplers.KSAMPLER:
     """ComfyUI's SAMPLER for one of the core's samplers ("consistency", "euler").
 
     options of "consistency": `step_noise`, the noises to add instead of seeded ones, one [B, C, 1, H, W] per step but
@@ -91,7 +92,7 @@ def ksampler(name: str, **options: Any) -> comfy.samplers.KSAMPLER:
 
 
 def sample_consistency(
-    model: Any,
+    model: object,
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
@@ -109,7 +110,7 @@ def sample_consistency(
 
 
 def sample_euler(
-    model: Any,
+    model: object,
     x: Tensor,
     sigmas: Tensor,
     extra_args: dict[str, Any] | None = None,
@@ -178,7 +179,7 @@ class _Run:
 
 @contextmanager
 def _run(
-    model: Any, sigmas: Tensor, extra_args: dict[str, Any] | None, callback: Callback | None, disable: bool | None
+    model: object, sigmas: Tensor, extra_args: dict[str, Any] | None, callback: Callback | None, disable: bool | None
 ) -> Iterator[_Run]:
     """A run with a progress bar on the console. UniPicError for sigmas of another kind of model, and for NaN."""
     in_range = (sigmas >= 0) & (sigmas <= 1)  # false for NaN; 0 is for the end alone
@@ -209,7 +210,7 @@ def _wrong_sigmas(sigmas: Tensor, advice: str) -> UniPicError:
 # --- guidance ---
 
 
-def with_guidance(model: Any) -> Any:
+def with_guidance(model: ModelPatcher) -> Any:
     """A clone of the MODEL that guides as the release does; one that has a guidance of its own keeps it."""
     clone = model.clone()
     if "sampler_cfg_function" not in clone.model_options:
@@ -238,7 +239,7 @@ def _pack(v: Tensor) -> tuple[Tensor, LatentShape]:
 # --- a whole run ---
 
 
-def prepared(model: Any, latent: dict[str, Any]) -> Tensor:
+def prepared(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     """The latent [B, C, 1, H, W] as the MODEL takes it. UniPicError for a model or a latent of another kind."""
     check_times(model.get_model_object("model_sampling"), type(model.model).__name__)
     scales = [latent.get(f"downscale_ratio_{way}") for way in ("spacial", "temporal")]
@@ -269,9 +270,9 @@ def picture_masks(mask: Tensor | None, pictures: int) -> Tensor | None:
 
 
 def sample(
-    model: Any,
-    positive: Any,
-    negative: Any,
+    model: ModelPatcher,
+    positive: object,
+    negative: object,
     latent: dict[str, Any],
     seed: int,
     settings: Settings,

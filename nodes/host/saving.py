@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
@@ -35,21 +36,21 @@ class KeyPatches(list[Any]):
     recipe: Recipe
 
 
-def save_with_facts(patcher: Any) -> None:
+def save_with_facts(patcher: ModelPatcher) -> None:
     """Let a ModelPatcher and its clones add recipe and sizes to the weights that are saved, and refuse to be merged
     with weights of another attention form."""
     _override(patcher)
     patcher.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, lambda _, clone: _override(clone))
 
 
-def _override(patcher: Any) -> None:
+def _override(patcher: ModelPatcher) -> None:
     """Methods of this one patcher, which must not keep it alive."""
     weak, plain = weakref.ref(patcher), type(patcher)
 
-    def state_dict_for_saving(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict_for_saving(*args: object, **kwargs: object) -> dict[str, Any]:
         return plain.state_dict_for_saving(weak(), *args, **kwargs) | notes(weak())
 
-    def get_key_patches(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    def get_key_patches(*args: object, **kwargs: object) -> dict[str, Any]:
         patches = plain.get_key_patches(weak(), *args, **kwargs)
         return {name: _marked(value, weak()) for name, value in patches.items()}
 
@@ -63,7 +64,7 @@ def _override(patcher: Any) -> None:
     patcher.add_patches = add_patches
 
 
-def form_of(patcher: Any) -> str:
+def form_of(patcher: ModelPatcher) -> str:
     """The attention form that a MODEL computes, with its LoRAs."""
     network = patcher.model.diffusion_model
     own = network.config.attention_form if isinstance(network, ComfyMMDiT) else FULL
@@ -71,7 +72,7 @@ def form_of(patcher: Any) -> str:
     return form
 
 
-def notes(patcher: Any) -> dict[str, Tensor]:
+def notes(patcher: ModelPatcher) -> dict[str, Tensor]:
     """Tensors that say in a saved file what the weights are for."""
     form, network = form_of(patcher), patcher.model.diffusion_model
     tensors = {METADATA_KEY: _bytes(replace(facts_of(patcher).recipe, attention_form=form).to_json())}
@@ -86,7 +87,7 @@ def _bytes(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
-def _marked(value: Any, patcher: Any) -> Any:
+def _marked(value: object, patcher: ModelPatcher) -> Any:
     if not isinstance(value, list):
         return value
     marked = KeyPatches(value)
@@ -94,7 +95,7 @@ def _marked(value: Any, patcher: Any) -> Any:
     return marked
 
 
-def _check_merge(patcher: Any, patches: dict[str, Any]) -> None:
+def _check_merge(patcher: ModelPatcher, patches: dict[str, Any]) -> None:
     """UniPicError for weights of a MODEL that attends in another form than this one; a warning for another recipe."""
     form, recipe = form_of(patcher), facts_of(patcher).recipe
     for other in (value for value in patches.values() if isinstance(value, KeyPatches)):

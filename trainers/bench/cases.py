@@ -59,7 +59,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path))
 
 
-def _text(row: Mapping[str, Any], name: str) -> str:
+def _text(row: Mapping[str, object], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, (str, int)) or not str(value).strip():
         raise ValueError(f"a case lacks {name!r}: {str(row)[:80]}")
@@ -71,7 +71,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.-]", "_", text).lstrip(".") or "_"
 
 
-def _own(folder: Path, number: int, row: Mapping[str, Any]) -> Case:
+def _own(folder: Path, number: int, row: Mapping[str, object]) -> Case:
     sources = row.get("sources")
     if not isinstance(sources, list) or not sources:
         raise ValueError(f"case {number} needs 'sources', a list of pictures, got {sources!r}")
@@ -90,7 +90,7 @@ def _mico(root: Path, task: str, row: Mapping[str, Any]) -> Case:
     return Case(f"{task}/{name}", task, words, sources, truth, f"{task}/{file_name(name)}.png", {})
 
 
-def _gedit(root: Path, row: Mapping[str, Any]) -> Case:
+def _gedit(root: Path, row: Mapping[str, object]) -> Case:
     key, group, language = _text(row, "key"), _text(row, "task_type"), _text(row, "instruction_language")
     extra = {"language": language, "intersection": bool(row.get("Intersection_exist"))}
     source = str(root / _text(row, "input_image"))
@@ -135,7 +135,7 @@ class Plan:
         with replacing(out / "bench.json") as path:
             path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
-    def with_systems(self, systems: Mapping[str, Mapping[str, Any]]) -> Plan:
+    def with_systems(self, systems: Mapping[str, Mapping[str, object]]) -> Plan:
         return replace(self, systems={**self.systems, **systems})
 
     @classmethod

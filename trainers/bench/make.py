@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         generate(plan, args.out, one, device, args.budget, args.seed)
 
 
-def _plain(facts: Mapping[str, Any]) -> str:
+def _plain(facts: Mapping[str, object]) -> str:
     import json
 
     return json.dumps(facts, sort_keys=True)

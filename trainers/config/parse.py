@@ -15,7 +15,7 @@ class ConfigError(ValueError):
     """A config file says something that no trainer understands."""
 
 
-def parse(cls: type, data: dict[str, Any], where: str, default: Any = None) -> Any:
+def parse(cls: type, data: dict[str, Any], where: str, default: object = None) -> Any:
     """A dataclass from a mapping, strictly. default: an instance that has the keys that the mapping lacks; None: those
     of the class."""
     known = [f.name for f in dataclasses.fields(cls)]
@@ -39,7 +39,7 @@ def parse(cls: type, data: dict[str, Any], where: str, default: Any = None) -> A
         raise ConfigError(f"{place}.{text}" if place and text.split()[0] in known else text) from None
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value in a message, in at most 60 characters of one line."""
     text = str(value) if isinstance(value, str) else reprlib.repr(value)
     text = " ".join(text.split())
@@ -54,7 +54,7 @@ WORDS: dict[Any, str] = {
 }
 
 
-def expected(hint: Any) -> str:
+def expected(hint: object) -> str:
     """A type as a user writes it."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
@@ -75,7 +75,7 @@ def _defaults(cls: type) -> dict[str, Any]:
     return made
 
 
-def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+def _convert(hint: object, value: object, where: str, default: object = None) -> Any:
     """default: what a section has instead of the keys that it is not given."""
     origin = typing.get_origin(hint)
     if hint is Any:
@@ -158,7 +158,7 @@ def read_yaml(text: str) -> Any:
 # --- what a section checks of its values ------------------------------------------------------------------------------
 
 
-def at_least(config: Any, least: float, *names: str) -> None:
+def at_least(config: object, least: float, *names: str) -> None:
     """ConfigError if one of these is below; None, for a key that may be absent, and not-a-number are no numbers."""
     for name in names:
         value = getattr(config, name)
@@ -166,20 +166,20 @@ def at_least(config: Any, least: float, *names: str) -> None:
             raise ConfigError(f"{name} must be at least {least}, got {value}")
 
 
-def above(config: Any, bound: float, *names: str) -> None:
+def above(config: object, bound: float, *names: str) -> None:
     """ConfigError unless all of these are above the bound."""
     for name in names:
         if not getattr(config, name) > bound:
             raise ConfigError(f"{name} must be above {bound}, got {getattr(config, name)}")
 
 
-def within(config: Any, least: float, most: float, *names: str) -> None:
+def within(config: object, least: float, most: float, *names: str) -> None:
     """ConfigError unless all of these are from least to most."""
     for name in names:
         if not least <= getattr(config, name) <= most:
             raise ConfigError(f"{name} must be from {least} to {most}, got {getattr(config, name)}")
 
 
-def one_of(config: Any, name: str, choices: typing.Collection[str]) -> None:
+def one_of(config: object, name: str, choices: typing.Collection[str]) -> None:
     if getattr(config, name) not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {shown(getattr(config, name))}")

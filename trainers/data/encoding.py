@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ class Encoded:
                 self.tensors[f"{row.shapes}/reference_{j}"].append(next(latents))
                 self.tensors[f"{row.shapes}/vision_{j}"].append(torch.from_numpy(vision.copy()))
 
-    def write(self, path: Path, metadata: Mapping[str, Any], more: Mapping[str, Tensor] | None = None) -> None:
+    def write(self, path: Path, metadata: Mapping[str, object], more: Mapping[str, Tensor] | None = None) -> None:
         tensors = {name: torch.stack(rows) for name, rows in self.tensors.items()}
         vision = {s: [tensors[f"{s}/vision_{j}"] for j in range(s.count("_"))] for s in self.prompts}
         metadata = {"prompts": self.prompts, "text": text_digest(self.prompts, vision), **metadata}

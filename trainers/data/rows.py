@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -72,7 +71,7 @@ class Record:
         return (self.target, *self.references)
 
 
-def check_prompt(prompt: Any, num_references: int) -> None:
+def check_prompt(prompt: object, num_references: int) -> None:
     """BadRow if the encoder would not take it."""
     if num_references > MAX_REFERENCES:
         raise BadRow(f"{num_references} references, at most {MAX_REFERENCES} can be composed")

@@ -42,7 +42,7 @@ def text_path(latents: Path, fingerprint: str) -> Path:
     return latents.with_name(f"text-{fingerprint}-{latents.name.removeprefix('shard-')}")
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
     """Aside, then renamed; metadata values go in as JSON. CheckpointError when the disk is full."""
     announced = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     write_safetensors(path, announced, tensors.items(), {k: json.dumps(v) for k, v in metadata.items()})

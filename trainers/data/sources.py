@@ -126,7 +126,7 @@ class PictureRows:
         raise NotImplementedError
 
 
-def record_of(values: Any, root: Path) -> Record:
+def record_of(values: object, root: Path) -> Record:
     """A record of the release's keys: `input_images` (0 to 6), `instruction`, `output_image`; BadRow."""
     if not isinstance(values, dict):
         raise BadRow(f"expected an object with input_images, instruction and output_image, got {type(values).__name__}")
@@ -139,7 +139,7 @@ def record_of(values: Any, root: Path) -> Record:
     return Record(target, tuple(picture_of(r, root) for r in references), values.get("instruction", ""))
 
 
-def picture_of(value: Any, root: Path) -> Picture:
+def picture_of(value: object, root: Path) -> Picture:
     """A path below `root`, bytes, or a stored Image feature ({"bytes", "path"}); BadRow.
 
     Paths come with the data, from anyone: one that leaves `root` is refused. Links in it are the owner's, and followed.

@@ -118,7 +118,7 @@ def _bare(name: str) -> str:
     return "" if name.startswith(HEAD) else re.sub(r"\b(model|language_model)\.", "", name)
 
 
-def _value(config: Any, key: str) -> Any:
+def _value(config: object, key: str) -> Any:
     value = getattr(config, key, None)
     return sorted(value.items()) if isinstance(value, Mapping) else value
 

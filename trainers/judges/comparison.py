@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from .panel import JUDGES, TRUTH, Judge
-from .retention import valid_judges
+from .retention import Report, valid_judges
 from .summary import shown
 
 LABEL = 28  # width of the table's first column
@@ -20,7 +20,7 @@ Wrap = Callable[[str], list[str]]
 FACTS = ("label", "series", "steps", "cfg", "sampler", "seconds_per_picture")
 
 
-def comparison(reports: Sequence[Mapping[str, Any]], truth_spread: float | None = None) -> dict[str, Any]:
+def comparison(reports: Sequence[Report], truth_spread: float | None = None) -> dict[str, Any]:
     """From the reports of ``summarise``, the reference first: one row per system with the judges that are reported.
 
     ``kinds``: whether ``retained`` is a ratio or a difference in dB. The reference itself has no ``retained``.
@@ -38,7 +38,7 @@ def comparison(reports: Sequence[Mapping[str, Any]], truth_spread: float | None 
     }
 
 
-def _row(report: Mapping[str, Any], judges: Sequence[Judge]) -> dict[str, Any]:
+def _row(report: Report, judges: Sequence[Judge]) -> dict[str, Any]:
     row = {fact: report["model"][fact] for fact in FACTS if fact in report["model"]}
     if "spread" in report:
         row["spread"] = report["spread"]
@@ -61,7 +61,7 @@ def kept_text(kind: str, value: float | None, bounds: Sequence[float] | None) ->
     return f"{value:.2f} ({math.floor(100 * bounds[0]) / 100:.2f})"
 
 
-def judge_lines(judge: Judge, block: Mapping[str, Any], row: Mapping[str, Any]) -> Cell:
+def judge_lines(judge: Judge, block: Report, row: Report) -> Cell:
     """One cell: the system's value, and what it keeps of the reference's."""
     found = row["judges"][judge.name]
     value = shown(judge, found["value"])
@@ -70,14 +70,14 @@ def judge_lines(judge: Judge, block: Mapping[str, Any], row: Mapping[str, Any]) 
     return value, kept_text(block["kinds"][judge.name], found["retained"], found["retained_ci95"])
 
 
-def spread_lines(row: Mapping[str, Any]) -> Cell:
+def spread_lines(row: Report) -> Cell:
     """The same of the spread between seeds."""
     spread = row["spread"]
     kept = kept_text("ratio", spread["ratio"], spread["ratio_ci95"]) if "ratio" in spread else ""
     return f"{spread['value']:.4f}", kept
 
 
-def time_lines(block: Mapping[str, Any], row: Mapping[str, Any]) -> Cell:
+def time_lines(block: Report, row: Report) -> Cell:
     """The seconds per picture, and how many times the speed of the reference that is."""
     seconds, first = row["seconds_per_picture"], block["systems"][0]
     if row is first or not seconds:
@@ -85,11 +85,11 @@ def time_lines(block: Mapping[str, Any], row: Mapping[str, Any]) -> Cell:
     return f"{seconds:.3f}", f"{first['seconds_per_picture'] / seconds:.1f}x speed"
 
 
-def shown_judges(block: Mapping[str, Any]) -> list[Judge]:
+def shown_judges(block: Report) -> list[Judge]:
     return [judge for judge in JUDGES if judge.name in block["kinds"]]
 
 
-def comparison_table(block: Mapping[str, Any]) -> str:
+def comparison_table(block: Report) -> str:
     """Rows are systems, columns judges; below each value what is kept of the first system's."""
     judges, spreads = shown_judges(block), "spread" in block["systems"][0]
     truth: list[Cell] = [(shown(judge, block["truth"][judge.name]), "") for judge in judges]
@@ -105,7 +105,7 @@ def comparison_table(block: Mapping[str, Any]) -> str:
     return _table([judge.short for judge in judges] + ["s/picture"] + ["spread"] * spreads, lines)
 
 
-def gains_table(pairs: Sequence[Mapping[str, Any]]) -> str:
+def gains_table(pairs: Sequence[Report]) -> str:
     """The pairs of ``ratios.equal_steps``; * marks a difference whose 95% interval excludes zero."""
     judges = [judge for judge in JUDGES if judge.name in pairs[0]["judges"]]
     lines = []
@@ -115,7 +115,7 @@ def gains_table(pairs: Sequence[Mapping[str, Any]]) -> str:
     return _table([judge.short for judge in judges], lines)
 
 
-def _gain_text(judge: Judge, found: Mapping[str, Any]) -> str:
+def _gain_text(judge: Judge, found: Report) -> str:
     if found["gain"] is None:
         return "- "
     sign = "+" if found["gain"] >= 0 else ""

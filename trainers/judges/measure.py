@@ -22,7 +22,7 @@ from ..nano.scene import Scene
 from ..nano.scenes import TASKS, make_scene
 from .comparison import comparison, comparison_table, gains_table
 from .panel import CONTROL_NAMES, JUDGES, TRUTH, Case, Panel, control_pictures
-from .retention import SPREAD_MEASURE, equal_steps, pairwise_rms
+from .retention import SPREAD_MEASURE, Report, equal_steps, pairwise_rms
 from .saved_pictures import KeptPictures
 from .sheet import Row
 from .statistics import Bootstrap, interval, rounded
@@ -182,7 +182,7 @@ def compare(
     bank: Bank,
     plan: Plan,
     *,
-    about: Mapping[str, Mapping[str, Any]] | None = None,
+    about: Mapping[str, Report] | None = None,
     kept: Mapping[str, KeptPictures] | None = None,
     sheet_rows: int = 12,
 ) -> Evaluation:
@@ -233,7 +233,7 @@ def diversity(scores: Scores, plan: Plan, bootstrap: Bootstrap) -> dict[str, Any
     return {"seeds_per_scene": plan.seeds_per_scene, "measure": SPREAD_MEASURE, "truth_drawn_again": hidden}
 
 
-def summary_tables(report: Mapping[str, Any]) -> list[str]:
+def summary_tables(report: Report) -> list[str]:
     """What several systems add to the tables of each."""
     text = (
         f"Beside '{report['comparison']['reference']}': the value; below it the ratio that is kept (errors inverted, "

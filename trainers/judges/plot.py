@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from .comparison import shown_judges
 from .panel import Judge
+from .retention import Report
 
 COLUMNS = 4
 ASIDE = 0.07  # of a doubling of the steps
@@ -18,7 +19,7 @@ AXES = {"steps": "steps", "seconds": "seconds_per_picture"}
 """What quality is drawn against, and where a comparison has it."""
 
 
-def draw_plot(block: Mapping[str, Any], out: Path, against: str = "steps") -> None:
+def draw_plot(block: Report, out: Path, against: str = "steps") -> None:
     """A ``comparison`` as a PNG: error bars are 95% intervals, the dashed line is the reference itself.
 
     Every system needs its ``steps``; systems of one ``series`` are joined by a line. against: one of AXES.
@@ -49,7 +50,7 @@ def draw_plot(block: Mapping[str, Any], out: Path, against: str = "steps") -> No
     pyplot.close(figure)
 
 
-def draw_panel(panel: Any, block: Mapping[str, Any], name: str, title: str, against: str) -> None:
+def draw_panel(panel: Any, block: Report, name: str, title: str, against: str) -> None:
     """One judge, or the spread."""
     decibels = block["kinds"].get(name) == "difference_db"
     even = 0.0 if decibels else 1.0
@@ -79,7 +80,7 @@ def kept_words(judge: Judge) -> str:
     return "ratio kept" if judge.higher_is_better else "ratio kept (inverted)"
 
 
-def series_of(block: Mapping[str, Any], name: str, against: str = "steps") -> dict[str, list[Point]]:
+def series_of(block: Report, name: str, against: str = "steps") -> dict[str, list[Point]]:
     """The points of each series, by rising steps or seconds; none where the ratio does not exist."""
     series: dict[str, list[Point]] = {}
     for row in block["systems"][1:]:
@@ -90,7 +91,7 @@ def series_of(block: Mapping[str, Any], name: str, against: str = "steps") -> di
     return {label: sorted(points) for label, points in series.items()}
 
 
-def kept_of(row: Mapping[str, Any], name: str) -> tuple[float | None, Sequence[float] | None]:
+def kept_of(row: Report, name: str) -> tuple[float | None, Sequence[float] | None]:
     if name == "spread":
         return row["spread"]["ratio"], row["spread"]["ratio_ci95"]
     return row["judges"][name]["retained"], row["judges"][name]["retained_ci95"]

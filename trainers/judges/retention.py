@@ -17,13 +17,16 @@ from .arrays import to_array
 from .panel import JUDGES, Judge
 from .statistics import Bootstrap, interval, rounded
 
+Report = Mapping[str, Any]
+"""A part of an evaluation's report: a table that JSON can hold."""
+
 SPREAD_MEASURE = (
     "root mean square difference of two pictures of a scene that differ by their noise seed, over pixels and channels "
     "in 0..1; mean over the pairs of a scene, then over scenes"
 )
 
 
-def valid_judges(judges: Mapping[str, Any]) -> list[Judge]:
+def valid_judges(judges: Report) -> list[Judge]:
     """Those that are reported: whether a judge is valid depends on the controls alone, so it is for all systems."""
     return [judge for judge in JUDGES if judges[judge.name]["valid"]]
 
@@ -31,7 +34,7 @@ def valid_judges(judges: Mapping[str, Any]) -> list[Judge]:
 def retained(
     own: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
-    judges: Mapping[str, Any],
+    judges: Mapping[str, object],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
     """By valid judge, the quality that a system keeps of the reference's, with a 95% interval."""
@@ -55,7 +58,7 @@ def kept(judge: Judge, own: np.ndarray, reference: np.ndarray, bootstrap: Bootst
 
 
 def gains(
-    own: Mapping[str, np.ndarray], against: Mapping[str, np.ndarray], judges: Mapping[str, Any], bootstrap: Bootstrap
+    own: Mapping[str, np.ndarray], against: Mapping[str, np.ndarray], judges: Mapping[str, object], bootstrap: Bootstrap
 ) -> dict[str, Any]:
     """By valid judge, the mean of own - against in the judge's unit, the other way round for errors.
 
@@ -77,7 +80,7 @@ def gains(
 def equal_steps(
     steps: Mapping[str, int | None],
     systems: Mapping[str, Mapping[str, np.ndarray]],
-    judges: Mapping[str, Any],
+    judges: Mapping[str, object],
     bootstrap: Bootstrap,
 ) -> list[dict[str, Any]]:
     """Every two systems of as many steps: what the later gains over the earlier. Steps None: not known, no pair."""

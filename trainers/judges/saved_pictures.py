@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -20,7 +19,7 @@ class KeptPictures:
     about: all that its pictures depend on; any other answer has a folder of its own under `root`.
     """
 
-    def __init__(self, root: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, root: Path, about: Mapping[str, object]) -> None:
         text = json.dumps(about, sort_keys=True, indent=1)
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from ..nano.render import Sample
 from .comparison import judge_lines, label_lines, shown_judges, spread_lines, time_lines
+from .retention import Report
 from .summary import shown
 
 TEXT, THUMB, PICTURE, GAP, MARGIN = 260, 92, 192, 8, 20
@@ -84,7 +84,7 @@ class Layout:
         return self.pictures[-1] + PICTURE + 2 * GAP + MARGIN
 
 
-def draw_sheet(rows: Sequence[Row], title: str, block: Mapping[str, Any] | None = None) -> Image.Image:
+def draw_sheet(rows: Sequence[Row], title: str, block: Mapping[str, object] | None = None) -> Image.Image:
     """The sheet of the given rows; with a ``comparison`` its numbers at the foot, each system's under its pictures.
 
     Raises ValueError when there is no row.
@@ -125,7 +125,7 @@ def _draw_row(sheet: Image.Image, row: Row, layout: Layout, y: int) -> None:
         pen.text((x, y + PICTURE + 4), captions.get(label, ""), fill=FAINT, font=font(12))
 
 
-def foot_lines(block: Mapping[str, Any]) -> list[FootLine]:
+def foot_lines(block: Report) -> list[FootLine]:
     """The numbers of a ``comparison``: a title, then (value, what is kept) of the truth and of each system."""
     systems, lines = block["systems"], []
     for judge in shown_judges(block):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .panel import CONTROL_NAMES, JUDGES, MAX_ITEMS, TRUTH, Judge
-from .retention import retained, spread_entry
+from .retention import Report, retained, spread_entry
 from .statistics import Bootstrap, interval, rounded
 
 ByJudge = dict[str, np.ndarray]
@@ -134,7 +134,7 @@ def margin(first: np.ndarray, second: np.ndarray, bootstrap: Bootstrap) -> dict[
     }
 
 
-def by_task(tasks: Sequence[str], measured: ByJudge, judges: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def by_task(tasks: Sequence[str], measured: ByJudge, judges: Report) -> dict[str, dict[str, Any]]:
     """The model's means of each task, for the judges that are reported."""
     result: dict[str, dict[str, Any]] = {}
     for task in sorted(set(tasks)):
@@ -158,7 +158,7 @@ def with_interval(judge: Judge, value: float | None, bounds: Sequence[float] | N
     return f"{shown(judge, value)} [{shown(judge, low)}, {shown(judge, high)}]"
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     """The judges as lines of text: the model with its interval, then the controls; * marks one that it does not beat.
 
     A later system also has its difference from the first. The controls: truth; redrawn with other hidden scale, flip
@@ -187,7 +187,7 @@ def table(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _control_cell(judge: Judge, found: Mapping[str, Any], name: str) -> str:
+def _control_cell(judge: Judge, found: Report, name: str) -> str:
     against = found.get("margins", {}).get(name)
     unbeaten = against and name in judge.separates and not against["beats"]
     return f"{shown(judge, found['controls'].get(name)):>10}{'*' if unbeaten else ' '}"

@@ -157,7 +157,7 @@ NO_CHANGE = (
 """Config keys that change no number of a run (max_tokens: beyond rounding)."""
 
 
-def changed_keys(before: Any, now: Any, where: str = "") -> list[str]:
+def changed_keys(before: object, now: object, where: str = "") -> list[str]:
     """Dotted names of the values that differ between two nested tables."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [where]

@@ -100,7 +100,7 @@ def load_scheduler(scheduler: LambdaLR, state: dict[str, Any]) -> None:
         group["lr"] = rate
 
 
-def put_back(parameter: Tensor, value: Any) -> Any:
+def put_back(parameter: Tensor, value: object) -> Any:
     """A share of a tensor like the parameter becomes one; everything else stays."""
     if not (isinstance(value, Tensor) and is_sharded(parameter)) or value.shape != local(parameter.detach()).shape:
         return value

@@ -48,7 +48,7 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def locally(tree: Any) -> Any:
+def locally(tree: object) -> Any:
     """Nested dicts and lists with the shares of their tensors."""
     if isinstance(tree, dict):
         return {k: locally(v) for k, v in tree.items()}

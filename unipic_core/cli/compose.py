@@ -148,7 +148,7 @@ def device_name(args: argparse.Namespace) -> str:
     return given if given != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings: Any) -> dict[str, Any]:
+def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings: object) -> dict[str, Any]:
     """What made a picture, for its file."""
     return {
         "prompt": args.prompt,

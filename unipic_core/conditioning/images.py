@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -145,7 +144,7 @@ def _deep_white(image: Image.Image) -> float:
     return 255.0 if most <= 255 else 65535.0
 
 
-def _from_deep_grey(image: Image.Image, top: float, clear: Any = None) -> Image.Image:
+def _from_deep_grey(image: Image.Image, top: float, clear: object = None) -> Image.Image:
     """Greyscale of more than 8 bits -> "L". Pillow's own conversion clips at 255 instead of scaling.
 
     clear: the value that means transparent, which becomes white.
@@ -235,7 +234,7 @@ def output_size(
     return _checked_size(width, height, budget)
 
 
-def _whole_side(name: str, side: Any, budget: int) -> int | None:
+def _whole_side(name: str, side: object, budget: int) -> int | None:
     """A side that was asked for, as a whole number; None where none was."""
     pixels = whole(side)
     if side is not None and (pixels is None or pixels < 1):

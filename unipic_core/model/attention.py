@@ -169,7 +169,7 @@ class Checked:
         self._calls[place] = calls + 1
         return self._tried(q, k, v, place)
 
-    def __deepcopy__(self, _: Any) -> Checked:
+    def __deepcopy__(self, _: object) -> Checked:
         return self  # a copy of a network computes with the same function
 
     def _by_tokens(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -62,7 +62,7 @@ def advance(
 
 
 def through_blocks(
-    blocks: Iterable[Any],
+    blocks: Iterable[object],
     segments: Sequence[Segment],
     past: Sequence[Sequence[KeyValue]] = (),
     step: Step = advance,

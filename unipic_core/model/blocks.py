@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import MMDiTConfig
+from .layers import Factory, Operations
 from .rope import Rotation, rotate
 
 Layer = Callable[..., Any]
@@ -93,18 +94,18 @@ ABSENT = Modulation(_NOTHING, _NOTHING, _NOTHING)
 class Block(nn.Module):
     """One double-stream block: images and text have weights of their own and attend jointly."""
 
-    def __init__(self, config: MMDiTConfig, operations: Any, kw: dict[str, Any]) -> None:
+    def __init__(self, config: MMDiTConfig, operations: Operations, factory: Factory) -> None:
         super().__init__()
         width = config.width
-        self.img_mod = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **kw))
-        self.img_norm1 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.attn = JointAttention(width, config.attention_head_dim, operations, kw)
-        self.img_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.img_mlp = FeedForward(width, operations, kw)
-        self.txt_mod = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **kw))
-        self.txt_norm1 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.txt_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
-        self.txt_mlp = FeedForward(width, operations, kw)
+        self.img_mod = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **factory))
+        self.img_norm1 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **factory)
+        self.attn = JointAttention(width, config.attention_head_dim, operations, factory)
+        self.img_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **factory)
+        self.img_mlp = FeedForward(width, operations, factory)
+        self.txt_mod = nn.Sequential(nn.SiLU(), operations.Linear(width, 6 * width, **factory))
+        self.txt_norm1 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **factory)
+        self.txt_norm2 = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **factory)
+        self.txt_mlp = FeedForward(width, operations, factory)
 
     def forward(
         self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState, keep: int | None = None
@@ -186,15 +187,15 @@ def _fed_forward(x: S, norm: Layer, mod: Modulation, mlp: Layer) -> S:
 class JointAttention(nn.Module):
     """Attention over [text | images], queries and keys normalised per head and rotated."""
 
-    def __init__(self, width: int, head_dim: int, operations: Any, kw: dict[str, Any]) -> None:
+    def __init__(self, width: int, head_dim: int, operations: Operations, factory: Factory) -> None:
         super().__init__()
         self.head_dim = head_dim
 
         def linear() -> nn.Module:
-            return operations.Linear(width, width, **kw)
+            return operations.Linear(width, width, **factory)
 
         def norm() -> nn.Module:
-            return operations.RMSNorm(head_dim, eps=1e-6, **kw)
+            return operations.RMSNorm(head_dim, eps=1e-6, **factory)
 
         self.to_q, self.to_k, self.to_v = linear(), linear(), linear()
         self.add_q_proj, self.add_k_proj, self.add_v_proj = linear(), linear(), linear()
@@ -247,10 +248,10 @@ class JointAttention(nn.Module):
 class FeedForward(nn.Module):
     """Linear, GELU (tanh form), Linear; fourfold inner width. The odd nesting gives diffusers' parameter names."""
 
-    def __init__(self, width: int, operations: Any, kw: dict[str, Any]) -> None:
+    def __init__(self, width: int, operations: Operations, factory: Factory) -> None:
         super().__init__()
-        inner = nn.ModuleDict({"proj": operations.Linear(width, 4 * width, **kw)})
-        self.net = nn.ModuleList([inner, nn.Identity(), operations.Linear(4 * width, width, **kw)])
+        inner = nn.ModuleDict({"proj": operations.Linear(width, 4 * width, **factory)})
+        self.net = nn.ModuleList([inner, nn.Identity(), operations.Linear(4 * width, width, **factory)])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net[2](F.gelu(self.net[0].get_submodule("proj")(x), approximate="tanh"))
@@ -259,10 +260,10 @@ class FeedForward(nn.Module):
 class OutputNorm(nn.Module):
     """LayerNorm modulated by the time embedding: scale first, then shift."""
 
-    def __init__(self, width: int, operations: Any, kw: dict[str, Any]) -> None:
+    def __init__(self, width: int, operations: Operations, factory: Factory) -> None:
         super().__init__()
-        self.linear = operations.Linear(width, 2 * width, **kw)
-        self.norm = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **kw)
+        self.linear = operations.Linear(width, 2 * width, **factory)
+        self.norm = operations.LayerNorm(width, elementwise_affine=False, eps=1e-6, **factory)
 
     def forward(self, x: Tensor, temb: Tensor) -> Tensor:
         scale, shift = self.linear(F.silu(temb))[:, None].chunk(2, dim=-1)
@@ -272,12 +273,15 @@ class OutputNorm(nn.Module):
 class TimeEmbedding(nn.Module):
     """t in [0, 1] -> [B, width]; sinusoids of 1000 t in float32."""
 
-    def __init__(self, width: int, additional: bool, operations: Any, kw: dict[str, Any]) -> None:
+    def __init__(self, width: int, additional: bool, operations: Operations, factory: Factory) -> None:
         super().__init__()
-        layers = {"linear_1": operations.Linear(256, width, **kw), "linear_2": operations.Linear(width, width, **kw)}
+        layers = {
+            "linear_1": operations.Linear(256, width, **factory),
+            "linear_2": operations.Linear(width, width, **factory),
+        }
         self.timestep_embedder = nn.ModuleDict(layers)
         if additional:
-            self.addition_t_embedding = operations.Embedding(2, width, **kw)
+            self.addition_t_embedding = operations.Embedding(2, width, **factory)
 
     def forward(self, t: Tensor, dtype: torch.dtype, additional: Tensor | None = None) -> Tensor:
         frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=torch.float32) / 128)

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ C_COMPILERS = ("gcc", "clang")
 """Those that triton looks for on Linux when CC names none; on Windows it brings its own."""
 
 
-def compile_blocks(network: MMDiT, backend: str | Any = "inductor") -> None:
+def compile_blocks(network: MMDiT, backend: str | object = "inductor") -> None:
     """Compile the network's blocks in place, for inference; the work is done in their first forward.
 
     Parameters keep their names, and may change and move afterwards: the code reads them anew. backend: as
@@ -45,7 +44,7 @@ def compile_blocks(network: MMDiT, backend: str | Any = "inductor") -> None:
         block.compile(dynamic=True, backend=backend)
 
 
-def _own_memory(_: nn.Module, __: Any, tokens: Tensor) -> Tensor:
+def _own_memory(_: nn.Module, __: object, tokens: Tensor) -> Tensor:
     """Without gradients a linear layer gives a view of a matrix, for which the first block would be compiled apart."""
     return tokens.clone()
 

@@ -7,7 +7,6 @@ casting, quantised and attention parts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from .attention import Attention, scaled_dot_product_attention
 from .attention_forms import ConditionCache, Segment, Span, advance, key_mask, reference_tokens, spans, through_blocks
 from .blocks import Block, JointState, KeyValue, OutputNorm, TimeEmbedding
 from .config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig
+from .layers import Factory, Operations
 from .rope import Rotation, joint_positions, rotation
 
 
@@ -31,21 +31,21 @@ class MMDiTLayers(nn.Module):
         self,
         config: MMDiTConfig,
         *,
-        operations: Any = nn,
+        operations: Operations = nn,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        kw: dict[str, Any] = {"dtype": dtype, "device": device}
+        factory: Factory = {"dtype": dtype, "device": device}
         self.config = config
         width = config.width
-        self.time_text_embed = TimeEmbedding(width, config.use_additional_t_cond, operations, kw)
-        self.txt_norm = operations.RMSNorm(config.joint_attention_dim, eps=1e-6, **kw)
-        self.img_in = operations.Linear(config.in_channels, width, **kw)
-        self.txt_in = operations.Linear(config.joint_attention_dim, width, **kw)
-        self.transformer_blocks = nn.ModuleList(Block(config, operations, kw) for _ in range(config.num_layers))
-        self.norm_out = OutputNorm(width, operations, kw)
-        self.proj_out = operations.Linear(width, config.patch_size**2 * config.out_channels, **kw)
+        self.time_text_embed = TimeEmbedding(width, config.use_additional_t_cond, operations, factory)
+        self.txt_norm = operations.RMSNorm(config.joint_attention_dim, eps=1e-6, **factory)
+        self.img_in = operations.Linear(config.in_channels, width, **factory)
+        self.txt_in = operations.Linear(config.joint_attention_dim, width, **factory)
+        self.transformer_blocks = nn.ModuleList(Block(config, operations, factory) for _ in range(config.num_layers))
+        self.norm_out = OutputNorm(width, operations, factory)
+        self.proj_out = operations.Linear(width, config.patch_size**2 * config.out_channels, **factory)
 
     def embed_text(self, embeds: Tensor) -> Tensor:
         """[B, L, D] -> [B, L, width]."""
@@ -75,7 +75,7 @@ class MMDiT(MMDiTLayers):
         self,
         config: MMDiTConfig,
         *,
-        operations: Any = nn,
+        operations: Operations = nn,
         attention: Attention = scaled_dot_product_attention,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers import ConvOperations, LayerClass
+
 RELEASED_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -57,7 +59,7 @@ class VAEConfig:
 class ImageVAE(nn.Module):
     """Pictures [B, 3, H, W] in [-1, 1] <-> normalised latents [B, z, 1, H/8, W/8]."""
 
-    def __init__(self, config: VAEConfig, *, operations: Any = nn, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, config: VAEConfig, *, operations: ConvOperations = nn, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.config = config
         c = config
@@ -113,7 +115,7 @@ def channels_last(vae: ImageVAE) -> ImageVAE:
     return vae
 
 
-def _conv_factory(operations: Any, dtype: torch.dtype | None) -> Any:
+def _conv_factory(operations: ConvOperations, dtype: torch.dtype | None) -> Any:
     def conv(in_dim: int, out_dim: int, kernel: int, stride: int = 1) -> nn.Module:
         padding = kernel // 2 if stride == 1 else 0
         return operations.Conv2d(in_dim, out_dim, kernel, stride=stride, padding=padding, dtype=dtype)
@@ -133,7 +135,7 @@ class ChannelNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, in_dim: int, out_dim: int, conv: Any) -> None:
+    def __init__(self, in_dim: int, out_dim: int, conv: LayerClass) -> None:
         super().__init__()
         self.norm1, self.conv1 = ChannelNorm(in_dim), conv(in_dim, out_dim, 3)
         self.norm2, self.conv2 = ChannelNorm(out_dim), conv(out_dim, out_dim, 3)
@@ -147,7 +149,7 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head attention over the pixels of the lowest resolution."""
 
-    def __init__(self, dim: int, conv: Any) -> None:
+    def __init__(self, dim: int, conv: LayerClass) -> None:
         super().__init__()
         self.norm, self.to_qkv, self.proj = ChannelNorm(dim), conv(dim, 3 * dim, 1), conv(dim, dim, 1)
 
@@ -159,7 +161,7 @@ class AttentionBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, dim: int, conv: Any) -> None:
+    def __init__(self, dim: int, conv: LayerClass) -> None:
         super().__init__()
         self.attentions = nn.ModuleList([AttentionBlock(dim, conv)])
         self.resnets = nn.ModuleList([ResidualBlock(dim, dim, conv), ResidualBlock(dim, dim, conv)])
@@ -169,7 +171,7 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    def __init__(self, dim: int, conv: Any) -> None:
+    def __init__(self, dim: int, conv: LayerClass) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv(dim, dim, 3, stride=2))
 
@@ -178,7 +180,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    def __init__(self, dim: int, conv: Any) -> None:
+    def __init__(self, dim: int, conv: LayerClass) -> None:
         super().__init__()
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2, mode="nearest-exact"), conv(dim, dim // 2, 3))
 
@@ -187,7 +189,7 @@ class Upsample(nn.Module):
 
 
 class Encoder(nn.Module):
-    def __init__(self, dims: list[int], num_res_blocks: int, out_dim: int, conv: Any) -> None:
+    def __init__(self, dims: list[int], num_res_blocks: int, out_dim: int, conv: LayerClass) -> None:
         super().__init__()
         self.conv_in = conv(3, dims[0], 3)
         blocks: list[nn.Module] = []
@@ -208,7 +210,7 @@ class Encoder(nn.Module):
 
 
 class UpBlock(nn.Module):
-    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, upsample: bool, conv: Any) -> None:
+    def __init__(self, in_dim: int, out_dim: int, num_blocks: int, upsample: bool, conv: LayerClass) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(out_dim if i else in_dim, out_dim, conv) for i in range(num_blocks))
         self.upsamplers = nn.ModuleList([Upsample(out_dim, conv)] if upsample else [])
@@ -220,7 +222,7 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, dims: list[int], config: VAEConfig, conv: Any) -> None:
+    def __init__(self, dims: list[int], config: VAEConfig, conv: LayerClass) -> None:
         super().__init__()
         self.conv_in = conv(config.z_dim, dims[0], 3)
         self.mid_block = MidBlock(dims[0], conv)

@@ -67,7 +67,7 @@ def noise_of(
     return start, lambda step: step_noise[step].to(device, torch.float32)
 
 
-def _described(given: Any) -> str:
+def _described(given: object) -> str:
     """The shape of a tensor, or what came in place of one."""
     return str(list(given.shape)) if isinstance(given, Tensor) else type(given).__name__
 

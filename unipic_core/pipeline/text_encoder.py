@@ -246,7 +246,7 @@ def _grids(references: Sequence[Image.Image]) -> Tensor:
     return torch.tensor([grid_thw(height, width) for width, height in sizes], dtype=torch.long).reshape(-1, 3)
 
 
-def positions_of(config: Any) -> str:
+def positions_of(config: object) -> str:
     """Which of POSITIONS an encoder's config asks for."""
     version = getattr(config, "transformers_version", None)
     return encoder_positions(getattr(config, "unipic_positions", None), version and str(version))

@@ -118,11 +118,11 @@ def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
     return Plan(request, settings, size, seed, num_images)
 
 
-def _first(*values: Any) -> Any:
+def _first(*values: object) -> Any:
     return next(v for v in values if v is not None)
 
 
-def _whole(what: str, value: Any, least: int, most: int) -> int:
+def _whole(what: str, value: object, least: int, most: int) -> int:
     number = whole(value)
     if number is None:
         raise UniPicError(f"{what} must be a whole number, got {value!r}")
@@ -131,7 +131,7 @@ def _whole(what: str, value: Any, least: int, most: int) -> int:
     return number
 
 
-def _guidance(value: Any) -> float:
+def _guidance(value: object) -> float:
     number = finite(value)
     if number is None or not 0 <= number <= MAX_GUIDANCE:
         raise UniPicError(
@@ -141,7 +141,7 @@ def _guidance(value: Any) -> float:
     return float(number) or 1.0  # 0 switches guidance off, as in the release
 
 
-def checked_seed(seed: Any, num_images: Any) -> tuple[int, int]:
+def checked_seed(seed: object, num_images: object) -> tuple[int, int]:
     """(seed, num_images) as whole numbers, or UniPicError."""
     number = whole(seed)
     if number is None:

@@ -15,6 +15,9 @@ from .lora import common_targets, read_lora
 from .recipe import RECIPE_FROM, Recipe, released_recipe
 from .transformer import PARTS, find_transformer, looks_like, read_config
 
+Description = dict[str, Any]
+"""A table that JSON can hold; see `describe`."""
+
 _KINDS = {
     "a LoRA": "lora",
     "a Qwen-Image transformer": "transformer",
@@ -23,7 +26,7 @@ _KINDS = {
 }
 
 
-def describe(path: PathLike) -> dict[str, Any]:
+def describe(path: PathLike) -> Description:
     """What is at `path`; a table that JSON can hold.
 
     Always: path, kind ("pipeline", "transformer", "lora", "vae", "text encoder" or "unknown"). Weights add format,
@@ -151,7 +154,7 @@ def _class(config: Path) -> str | None:
         return None
 
 
-def format_description(info: dict[str, Any]) -> str:
+def format_description(info: Description) -> str:
     """`describe`'s table as a few lines for people."""
     lines = [f"{info['path']}: {_title(info)}"]
     if info["kind"] == "pipeline":
@@ -167,12 +170,12 @@ def format_description(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _title(info: dict[str, Any]) -> str:
+def _title(info: Description) -> str:
     titles = {"pipeline": "a pipeline folder", "transformer": "a UniPic transformer (Qwen-Image architecture)"}
-    return titles.get(info["kind"], info.get("looks_like", info["kind"]))
+    return titles.get(info["kind"]) or str(info.get("looks_like", info["kind"]))
 
 
-def _summary(part: dict[str, Any]) -> str:
+def _summary(part: Description) -> str:
     if "parameters" not in part:
         return "present"
     dtypes = " + ".join(part["dtypes"])
@@ -191,7 +194,7 @@ def _summary(part: dict[str, Any]) -> str:
     return ", ".join(facts)
 
 
-def _recipe_line(info: dict[str, Any]) -> str:
+def _recipe_line(info: Description) -> str:
     recipe = info["recipe"]
     if recipe is None:
         return "none in the file"

@@ -272,7 +272,7 @@ def _declared_layers(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     return content["layers"]
 
 
-def _check_format(file: Path, layer: str, quant: Any, weight: TensorSpec) -> None:
+def _check_format(file: Path, layer: str, quant: object, weight: TensorSpec) -> None:
     dtype = str(weight.dtype).removeprefix("torch.")
     stored = str(quant.get("format", dtype)) if isinstance(quant, dict) else dtype
     if stored not in ("float8_e4m3fn", "float8_e5m2") or weight.dtype not in FP8:

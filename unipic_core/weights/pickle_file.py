@@ -60,7 +60,7 @@ def _torch_load(path: Path, **how: Any) -> Any:
         return torch.load(path, weights_only=True, **how)
 
 
-def _tensors(loaded: Any) -> dict[str, Tensor]:
+def _tensors(loaded: object) -> dict[str, Tensor]:
     """The state dict inside what was pickled."""
     for _ in range(3):
         if not isinstance(loaded, Mapping):

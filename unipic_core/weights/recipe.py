@@ -63,7 +63,7 @@ class Recipe:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, source: str | Mapping[str, Any]) -> Recipe:
+    def from_json(cls, source: str | Mapping[str, object]) -> Recipe:
         """From JSON text or its table. CheckpointError names the field, what was expected and what came."""
         if isinstance(source, str):
             try:

@@ -115,7 +115,7 @@ def readable_encoder_errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {one_line(error)}; fetch it again") from error
 
 
-def _items(content: Any) -> Iterator[tuple[str, Any]]:
+def _items(content: object) -> Iterator[tuple[str, Any]]:
     """All keys and values of JSON at any depth."""
     if isinstance(content, dict):
         yield from content.items()

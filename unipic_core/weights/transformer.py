@@ -14,6 +14,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..model.attention import Attention, scaled_dot_product_attention
 from ..model.config import MMDiTConfig
+from ..model.layers import Operations
 from ..model.mmdit import MMDiT
 from ..sampling.schedules import Shift
 from .files import FP8, PathLike, Weights, find_weight_file, open_weights
@@ -286,7 +287,7 @@ def load_transformer(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    operations: Any = nn,
+    operations: Operations = nn,
     attention: Attention = scaled_dot_product_attention,
 ) -> MMDiT:
     """Load the network, in eval mode, from a path or from what `open_transformer` opened.

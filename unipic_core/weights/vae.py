@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..conditioning.sequence import VAE_SCALE
 from ..errors import CheckpointError
+from ..model.layers import ConvOperations
 from ..model.vae import ImageVAE, VAEConfig
 from .files import PathLike, Weights, open_weights
 from .transformer import check_keys
@@ -112,7 +112,7 @@ def load_image_vae(
     device: torch.device | str = "cpu",
     *,
     kind: type[ImageVAE] = ImageVAE,
-    operations: Any = nn,
+    operations: ConvOperations = nn,
 ) -> ImageVAE:
     """The 2-D VAE of a vae/ folder or of a file, frozen, in eval mode, its kernels in channels_last.
 

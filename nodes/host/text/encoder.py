@@ -13,6 +13,7 @@ from typing import Any
 import comfy.sd
 import comfy.supported_models_base
 import comfy.utils
+from comfy.sd import CLIP
 from PIL import Image
 from torch import Tensor
 
@@ -87,7 +88,7 @@ def comfy_name(name: str) -> str:
     return re.sub(r"^model\.visual\.", "visual.", re.sub(r"^model\.language_model\.", "model.", name))
 
 
-def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> Conditioning:
+def encode_prompt(clip: CLIP, prompt: str, references: Sequence[Image.Image]) -> Conditioning:
     """Conditioning of the release's template: references in order, no labels, the prompt.
 
     clip: from `load_clip`, or ComfyUI's own Qwen2.5-VL. references: from `resize_references`; the vision encoder gets
@@ -107,7 +108,7 @@ def encode_prompt(clip: Any, prompt: str, references: Sequence[Image.Image]) -> 
         return clip.encode_from_tokens_scheduled(tokens)
 
 
-def changes_weights(clip: Any) -> bool:
+def changes_weights(clip: CLIP) -> bool:
     """Whether hooks may change a CLIP's weights while it encodes, so that nothing of it may be kept."""
     return bool(clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule)
 

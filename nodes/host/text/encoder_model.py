@@ -23,7 +23,9 @@ SIDE = MERGE * PATCH
 class Qwen25VL(llama.Qwen25_7BVLI):
     """ComfyUI's Qwen2.5-VL with the sizes and the counting of positions that a config names."""
 
-    def __init__(self, config: EncoderConfig, _: dict[str, Any], dtype: Any, device: Any, operations: Any) -> None:
+    def __init__(
+        self, config: EncoderConfig, _: dict[str, Any], dtype: object, device: object, operations: object
+    ) -> None:
         torch.nn.Module.__init__(self)  # the parent's builds the 7B
         sizes = llama.Qwen25_7BVLI_Config(**config.text)
         sizes.head_dim, sizes.rope_dims = config.head_dim, config.rope_dims
@@ -34,7 +36,7 @@ class Qwen25VL(llama.Qwen25_7BVLI):
         self.visual = qwen_vl.Qwen2VLVisionTransformer(**config.vision, device=device, dtype=dtype, ops=operations)
         self.visual.fullatt_block_indexes = config.full_attention
 
-    def preprocess_embed(self, embed: dict[str, Any], device: Any) -> tuple[Tensor | None, Tensor | None]:
+    def preprocess_embed(self, embed: dict[str, Any], device: object) -> tuple[Tensor | None, Tensor | None]:
         """An image [1, H, W, 3] in [0, 1] -> its tokens [H/28 * W/28, hidden] and its grid of patches [1, 3].
 
         ComfyUI's own preparation enlarges pictures under 3136 pixels, which gives small models other tokens.
@@ -45,7 +47,7 @@ class Qwen25VL(llama.Qwen25_7BVLI):
         grid = torch.tensor([grid_thw(*pictures.shape[-2:])])
         return self.visual(vision_patches(pictures)[0], grid), grid
 
-    def forward(self, *args: Any, embeds_info: Any = (), **kwargs: Any) -> Any:
+    def forward(self, *args: object, embeds_info: object = (), **kwargs: object) -> Any:
         # without being told of images the parent counts one by one
         return super().forward(*args, embeds_info=[] if self.sequential else embeds_info, **kwargs)
 
@@ -61,7 +63,9 @@ def to_vision_size(pictures: Tensor) -> Tensor:
 class TextModel(sd1_clip.SD1ClipModel):
     """What a CLIP holds: hidden states after the dropped prefix of the template."""
 
-    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, *, device: Any, dtype: Any, model_options: Any):
+    def __init__(
+        self, config: EncoderConfig, tokenizer: Tokenizer, *, device: object, dtype: object, model_options: object
+    ):
         super().__init__(
             device=device,
             dtype=dtype,
@@ -92,7 +96,7 @@ class TextModel(sd1_clip.SD1ClipModel):
         return missing, unexpected
 
 
-def _hidden_states(config: EncoderConfig, pad: int | None, **kwargs: Any) -> sd1_clip.SDClipModel:
+def _hidden_states(config: EncoderConfig, pad: int | None, **kwargs: object) -> sd1_clip.SDClipModel:
     return sd1_clip.SDClipModel(
         layer="last",
         textmodel_json_config={},

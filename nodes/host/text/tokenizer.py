@@ -122,7 +122,7 @@ class Tokenizer:
         llama_template: str | None = None,
         images: Sequence[Tensor] = (),
         prompt: str = "",
-        **_: Any,
+        **_: object,
     ) -> dict[str, list[list[tuple[Any, ...]]]]:
         """As ComfyUI's nodes call it. images: [1, H, W, 3] in [0, 1], one for each IMAGE_PAD in order.
         prompt: the user's words, with which the text ends before SUFFIX: marks in them are ordinary text.
@@ -143,7 +143,7 @@ class Tokenizer:
         weighted = [(t, 1.0, i + 1) if return_word_ids else (t, 1.0) for i, t in enumerate(tokens)]
         return {KEY: [weighted]}
 
-    def dropped(self, tokens: Sequence[Any]) -> int:
+    def dropped(self, tokens: Sequence[object]) -> int:
         """How many tokens of the template come before what is kept: up to the second turn's "user" and line break."""
         turns = [i for i, token in enumerate(tokens) if isinstance(token, int) and token == self.turn]
         if len(turns) < 2:

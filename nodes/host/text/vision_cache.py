@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
+from comfy.sd import CLIP
 from torch import Tensor
 
 from ....unipic_core.caching import TensorCache, WeightsKey
@@ -22,7 +22,7 @@ def clear_cache() -> None:
 
 
 @contextmanager
-def shared_tower(clip: Any) -> Iterator[None]:
+def shared_tower(clip: CLIP) -> Iterator[None]:
     """While this lasts, the tower of a Qwen2.5-VL CLIP does not run for pictures that it has lately seen.
 
     Works for ComfyUI's own class too, since it stands before the tower itself. Known are the pictures by their pixels,

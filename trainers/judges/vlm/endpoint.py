@@ -86,7 +86,7 @@ class Endpoint:
         self._failed_in_a_row = 0
         self._lock = threading.Lock()
 
-    def post_json(self, path: str, body: Mapping[str, Any]) -> Reply:
+    def post_json(self, path: str, body: Mapping[str, object]) -> Reply:
         """POST a JSON object; see ``post``."""
         return self.post(path, json.dumps(body).encode(), "application/json")
 
