@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from unipic_core.errors import printable
+
 from .config.run import ConfigError, RunConfig, load_config
 from .loop.checkpointing import TrainingError
 from .loop.loop import train
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(args.config, args.overrides)
         print(f"exported to {train(config, make_method(config), args.allow_config_change)}")
     except (ConfigError, TrainingError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from unipic_core.errors import printable
 from unipic_core.replacing import write_json
 
 from ..config.run import ConfigError, DataConfig
@@ -75,11 +76,6 @@ def report(data: DataConfig, checked: Checked, bad: dict[int, str]) -> None:
         first = min(bad)
         where = f"first {checked.source.name(first)}: {bad[first]}"
         print(printable(f"{len(bad)} of {len(checked.source)} rows are left out, {where}; all in {path}"))
-
-
-def printable(text: str) -> str:
-    """Names come with the data: nothing in them may steer a terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 class Tried(Dataset):

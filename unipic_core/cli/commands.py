@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
+from ..errors import printable
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar, readable_warnings
 
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
@@ -42,11 +43,14 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding
     args = parser().parse_args(argv)
     try:
         with readable_warnings(args.debug):
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         absent = absent_package(error)
         expected = absent is not None or isinstance(error, (ValueError, OSError))
-        text = absent or with_flags(" ".join(str(error).split())) or type(error).__name__
+        text = absent or with_flags(printable(" ".join(str(error).split()))) or type(error).__name__
         if not expected:
             text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
         print(f"unipic: {text}", file=sys.stderr)
@@ -246,7 +250,7 @@ def run_info(args: argparse.Namespace) -> None:
     from ..weights.describe import describe, format_description
 
     table = describe(args.path)
-    print(json.dumps(table, indent=2) if args.json else format_description(table))
+    print(json.dumps(table, indent=2) if args.json else printable(format_description(table), keep="\n"))
 
 
 def run_convert(args: argparse.Namespace) -> None:
@@ -257,7 +261,7 @@ def run_convert(args: argparse.Namespace) -> None:
     require_new(args.dst, args.overwrite)
     with progress_bar("converting", unit="B") as advance:
         path = convert(args.src, args.dst, dtype=args.dtype, progress=advance)
-    print(path)
+    print(printable(path))
 
 
 def run_merge(args: argparse.Namespace) -> None:
@@ -268,4 +272,4 @@ def run_merge(args: argparse.Namespace) -> None:
         reports = merge(args.src, args.dst, args.lora, dtype=args.dtype, overwrite=args.overwrite, progress=advance)
     for (path, strength), report in zip(args.lora, reports, strict=True):
         print(layers_added(path, strength, report), file=sys.stderr)
-    print(args.dst)
+    print(printable(args.dst))

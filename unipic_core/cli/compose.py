@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from .. import __version__
 from ..conditioning.images import load_image
 from ..conditioning.picture_numbers import number_cautions
-from ..errors import UniPicError
+from ..errors import UniPicError, printable
 from ..pipeline.loading import OpenedPipeline, open_pipeline
 from ..pipeline.loras import AddedLoRAs
 from ..pipeline.offload import check_machine
@@ -46,7 +46,7 @@ def compose(args: argparse.Namespace) -> None:
     for image, seed, named in zip(out.images, out.seeds, paths, strict=True):
         path = still_free(named, args)
         save_image(image, path, record(args, seed, image.size, out.settings))
-        print(path)
+        print(printable(path))
 
 
 def check_destinations(args: argparse.Namespace) -> None:
@@ -135,7 +135,7 @@ def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
     device = device_name(args)
     name = ("fp32" if device == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
     dtype = getattr(torch, DTYPES[name])
-    print(f"loading {args.model.name} on {device} in {name}: {opened.plan.settings}", file=sys.stderr)
+    print(f"loading {printable(args.model.name)} on {device} in {name}: {opened.plan.settings}", file=sys.stderr)
     pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile)
     for (lora, strength), (path, _) in zip(opened.loras, args.lora, strict=True):
         print(layers_added(path, strength, pipe.load_lora(lora, strength)), file=sys.stderr)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import MODELS
+from ..errors import printable
 
 DEFAULT_MODEL = MODELS / "unipic-nano"
 """What the command line composes with unless `--model` says otherwise."""
@@ -19,7 +20,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def layers_added(path: Path, strength: float, report: Any) -> str:
-    return f"{path.name}: {report.matched} layers added at strength {strength:g}"
+    return f"{printable(path.name)}: {report.matched} layers added at strength {strength:g}"
 
 
 @contextmanager
@@ -49,5 +50,5 @@ def readable_warnings(debug: bool) -> Iterator[None]:
         if not debug:
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", category=UserWarning)
-            warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: print(f"warning: {printable(message)}", file=sys.stderr)
         yield
