@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import printable
-from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar, readable_warnings
+from .terminal import DEFAULT_MODEL, DTYPES, layers_added, printable, progress_bar, readable_warnings
 
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 FORMS = ("bf16", "fp32", "fp8_scaled")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import MODELS
-from ..errors import printable
+from ..errors import printable as printable
 
 DEFAULT_MODEL = MODELS / "unipic-nano"
 """What the command line composes with unless `--model` says otherwise."""
