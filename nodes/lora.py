@@ -88,8 +88,8 @@ def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, Mer
             patches[NETWORK + parameter] = _bias_patch(layer) if is_bias else _weight_patch(layer)
     for patches in rounds:
         clone.add_patches(patches, strength)
-    if facts.recipe.causal_form:
-        switch_form(clone, lora.name, facts.recipe.causal_form)
+    if facts.recipe.causal_attention_form:
+        switch_form(clone, lora.name, facts.recipe.causal_attention_form)
     attach(clone, facts)
     if not isinstance(model.model, UniPicModel):  # others save their facts already
         save_with_facts(clone)

@@ -1,4 +1,4 @@
-"""Numbers as callers bring them, Python's and numpy's alike. A text is no number, nor are True and False."""
+"""Accept Python and numpy numbers; reject strings and bools."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numbers import Integral, Real
 
 
 def finite(value: object) -> int | float | None:
-    """The number as Python's own, None for NaN, infinity and what is no number."""
+    """Convert a finite number to Python's int or float; None for NaN, infinity and anything that is not a number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
     if isinstance(value, Integral):
@@ -16,6 +16,6 @@ def finite(value: object) -> int | float | None:
 
 
 def whole(value: object) -> int | None:
-    """The whole number that this is, as 64.0 is 64; None if it is none."""
+    """Convert a whole number to int, 64.0 to 64; None for anything else."""
     number = finite(value)
     return int(number) if number is not None and number == int(number) else None

@@ -1,4 +1,4 @@
-"""Errors that a user can cause. Each has one sentence: what was expected, what came, what to do."""
+"""Errors that a user can cause. Each message is one sentence: the expected value, the given one, the remedy."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def notes(patcher: ModelPatcher) -> dict[str, Tensor]:
     form, network = form_of(patcher), patcher.model.diffusion_model
     tensors = {METADATA_KEY: _bytes(replace(facts_of(patcher).recipe, attention_form=form).to_json())}
     if isinstance(network, ComfyMMDiT):
-        tensors[CONFIG_KEY] = _bytes(json.dumps(network.config.with_form(form).to_dict()))
+        tensors[CONFIG_KEY] = _bytes(json.dumps(network.config.with_attention_form(form).to_dict()))
         if network.config.zero_cond_t:
             tensors[f"model.diffusion_model.{ZERO_COND_MARKER}"] = torch.zeros(0)  # the shape that ComfyUI has
     return tensors

@@ -108,11 +108,11 @@ class Reusing:
 
     def reused(self, latents: PackedLatents, t: float, text: TextCond, kept: Kept) -> Tensor:
         network = self.network
-        network.config = network.config.with_form(REFERENCE_CAUSAL)
+        network.config = network.config.with_attention_form(REFERENCE_CAUSAL)
         try:
             return network(latents, t, text, cache={REFERENCES: kept})
         finally:
-            network.config = network.config.with_form(FULL)
+            network.config = network.config.with_attention_form(FULL)
 
 
 @dataclass(frozen=True)

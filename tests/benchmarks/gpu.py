@@ -186,7 +186,7 @@ def measured(bench: Bench, load: Load, networks: Mapping[str, MMDiT], kind: Kind
 def figures_of(bench: Bench, load: Load, name: str, times: Times) -> dict[str, Any]:
     """Times and rates of a step and of a picture. name: of its run."""
     cached, config = name.startswith(CACHED), bench.setup.config
-    causal, end = config.with_form(bench.form), COMPILED if name.endswith(COMPILED) else ""
+    causal, end = config.with_attention_form(bench.form), COMPILED if name.endswith(COMPILED) else ""
     flops = step_flops(causal, load, cached=True) if cached else step_flops(config, load)
     picture, operations = {name: STEPS}, STEPS * flops
     if cached:

@@ -91,7 +91,7 @@ COLUMNS: Columns = {
 
 def diffusers_network(ours: MMDiT) -> Any:
     """diffusers' class, which has the full form alone, on the same memory."""
-    sizes = ours.config.with_form(FULL).to_dict()
+    sizes = ours.config.with_attention_form(FULL).to_dict()
     with init_empty_weights():  # weights of its own, never used, would count in a peak of memory
         theirs = QwenImageTransformer2DModel.from_config(sizes)
     theirs.load_state_dict(ours.state_dict(), assign=True)

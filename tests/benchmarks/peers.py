@@ -95,7 +95,7 @@ def picture(system: str, setup: Setup, count: int, form: str, dtype: torch.dtype
     kind = Kind(dtype)
 
     def run() -> None:
-        network = kind.random(setup.config.with_form(form if system == CACHED else None))
+        network = kind.random(setup.config.with_attention_form(form if system == CACHED else None))
         inputs = kind.inputs(setup.config, setup.load(system, count))
         if system in ("release", "editplus"):
             by_diffusers(diffusers_network(network), inputs)
@@ -151,7 +151,7 @@ def cost_of(setup: Setup, system: str, count: int, form: str, steps: int = STEPS
     """With guidance a step is two evaluations."""
     load, config, evaluations = setup.load(system, count), setup.config, 2 if guided else 1
     if system == CACHED:
-        config = config.with_form(form)
+        config = config.with_attention_form(form)
         cached, filled = f"{CACHED} {form}", f"{FILL} {form}"
         flops = {cached: step_flops(config, load, cached=True), filled: fill_flops(config, load)}
         return Cost({cached: evaluations}, {filled: 1, cached: steps * evaluations}, flops)
@@ -182,7 +182,7 @@ def peak_of(setup: Setup, system: str, count: int, form: str, dtype: torch.dtype
     """Columns of the memory, in MiB."""
     held = sum(p.numel() * dtype.itemsize for p in MMDiT(setup.config, device="meta").parameters())
     if system == CACHED:
-        held += cache_bytes(setup.config.with_form(form), setup.load(system, count), dtype.itemsize)
+        held += cache_bytes(setup.config.with_attention_form(form), setup.load(system, count), dtype.itemsize)
     peak = peak_of_its_own(picture, system, setup, count, form, dtype)
     return {"peak_mib": peak / MIB, "peak_floor": held / MIB}
 

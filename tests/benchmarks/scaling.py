@@ -110,7 +110,7 @@ def step(config: MMDiTConfig, load: Load, cached: bool) -> Run:
 
 
 def flops_of(config: MMDiTConfig, form: str, load: Load) -> dict[str, int]:
-    causal = config.with_form(form)
+    causal = config.with_attention_form(form)
     return {
         UNCACHED: step_flops(config, load),
         FILL: fill_flops(causal, load),
@@ -165,7 +165,7 @@ def points_of(setup: Setup, form: str, axis: str, networks: tuple[MMDiT, MMDiT],
         flops = flops_of(setup.config, form, loads[x])[name]
         row = {"axis": axis, "x": x, "run": name, "seconds": times.median(f"{x} {name}"), "floor": flops / per_second}
         if name != FILL:
-            config = setup.config.with_form(form if name == CACHED else None)
+            config = setup.config.with_attention_form(form if name == CACHED else None)
             row["peak_mib"] = peak_of_its_own(step, config, loads[x], name == CACHED) / MIB
             row["peak_arithmetic"] = memory_of(config, loads[x]) / MIB
         rows.append(row)

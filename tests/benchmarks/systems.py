@@ -104,7 +104,7 @@ class Kind:
 
     def twin(self, network: MMDiT, form: str) -> MMDiT:
         """Another network on the same memory, in the attention form `form`."""
-        made = self._blank(network.config.with_form(form))
+        made = self._blank(network.config.with_attention_form(form))
         made.load_state_dict(network.state_dict(), assign=True)
         return made.eval().requires_grad_(False)
 

@@ -28,7 +28,7 @@ KIND = Kind(torch.float32)
 @pytest.mark.parametrize("count", [0, 2])
 def test_operations_are_those_that_torch_counts(form, count):
     load = replace(with_text(LatentShape(1, 3, 4), sharing(4, count)), batch=2)
-    network = KIND.random(TINY_SIZES.with_form(form))
+    network = KIND.random(TINY_SIZES.with_attention_form(form))
     inputs = KIND.inputs(TINY_SIZES, load)
     cache = fill(network, inputs)
     assert count_flops(lambda: evaluate(network, inputs)) == step_flops(network.config, load)
@@ -51,7 +51,7 @@ def test_the_released_step_is_that_of_the_papers_sizes():
     config, load = MMDiTConfig(), Load(square(64), (square(64),), 1070)
     full = step_flops(config, load)
     assert full / 1e12 == pytest.approx(187, rel=0.02)
-    parts = [step_flops(config.with_form(form), load, cached=True) / full for form in CAUSAL]
+    parts = [step_flops(config.with_attention_form(form), load, cached=True) / full for form in CAUSAL]
     assert parts == pytest.approx([0.57, 0.45], abs=0.02)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
-from unipic_core.weights.convert import Network, keep_sources, source_recipe, write_file
+from unipic_core.weights.convert import WeightStream, protect_sources, source_recipe, write_file
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.merge import merge, write_folder
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import check_keys, expected_shapes
 
-FORM = "bf16"
+STORAGE_DTYPE = "bf16"
 """How trained weights are written."""
 
 
@@ -41,7 +41,7 @@ def export_adapter(
     lora, merged, model = _targets(folder, sources, f"{name}.safetensors", f"{name}_merged.safetensors", name)
     save_lora(lora, layers, alpha=alpha, recipe=recipe)
     for target in (merged, model):
-        merge(base, target, [(lora, 1.0)], dtype=FORM, overwrite=True, parts_from=parts_from)
+        merge(base, target, [(lora, 1.0)], dtype=STORAGE_DTYPE, overwrite=True, parts_from=parts_from)
 
 
 def export_network(
@@ -63,9 +63,9 @@ def export_network(
     if not report.fits:
         raise CheckpointError(f"the trained weights do not fit their config ({report})")
     single, model = _targets(folder, [base, parts_from or base], f"{name}.safetensors", name)
-    network = Network(config, source_recipe(base).merge(recipe), partial(_stream, network_state))
-    write_file(single, network, FORM)
-    write_folder(model, network, FORM, parts_from or base)
+    stream = WeightStream(config, source_recipe(base).merge(recipe), partial(_state_tensors, network_state))
+    write_file(single, stream, STORAGE_DTYPE)
+    write_folder(model, stream, STORAGE_DTYPE, parts_from or base)
 
 
 def _targets(folder: Path, sources: Sequence[Path], *names: str) -> list[Path]:
@@ -76,10 +76,10 @@ def _targets(folder: Path, sources: Sequence[Path], *names: str) -> list[Path]:
         raise CheckpointError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     targets = [folder / name for name in names]
     for target in targets:
-        keep_sources(target, sources)
+        protect_sources(target, sources)
     return targets
 
 
-def _stream(state: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _state_tensors(state: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """One parameter after the other, on the CPU."""
     return ((name, state[name].detach().cpu()) for name in names)

@@ -320,7 +320,7 @@ class NetworkTraining:
     def export_name(self) -> str:
         """Of what is exported. It says a causal form: a loader that only adds weights cannot bring it."""
         name = "unipic_distill" if self.config.method != "sft" else "unipic_sft"
-        form = self.own_recipe.causal_form
+        form = self.own_recipe.causal_attention_form
         return f"{name}_{form}" if form else name
 
     def save_adapter(self, folder: Path) -> None:

@@ -28,7 +28,7 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
     check_form(config)
     if config.adapter is not None:
         base = load_frozen(config)
-        own = base.config.with_form(student_form(config))
+        own = base.config.with_attention_form(student_form(config))
         roles = AdapterRoles(base, config.adapter, trained, seed, {STUDENT: own, EMA: own})
         if config.student:
             roles.start_from(Path(config.student), (STUDENT, EMA))
@@ -40,7 +40,7 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
 def check_form(config: NetworkConfig) -> None:
     """ConfigError where a student in the full form could not say so: a recipe merged over a causal one stays causal."""
     base = config.transformer or config.model
-    if config.attention_form == FULL and (form := recipe_of(base).causal_form):
+    if config.attention_form == FULL and (form := recipe_of(base).causal_attention_form):
         raise ConfigError(
             f"network.attention_form is {FULL}, but {base} is made for {form}, and so would be read what is exported; "
             "leave the key out, or start from weights of the full form"
@@ -51,7 +51,7 @@ def student_form(config: NetworkConfig) -> str | None:
     """The attention form that the student is given: the config's, else that of the LoRA it starts from."""
     if config.attention_form is None and config.adapter is not None and config.student:
         recipe = read_lora(config.student).recipe
-        return None if recipe is None else recipe.causal_form
+        return None if recipe is None else recipe.causal_attention_form
     return config.attention_form
 
 
@@ -63,5 +63,5 @@ def load_network(config: NetworkConfig, role: str) -> MMDiT:
     network = load_transformer(path, dtype=dtype, attention=attention_named(config.attention))
     network.gradient_checkpointing = config.gradient_checkpointing
     if role in (STUDENT, EMA):
-        network.config = network.config.with_form(student_form(config))
+        network.config = network.config.with_attention_form(student_form(config))
     return network

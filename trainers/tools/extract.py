@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unipic_core.errors import UniPicError
-from unipic_core.weights.convert import keep_sources, source_recipe
+from unipic_core.weights.convert import protect_sources, source_recipe
 from unipic_core.weights.files import Weights
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.transformer import check_keys, open_transformer
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
     """Everything but the exit code. Raises UniPicError in one sentence for bad input."""
     if args.out.suffix != ".safetensors":
         raise UniPicError(f"--out should end in .safetensors, got {args.out.name}")
-    keep_sources(args.out, [args.base, args.tuned])
+    protect_sources(args.out, [args.base, args.tuned])
     found = extract(args.base, args.tuned, args.rank, args.target or AdapterConfig.targets, args.device, progress=True)
     recipe = source_recipe(args.tuned)
     how = {"tuned": args.tuned.resolve().name, "rank": args.rank, "kept": round(found.kept, 4)}

@@ -61,7 +61,7 @@ class MMDiTConfig:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-    def with_form(self, attention_form: str | None) -> MMDiTConfig:
+    def with_attention_form(self, attention_form: str | None) -> MMDiTConfig:
         """The same sizes with another attention form; None changes nothing."""
         return self if attention_form is None else replace(self, attention_form=attention_form)
 

@@ -138,8 +138,8 @@ class UniPicPipeline:
         with torch.inference_mode():  # weights that were loaded under it can be written under it alone
             report = merge_lora(self.transformer, lora, float(strength))
         self._loras = loras
-        form = recipe.causal_form or self._own_form
-        self.transformer.config = self.transformer.config.with_form(form)
+        form = recipe.causal_attention_form or self._own_form
+        self.transformer.config = self.transformer.config.with_attention_form(form)
         if report.unmatched:
             strange = f"{len(report.unmatched)} not known here ({', '.join(report.unmatched[:3])})"
             warnings.warn(f"{lora.name}: {report.matched} layers added, {strange}", stacklevel=2)

@@ -69,7 +69,7 @@ def resolve(
         output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
         fixed_shift=_first(recipe.shift, DEFAULT_SHIFT) if schedule == "fixed_shift" else None,
     )
-    _ = recipe.causal_form  # refuses a form that this version does not have
+    _ = recipe.causal_attention_form  # refuses a form that this version does not have
     return settings
 
 

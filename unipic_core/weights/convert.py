@@ -1,4 +1,4 @@
-"""Any form of a UniPic transformer to one safetensors file, with about one tensor in memory."""
+"""Convert a UniPic transformer of any layout to one safetensors file, with about one tensor in memory."""
 
 from __future__ import annotations
 
@@ -17,67 +17,71 @@ from ..model.config import FULL, MMDiTConfig
 from .files import PathLike, Weights
 from .recipe import METADATA_KEY, RECIPE_FROM, Recipe, released_recipe
 from .transformer import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, open_transformer
-from .write import Described, Progress, write_safetensors
+from .write import Progress, TensorLayout, write_safetensors
 
-DTYPES = {"bf16": torch.bfloat16, "fp8_scaled": torch.bfloat16, "fp32": torch.float32}
-"""Forms that weights are written in, and the type of the tensors that are not quantised."""
+STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp8_scaled": torch.bfloat16, "fp32": torch.float32}
+"""Storage dtype of a file -> type of its tensors that are not quantised."""
 
 FP8_MAX = 448.0
 """Largest number of float8_e4m3fn."""
 
 FP8_LAYER = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-"""What `X.comfy_quant` says. Without the second entry ComfyUI rounds activations to fp8 too, with scale 1;
+"""Content of `X.comfy_quant`. Without the second entry ComfyUI rounds activations to fp8 too, with scale 1;
 those of this architecture exceed fp8's range, so products stay in bf16."""
 
 
 @dataclass(frozen=True)
-class Network:
-    """A network on its way to a file. stream: names of its parameters -> those with their tensors, one at a time."""
+class WeightStream:
+    """Weights to be written, one tensor at a time.
+
+    read: parameter names -> (name, tensor) pairs, each tensor made when it is reached.
+    """
 
     config: MMDiTConfig
     recipe: Recipe
-    stream: Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
+    read: Callable[[Iterable[str]], Iterable[tuple[str, Tensor]]]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What its files say about it."""
+        """Metadata of the safetensors files: config and recipe."""
         config = json.dumps(self.config.to_dict())
         return {"format": "pt", CONFIG_KEY: config, METADATA_KEY: self.recipe.to_json()}
 
 
 def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Progress | None = None) -> Path:
-    """Write the transformer at `src` (any form that `load_transformer` takes) as one safetensors file.
+    """Write the transformer at `src` (any layout that `load_transformer` reads) as one safetensors file.
 
-    Keys are the network's own, which ComfyUI recognises; metadata holds the config, the recipe and how the file
-    was made. Returns the path written.
+    Keys are the parameter names, which ComfyUI recognises; the metadata holds the config and the recipe, which records
+    this conversion. Returns the path written.
 
     dtype: "bf16", "fp32", or "fp8_scaled": the blocks' matrices in float8_e4m3fn with one scale each, as ComfyUI 0.33
     reads them, all else in bf16. progress: called with (bytes written, bytes in all). Raises CheckpointError; on any
-    failure, Ctrl-C included, nothing is left behind and an older `dst` stays. Warns of a form that is not full.
+    failure, Ctrl-C included, nothing is left behind and an older `dst` stays. Warns if the attention form is not full.
     """
     src, dst = Path(src), Path(dst)
-    checked_form(dtype)
+    check_storage_dtype(dtype)
     if dst.is_dir():
         raise CheckpointError(f"{dst} is a folder; name the file to write, such as {dst / 'unipic.safetensors'}")
     if dst.suffix != ".safetensors":
         raise CheckpointError(f"the destination should end in .safetensors, got {dst.name}")
-    keep_sources(dst, [src])
+    protect_sources(dst, [src])
     opened = open_transformer(src)
     weights, config = opened.weights, opened.config
-    keep_sources(dst, weights.files)
+    protect_sources(dst, weights.files)
     recipe = source_recipe(src)
     how = {"source": src.absolute().name, "dtype": dtype}
     recipe = replace(recipe, made={**recipe.made, "convert": how})
-    network = Network(config.with_form(recipe.causal_form), recipe, partial(stored, weights))
-    write_file(dst, network, dtype, progress)
-    for caution in form_cautions(dst, network.config):
-        warnings.warn(caution, stacklevel=2)
+    output = WeightStream(
+        config.with_attention_form(recipe.causal_attention_form), recipe, partial(stored_tensors, weights)
+    )
+    write_file(dst, output, dtype, progress)
+    for message in attention_form_warnings(dst, output.config):
+        warnings.warn(message, stacklevel=2)
     return dst
 
 
-def form_cautions(dst: Path, config: MMDiTConfig) -> Iterator[str]:
-    """What to say of a checkpoint written at `dst` in an attention form that other programs do not know: they report
-    no error."""
+def attention_form_warnings(dst: Path, config: MMDiTConfig) -> Iterator[str]:
+    """Warn of a checkpoint whose attention form other programs do not know: they read it as full without an error."""
     if config.attention_form != FULL:
         yield (
             f"{dst.name}: its attention is {config.attention_form}, which only unipic and the node Load UniPic "
@@ -85,35 +89,35 @@ def form_cautions(dst: Path, config: MMDiTConfig) -> Iterator[str]:
         )
 
 
-def stored(weights: Weights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The `stream` of a checkpoint."""
+def stored_tensors(weights: Weights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Read the named tensors of a checkpoint one at a time: the `read` of a WeightStream."""
     return ((name, weights.get(name)) for name in names)
 
 
-def write_file(dst: Path, network: Network, dtype: str, progress: Progress | None = None) -> None:
-    """Write one safetensors file, as `convert` describes it."""
-    shapes = expected_shapes(network.config)
-    described = describe_output(shapes, network.config, dtype)
-    data = encoded(network.stream(shapes), described)
-    write_safetensors(dst, described, data, network.metadata, progress)
+def write_file(dst: Path, output: WeightStream, dtype: str, progress: Progress | None = None) -> None:
+    """Write one safetensors file as `convert` does. dtype: one of STORAGE_DTYPES."""
+    shapes = expected_shapes(output.config)
+    layout = output_layout(shapes, output.config, dtype)
+    data = encode_tensors(output.read(shapes), layout)
+    write_safetensors(dst, layout, data, output.metadata, progress)
 
 
-def checked_form(dtype: str) -> None:
-    """CheckpointError for a form that is none of DTYPES."""
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype should be one of {', '.join(DTYPES)}, got {dtype!r}")
+def check_storage_dtype(dtype: str) -> None:
+    """Raise CheckpointError for a storage dtype that is none of STORAGE_DTYPES."""
+    if dtype not in STORAGE_DTYPES:
+        raise CheckpointError(f"dtype should be one of {', '.join(STORAGE_DTYPES)}, got {dtype!r}")
 
 
-def describe_output(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, dtype: str) -> Described:
-    """Names, types and shapes of everything the file will hold."""
-    plain = DTYPES[dtype]
+def output_layout(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, dtype: str) -> TensorLayout:
+    """Names, types and shapes of all tensors of the file, those of its quantisation included."""
+    plain = STORAGE_DTYPES[dtype]
     out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         if dtype == "fp8_scaled" and is_block_matrix(name, shape):
             layer = name.removesuffix(".weight")
             out[name] = (torch.float8_e4m3fn, shape)
             out[layer + ".weight_scale"] = (torch.float32, ())
-            out[layer + ".comfy_quant"] = (torch.uint8, tuple(_note().shape))
+            out[layer + ".comfy_quant"] = (torch.uint8, tuple(_comfy_quant().shape))
         else:
             out[name] = (plain, shape)
     if config.zero_cond_t:
@@ -122,7 +126,7 @@ def describe_output(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, 
 
 
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight -> (values of its shape in float8_e4m3fn, scale [] in float32), with weight ~ values * scale.
+    """Quantise a weight to (values of its shape in float8_e4m3fn, scale [] in float32): weight ~ values * scale.
 
     The largest value comes near 448. The scale is a number that bf16 holds exactly, rounded up, because ComfyUI
     multiplies by it in bf16.
@@ -141,33 +145,33 @@ def _bf16_above(value: Tensor) -> Tensor:
     return below.float() if below >= value else (below.view(torch.int16) + 1).view(torch.bfloat16).float()
 
 
-def encoded(tensors: Iterable[tuple[str, Tensor]], described: Described) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a file from those of the network, one at a time."""
+def encode_tensors(tensors: Iterable[tuple[str, Tensor]], layout: TensorLayout) -> Iterator[tuple[str, Tensor]]:
+    """Cast or quantise the network's tensors to those of the file, one at a time."""
     for name, tensor in tensors:
-        dtype = described[name][0]
+        dtype = layout[name][0]
         if dtype is torch.float8_e4m3fn:
             layer = name.removesuffix(".weight")
             values, scale = quantise_fp8(tensor)
             del tensor
             yield name, values
             yield layer + ".weight_scale", scale
-            yield layer + ".comfy_quant", _note()
+            yield layer + ".comfy_quant", _comfy_quant()
         else:
             yield name, tensor.to(dtype)
-    if ZERO_COND_MARKER in described:
-        yield ZERO_COND_MARKER, torch.ones(1, dtype=described[ZERO_COND_MARKER][0])
+    if ZERO_COND_MARKER in layout:
+        yield ZERO_COND_MARKER, torch.ones(1, dtype=layout[ZERO_COND_MARKER][0])
 
 
 def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2
 
 
-def _note() -> Tensor:
+def _comfy_quant() -> Tensor:
     return torch.tensor(list(json.dumps(FP8_LAYER).encode()), dtype=torch.uint8)
 
 
-def keep_sources(dst: Path, sources: Iterable[Path]) -> None:
-    """CheckpointError if writing `dst` would replace one of these files or folders, or any file in one of them."""
+def protect_sources(dst: Path, sources: Iterable[Path]) -> None:
+    """Raise CheckpointError if writing `dst` would replace a source, or any file in a source folder."""
     if not dst.exists():
         return
     for source in sources:
@@ -180,7 +184,7 @@ def keep_sources(dst: Path, sources: Iterable[Path]) -> None:
 
 
 def source_recipe(src: Path) -> Recipe:
-    """The recipe that a checkpoint brings, or the guess by its name, marked as one."""
+    """Recipe stored with a checkpoint; without one, the guess by its name, marked as a guess."""
     recipe = Recipe.read(src)
     if recipe is None and (guess := released_recipe(src)):
         recipe = replace(guess, made={RECIPE_FROM: "name"})

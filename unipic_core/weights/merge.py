@@ -1,4 +1,4 @@
-"""LoRAs baked into a checkpoint, with a few tensors in memory: to one safetensors file or a diffusers folder."""
+"""Merge LoRAs into a checkpoint with a few tensors in memory, to one safetensors file or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import finite
 from ..errors import CheckpointError, LoRAError
 from ..replacing import replacing, require_new, write_errors, write_json
 from .convert import (
-    DTYPES,
-    Network,
-    checked_form,
-    encoded,
-    form_cautions,
-    keep_sources,
+    STORAGE_DTYPES,
+    WeightStream,
+    attention_form_warnings,
+    check_storage_dtype,
+    encode_tensors,
+    protect_sources,
     source_recipe,
-    stored,
+    stored_tensors,
     write_file,
 )
 from .files import FP8, PathLike, Weights
@@ -32,7 +33,7 @@ from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
 from .model_files import files_to_copy, foreign_file, write_manifest
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe
 from .transformer import PARTS, expected_shapes, open_transformer, stored_dtype
-from .write import Described, Progress, file_size, write_tensors
+from .write import Progress, TensorLayout, file_size, write_tensors
 
 STEM = "diffusion_pytorch_model"
 MODEL_INDEX = "model_index.json"
@@ -56,92 +57,98 @@ def merge(
     parts_from: PathLike | None = None,
     progress: Progress | None = None,
 ) -> tuple[MergeReport, ...]:
-    """Write the transformer at `src` with LoRAs, each (path, strength), added to its weights. Returns a report of each.
+    """Add LoRAs, each (path, strength), to the transformer at `src` and write the result. Returns one report per LoRA.
 
     dst: a name that ends in .safetensors becomes one file, as `convert` writes it; any other a diffusers folder, with
     the text encoder and the other parts copied from the pipeline folder `parts_from`, or `src` if it is one. The recipe
     is the source's with the LoRAs' over it. Sums are taken in float32 and rounded once. Warns where the result's
     attention form is not full.
 
-    dtype: one of DTYPES, None = the source's own; a folder holds no fp8. overwrite: replace what is at `dst`. progress:
-    called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure, Ctrl-C included,
-    nothing half-written is left and an older `dst` stays.
+    dtype: one of STORAGE_DTYPES, None = as the source is stored; a folder holds no fp8. overwrite: replace an existing
+    `dst`. progress: called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure,
+    Ctrl-C included, nothing half-written is left and an older `dst` stays.
     """
     src, dst = Path(src), Path(dst)
-    single = _checked_target(dst, dtype, overwrite)
+    single = _is_single_file(dst, dtype, overwrite)
     adapters = [(read_lora(path, mapped=True), checked_strength(strength)) for path, strength in loras]
     if not adapters:
         raise LoRAError("nothing to merge: name at least one LoRA")
     opened = open_transformer(src)
     weights, config = opened.weights, opened.config
     parts = src if parts_from is None else Path(parts_from)
-    keep_sources(dst, [src, parts, *weights.files, *(Path(path) for path, _ in loras)])
+    protect_sources(dst, [src, parts, *weights.files, *(Path(path) for path, _ in loras)])
     fitted = [(lora.fit(weights.shapes()), strength) for lora, strength in adapters]
-    dtype = dtype or form_of(weights, single)
-    recipe = merged_recipe(source_recipe(src), adapters, {"source": src.absolute().name, "dtype": dtype})
-    network = Network(config.with_form(recipe.causal_form), recipe, partial(_with_loras, weights, fitted))
+    dtype = dtype or storage_dtype_of(weights, single)
+    recipe = merged_recipe(source_recipe(src), adapters, src.absolute().name, dtype)
+    output = WeightStream(
+        config.with_attention_form(recipe.causal_attention_form), recipe, partial(_tensors_with_loras, weights, fitted)
+    )
     if single:
-        write_file(dst, network, dtype, progress)
+        write_file(dst, output, dtype, progress)
     else:
-        write_folder(dst, network, dtype, parts, progress)
+        write_folder(dst, output, dtype, parts, progress)
     names = [lora.name for lora, _ in adapters]
     reports = tuple(fit.report for fit, _ in fitted)
-    for caution in (*key_cautions(names, reports), *form_cautions(dst, network.config)):
-        warnings.warn(caution, stacklevel=2)
+    for message in (*unknown_key_warnings(names, reports), *attention_form_warnings(dst, output.config)):
+        warnings.warn(message, stacklevel=2)
     return reports
 
 
-def key_cautions(names: Sequence[str], reports: Sequence[MergeReport]) -> Iterator[str]:
-    """What to say of LoRAs, by their names, that hold keys which belong to nothing."""
+def unknown_key_warnings(names: Sequence[str], reports: Sequence[MergeReport]) -> Iterator[str]:
+    """Warn of LoRAs with keys that match no layer of the network."""
     for name, report in zip(names, reports, strict=True):
-        if strange := report.unmatched:
-            yield f"{name}: {len(strange)} keys not known here ({', '.join(strange[:3])})"
+        if unknown := report.unmatched:
+            yield f"{name}: {len(unknown)} keys not known here ({', '.join(unknown[:3])})"
 
 
-def checked_strength(strength: Any) -> float:
-    """A strength that changes something, or LoRAError."""
-    number = isinstance(strength, (int, float)) and not isinstance(strength, bool) and math.isfinite(strength)
-    if not number or not strength:
+def checked_strength(strength: object) -> float:
+    """Return the strength as a float; raise LoRAError unless it is a finite number other than 0."""
+    number = finite(strength)
+    if not number:
         raise LoRAError(f"the strength of a LoRA to merge should be a number other than 0, got {strength!r}")
-    return float(strength)
+    return float(number)
 
 
-def form_of(weights: Weights, single: bool = True) -> str:
-    """The form that weights are stored in, as DTYPES names it; bf16 in place of fp8 unless it is for one file."""
+def storage_dtype_of(weights: Weights, single: bool = True) -> str:
+    """Storage dtype of the weights, one of STORAGE_DTYPES; bf16 in place of fp8 unless written to a single file."""
     if single and any(weights.dtype(name) in FP8 for name in weights):
         return "fp8_scaled"
     return "fp32" if stored_dtype(weights) is torch.float32 else "bf16"
 
 
-def merged_recipe(base: Recipe, adapters: Sequence[tuple[LoRA, float]], how: dict[str, Any]) -> Recipe:
-    """The base's recipe with those of the LoRAs over it; `made` says which, how strong, and of earlier merges."""
+def merged_recipe(base: Recipe, adapters: Sequence[tuple[LoRA, float]], source: str, dtype: str) -> Recipe:
+    """Recipe of the base with those of the LoRAs over it; `made` lists the LoRAs, their strengths and earlier merges.
+
+    source: name of the base's file or folder. dtype: storage dtype of the merged weights.
+    """
     recipe = base
     for lora, _ in adapters:
         recipe = recipe.merge(lora.recipe)
-    how = {**how, "loras": [{"name": lora.name, "strength": strength} for lora, strength in adapters]}
+    names = [{"name": lora.name, "strength": strength} for lora, strength in adapters]
+    how: dict[str, object] = {"source": source, "dtype": dtype, "loras": names}
     if earlier := recipe.made.get("merge"):
         how["after"] = earlier
     return replace(recipe, made={**recipe.made, "merge": how})
 
 
 def write_folder(
-    dst: Path, network: Network, dtype: str, parts_from: Path | None = None, progress: Progress | None = None
+    dst: Path, output: WeightStream, dtype: str, parts_from: Path | None = None, progress: Progress | None = None
 ) -> None:
     """Write a diffusers folder: transformer/, recipe.json, and the other parts of the pipeline folder `parts_from`.
 
-    An older folder at `dst` is replaced at the end, where every file in it was written by an earlier call. Raises
-    CheckpointError, for fp8 too, which diffusers does not read, for a link in `parts_from` that leads out of it, and
-    where `dst` holds any file that was not written here or was changed since; nothing half-written is left.
+    An older folder at `dst` is replaced at the end if every file in it was written by an earlier call. Raises
+    CheckpointError for fp8, which diffusers does not read, for a link in `parts_from` that leads out of it, and for a
+    `dst` that holds a file which no merge wrote or which changed since; nothing half-written is left.
     """
-    _checked_folder_form(dtype)
+    _check_folder_dtype(dtype)
     if dst.is_dir() and (foreign := foreign_file(dst)):
         raise CheckpointError(
             f"{dst} holds {foreign}, which merge did not write, so the folder is not overwritten; choose another name"
         )
-    described = {name: (DTYPES[dtype], shape) for name, shape in expected_shapes(network.config).items()}
-    shards = plan_shards(described, SHARD_BYTES)
+    layout = {name: (STORAGE_DTYPES[dtype], shape) for name, shape in expected_shapes(output.config).items()}
+    shards = plan_shards(layout, SHARD_BYTES)
     copies = files_to_copy(parts_from, (MODEL_INDEX,), OTHER_PARTS) if parts_from is not None else {}
-    size = sum(file_size(shard, network.metadata) for shard in shards.values())
+    size = sum(file_size(shard, output.metadata) for shard in shards.values())
     size += sum(source.stat().st_size for source in copies.values())
     with write_errors(dst, size), replacing(dst, size, folder=True) as partial:
         (partial / "transformer").mkdir()
@@ -149,7 +156,7 @@ def write_folder(
         for name, shard in shards.items():
             file = partial / "transformer" / name
             advance = None if progress is None else _shifted(progress, done, size)
-            write_tensors(file, shard, encoded(network.stream(shard), shard), network.metadata, advance)
+            write_tensors(file, shard, encode_tensors(output.read(shard), shard), output.metadata, advance)
             done += file.stat().st_size
         for name, source in copies.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -157,18 +164,18 @@ def write_folder(
             done += source.stat().st_size
             if progress:
                 progress(done, size)
-        write_json(partial / "transformer" / "config.json", network.config.to_dict())
+        write_json(partial / "transformer" / "config.json", output.config.to_dict())
         if len(shards) > 1:
             write_json(partial / "transformer" / f"{STEM}.safetensors.index.json", _index(shards))
-        (partial / FILE_NAME).write_text(network.recipe.to_json() + "\n", encoding="utf-8")
+        (partial / FILE_NAME).write_text(output.recipe.to_json() + "\n", encoding="utf-8")
         write_manifest(partial)
 
 
-def plan_shards(described: Described, limit: int) -> dict[str, Described]:
-    """File name -> its tensors, in order, each file at most `limit` bytes unless one tensor is larger."""
+def plan_shards(layout: TensorLayout, limit: int) -> dict[str, TensorLayout]:
+    """Split tensors, in order, into files of at most `limit` bytes, or of one larger tensor: file name -> tensors."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = 0
-    for name, (dtype, shape) in described.items():
+    for name, (dtype, shape) in layout.items():
         nbytes = math.prod(shape) * dtype.itemsize
         if shards[-1] and size + nbytes > limit:
             shards.append({})
@@ -180,34 +187,34 @@ def plan_shards(described: Described, limit: int) -> dict[str, Described]:
     return {f"{STEM}-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _index(shards: dict[str, Described]) -> dict[str, Any]:
+def _index(shards: dict[str, TensorLayout]) -> dict[str, Any]:
     total = sum(math.prod(shape) * dtype.itemsize for shard in shards.values() for dtype, shape in shard.values())
     weight_map = {name: file for file, shard in shards.items() for name in shard}
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def _with_loras(weights: Weights, fitted: Fitted, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
-    """The `stream` of a checkpoint with LoRAs, in float32, so that the sum is rounded once, to the file's type."""
-    tensors: Iterable[tuple[str, Tensor]] = ((name, tensor.float()) for name, tensor in stored(weights, names))
+def _tensors_with_loras(weights: Weights, fitted: Fitted, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
+    """Read tensors with the LoRAs added, in float32, so that the sum is rounded once, to the file's type."""
+    tensors: Iterable[tuple[str, Tensor]] = ((name, tensor.float()) for name, tensor in stored_tensors(weights, names))
     for lora, strength in fitted:
         tensors = apply_to_weights(lora, tensors, strength)
     return tensors
 
 
-def _checked_target(dst: Path, dtype: str | None, overwrite: bool) -> bool:
-    """Whether `dst` is to be one file. CheckpointError for a name, a form or a place that cannot be."""
+def _is_single_file(dst: Path, dtype: str | None, overwrite: bool) -> bool:
+    """True if `dst` names one file, False for a folder. CheckpointError for a wrong ending, dtype or place."""
     single = dst.suffix == ".safetensors"
     if dst.suffix in (".sft", ".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(f"the destination should end in .safetensors or be a folder's name, got {dst.name}")
     if dtype is not None:
-        checked_form(dtype)
+        check_storage_dtype(dtype)
         if not single:
-            _checked_folder_form(dtype)
+            _check_folder_dtype(dtype)
     require_new(dst, overwrite)
     return single
 
 
-def _checked_folder_form(dtype: str) -> None:
+def _check_folder_dtype(dtype: str) -> None:
     if dtype == "fp8_scaled":
         raise CheckpointError(
             "diffusers does not read fp8_scaled; choose bf16 or fp32, or name a destination that ends in .safetensors"

@@ -103,7 +103,7 @@ class Recipe:
         )
 
     @property
-    def causal_form(self) -> str | None:
+    def causal_attention_form(self) -> str | None:
         """The attention form that a network must be switched to; None for the one that every network has.
 
         UniPicError for a form that this version does not have.

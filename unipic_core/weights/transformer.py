@@ -257,7 +257,7 @@ def open_transformer(path: PathLike) -> OpenedModel:
     """Open weights, config and recipe, and check them against each other; a recipe may name the attention form."""
     weights = open_weights(find_transformer(path)).bare()
     recipe = recipe_of(path, weights.metadata)
-    config = read_config(path, weights).with_form(recipe.causal_form)
+    config = read_config(path, weights).with_attention_form(recipe.causal_attention_form)
     if config.num_layers and "transformer_blocks.0.attn.norm_q.weight" not in weights:
         raise CheckpointError(
             f"{weights.path} is not a UniPic transformer; it looks like {looks_like(weights.shapes())}"

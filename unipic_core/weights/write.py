@@ -14,18 +14,18 @@ from .safetensors_file import safetensors_header
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)."""
 
-Described = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Names, types and shapes of the tensors of a file that is to be written."""
+TensorLayout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Name -> type and shape of each tensor of a file that is to be written."""
 
 
 def write_safetensors(
     path: Path,
-    tensors: Described,
+    tensors: TensorLayout,
     data: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
-    """Write the announced tensors, given in any order and one at a time.
+    """Write the tensors of `tensors`, which `data` gives in any order and one at a time.
 
     The safetensors library writes from a table of all tensors, 41 GB for this network; here one is in memory. Raises
     CheckpointError in one sentence when the disk is full or the folder cannot be written; whatever happens, Ctrl-C
@@ -36,19 +36,19 @@ def write_safetensors(
         write_tensors(partial, tensors, data, metadata, progress)
 
 
-def file_size(tensors: Described, metadata: Mapping[str, str]) -> int:
+def file_size(tensors: TensorLayout, metadata: Mapping[str, str]) -> int:
     """Bytes of the safetensors file that will hold these tensors."""
     return safetensors_header(tensors, metadata)[2]
 
 
 def write_tensors(
     path: Path,
-    tensors: Described,
+    tensors: TensorLayout,
     data: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
-    """As `write_safetensors`, straight to `path`: for files inside a folder that is itself `replacing`."""
+    """Write as `write_safetensors`, but straight to `path`: for files inside a folder that is itself `replacing`."""
     header, starts, size = safetensors_header(tensors, metadata)
     done = len(header)
     with open(path, "wb") as f:

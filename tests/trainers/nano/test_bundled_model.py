@@ -82,5 +82,5 @@ def test_the_few_step_lora_brings_its_form_and_jumps_towards_where_the_guided_ba
     walked, base = latents(20, 3.0), latents(1)
     pipe.load_lora(FEW_STEP)
     assert (pipe.recipe.steps, pipe.recipe.guidance, pipe.recipe.sampler) == (8, 1.0, "consistency")
-    assert pipe.recipe.causal_form == pipe.transformer.config.attention_form == "prefix_causal"
+    assert pipe.recipe.causal_attention_form == pipe.transformer.config.attention_form == "prefix_causal"
     assert (latents(1) - walked).square().mean() < 0.8 * (base - walked).square().mean()

@@ -19,7 +19,7 @@ from unipic_core.model.config import ATTENTION_FORMS, FULL, REFERENCES, TEXT, MM
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
-from unipic_core.weights.convert import Network, write_file
+from unipic_core.weights.convert import WeightStream, write_file
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.merge import merge
 from unipic_core.weights.recipe import Recipe
@@ -216,7 +216,7 @@ def test_memory_of_what_is_kept() -> None:
 
 def written(file: Path, config: MMDiTConfig, recipe: Recipe) -> Path:
     state = network(FULL).state_dict()
-    write_file(file, Network(config, recipe, lambda names: ((n, state[n]) for n in names)), "fp32")
+    write_file(file, WeightStream(config, recipe, lambda names: ((n, state[n]) for n in names)), "fp32")
     return file
 
 
@@ -237,7 +237,7 @@ def test_the_form_travels_in_config_recipe_and_lora(tmp_path: Path) -> None:
     assert open_transformer(tmp_path / "merged.safetensors").config == prefix
     recipe = Recipe.read(tmp_path / "merged.safetensors")
     assert recipe is not None
-    assert (recipe.steps, recipe.causal_form) == (8, "prefix_causal")
+    assert (recipe.steps, recipe.causal_attention_form) == (8, "prefix_causal")
 
 
 def test_forms_in_configs() -> None:

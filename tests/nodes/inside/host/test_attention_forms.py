@@ -126,7 +126,7 @@ def test_a_causal_lora_switches_the_form(form: str, nano: Path, causal_folders: 
     full, causal = load_model(nano), load_model(causal_folders[form])
     tensors = lora_file("transformer.{}.lora_{}.weight")
     switched = add_lora(full, build(tensors, Recipe(attention_form=form)), 1.0)[0]
-    assert facts_of(switched).recipe.causal_form == form
+    assert facts_of(switched).recipe.causal_attention_form == form
     before = run(full)
     close(run(switched), run(add_lora(causal, build(tensors), 1.0)[0]))
     close(run(full), before)
