@@ -29,7 +29,7 @@ from trainers.config import run as config
 from trainers.config.run import AdapterConfig, DataConfig, NetworkConfig, load_config, parse_run
 from trainers.data.text_embeddings import encoder_fingerprint
 from trainers.loop.optimizers import make_optimizers
-from trainers.methods.base import Inputs, make_inputs
+from trainers.methods.inputs import Inputs, make_inputs
 from trainers.roles.load import load_roles
 from trainers.roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
 from trainers.tools.memory import GIB, estimate, four_copies

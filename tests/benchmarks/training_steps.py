@@ -19,7 +19,7 @@ from trainers.cache import build, load_image_vae
 from trainers.config.run import DataConfig, RunConfig, given, parse_run
 from trainers.loop.loop import make_parts, update_average
 from trainers.loop.method import MAIN
-from trainers.methods.base import joined
+from trainers.methods.inputs import joined
 from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method
 from unipic_core.cli.commands import DEFAULT_MODEL

@@ -206,6 +206,9 @@ class ValidationConfig:
         return bool(self.share) or self.data is not None
 
 
+EXPORT_KINDS = ("lora", "merged", "folder")
+"""Forms of one student, in the order in which they are written: LoRA, one file, diffusers folder."""
+
 NETWORK_SECTIONS = ("network", "data", "preview", "validation")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "vae": ("vae",),
@@ -219,7 +222,11 @@ SECTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. The sections that its method does not use are absent (None); the others are there, given or default."""
+    """One run. The sections that its method does not use are absent (None); the others are there, given or default.
+
+    export: what the run leaves of EXPORT_KINDS (without adapters there is no LoRA); with "raw" each also without the
+    moving average.
+    """
 
     method: str
     output: str
@@ -235,6 +242,7 @@ class RunConfig:
     save_minutes: float = 0.0
     sample_every: int = 500
     keep_checkpoints: int = 2
+    export: tuple[str, ...] = (*EXPORT_KINDS, "raw")
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     network: NetworkConfig | None = None
     data: DataConfig | None = None
@@ -262,12 +270,28 @@ class RunConfig:
         if self.data is not None and self.data.kind == "scenes" and not (self.sft and self.sft.train_text_encoder):
             raise ConfigError("data.kind scenes goes with method sft and sft.train_text_encoder: true")
         self._check_validation()
+        self._check_export()
         if self.network is not None and self.network.shard:
             for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
                 if options.muon_lr:
                     raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
                 if options.kind == "adamw8bit":
                     raise ConfigError("adamw8bit does not know tensors that shard spreads over processes; take adamw")
+
+    def _check_export(self) -> None:
+        choices = (*EXPORT_KINDS, "raw")
+        for kind in self.export:
+            if kind not in choices:
+                raise ConfigError(f"export must be of {', '.join(choices)}, got {shown(kind)}")
+        if self.network is None:
+            if set(self.export) != set(choices):
+                raise ConfigError("export is for methods that train the network; method vae leaves a VAE's folder")
+            return
+        possible = EXPORT_KINDS if self.network.adapter is not None else EXPORT_KINDS[1:]
+        if not set(self.export) & set(possible):
+            raise ConfigError(f"export must name one of {', '.join(possible)} for this run, got {list(self.export)}")
+        if self.sft is not None and self.sft.train_text_encoder and "folder" not in self.export:
+            raise ConfigError("export must name folder, which holds the text encoder that trains along")
 
     def _check_validation(self) -> None:
         if self.validation is None or self.data is None:

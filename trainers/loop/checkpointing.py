@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
-from unipic_core.errors import CheckpointError, one_line
+from unipic_core.errors import CheckpointError, UniPicError, one_line
 
 from ..config.run import ConfigError, RunConfig, parse_run, to_dict
 from .state import State
@@ -152,7 +152,7 @@ def remove_leftovers(output: Path) -> None:
 
 NO_CHANGE = (
     *("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens"),
-    *("validation.every", "validation.rows", "validation.draws"),
+    *("export", "validation.every", "validation.rows", "validation.draws"),
 )
 """Config keys that change no number of a run (max_tokens: beyond rounding)."""
 
@@ -172,20 +172,53 @@ def save(
     output: Path,
     step: int,
     config: RunConfig,
-    more: Callable[[Path], None] | None = None,
+    adapter: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint aside and rename it; remove the oldest ones. more: writes what else belongs into it."""
-    with replaced(accelerator, output / "checkpoints" / f"step-{step:07d}") as folder:
-        state.save(folder, accelerator.process_index)
-        if accelerator.is_main_process:
-            if more is not None:
-                more(folder)
-            run = {"step": step, "processes": accelerator.num_processes, "order": "rows", "config": to_dict(config)}
-            (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
+    """Write a checkpoint aside and rename it; remove the oldest ones. adapter: writes the student's LoRA into it.
+
+    The LoRA comes first; where the rest does not fit on the disk, it is written once more in a place of its own.
+    """
+    try:
+        write_checkpoint(accelerator, state, output, step, config, adapter)
+    except TrainingError as error:
+        places = output / "checkpoints"
+        text = f"{error}. A checkpoint needs {gigabytes(state.nbytes)}, and {free_space(places)} are free"
+        if adapter is not None and accelerator.is_main_process:
+            text += rescued(adapter, places / f"lora-of-step-{step:07d}")
+        raise TrainingError(text) from error
     if accelerator.is_main_process:
         ours = [path for path in checkpoints(output) if step_of(path) <= step]
         for old in ours[: -config.keep_checkpoints]:
             remove(old)
+
+
+def rescued(adapter: Callable[[Path], None], folder: Path) -> str:
+    """Write the LoRA alone; the end of a sentence that says where it is."""
+    try:
+        folder.mkdir(exist_ok=True)
+        adapter(folder)
+    except (OSError, UniPicError):  # not even that has room
+        shutil.rmtree(folder, ignore_errors=True)
+        return ""
+    return f". The student's LoRA of this step is in {folder}"
+
+
+def write_checkpoint(
+    accelerator: Accelerator,
+    state: State,
+    output: Path,
+    step: int,
+    config: RunConfig,
+    adapter: Callable[[Path], None] | None = None,
+) -> None:
+    """One checkpoint, whole or not at all."""
+    with replaced(accelerator, output / "checkpoints" / f"step-{step:07d}") as folder:
+        if accelerator.is_main_process and adapter is not None:
+            adapter(folder)
+        state.save(folder, accelerator.process_index)
+        if accelerator.is_main_process:
+            run = {"step": step, "processes": accelerator.num_processes, "order": "rows", "config": to_dict(config)}
+            (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 
 def remove(path: Path) -> None:
@@ -204,10 +237,29 @@ def flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename a whole file or folder; an older folder goes first, an older file in the same moment."""
+    if path.is_dir():
+        remove(path)
+    os.replace(aside, path)
+
+
 @contextmanager
 def replaced(accelerator: Accelerator, path: Path) -> Iterator[Path]:
-    """A folder beside `path` for all processes to fill, renamed into place at the end: nothing half-written is ever
-    found under `path`. TrainingError if it cannot be written."""
+    """A folder for all processes to fill, renamed to `path` at the end: nothing half-written is ever under that name.
+
+    TrainingError if it cannot be written.
+    """
+    with unfinished(accelerator, path) as aside:
+        yield aside
+    if accelerator.is_main_process:
+        put_in_place(aside, path)
+    accelerator.wait_for_everyone()
+
+
+@contextmanager
+def unfinished(accelerator: Accelerator, path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` for all processes to fill. It is removed, and TrainingError raised, on failure."""
     aside = path.with_name(f".{path.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -221,7 +273,12 @@ def replaced(accelerator: Accelerator, path: Path) -> Iterator[Path]:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         flush(aside)
-        if path.exists():
-            remove(path)
-        os.replace(aside, path)
-    accelerator.wait_for_everyone()
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+def free_space(folder: Path) -> str:
+    """Of the disk that a folder is on."""
+    return gigabytes(shutil.disk_usage(folder).free)

@@ -1,20 +1,77 @@
-"""What a finished run leaves: a LoRA, the same merged into its base as one file, and as a diffusers folder."""
+"""Exports of a finished run: a LoRA, the same merged into its base as one file, and as a diffusers folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
+from accelerate import Accelerator
 from torch import Tensor
 
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
-from unipic_core.weights.convert import WeightStream, protect_sources, source_recipe, write_file
+from unipic_core.weights.convert import STORAGE_DTYPES, WeightStream, protect_sources, source_recipe, write_file
 from unipic_core.weights.lora import save_lora
-from unipic_core.weights.merge import merge, write_folder
+from unipic_core.weights.merge import MODEL_INDEX, OTHER_PARTS, merge, write_folder
+from unipic_core.weights.model_files import files_to_copy
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import check_keys, expected_shapes
+
+from .checkpointing import TrainingError, free_space, gigabytes, put_in_place, unfinished
+
+
+@dataclass(frozen=True)
+class Export:
+    """One file or folder for RUN/export. size: its bytes, 0 where it is small.
+
+    write: writes `name` into a folder; where networks are spread over processes, all of them call it.
+    """
+
+    name: str
+    size: int
+    write: Callable[[Path], None]
+
+
+def write_exports(accelerator: Accelerator, exports: Sequence[Export], folder: Path, together: bool) -> None:
+    """Write the exports one after the other, each whole or not at all. together: all processes write.
+
+    TrainingError names those that are there and the bytes that the others need.
+    """
+    for i, export in enumerate(exports):
+        try:
+            with unfinished(accelerator, folder / export.name) as aside:
+                if accelerator.is_main_process or together:
+                    export.write(aside)
+        except TrainingError as error:
+            left = sum(other.size for other in exports[i:])
+            there = ", ".join(other.name for other in exports[:i]) or "nothing"
+            raise TrainingError(
+                f"{error}. Exported so far: {there}. The others need {gigabytes(left)}, and {free_space(folder)} are "
+                "free: free some, or choose less with export: [lora], and run the same command again; it only exports"
+            ) from error
+        if accelerator.is_main_process:
+            put_in_place(aside / export.name, folder / export.name)
+            shutil.rmtree(aside)
+        accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        names = {export.name for export in exports}
+        if older := sorted(path.name for path in folder.iterdir() if path.name not in names):
+            accelerator.print(f"note: not of this export, and left as they are in {folder}: {', '.join(older)}")
+
+
+def check_space(accelerator: Accelerator, exports: Sequence[Export], output: Path) -> None:
+    """Warn before training starts if the export will not fit."""
+    needed = sum(export.size for export in exports)
+    if needed > shutil.disk_usage(output).free:
+        accelerator.print(
+            f"warning: the export will need {gigabytes(needed)} in {output}, where {free_space(output)} are free; "
+            "free some before the end, or choose less with export: [lora]"
+        )
+
 
 STORAGE_DTYPE = "bf16"
 """How trained weights are written."""
@@ -28,8 +85,10 @@ def export_adapter(
     recipe: Recipe,
     name: str = "unipic_distill",
     parts_from: Path | None = None,
+    kinds: Collection[str] = ("merged", "folder"),
 ) -> None:
-    """Write NAME.safetensors (the LoRA), NAME_merged.safetensors and the folder NAME/ (`base` with the LoRA).
+    """Write NAME.safetensors (the LoRA), and of NAME_merged.safetensors and the folder NAME/ (`base` with the LoRA)
+    those that `kinds` names.
 
     base: any checkpoint that `merge` reads. parts_from: the pipeline folder of NAME/'s other parts, `base` unless it is
     said. layers: bare module name -> (down [r, in], up [out, r]), on any device. recipe: the LoRA's own; the merged
@@ -40,7 +99,7 @@ def export_adapter(
     sources = [base, parts_from or base]
     lora, merged, model = _targets(folder, sources, f"{name}.safetensors", f"{name}_merged.safetensors", name)
     save_lora(lora, layers, alpha=alpha, recipe=recipe)
-    for target in (merged, model):
+    for target in [path for kind, path in (("merged", merged), ("folder", model)) if kind in kinds]:
         merge(base, target, [(lora, 1.0)], dtype=STORAGE_DTYPE, overwrite=True, parts_from=parts_from)
 
 
@@ -52,8 +111,9 @@ def export_network(
     recipe: Recipe,
     name: str = "unipic_distill",
     parts_from: Path | None = None,
+    kinds: Collection[str] = ("merged", "folder"),
 ) -> None:
-    """Write NAME.safetensors and the folder NAME/ with a network whose every weight was trained.
+    """Write NAME.safetensors ("merged") and the folder NAME/ with a network whose every weight was trained.
 
     base: where the training started; its recipe goes under `recipe`. parts_from: the pipeline folder of NAME/'s other
     parts, `base` unless it is said. network_state: bare parameter name -> tensor, on any device. Raises CheckpointError
@@ -64,8 +124,22 @@ def export_network(
         raise CheckpointError(f"the trained weights do not fit their config ({report})")
     single, model = _targets(folder, [base, parts_from or base], f"{name}.safetensors", name)
     stream = WeightStream(config, source_recipe(base).merge(recipe), partial(_state_tensors, network_state))
-    write_file(single, stream, STORAGE_DTYPE)
-    write_folder(model, stream, STORAGE_DTYPE, parts_from or base)
+    if "merged" in kinds:
+        write_file(single, stream, STORAGE_DTYPE)
+    if "folder" in kinds:
+        write_folder(model, stream, STORAGE_DTYPE, parts_from or base)
+
+
+def export_bytes(kind: str, config: MMDiTConfig, parts_from: Path) -> int:
+    """Bytes of a merged file or a folder on disk; LoRAs are small and count as 0."""
+    if kind == "lora":
+        return 0
+    network = STORAGE_DTYPES[STORAGE_DTYPE].itemsize * sum(prod(shape) for shape in expected_shapes(config).values())
+    if kind == "merged":
+        return network
+    return network + sum(
+        path.stat().st_size for path in files_to_copy(parts_from, (MODEL_INDEX,), OTHER_PARTS).values()
+    )
 
 
 def _targets(folder: Path, sources: Sequence[Path], *names: str) -> list[Path]:

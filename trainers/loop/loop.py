@@ -30,7 +30,8 @@ from ..config.run import RunConfig
 from ..methods.losses import mix
 from ..roles.sharding import sum_gradients, whole
 from ..roles.types import Named
-from .checkpointing import replaced, resume, save, unusable
+from .checkpointing import resume, save, unusable
+from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
 from .metrics import MetricLog, Metrics
 from .optimizers import lr_factor, make_optimizers
@@ -76,6 +77,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     accelerator = make_accelerator(config, output)
     method.place(accelerator.device, Share(accelerator.process_index, accelerator.num_processes))
     write_data_report(accelerator, method, output)
+    check_space(accelerator, method.exports(), output)
     parts = make_parts(config, method)
     averaged = method.averaged()
     state = State(list(parts.values()), [average for average, _ in averaged])
@@ -116,12 +118,9 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
                 save_preview(accelerator, method, output, done)
     bar.close()
     log.close()
-    export = output / "export"
-    with replaced(accelerator, export) as aside:
-        if accelerator.is_main_process or method.sharded:
-            method.export(aside)
+    write_exports(accelerator, method.exports(), output / "export", method.sharded)
     accelerator.end_training()
-    return export
+    return output / "export"
 
 
 def agreed(accelerator: Accelerator, *wishes: bool) -> list[bool]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 from ..config.methods import OptimizerConfig
 from ..config.run import ConfigError
 from ..roles.types import Named
+from .export import Export
 from .metrics import Metrics
 
 MAIN = "student"
@@ -79,7 +79,8 @@ class Method(Protocol):
 
     def preview(self) -> Image.Image: ...
 
-    def export(self, folder: Path) -> None: ...
+    def exports(self) -> list[Export]:
+        """The files and folders that the run leaves, LoRAs first."""
 
 
 class HoldsOut(Method, Protocol):

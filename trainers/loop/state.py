@@ -41,6 +41,10 @@ class State:
     def save(self, folder: Path, process: int) -> None:
         if process and not self.sharded:
             return
+        torch.save(self.tensors(), self.file(folder, process))
+
+    def tensors(self) -> dict[str, Any]:
+        """All that is saved: this process's share."""
         parts = {
             part.name: {
                 "parameters": [local(p.detach()) for p in part.parameters],
@@ -50,7 +54,12 @@ class State:
             for part in self.parts
         }
         averages = [local(average) for average in self.averages]
-        torch.save({"parts": parts, "averages": averages, "updates": self.updates}, self.file(folder, process))
+        return {"parts": parts, "averages": averages, "updates": self.updates}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this process saves."""
+        return bytes_in(self.tensors())
 
     def load(self, folder: Path, process: int) -> None:
         """Read what `save` wrote; the run must have as many processes as then if its parameters are spread."""
@@ -75,6 +84,14 @@ class State:
                 load_optimizer(optimizer, kept)
             for scheduler, kept in zip(part.schedulers, found["schedulers"], strict=True):
                 load_scheduler(scheduler, kept)
+
+
+def bytes_in(tree: Any) -> int:
+    """Of all tensors in nested dicts and lists."""
+    if isinstance(tree, Tensor):
+        return tree.nbytes
+    values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return sum(map(bytes_in, values))
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.conditioning.sequence import (
-    LatentShape,
-    PackedLatents,
-    TextCond,
-    pack_latents,
-    pack_with_references,
-    unpack_latents,
-)
+from unipic_core.conditioning.sequence import TextCond, unpack_latents
 from unipic_core.model.vae import ImageVAE
 from unipic_core.run.plan import resolve
 from unipic_core.sampling.guidance import guided_velocity
@@ -31,106 +24,20 @@ from unipic_core.weights.transformer import read_shift
 
 from ..cache import Rows, load_image_vae, read_cache, read_preview
 from ..config.methods import OptimizerConfig, Times
-from ..config.run import RunConfig, given
+from ..config.run import EXPORT_KINDS, RunConfig, given
 from ..data.batches import RowOrder, data_report, shared_pieces
 from ..data.picture_grid import picture_grid
 from ..data.previews import PreviewRow, decoded, decoded_row
 from ..data.samples import Samples, held_out_rows, spread
 from ..data.text_embeddings import text_fingerprint
-from ..loop.export import export_adapter, export_network
+from ..loop.export import Export, export_adapter, export_bytes, export_network
 from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import EMA, STUDENT, Named, Roles, require, roles_of
-from .correspondence import Owners
-from .losses import TimedVelocity, logit_normal_times, mix, some_uniform
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One batch as the network takes it, of micro step `index`.
-
-    x0 [B, N, 4C]; latents: the sequence, with x0 as its target; first: the place of its first sample in the whole
-    batch, from which its noise is drawn; name: bucket and rows, for messages. owners: the reference that each target
-    token shows, of data with masks, and dropped: bool [B], the samples that train without their prompt. rows: the
-    samples' numbers in the data, from which noise is drawn where they are given. counts: False for a piece that only
-    keeps this process in step with the others.
-    """
-
-    x0: Tensor
-    latents: PackedLatents
-    cond: TextCond
-    uncond: TextCond
-    index: int = 0
-    first: int = 0
-    name: str = ""
-    owners: Owners | None = None
-    dropped: Tensor | None = None
-    rows: tuple[int, ...] = ()
-    counts: bool = True
-
-    def to(self, device: torch.device | str) -> Inputs:
-        latents = replace(self.latents, tokens=self.latents.tokens.to(device))
-        cond, uncond = self.cond.to(device), self.uncond.to(device)
-        owners = None if self.owners is None else self.owners.to(device)
-        dropped = None if self.dropped is None else self.dropped.to(device)
-        x0 = self.x0.to(device)
-        return replace(self, x0=x0, latents=latents, cond=cond, uncond=uncond, owners=owners, dropped=dropped)
-
-
-def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:
-    """The batch of cached rows; their text embeddings must be there."""
-    if rows.cond is None or rows.uncond is None:
-        raise ValueError(f"the cached samples of {name or 'this batch'} have no text embeddings")
-    x0 = pack_latents(rows.target)
-    shape = LatentShape.of_latents(rows.target)
-    samples = [[r[i][:, None] for r in rows.references] for i in range(len(x0))]
-    return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
-
-
-def joined(batches: Sequence[Inputs]) -> Inputs:
-    """One batch of several with equally many target tokens; shorter sequences and texts are padded."""
-    x0 = torch.cat([b.x0 for b in batches])
-    tokens = [row[:n] for b in batches for row, n in zip(b.latents.tokens, b.latents.lengths, strict=True)]
-    shapes = tuple(s for b in batches for s in b.latents.shapes)
-    latents = PackedLatents(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), shapes, x0.shape[1])
-    cond, uncond = (TextCond.stack([getattr(b, name) for b in batches]) for name in ("cond", "uncond"))
-    rows = tuple(row for b in batches for row in b.rows)
-    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond, rows=rows)
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """A batch of mixed shapes, as Inputs of near lengths that are computed one after another."""
-
-    pieces: tuple[Inputs, ...]
-    index: int
-    name: str
-
-    def to(self, device: torch.device | str) -> Pieces:
-        return replace(self, pieces=tuple(piece.to(device) for piece in self.pieces))
-
-
-def choose(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
-    """Sample i of a where `first` says so, else of b."""
-    rows = [(a if f else b).row(i) for i, f in enumerate(first)]
-    return TextCond.stack(rows)
-
-
-class Draws:
-    """The random numbers of one micro step, from (seed, index, row) alone; drawn on the CPU."""
-
-    def __init__(self, seed: int, batch: Inputs) -> None:
-        self.like = batch.x0
-        rows = batch.rows or range(batch.first, batch.first + len(batch.x0))
-        self.generators = [torch.Generator().manual_seed(mix(seed, batch.index, row)) for row in rows]
-
-    def noise(self) -> Tensor:
-        """eps [B, N, 4C], fresh with every call."""
-        shape = self.like.shape[1:]
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.like)
-
+from .inputs import Draws, Inputs, Pieces, choose, joined, make_inputs
+from .losses import TimedVelocity, logit_normal_times, some_uniform
 
 VALIDATION = 2**48
 """Micro steps from here on are draws of time and noise for held-out rows; no run trains so many."""
@@ -330,18 +237,32 @@ class NetworkTraining:
             path, layers = folder / f"{self.export_name}.safetensors", self.roles.lora(EMA)
             save_lora(path, layers, alpha=self.network.adapter.alpha, recipe=self.own_recipe)
 
-    def export(self, folder: Path) -> None:
-        """EMA and raw student, each as all that people open: LoRA, one file, whole folder."""
-        for role, suffix in ((EMA, ""), (STUDENT, "_raw")):
-            self.export_role(folder, role, self.export_name + suffix)
+    def exports(self) -> list[Export]:
+        """What `export` chooses, of the EMA and, with "raw", of the student too: LoRAs, then files, then folders."""
+        chosen, adapters = self.config.export, isinstance(self.roles, AdapterRoles)
+        roles = ((EMA, ""), (STUDENT, "_raw")) if "raw" in chosen else ((EMA, ""),)
+        endings = {
+            "lora": ".safetensors",
+            "merged": "_merged.safetensors" if adapters else ".safetensors",
+            "folder": "",
+        }
+        made = []
+        for kind in [k for k in EXPORT_KINDS if k in chosen and (adapters or k != "lora")]:
+            size = export_bytes(kind, self.roles.config_of(EMA), self.folder)
+            for role, suffix in roles:
+                name = self.export_name + suffix
+                write = partial(self.export, kind=kind, role=role, name=name)
+                made.append(Export(name + endings[kind], size, write))
+        return made
 
-    def export_role(self, folder: Path, role: str, name: str) -> None:
+    def export(self, folder: Path, kind: str, role: str, name: str) -> None:
+        """One of `exports`, by a role's weights."""
         recipe = self.own_recipe
         if isinstance(self.roles, AdapterRoles):
             assert self.network.adapter is not None  # adapter roles come from an adapter section
             alpha, layers = self.network.adapter.alpha, self.roles.lora(role)
-            export_adapter(folder, self.base, layers, alpha, recipe, name, parts_from=self.folder)
+            export_adapter(folder, self.base, layers, alpha, recipe, name, parts_from=self.folder, kinds=(kind,))
         elif isinstance(self.roles, FullRoles):
             network, state = self.roles.network(role), self.roles.state(role, keep=self.share.process == 0)
             if self.share.process == 0:
-                export_network(folder, self.base, state, network.config, recipe, name, parts_from=self.folder)
+                export_network(folder, self.base, state, network.config, recipe, name, self.folder, kinds=(kind,))

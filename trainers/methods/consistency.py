@@ -16,7 +16,8 @@ from ..config.methods import ConsistencyMethod
 from ..config.run import RunConfig, given
 from ..loop.metrics import Metrics
 from ..roles.types import EMA, STUDENT, TEACHER, Roles
-from .base import Draws, Inputs, NetworkTraining
+from .base import NetworkTraining
+from .inputs import Draws, Inputs
 from .losses import (
     TimedVelocity,
     consistency_loss,

@@ -17,7 +17,8 @@ from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig, given
 from ..loop.metrics import Metrics
 from ..roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
-from .base import Draws, Inputs, NetworkTraining
+from .base import NetworkTraining
+from .inputs import Draws, Inputs
 from .losses import TimedVelocity, dmd_direction, dmd_loss, fake_score_loss
 
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from ..config.run import RunConfig, given
 from ..loop.metrics import Metrics
 from ..roles.types import FAKE_SCORE, Roles
-from .base import Draws, Inputs
 from .consistency import ConsistencyTraining
 from .dmd import DMDTraining
+from .inputs import Draws, Inputs
 
 
 class JointTraining(DMDTraining, ConsistencyTraining):

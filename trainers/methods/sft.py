@@ -14,8 +14,9 @@ from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import STUDENT, Named, Roles
-from .base import Draws, Inputs, NetworkTraining
+from .base import NetworkTraining
 from .correspondence import CorrespondenceLoss
+from .inputs import Draws, Inputs
 from .losses import flow_matching_loss
 
 

@@ -22,8 +22,8 @@ from ..data.previews import NANO_PREVIEWS, PreviewRow, strip
 from ..data.rows import Row
 from ..data.sources import Compositions
 from ..data.text_embeddings import UNCOND_PROMPT, mixed_encoder_inputs
-from .base import Inputs
 from .correspondence import NOBODY, Owners
+from .inputs import Inputs
 from .sft_text import LiveInputs, SFTWithText
 
 

@@ -21,7 +21,7 @@ from ..data.text_embeddings import UNCOND_PROMPT, encoder_inputs, mixed_encoder_
 from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.types import EMA, Named, Roles
-from .base import Inputs, make_inputs
+from .inputs import Inputs, make_inputs
 from .sft import SFTTraining
 
 
@@ -101,9 +101,11 @@ class SFTWithText(SFTTraining):
         encoded = replace(batch, cond=text.forward(batch.words))
         return replace(encoded, uncond=text.forward(batch.nothing)) if batch.nothing else encoded
 
-    def export_role(self, folder: Path, role: str, name: str) -> None:
-        """The network's files, and the encoder that belongs to them."""
-        super().export_role(folder, role, name)
+    def export(self, folder: Path, kind: str, role: str, name: str) -> None:
+        """The network's file or folder; the folder has the encoder that belongs to it."""
+        super().export(folder, kind, role, name)
+        if kind != "folder":
+            return
         text = copy.deepcopy(self.text_ema if role == EMA else self.text)
         text.model.config.unipic_positions = text.positions
         shutil.rmtree(folder / name / "text_encoder")

@@ -21,6 +21,7 @@ from unipic_core.weights.vae import video_weights
 from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig, given
 from ..data.picture_grid import picture_grid
+from ..loop.export import Export
 from ..loop.method import MAIN, Share
 from ..loop.metrics import Metrics
 from ..nano.backgrounds import draw, sample_background
@@ -112,8 +113,11 @@ class VAETraining:
         decoded = self.ema.decode_raw(self.ema.posterior(pictures)[0])
         return picture_grid([to_images(pictures), to_images(decoded.clamp(-1, 1))], ["input", "decoded"])
 
-    def export(self, folder: Path) -> None:
+    def exports(self) -> list[Export]:
         """`vae/` of a diffusers pipeline folder, bfloat16."""
+        return [Export("vae", 0, self.export)]
+
+    def export(self, folder: Path) -> None:
         save_vae(self.ema.cpu(), self._pictures("train", STATISTICS_PICTURES, seed=1), folder / "vae")
 
     def _pictures(self, split: Split, count: int, seed: int) -> Tensor:

@@ -40,6 +40,7 @@ def test_overrides():
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         ({"precision": "fp16"}, "precision must be one of no, bf16"),
         ({"vae": {"crop": 200}}, "crop must be a multiple of 8"),
+        ({"export": ["lora"]}, "export is for methods that train the network"),
         ({"vae": None}, "section vae must hold keys"),
         ({"dmd": {}}, "the section dmd is not for method vae, which has vae"),
     ],
@@ -126,6 +127,10 @@ def test_precision_no_needs_no_quotes(tmp_path, word):
         ("sft", {"network": {"adapter": {"alpha": 0}}}, "alpha must be above 0, got 0"),
         ("sft", {"preview": {"steps": 0}}, "steps must be at least 1, got 0"),
         ("sft", {"preview": {"guidance": -1}}, "guidance must be at least 0"),
+        ("sft", {"export": ["onnx"]}, "export must be of lora, merged, folder, raw, got 'onnx'"),
+        ("sft", {"export": "lora"}, "export must be a list of values"),
+        ("sft", {"export": ["lora", "raw"]}, r"export must name one of merged, folder for this run, got \['lora'"),
+        ("sft", {"export": ["merged"], "sft": {"train_text_encoder": True}}, "must name folder, which holds the text"),
         ("consistency", {"consistency": {"prompt_dropout": -0.1}}, "prompt_dropout must be from 0 to 1"),
     ],
 )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import RunConfig
+from trainers.loop.export import Export
 from trainers.loop.loop import train
 from trainers.loop.method import Share
 
@@ -82,8 +83,8 @@ class Toy:
     def preview(self):
         return Image.new("RGB", (8, 8))
 
-    def export(self, folder):
-        torch.save(self.ema, folder / "ema.pt")
+    def exports(self):
+        return [Export("ema.pt", 0, lambda folder: torch.save(self.ema, folder / "ema.pt"))]
 
 
 def optimizer(lr=1e-2):

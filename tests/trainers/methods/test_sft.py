@@ -12,7 +12,7 @@ from PIL import Image
 from trainers.cache import read_cache, read_preview
 from trainers.data.text_embeddings import text_fingerprint
 from trainers.loop.loop import train
-from trainers.methods.base import make_inputs
+from trainers.methods.inputs import make_inputs
 from trainers.methods.sft import SFTTraining
 from trainers.methods.sft_text import SFTWithText
 from unipic_core.pipeline import UniPicPipeline

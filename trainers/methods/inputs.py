@@ -1,0 +1,107 @@
+"""Batches as the network takes them: samples padded into one sequence, in pieces of near lengths, and their noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unipic_core.conditioning.sequence import (
+    LatentShape,
+    PackedLatents,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+)
+
+from ..data.shards import Rows
+from .correspondence import Owners
+from .losses import mix
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One batch as the network takes it, of micro step `index`.
+
+    x0 [B, N, 4C]; latents: the sequence, with x0 as its target; first: the place of its first sample in the whole
+    batch, from which its noise is drawn; name: bucket and rows, for messages. owners: the reference that each target
+    token shows, of data with masks, and dropped: bool [B], the samples that train without their prompt. rows: the
+    samples' numbers in the data, from which noise is drawn where they are given. counts: False for a piece that only
+    keeps this process in step with the others.
+    """
+
+    x0: Tensor
+    latents: PackedLatents
+    cond: TextCond
+    uncond: TextCond
+    index: int = 0
+    first: int = 0
+    name: str = ""
+    owners: Owners | None = None
+    dropped: Tensor | None = None
+    rows: tuple[int, ...] = ()
+    counts: bool = True
+
+    def to(self, device: torch.device | str) -> Inputs:
+        latents = replace(self.latents, tokens=self.latents.tokens.to(device))
+        cond, uncond = self.cond.to(device), self.uncond.to(device)
+        owners = None if self.owners is None else self.owners.to(device)
+        dropped = None if self.dropped is None else self.dropped.to(device)
+        x0 = self.x0.to(device)
+        return replace(self, x0=x0, latents=latents, cond=cond, uncond=uncond, owners=owners, dropped=dropped)
+
+
+def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:
+    """The batch of cached rows; their text embeddings must be there."""
+    if rows.cond is None or rows.uncond is None:
+        raise ValueError(f"the cached samples of {name or 'this batch'} have no text embeddings")
+    x0 = pack_latents(rows.target)
+    shape = LatentShape.of_latents(rows.target)
+    samples = [[r[i][:, None] for r in rows.references] for i in range(len(x0))]
+    return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
+
+
+def joined(batches: Sequence[Inputs]) -> Inputs:
+    """One batch of several with equally many target tokens; shorter sequences and texts are padded."""
+    x0 = torch.cat([b.x0 for b in batches])
+    tokens = [row[:n] for b in batches for row, n in zip(b.latents.tokens, b.latents.lengths, strict=True)]
+    shapes = tuple(s for b in batches for s in b.latents.shapes)
+    latents = PackedLatents(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), shapes, x0.shape[1])
+    cond, uncond = (TextCond.stack([getattr(b, name) for b in batches]) for name in ("cond", "uncond"))
+    rows = tuple(row for b in batches for row in b.rows)
+    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond, rows=rows)
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A batch of mixed shapes, as Inputs of near lengths that are computed one after another."""
+
+    pieces: tuple[Inputs, ...]
+    index: int
+    name: str
+
+    def to(self, device: torch.device | str) -> Pieces:
+        return replace(self, pieces=tuple(piece.to(device) for piece in self.pieces))
+
+
+def choose(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
+    """Sample i of a where `first` says so, else of b."""
+    rows = [(a if f else b).row(i) for i, f in enumerate(first)]
+    return TextCond.stack(rows)
+
+
+class Draws:
+    """The random numbers of one micro step, from (seed, index, row) alone; drawn on the CPU."""
+
+    def __init__(self, seed: int, batch: Inputs) -> None:
+        self.like = batch.x0
+        rows = batch.rows or range(batch.first, batch.first + len(batch.x0))
+        self.generators = [torch.Generator().manual_seed(mix(seed, batch.index, row)) for row in rows]
+
+    def noise(self) -> Tensor:
+        """eps [B, N, 4C], fresh with every call."""
+        shape = self.like.shape[1:]
+        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.like)
