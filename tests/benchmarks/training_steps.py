@@ -56,10 +56,10 @@ class Variant:
         )
 
 
-def cache_samples(data: DataConfig) -> None:
-    """Encode the samples that all variants train on."""
+def cache_samples(config: RunConfig) -> None:
+    """Encode the samples that all variants train on, and those of the grid."""
     text = TextEncoder.from_pretrained(DEFAULT_MODEL, torch.float32)
-    build(data, load_image_vae(DEFAULT_MODEL / "vae"), text)
+    build(given(config.data), load_image_vae(DEFAULT_MODEL / "vae"), text, config.preview)
 
 
 def step_of(variant: Variant, folder: str) -> tuple[Run, int]:
@@ -123,6 +123,6 @@ def method_rows(method: str, folder: str, rounds: int) -> Iterator[dict[str, Any
 def step_rows(rounds: int, methods: Sequence[str] = METHODS) -> Iterator[dict[str, Any]]:
     """The rows of all methods."""
     with tempfile.TemporaryDirectory() as folder:
-        cache_samples(given(Variant("sft", "full", "adapters").config(folder).data))
+        cache_samples(Variant("sft", "full", "adapters").config(folder))
         for method in methods:
             yield from method_rows(method, folder, rounds)
