@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from trainers.cache import build, load_image_vae
-from trainers.config.run import DataConfig, RunConfig, given, parse_run
+from trainers.config.run import RunConfig, given, parse_run
 from trainers.loop.loop import make_parts, update_average
 from trainers.loop.method import MAIN
 from trainers.methods.inputs import joined
