@@ -95,7 +95,8 @@ def owners_of(uses: Sequence[Use]) -> Owners:
         place_of[torch.tensor(use.places)] = torch.arange(len(use.places))
         place_of[AMBIGUOUS] = NOBODY
         references.append(place_of[torch.from_numpy(use.encoded.owners).long()])
-        backgrounds.append(NOBODY if use.scene.edit else int(place_of[len(use.scene.items)]))
+        background = len(use.scene.items)
+        backgrounds.append(int(place_of[background]) if background in use.places and not use.scene.edit else NOBODY)
     return Owners(torch.stack(references), torch.tensor(backgrounds))
 
 

@@ -29,6 +29,7 @@ SUBSET = Path(__file__).with_name("assets")
 ALPHA_FLOOR = 8  # fainter pixels do not count as part of the thing when it is cropped
 MAX_FILE_BYTES = 1 << 20
 LONGEST = 160  # pixels kept of each picture: more than a scene of 128 ever shows, and a third of the memory of 256
+ASYMMETRY_SIDE = 16  # pixels at which a picture is compared with its mirror image
 
 
 def default_folder() -> Path:
@@ -58,6 +59,7 @@ class Bank:
         self._images: dict[str, Image.Image] = {}
         self._designs: dict[tuple[str, str], tuple[tuple[Asset, ...], ...]] = {}
         self._heads: dict[str, tuple[float, float, float]] = {}
+        self._asymmetries: dict[str, float] = {}
         if not self._assets:
             raise ValueError(f"no pictures of the catalogue in {folder}; run python -m trainers.nano.emoji")
 
@@ -133,6 +135,21 @@ class Bank:
             width = alpha.shape[1]
             found = ((left + right) / 2 / width, top / alpha.shape[0], (right - left) / width)
             self._heads[asset.key] = found
+        return found
+
+    def asymmetry(self, asset: Asset) -> float:
+        """Mean absolute difference (0..1) between the asset on white and its mirror image, over where either is.
+
+        At ASYMMETRY_SIDE pixels, so that stripes and letters count little.
+        """
+        found = self._asymmetries.get(asset.key)
+        if found is None:
+            small = self.sprite(asset).resize((ASYMMETRY_SIDE, ASYMMETRY_SIDE), Image.Resampling.BOX)
+            rgba = np.asarray(small, np.float32) / 255
+            white = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+            cover = np.maximum(rgba[..., 3], rgba[:, ::-1, 3])
+            difference = np.abs(white - white[:, ::-1]).mean(axis=2)
+            found = self._asymmetries[asset.key] = float((difference * cover).sum() / cover.sum())
         return found
 
 

@@ -13,7 +13,7 @@ from .backgrounds import Background, draw, soft_disc
 from .catalogue import Asset
 from .emoji import Bank
 from .layout import GRID
-from .scene import Item, Look, Scene
+from .scene import LIGHTS, Item, Look, Scene
 from .scenes import COLOURS
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -89,7 +89,8 @@ def hidden_of(scene: Scene, hidden_seed: int | None) -> list[Hidden]:
     """One per item. Edits hide nothing: what they keep is in their reference, so its seed is the scene's own."""
     other = [] if hidden_seed is None or scene.edit else [hidden_seed]
     rng = np.random.default_rng([HIDDEN_SALT, scene.seed, *other])
-    return [draw_hidden(rng) for _ in scene.items]
+    drawn = [(draw_hidden(rng), item) for item in scene.items]
+    return [replace(hidden, flip=hidden.flip != item.mirror) for hidden, item in drawn]
 
 
 def look_matrix(look: Look) -> Matrix:
@@ -274,6 +275,8 @@ def render_with(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> Sample:
     """Draw the scene with a given hidden variation, one per item."""
     matrices = [look_matrix(item.look) for item in scene.items]
     reference, backdrop = _backdrop(scene.background, scene.background_shape, scene.size)
+    if scene.light:
+        backdrop = recolour(backdrop, np.diag(LIGHTS[scene.light]))
     if scene.edit:
         before, _ = assemble(bank, scene, backdrop, hidden, matrices)
         after, backdrop, matrices, kept = edited(scene, backdrop, matrices)

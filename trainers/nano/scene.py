@@ -9,6 +9,13 @@ from .backgrounds import Background, Colour
 from .catalogue import Asset
 from .layout import Anchor
 
+LIGHTS: dict[str, tuple[float, float, float]] = {
+    "day": (1.0, 1.0, 1.0),
+    "evening": (1.05, 0.78, 0.55),
+    "night": (0.42, 0.48, 0.75),
+}
+"""Factors of red, green and blue."""
+
 
 @dataclass(frozen=True)
 class Look:
@@ -25,7 +32,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Item:
-    """One asset in a scene. ``paper`` and ``fill``: colour behind it in its reference and the share it fills there."""
+    """One asset in a scene. ``paper`` and ``fill``: colour behind it in its reference and the share it fills there.
+
+    ``mirror``: it faces the other way than its reference.
+    """
 
     asset: Asset
     look: Look
@@ -33,6 +43,7 @@ class Item:
     anchor: Anchor
     paper: Colour = (255, 255, 255)
     fill: float = 0.93
+    mirror: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,9 @@ class Scene:
     """A sample before it is drawn.
 
     ``order[k]`` is the source shown in reference k: the index of an item, or ``len(items)`` for the background.
-    Edits have one reference, the picture before the edit, and an empty order. ``background_shape``: width and height
-    of the background's reference as a ratio; its longer side is ``size``.
+    A background that an open scene names in words alone has none. Edits have one reference, the picture before the
+    edit, and an empty order. ``background_shape``: width and height of the background's reference as a ratio; its
+    longer side is ``size``. ``light``: of LIGHTS, on the background's picture; empty: as its reference shows it.
     """
 
     items: tuple[Item, ...]
@@ -64,6 +76,7 @@ class Scene:
     seed: int
     background_shape: tuple[int, int] = (1, 1)
     edit: Edit | None = None
+    light: str = ""
 
     def reference_of(self, source: int) -> int:
         """The reference (from 0) that shows this source."""

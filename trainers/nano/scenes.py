@@ -211,24 +211,28 @@ def draw_edit(draw: Draw, task: str, items: Sequence[Item], background: Backgrou
     return Edit("move", last, replace(item.anchor, x=x))
 
 
+def scene_rng(split: Split, seed: int, index: int, task_code: int) -> tuple[int, np.random.Generator]:
+    """A scene's own seed and its generator. Raises ValueError for an unknown split."""
+    if split not in SPLIT_CODES:
+        raise ValueError(f"split must be one of {sorted(SPLIT_CODES)}, got {split!r}")
+    state = np.random.SeedSequence([seed, index, SPLIT_CODES[split], task_code]).generate_state(1, np.uint64)
+    return int(state[0]), np.random.default_rng(int(state[0]))
+
+
 def make_scene(bank: Bank, split: Split, seed: int, index: int, *, task: str | None = None, size: int = 128) -> Scene:
     """Scene ``index`` of the endless list that ``seed`` and ``split`` define; ``task`` overrides the drawn one.
 
     Raises ValueError for an unknown task or split.
     """
-    if split not in SPLIT_CODES:
-        raise ValueError(f"split must be one of {sorted(SPLIT_CODES)}, got {split!r}")
     if task is not None and task not in TASKS:
         raise ValueError(f"task must be one of {sorted(TASKS)}, got {task!r}")
-    task_code = list(TASKS).index(task) + 1 if task else 0
-    state = np.random.SeedSequence([seed, index, SPLIT_CODES[split], task_code]).generate_state(1, np.uint64)
-    rng = np.random.default_rng(int(state[0]))
+    state, rng = scene_rng(split, seed, index, list(TASKS).index(task) + 1 if task else 0)
     draw = Draw(bank, split, rng)
     drawn = draw.choice(list(TASKS), list(TASKS.values()))
     task = task or drawn
     background = sample_background(rng)
     generic = bool(rng.random() < GENERIC_SHARE)
-    common: dict[str, Any] = {"task": task, "size": size, "seed": int(state[0])}
+    common: dict[str, Any] = {"task": task, "size": size, "seed": state}
     if task in EDITS:
         items = edit_items(draw, task)
         edit = draw_edit(draw, task, items, background)

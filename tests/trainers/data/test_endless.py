@@ -109,3 +109,15 @@ def test_a_buffer_that_leaves_a_rest_is_refused(vae: Path) -> None:
 def test_unknown_tasks_are_named(bank: Bank) -> None:
     with pytest.raises(ValueError, match="compose9"):
         draw_scene(bank, 1, 0, 64, {"compose9": 1.0})
+
+
+def test_open_scenes_come_by_their_share_and_a_named_place_owns_no_token(vae: Path, bank: Bank) -> None:
+    mixture = {"open_background": 1.0, "open_side": 1.0}
+    uses = SceneStream(replace(DATA, scenes=ScenesConfig(mixture, buffer=16)), 16, seed=1, vae_folder=vae)[0]
+    assert {use.scene.task for use in uses} == set(mixture)
+    owners = references_of(uses)
+    for b, use in enumerate(uses):
+        named = use.scene.task == "open_background"
+        assert (owners.background[b] == NOBODY) == named
+        assert (len(use.scene.items) in use.encoded.owners) != named
+        assert set(owners.references[b].tolist()) <= {NOBODY, *range(len(use.places))}

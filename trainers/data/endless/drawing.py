@@ -12,9 +12,10 @@ from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
 from unipic_core.model.vae import ImageVAE
 
 from ...nano.emoji import LONGEST, Bank
+from ...nano.open_scenes.drawing import make_any_scene
 from ...nano.render import Sample, render
 from ...nano.scene import Scene
-from ...nano.scenes import TASKS, make_scene
+from ...nano.scenes import TASKS
 from ..encoding import encode_pictures
 from ..rows import Row, make_row
 
@@ -53,7 +54,7 @@ def draw_scene(bank: Bank, seed: int, index: int, size: int, mixture: Mapping[st
     weights = mixture or TASKS
     share = np.array(list(weights.values())) / sum(weights.values())
     task = list(weights)[np.random.default_rng([TASK_SALT, seed, index]).choice(len(share), p=share)]
-    return make_scene(bank, "train", seed, index, task=task, size=size)
+    return make_any_scene(bank, "train", seed, index, task=task, size=size)
 
 
 def open_bank(size: int) -> Bank:
@@ -93,7 +94,8 @@ def owners_of(scene: Scene, sample: Sample) -> np.ndarray:
     shares = (
         masks.reshape(len(masks), high, PIXELS_PER_TOKEN, wide, PIXELS_PER_TOKEN).mean((2, 4)).reshape(len(masks), -1)
     )
-    owners[1 - shares.sum(0) >= BACKGROUND_SHARE] = len(scene.items)
+    if len(scene.items) in scene.order:  # a background that has no reference has no tokens to point to
+        owners[1 - shares.sum(0) >= BACKGROUND_SHARE] = len(scene.items)
     for source, share in enumerate(shares):
         owners[share >= ITEM_SHARE] = source
     return owners

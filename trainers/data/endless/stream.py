@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from ...config.run import ConfigError, DataConfig, given
+from ...nano.open_scenes.drawing import any_reworded
 from ...nano.scene import Scene
-from ...nano.scenes import reworded
 from .drawing import EncodedScene
 from .workers import TOGETHER, Drawers
 
@@ -81,4 +81,4 @@ class SceneStream:
         index = self.number * self.buffer + int(i)
         rng = np.random.default_rng([WORDS_SALT, self.data.seed, index, use])
         encoded = self.round[i]
-        return Use(index, encoded, reworded(encoded.scene, rng))
+        return Use(index, encoded, any_reworded(encoded.scene, rng))
