@@ -16,8 +16,8 @@ from comfy_api.latest import io
 
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import resolve
+from ..unipic_core.weights.formats.safetensors_file import read_table
 from ..unipic_core.weights.recipe import Recipe
-from ..unipic_core.weights.safetensors_file import read_table
 from ..unipic_core.weights.transformer import looks_like
 from ..unipic_core.weights.vae import config_of_file
 from . import CATEGORY

@@ -23,9 +23,9 @@ from ...unipic_core.model.config import condition_bytes
 from ...unipic_core.model.layers import Operations
 from ...unipic_core.sampling.schedules import resolution_shift
 from ...unipic_core.weights.files import FP8, Weights
+from ...unipic_core.weights.formats.safetensors_file import read_table
+from ...unipic_core.weights.formats.tensor_spec import Table
 from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
-from ...unipic_core.weights.safetensors_file import read_table
-from ...unipic_core.weights.tensor_spec import Table
 from ...unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
 from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS, keep_during_runs
 from .latent_format import PictureLatents, read_latent_format

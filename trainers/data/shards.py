@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from unipic_core.conditioning.sequence import PATCH, TextCond
-from unipic_core.weights.safetensors_file import read_safetensors
-from unipic_core.weights.tensor_spec import Table
+from unipic_core.weights.formats.safetensors_file import read_safetensors
+from unipic_core.weights.formats.tensor_spec import Table
 from unipic_core.weights.write import write_safetensors
 
 

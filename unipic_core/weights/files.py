@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .safetensors_file import read_table
-from .tensor_spec import Table, TensorSpec
+from .formats.safetensors_file import read_table
+from .formats.tensor_spec import Table, TensorSpec
 
 PathLike = str | os.PathLike[str]
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from ..errors import CheckpointError, UniPicError
 from ..model.config import ATTENTION_FORMS, FULL
 from .files import PathLike, find_weight_file
-from .safetensors_file import read_safetensors
+from .formats.safetensors_file import read_safetensors
 
 METADATA_KEY = "unipic_recipe"
 FILE_NAME = "recipe.json"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..replacing import replacing, write_errors
-from .safetensors_file import safetensors_header
+from .formats.safetensors_file import safetensors_header
 
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)."""

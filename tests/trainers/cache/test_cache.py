@@ -15,7 +15,7 @@ from trainers.config.run import ConfigError
 from trainers.data.sources import Compositions
 from trainers.data.text_embeddings import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
-from unipic_core.weights.safetensors_file import read_safetensors
+from unipic_core.weights.formats.safetensors_file import read_safetensors
 
 # --- what is in it ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from unipic_core.cli import main
 from unipic_core.conditioning import images
-from unipic_core.weights import safetensors_file
+from unipic_core.weights.formats import safetensors_file
 from unipic_core.weights.lora import save_lora
 
 

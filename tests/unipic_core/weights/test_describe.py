@@ -14,9 +14,9 @@ from tests.paths import TINY
 from unipic_core.errors import CheckpointError
 from unipic_core.weights.convert import convert
 from unipic_core.weights.describe import describe, format_description
+from unipic_core.weights.formats.tensor_spec import TensorSpec
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import Recipe
-from unipic_core.weights.tensor_spec import TensorSpec
 
 
 @pytest.fixture

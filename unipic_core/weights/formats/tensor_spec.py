@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 
 
 @dataclass(frozen=True)

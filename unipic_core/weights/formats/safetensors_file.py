@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError
+from ...errors import CheckpointError
 from .pickle_file import read_pickle
 from .tensor_spec import Table, TensorSpec
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, one_line
+from ...errors import CheckpointError, one_line
 from .tensor_spec import Table, TensorSpec
 
 
