@@ -1,4 +1,4 @@
-"""`python -m trainers.memory CONFIG [key=value ...] [--processes N] [--gib N]`: what a run will need, before it starts.
+"""`python -m trainers.memory CONFIG [key=value ...] [--processes N] [--gib N]`: memory and hours of a run.
 
 Computed from shapes alone: nothing is loaded, and the model's folder need not be there (then the released sizes are
 taken). What is stored is counted tensor by tensor, as the trainers hold it. Activations are `Activations` below times
@@ -35,6 +35,7 @@ from ..loop.optimizers import is_hidden_matrix
 from ..roles.frozen import form_of, stored_form
 from ..roles.roles import targets_of
 from ..roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of
+from .hours import summary
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -315,6 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(made))
+    print(summary(config, sizes_of(given(config.network)), tokens(config), args.processes))
     if config.dmd is not None:
         print(f"four networks with all parameters would need {four_copies(config).gpu / GIB:.0f} GiB")
     if args.gib is not None:
