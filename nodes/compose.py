@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
-from ..unipic_core.conditioning.images import MAX_REFERENCES, Size, resize_references
+from ..unipic_core.conditioning.images import resize_references
 from ..unipic_core.conditioning.picture_numbers import number_cautions
+from ..unipic_core.conditioning.reference_sizes import MAX_REFERENCES, Size
 from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, Request, plan

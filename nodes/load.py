@@ -26,7 +26,6 @@ from .host.latent_format import PictureLatents, fit_preview, read_latent_format
 from .host.messages import tell
 from .host.model import WEIGHT_DTYPES, load_model
 from .host.recipe_attachment import attach, facts_of
-from .sample import described
 
 
 class LoadUniPic(io.ComfyNode):
@@ -89,7 +88,7 @@ class LoadUniPic(io.ComfyNode):
 def without_recipe(source: Path) -> str:
     """What happens to weights that say nothing of their use, and what to do if that is wrong."""
     return (
-        f"{source.name} brings no recipe and its name says nothing, so it runs with {described(resolve(Recipe()))}; if "
+        f"{source.name} brings no recipe and its name says nothing, so it runs with {resolve(Recipe())}; if "
         "it is a few-step model, keep the repository's name in its own, such as Unipic3-DMD, or set steps, cfg and "
         "sampler in Few-Step Sampler"
     )

@@ -27,7 +27,6 @@ from .host.messages import tell
 from .host.model import UniPicModel
 from .host.recipe_attachment import Facts, attach, facts_of
 from .host.saving import save_with_facts
-from .sample import described
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."
@@ -180,4 +179,4 @@ def summary(lora: LoRA, report: MergeReport, facts: Facts) -> str:
     if report.unmatched:
         text += f"; not known to this model: {', '.join(report.unmatched[:3])}" + ", ..." * (len(report.unmatched) > 3)
     whose = "its recipe" if lora.recipe else "it brings no recipe, so as before"
-    return f"{text}; {whose}: {described(resolve(facts.recipe))}"
+    return f"{text}; {whose}: {resolve(facts.recipe)}"

@@ -16,7 +16,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ...unipic_core.conditioning.images import DEFAULT_BUDGET
+from ...unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from ...unipic_core.conditioning.sequence import PATCH, PIXELS_PER_TOKEN
 from ...unipic_core.errors import CheckpointError, UniPicError
 from ...unipic_core.model.config import condition_bytes

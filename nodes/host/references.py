@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ...unipic_core.conditioning.images import MAX_REFERENCES
+from ...unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from ...unipic_core.errors import UniPicError
 from .images import to_pictures
 

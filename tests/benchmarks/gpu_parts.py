@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from trainers.nano.make_model import text_encoder_config
 from unipic_core.cli.commands import DEFAULT_MODEL
-from unipic_core.conditioning.images import MAX_REFERENCES, Size, reference_sizes
 from unipic_core.conditioning.prompt import IMAGE_PAD
+from unipic_core.conditioning.reference_sizes import MAX_REFERENCES, Size, reference_sizes
 from unipic_core.conditioning.sequence import VAE_SCALE
 from unipic_core.model.vae import ImageVAE, VAEConfig, channels_last
 from unipic_core.pipeline.text_encoder import TextEncoder

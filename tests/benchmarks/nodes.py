@@ -75,7 +75,7 @@ def step(shared: bool) -> Run:
     import torch
     from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
     from unipic_pack.nodes.host.network import Network, network_options
-    from unipic_pack.unipic_core.conditioning.images import reference_sizes
+    from unipic_pack.unipic_core.conditioning.reference_sizes import reference_sizes
     from unipic_pack.unipic_core.weights.transformer import MMDiTConfig
 
     stored = json.loads((find_model(DEFAULT_MODEL) / "transformer" / "config.json").read_text())

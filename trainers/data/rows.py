@@ -13,16 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unipic_core.conditioning.images import (
-    MAX_REFERENCES,
-    REFERENCE_MULTIPLE,
-    Size,
-    load_image,
-    resize_for_vision,
-    resize_references,
-)
+from unipic_core.conditioning.images import load_image, resize_for_vision, resize_references
 from unipic_core.conditioning.picture_files import MAX_PIXELS, open_picture
 from unipic_core.conditioning.prompt import mark_in
+from unipic_core.conditioning.reference_sizes import MAX_REFERENCES, REFERENCE_MULTIPLE, Size
 from unipic_core.conditioning.sequence import nearest_multiple
 from unipic_core.errors import UniPicError
 

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from unipic_core.conditioning.images import REFERENCE_MULTIPLE
+from unipic_core.conditioning.reference_sizes import REFERENCE_MULTIPLE
 
 from ..nano.catalogue import Split
 from ..nano.emoji import Bank

@@ -160,6 +160,18 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--num-images", type=int, default=1, help="this many, with seeds SEED, SEED+1, ...; named OUT-SEED.png"
     )
+    p.add_argument(
+        "--share",
+        metavar="NAME",
+        default="release",
+        help="of the pixels that all pictures share: release = one scale for all, equal = equal areas (%(default)s)",
+    )
+    p.add_argument(
+        "--reference-weights",
+        type=weights_argument,
+        metavar="W,W,...",
+        help="one number for each picture that multiplies its share; 4 doubles its sides beside a large one",
+    )
     weights = p.add_argument_group("weights")
     weights.add_argument(
         "--model", type=Path, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
@@ -173,6 +185,14 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     sampling.add_argument(
         "--reference-budget", type=int, metavar="PIXELS", help="side of the square all pictures share"
     )
+    sampling.add_argument(
+        "--schedule",
+        metavar="NAME",
+        default="auto",
+        help="times of the steps: auto (as the weights want), base (of the release's base weights, and of its Euler "
+        "demo of few-step ones), few_step, or fixed_shift (linear, shifted by --shift)",
+    )
+    sampling.add_argument("--shift", type=float, metavar="K", help="of --schedule fixed_shift (default: 3)")
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
     machine.add_argument(
@@ -194,6 +214,14 @@ def size_argument(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 1024x768, got {text!r}") from None
     return width, height
+
+
+def weights_argument(text: str) -> list[float]:
+    """ "1,4" -> [1.0, 4.0]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number for each picture such as 1,4, got {text!r}") from None
 
 
 def lora_argument(text: str) -> tuple[Path, float]:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from .. import __version__
 from ..conditioning.images import load_image
 from ..conditioning.picture_numbers import number_cautions
+from ..conditioning.reference_sizes import Size, described_sizes, small_references
 from ..errors import UniPicError, printable
 from ..pipeline.loading import OpenedPipeline, open_pipeline
 from ..pipeline.loras import AddedLoRAs
@@ -36,8 +37,7 @@ def compose(args: argparse.Namespace) -> None:
     if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UniPicError("the bundled model is not installed; name a model folder with --model")
     opened = open_checked(args, [image.size for image in images])
-    for caution in number_cautions(args.prompt, len(images)):
-        warnings.warn(caution, stacklevel=2)
+    tell_references(opened.plan, [image.size for image in images])
     with progress_bar("composing") as advance:  # around loading, which the bar's package may be absent for
         pipe = load_pipeline(args, opened)
         steps = opened.plan.settings.steps
@@ -47,6 +47,15 @@ def compose(args: argparse.Namespace) -> None:
         path = still_free(named, args)
         save_image(image, path, record(args, seed, image.size, out.settings))
         print(printable(path))
+
+
+def tell_references(planned: Plan, sizes: list[Size]) -> None:
+    """Print at which size the model sees each picture; warn of small ones, and of numbers that the prompt misses."""
+    if sizes:
+        print(f"references: {described_sizes(sizes, planned.seen)}", file=sys.stderr)
+    cautions = small_references(sizes, planned.seen, planned.settings.reference_budget)
+    for caution in (*cautions, *number_cautions(planned.request.prompt, len(sizes))):
+        warnings.warn(caution, stacklevel=3)
 
 
 def check_destinations(args: argparse.Namespace) -> None:
@@ -80,7 +89,7 @@ class Opened:
     plan: Plan
 
 
-def open_checked(args: argparse.Namespace, sizes: list[tuple[int, int]]) -> Opened:
+def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
     """Open the weights' headers and check all arguments. sizes: of the pictures. Raises UniPicError."""
     check_machine(device_name(args), args.attention, args.compile)
     opened = open_pipeline(args.model, args.transformer)
@@ -122,6 +131,10 @@ def request_of(args: argparse.Namespace) -> Request:
         seed=args.seed,
         num_images=args.num_images,
         reference_budget=args.reference_budget,
+        schedule=None if args.schedule == "auto" else args.schedule,
+        shift=args.shift,
+        share=args.share,
+        reference_weights=args.reference_weights,
     )
 
 
@@ -135,7 +148,9 @@ def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
     device = device_name(args)
     name = ("fp32" if device == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
     dtype = getattr(torch, DTYPES[name])
-    print(f"loading {printable(args.model.name)} on {device} in {name}: {opened.plan.settings}", file=sys.stderr)
+    settings = opened.plan.settings
+    remark = f"; {settings.remark}" if settings.remark else ""
+    print(f"loading {printable(args.model.name)} on {device} in {name}: {settings}{remark}", file=sys.stderr)
     pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile)
     for (lora, strength), (path, _) in zip(opened.loras, args.lora, strict=True):
         print(layers_added(path, strength, pipe.load_lora(lora, strength)), file=sys.stderr)
@@ -159,6 +174,8 @@ def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings:
         "model": args.model.resolve().name,
         "transformer": args.transformer and args.transformer.name,
         "lora": [[path.name, strength] for path, strength in args.lora],
+        "share": args.share,
+        "reference_weights": args.reference_weights,
         "attention": args.attention,
         "recipe": vars(settings),
         "version": __version__,

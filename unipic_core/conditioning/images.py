@@ -15,19 +15,16 @@ from torch import Tensor
 from ..checks import whole
 from ..errors import UniPicError
 from .picture_files import Source, name_of, open_picture, picture_errors
+from .reference_sizes import (
+    DEFAULT_BUDGET,
+    REFERENCE_MULTIPLE,
+    RELEASE,
+    Size,
+    scaled_sizes,
+    to_multiple,
+    vision_size,
+)
 from .sequence import PIXELS_PER_TOKEN, nearest_multiple
-
-Size = tuple[int, int]
-"""(width, height) in pixels, in Pillow's order."""
-
-MAX_REFERENCES = 6
-"""References that the release takes."""
-
-REFERENCE_MULTIPLE = 32
-"""Sides of the resized references, and of the default output, are multiples of this."""
-
-DEFAULT_BUDGET = 1024
-"""Side of the square whose pixels all references share."""
 
 MAX_ASPECT = 8.0
 """The default output is at most this many times as long as it is wide, whatever the first reference."""
@@ -160,44 +157,22 @@ def _from_deep_grey(image: Image.Image, top: float, clear: object = None) -> Ima
 # --- sizes ---------------------------------------------------------------------------------------------------------
 
 
-def reference_sizes(sizes: Sequence[Size], budget: int = DEFAULT_BUDGET) -> list[Size]:
-    """Sizes (w, h) for the VAE: multiples of 32 that together hold about budget^2 pixels, relative areas kept.
+def resize_references(
+    images: Sequence[Image.Image],
+    budget: int = DEFAULT_BUDGET,
+    share: str = RELEASE,
+    weights: Sequence[float] | None = None,
+) -> list[Image.Image]:
+    """The pictures as the VAE sees them: RGB, resized twice by bicubic interpolation as in the release.
 
-    r = budget / sqrt(sum of w h); each picture (round(w r), round(h r)), then the nearest multiple of 32, at least 32.
+    share, weights: as for `reference_sizes`.
     """
-    return [_to_multiple(size) for size in _scaled_sizes(sizes, budget)]
-
-
-def vision_size(size: Size) -> Size:
-    """Size for the vision encoder, of an already twice-resized picture: round(28/32 of each side), a multiple of 28."""
-    width, height = size
-    return round(28 / 32 * width), round(28 / 32 * height)
-
-
-def _scaled_sizes(sizes: Sequence[Size], budget: int) -> list[Size]:
-    if budget < REFERENCE_MULTIPLE:
-        raise UniPicError(f"the reference budget must be at least {REFERENCE_MULTIPLE} pixels, got {budget}")
-    if len(sizes) > MAX_REFERENCES:
-        raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(sizes)}; leave some out")
-    if any(w < 1 or h < 1 for w, h in sizes):
-        raise UniPicError(f"every picture must be at least 1x1 pixels, got {list(sizes)}")
-    if not sizes:
-        return []
-    r = budget / math.sqrt(sum(w * h for w, h in sizes))
-    return [(round(w * r), round(h * r)) for w, h in sizes]
-
-
-def _to_multiple(size: Size) -> Size:
-    return nearest_multiple(size[0], REFERENCE_MULTIPLE), nearest_multiple(size[1], REFERENCE_MULTIPLE)
-
-
-def resize_references(images: Sequence[Image.Image], budget: int = DEFAULT_BUDGET) -> list[Image.Image]:
-    """The pictures as the VAE sees them: RGB, resized twice by bicubic interpolation as in the release."""
     images = [to_rgb(image) for image in images]
-    sizes = [image.size for image in images]
-    scaled = [(max(width, 1), max(height, 1)) for width, height in _scaled_sizes(sizes, budget)]
-    once = [_bicubic(image, size) for image, size in zip(images, scaled, strict=True)]
-    return [_bicubic(image, size) for image, size in zip(once, reference_sizes(sizes, budget), strict=True)]
+    scaled = scaled_sizes([image.size for image in images], budget, share, weights)
+    once = [
+        _bicubic(image, (max(width, 1), max(height, 1))) for image, (width, height) in zip(images, scaled, strict=True)
+    ]
+    return [_bicubic(image, to_multiple(size)) for image, size in zip(once, scaled, strict=True)]
 
 
 def resize_for_vision(image: Image.Image) -> Image.Image:
@@ -224,7 +199,7 @@ def output_size(
     aspect = min(max(first_reference[0] / first_reference[1], 1 / widest), widest) if first_reference else 1.0
     if width is None and height is None:
         root = math.sqrt(aspect)
-        return _to_multiple((round(budget * root), round(budget / root)))
+        return to_multiple((round(budget * root), round(budget / root)))
     if width is None and height is not None:
         width = nearest_multiple(height * aspect, PIXELS_PER_TOKEN)
     elif height is None and width is not None:

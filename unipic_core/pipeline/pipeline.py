@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..caching import LRU, PictureCache, WeightsKey, image_key
 from ..conditioning.images import resize_references, to_images, to_tensor
+from ..conditioning.reference_sizes import RELEASE
 from ..conditioning.sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
 from ..errors import UniPicError
 from ..model.attention import attention_named
@@ -174,6 +175,10 @@ class UniPicPipeline:
         step_noise: Sequence[Tensor] | None = None,
         callback: Callback | None = None,
         output_type: str = "pil",
+        schedule: str | None = None,
+        shift: float | None = None,
+        share: str = RELEASE,
+        reference_weights: Sequence[float] | None = None,
     ) -> UniPicOutput:
         """Compose. None means: from the recipe, else the released weights' (docs/recipes.md).
 
@@ -182,7 +187,10 @@ class UniPicPipeline:
         "consistency" or "euler". seed: image i of num_images uses seed + i. latents: packed start noise [B, N_O, 4C];
         step_noise: the noises that the consistency sampler adds, one [B, N_O, 4C] per step but the last.
         callback(step, t, x_t, x0) after each step counted from 0: t is the time reached and x_t the latent there, so t
-        is 0 in the last step; x0 is what the step predicted. output_type: "pil", "pt" or "latent". Raises UniPicError.
+        is 0 in the last step; x0 is what the step predicted. output_type: "pil", "pt" or "latent". schedule: "base",
+        "few_step", or "fixed_shift" with `shift`. share: how the references share their budget, "release" (one scale
+        for all) or "equal" (equal areas); reference_weights: one for each, which multiply the shares. Raises
+        UniPicError.
         """
         request = Request(
             prompt=prompt,
@@ -195,6 +203,10 @@ class UniPicPipeline:
             seed=seed,
             num_images=num_images,
             reference_budget=reference_budget,
+            schedule=schedule,
+            shift=shift,
+            share=share,
+            reference_weights=reference_weights,
         )
         return self.run(images, request, latents, step_noise, callback, output_type)
 
@@ -227,7 +239,7 @@ class UniPicPipeline:
     def _encode(self, originals: list[Image.Image], planned: Plan) -> tuple[list[Tensor], TextCond, TextCond | None]:
         """The references' latents [1, C, 1, h, w], the prompt, and the negative prompt where guidance asks for it."""
         request, settings = planned.request, planned.settings
-        references = resize_references(originals, settings.reference_budget)
+        references = resize_references(originals, settings.reference_budget, request.share, request.reference_weights)
         cond = self._encode_text(references, request.prompt)
         uncond = self._encode_text(references, request.negative_prompt) if settings.guidance != 1 else None
         return self._encode_references(references), cond, uncond

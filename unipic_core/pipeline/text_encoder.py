@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..conditioning.images import REFERENCE_MULTIPLE, resize_for_vision, vision_size
+from ..conditioning.images import resize_for_vision
 from ..conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, body_text, check_length, mark_in, plain_ids
+from ..conditioning.reference_sizes import REFERENCE_MULTIPLE, vision_size
 from ..conditioning.sequence import TextCond
 from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..errors import CheckpointError, UniPicError

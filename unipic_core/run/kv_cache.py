@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..caching import TensorCache, WeightsKey
-from ..conditioning.images import vision_size
 from ..conditioning.prompt import LONG_PROMPT
+from ..conditioning.reference_sizes import vision_size
 from ..conditioning.sequence import PIXELS_PER_TOKEN, PackedLatents, TextCond
 from ..conditioning.vision import vision_tokens
 from ..model.attention_forms import ConditionCache

@@ -9,11 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import finite, whole
-from ..conditioning.images import DEFAULT_BUDGET, MAX_REFERENCES, Size, output_size
+from ..conditioning.images import output_size
 from ..conditioning.prompt import check_unicode
+from ..conditioning.reference_sizes import DEFAULT_BUDGET, MAX_REFERENCES, RELEASE, Size, reference_sizes
 from ..errors import UniPicError
 from ..sampling.schedules import Shift, base_times, few_step_times, fixed_shift_times
-from ..weights.recipe import LIMITS, MAX_GUIDANCE, RELEASED_BASE, RELEASED_FEW_STEP, SAMPLERS, Recipe
+from ..weights.recipe import (
+    LIMITS,
+    MAX_GUIDANCE,
+    MAX_SHIFT,
+    RELEASED_BASE,
+    RELEASED_FEW_STEP,
+    SAMPLERS,
+    SCHEDULES,
+    Recipe,
+)
 
 DEFAULT_SHIFT = 3.0
 """Of the schedule "fixed_shift" where a recipe names none."""
@@ -36,7 +46,21 @@ class Settings:
 
     def __str__(self) -> str:
         guidance = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}"
-        return f"{self.steps} steps, {self.sampler}, {guidance}"
+        run = f"{self.steps} steps, {self.sampler}, {guidance}"
+        if self.schedule == "fixed_shift":
+            return f"{run}, schedule fixed_shift {self.fixed_shift:g}"
+        usual = _defaults_of(self.sampler).schedule
+        return run if self.schedule == usual else f"{run}, schedule {self.schedule}"
+
+    @property
+    def remark(self) -> str:
+        """What to tell of Euler on few-step weights; empty for other choices.
+
+        The release's training re-noises, a demo of it follows the flow at the times of the base weights.
+        """
+        if (self.sampler, self.schedule) != ("euler", "few_step"):
+            return ""
+        return "the release's demo of few-step weights with euler has the times of schedule base"
 
     def times(self, num_target_tokens: int, shift: Shift) -> Tensor:
         """[steps + 1] float64 from 1 to 0."""
@@ -52,14 +76,19 @@ def resolve(
     guidance: float | None = None,
     sampler: str | None = None,
     reference_budget: int | None = None,
+    schedule: str | None = None,
+    shift: float | None = None,
 ) -> Settings:
-    """None: from the recipe, else the sampler's defaults (docs/recipes.md). UniPicError for impossible values."""
-    if sampler is not None and sampler not in SAMPLERS:
-        raise UniPicError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    """None: from the recipe, else the sampler's defaults (docs/recipes.md). UniPicError for impossible values.
+
+    schedule: a name in SCHEDULES; shift: k of the schedule "fixed_shift".
+    """
+    _check_name("sampler", sampler, SAMPLERS)
+    _check_name("schedule", schedule, SCHEDULES)
     sampler = sampler or recipe.sampler or str(RELEASED_BASE.sampler)
-    default = RELEASED_BASE if sampler == "euler" else RELEASED_FEW_STEP
+    default = _defaults_of(sampler)
     references = _first(reference_budget, recipe.reference_budget, DEFAULT_BUDGET)
-    schedule = str(_first(recipe.schedule, default.schedule))
+    schedule = str(_first(schedule, recipe.schedule, default.schedule))
     settings = Settings(
         steps=_whole("the number of steps", _first(steps, recipe.steps, default.steps), *LIMITS["steps"]),
         guidance=_guidance(_first(guidance, recipe.guidance, default.guidance)),
@@ -67,17 +96,43 @@ def resolve(
         schedule=schedule,
         reference_budget=_whole("the reference budget", references, *LIMITS["reference_budget"]),
         output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
-        fixed_shift=_first(recipe.shift, DEFAULT_SHIFT) if schedule == "fixed_shift" else None,
+        fixed_shift=_fixed_shift(schedule, shift, recipe),
     )
     _ = recipe.causal_attention_form  # refuses a form that this version does not have
     return settings
+
+
+def _defaults_of(sampler: str) -> Recipe:
+    """The released recipe that a sampler belongs to."""
+    return RELEASED_BASE if sampler == "euler" else RELEASED_FEW_STEP
+
+
+def _check_name(what: str, name: str | None, names: tuple[str, ...]) -> None:
+    if name is not None and name not in names:
+        raise UniPicError(f"the {what} must be one of {', '.join(names)}, got {name!r}")
+
+
+def _fixed_shift(schedule: str, shift: object, recipe: Recipe) -> float | None:
+    """k of the schedule "fixed_shift", None for the others; UniPicError for a shift of another schedule."""
+    if schedule != "fixed_shift":
+        if shift is not None:
+            raise UniPicError(
+                f"a shift belongs to the schedule fixed_shift, and this run has the schedule {schedule}; choose "
+                "fixed_shift, or leave the shift out"
+            )
+        return None
+    number = finite(_first(shift, recipe.shift, DEFAULT_SHIFT))
+    if number is None or not 0 < number <= MAX_SHIFT:
+        raise UniPicError(f"the shift must be a number above 0, up to {MAX_SHIFT:g}, got {shift!r}; 3 is usual")
+    return float(number)
 
 
 @dataclass(frozen=True)
 class Request:
     """What a user asks of one run; None = as the recipe of the weights says.
 
-    width, height: of the output, multiples of 16. seed: of the first of `num_images`; image i has seed + i.
+    width, height: of the output, multiples of 16. seed: of the first of `num_images`; image i has seed + i. share,
+    reference_weights: how the references share their budget (conditioning/reference_sizes.py).
     """
 
     prompt: str = ""
@@ -90,17 +145,25 @@ class Request:
     seed: int = 0
     num_images: int = 1
     reference_budget: int | None = None
+    schedule: str | None = None
+    shift: float | None = None
+    share: str = RELEASE
+    reference_weights: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request with every choice made, before weights are loaded. size: (width, height) of the output."""
+    """A checked request with every choice made, before weights are loaded.
+
+    size: (width, height) of the output. seen: of the references, as the model sees them.
+    """
 
     request: Request
     settings: Settings
     size: Size
     seed: int
     num_images: int
+    seen: tuple[Size, ...] = ()
 
 
 def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
@@ -109,13 +172,22 @@ def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
         if not isinstance(text := getattr(request, name), str):
             raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
         check_unicode(text)
-    settings = resolve(recipe, request.steps, request.guidance, request.sampler, request.reference_budget)
+    settings = resolve(
+        recipe,
+        request.steps,
+        request.guidance,
+        request.sampler,
+        request.reference_budget,
+        request.schedule,
+        request.shift,
+    )
     seed, num_images = checked_seed(request.seed, request.num_images)
     if len(references) > MAX_REFERENCES:
         raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
     first = references[0] if references else None
     size = output_size(first, settings.output_budget, request.width, request.height)
-    return Plan(request, settings, size, seed, num_images)
+    seen = reference_sizes(references, settings.reference_budget, request.share, request.reference_weights)
+    return Plan(request, settings, size, seed, num_images, tuple(seen))
 
 
 def _first(*values: object) -> Any:

@@ -30,6 +30,7 @@ TRANSFORMER_FOLDERS = ("transformer", "ema_transformer")
 Sampler = Literal["consistency", "euler"]
 Schedule = Literal["few_step", "base", "fixed_shift"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 LIMITS = {"steps": (1, 1000), "reference_budget": (32, 8192), "output_budget": (32, 8192), "version": (1, 1_000_000)}
 """Least and most of the whole numbers: steps, and sides in pixels."""
@@ -37,7 +38,7 @@ LIMITS = {"steps": (1, 1000), "reference_budget": (32, 8192), "output_budget": (
 MAX_GUIDANCE = 1000.0
 MAX_SHIFT = 100.0
 
-_CHOICES = {"sampler": SAMPLERS, "schedule": get_args(Schedule)}
+_CHOICES = {"sampler": SAMPLERS, "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from comfy.sd import CLIP
 from torch import Tensor
 
 from ....unipic_core.caching import TensorCache, WeightsKey
-from ....unipic_core.conditioning.images import MAX_REFERENCES
+from ....unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from .tokenizer import KEY
 
 _seen: TensorCache[Tensor] = TensorCache(MAX_REFERENCES)

@@ -10,7 +10,8 @@ from unipic_pack.nodes import compose
 from unipic_pack.nodes.host.images import to_pictures
 from unipic_pack.nodes.host.text.encoder import encode_prompt, load_clip
 from unipic_pack.nodes.host.vae import load_vae
-from unipic_pack.unipic_core.conditioning.images import MAX_REFERENCES, resize_references
+from unipic_pack.unipic_core.conditioning.images import resize_references
+from unipic_pack.unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 
 SMALL = {"reference_budget": 64, "width": 64, "height": 64}
 

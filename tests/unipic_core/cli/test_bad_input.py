@@ -79,7 +79,7 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     except SystemExit as stop:
         code = stop.code
     said = capsys.readouterr().err.replace("\r", "\n").splitlines()
-    return code, [x for x in said if x.strip() and not x.startswith(("loading", "composing"))]
+    return code, [x for x in said if x.strip() and not x.startswith(("references", "loading", "composing"))]
 
 
 # --- what works ----------------------------------------------------------------------------------------------------

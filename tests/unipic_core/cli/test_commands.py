@@ -64,7 +64,11 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 
     except SystemExit as stop:
         got = stop.code
     assert got == code
-    lines = [x for x in capsys.readouterr().err.splitlines() if x and not x.startswith(("loading", "composing"))]
+    lines = [
+        x
+        for x in capsys.readouterr().err.splitlines()
+        if x and not x.startswith(("references", "loading", "composing"))
+    ]
     assert len(lines) == 1, lines
     return lines[0]
 
@@ -261,6 +265,53 @@ def test_unknown_weights_are_told_with_what_was_chosen(
     assert "brings no recipe" not in said(known)
 
 
+def test_each_picture_s_size_is_told_and_a_small_one_warned_of(
+    golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def said(*more: str) -> tuple[str, Any]:
+        main(["compose", str(large), str(picture), "-p", "a", "--model", str(golden / "tiny"), *more])
+        return capsys.readouterr().err, opened[-1]
+
+    def stop(args: Any, opened_now: Any) -> None:
+        opened.append(opened_now)
+        raise UniPicError("far enough")
+
+    opened: list[Any] = []
+    monkeypatch.setattr(command, "load_pipeline", stop)
+    large = picture.with_name("large.png")
+    Image.new("RGB", (600, 400), "blue").save(large)
+    text, _ = said("--reference-budget", "512")
+    assert "references: image 1 600x400 seen at 640x416, image 2 20x10 seen at 32x32\n" in text
+    assert "warning: image 2 (20x10) is seen at 32x32, below 128x128, so its details are lost" in text
+    text, now = said("--reference-budget", "512", "--share", "equal")
+    assert "image 1 600x400 seen at 448x288, image 2 20x10 seen at 512x256\n" in text
+    assert "details are lost" not in text
+    assert now.plan.request.share == "equal"
+    text, now = said("--reference-budget", "512", "--share", "equal", "--reference-weights", "3,1")
+    assert "image 2 20x10 seen at 352x192" in text
+    assert now.plan.request.reference_weights == [3.0, 1.0]
+    assert "one weight for each of 2 pictures, got 1" in said("--reference-weights", "3")[0]
+
+
+def test_a_schedule_may_be_chosen(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def said(*more: str) -> str:
+        main(["compose", str(picture), "-p", "a", "--model", str(known), "--size", "32x16", "--device", "cpu", *more])
+        return str(capsys.readouterr().err)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise UniPicError("far enough")
+
+    monkeypatch.setattr(pipeline.UniPicPipeline, "from_opened", stop)
+    known = shutil.copytree(golden / "tiny", picture.parent / "UniPic-3-DMD")
+    assert "8 steps, consistency, no guidance\n" in said()
+    told = "8 steps, euler, no guidance, schedule few_step; the release's demo of few-step weights with euler has the"
+    assert told in said("--sampler", "euler")
+    assert "8 steps, euler, no guidance\n" in said("--sampler", "euler", "--schedule", "base")
+    assert "no guidance, schedule fixed_shift 5\n" in said("--schedule", "fixed_shift", "--shift", "5")
+    assert "a shift belongs to the schedule fixed_shift, and this run has the schedule few_step" in said("--shift", "5")
+    assert "the schedule must be one of few_step, base, fixed_shift, got 'karras'" in said("--schedule", "karras")
+
+
 def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("surprise")
@@ -307,6 +358,7 @@ def test_ctrl_c(golden: Path, picture: Path) -> None:
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job would ignore it
     )
     assert run.stderr is not None
+    assert run.stderr.readline() == b"references: image 1 20x10 seen at 32x32\n"
     assert b"loading tiny on cpu" in run.stderr.readline()
     said = b""
     while not re.search(rb" [1-9]\d*/1000 ", said):  # it is sampling

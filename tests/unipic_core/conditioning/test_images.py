@@ -20,14 +20,13 @@ from unipic_core.conditioning.images import (
     MAX_ASPECT,
     load_image,
     output_size,
-    reference_sizes,
     resize_for_vision,
     resize_references,
     to_images,
     to_rgb,
     to_tensor,
-    vision_size,
 )
+from unipic_core.conditioning.reference_sizes import vision_size
 from unipic_core.errors import UniPicError
 
 
@@ -156,33 +155,6 @@ def test_extreme_shapes(size: tuple[int, int]) -> None:
 
 
 # --- sizes ---
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=6),
-    st.sampled_from([128, 1024]),
-)
-def test_reference_sizes_are_multiples_of_32(sizes: list[tuple[int, int]], budget: int) -> None:
-    assert all(w % 32 == 0 and h % 32 == 0 and w >= 32 and h >= 32 for w, h in reference_sizes(sizes, budget))
-
-
-def test_references_share_one_budget() -> None:
-    one = reference_sizes([(3000, 2000)])
-    six = reference_sizes([(3000, 2000)] * 6)
-    assert sum(w * h for w, h in one) == pytest.approx(1024**2, rel=0.05)
-    assert sum(w * h for w, h in six) == pytest.approx(1024**2, rel=0.05)
-    assert reference_sizes([]) == []
-    with pytest.raises(UniPicError, match=r"at most 6 pictures.*got 7"):
-        reference_sizes([(10, 10)] * 7)
-    with pytest.raises(UniPicError, match="at least 32 pixels, got 16"):
-        reference_sizes([(10, 10)], 16)
-    with pytest.raises(UniPicError, match="at least 1x1"):
-        reference_sizes([(0, 10)])
-
-
-def test_small_reference_does_not_vanish() -> None:
-    assert reference_sizes([(4000, 4000), (10, 10)], 256)[1] == (32, 32)
-    assert [p.size for p in resize_references([Image.new("RGB", s) for s in [(4000, 4000), (3, 3)]], 64)][1] == (32, 32)
 
 
 def test_default_output_size() -> None:

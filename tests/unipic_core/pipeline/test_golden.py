@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.paths import GOLDEN
-from unipic_core.conditioning.images import load_image, reference_sizes, resize_references, vision_size
+from unipic_core.conditioning.images import load_image, resize_references
+from unipic_core.conditioning.reference_sizes import reference_sizes, vision_size
 from unipic_core.conditioning.sequence import LatentShape, pack_with_references
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.sampling.schedules import base_times, few_step_times

@@ -1,0 +1,133 @@
+"""Sizes at which the model sees the references: one pixel budget, shared by area as in the release, or equally."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from ..checks import finite
+from ..errors import UniPicError
+from .sequence import nearest_multiple
+
+Size = tuple[int, int]
+"""(width, height) in pixels, in Pillow's order."""
+
+MAX_REFERENCES = 6
+"""References that the release takes."""
+
+REFERENCE_MULTIPLE = 32
+"""Sides of the resized references, and of the default output, are multiples of this."""
+
+DEFAULT_BUDGET = 1024
+"""Side of the square whose pixels all references share."""
+
+RELEASE, EQUAL = "release", "equal"
+SHARES = (RELEASE, EQUAL)
+"""How references share the budget: one scale for all, so relative areas are kept, as in the release; or equal areas."""
+
+WEIGHT_LIMITS = (0.01, 100.0)
+"""Least and most of a reference's weight, which multiplies its share of the budget's pixels."""
+
+SMALL_PART = 4
+"""A reference is small where the square of its pixels has less than a quarter of the budget's side."""
+
+
+def reference_sizes(
+    sizes: Sequence[Size],
+    budget: int = DEFAULT_BUDGET,
+    share: str = RELEASE,
+    weights: Sequence[float] | None = None,
+) -> list[Size]:
+    """Sizes (w, h) for the VAE: multiples of 32, at least 32, that together hold about budget^2 pixels.
+
+    share, weights (one per picture, None = 1 for all): see `scaled_sizes`. Raises UniPicError.
+    """
+    return [to_multiple(size) for size in scaled_sizes(sizes, budget, share, weights)]
+
+
+def scaled_sizes(
+    sizes: Sequence[Size],
+    budget: int = DEFAULT_BUDGET,
+    share: str = RELEASE,
+    weights: Sequence[float] | None = None,
+) -> list[Size]:
+    """Sizes (w, h) of the first of the two resizes, before sides are rounded to multiples of 32.
+
+    Picture i of area A_i and weight g_i is scaled by r_i, so that its pixels are
+      release: r_i^2 A_i = budget^2 g_i A_i / sum_j g_j A_j (QwenImageEditPipeline of the release, with g = 1),
+      equal:   r_i^2 A_i = budget^2 g_i / sum_j g_j.
+    """
+    _check(sizes, budget, share)
+    gains = checked_weights(weights, len(sizes))
+    areas = [w * h for w, h in sizes]
+    if not sizes:
+        return []
+    if share == RELEASE:
+        r = budget / math.sqrt(sum(g * area for g, area in zip(gains, areas, strict=True)))
+        scales = [r * math.sqrt(g) for g in gains]
+    else:
+        scales = [budget * math.sqrt(g / sum(gains) / area) for g, area in zip(gains, areas, strict=True)]
+    return [(round(w * s), round(h * s)) for (w, h), s in zip(sizes, scales, strict=True)]
+
+
+def vision_size(size: Size) -> Size:
+    """Size for the vision encoder, of an already twice-resized picture: round(28/32 of each side), a multiple of 28."""
+    width, height = size
+    return round(28 / 32 * width), round(28 / 32 * height)
+
+
+def to_multiple(size: Size) -> Size:
+    """The nearest sides that are multiples of 32, at least 32."""
+    return nearest_multiple(size[0], REFERENCE_MULTIPLE), nearest_multiple(size[1], REFERENCE_MULTIPLE)
+
+
+def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """One weight per picture; 1 each where none are given. UniPicError for another number of them or wrong values."""
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise UniPicError(f"there should be one weight for each of {count} pictures, got {len(weights)}")
+    least, most = WEIGHT_LIMITS
+    gains = [finite(weight) for weight in weights]
+    for given, gain in zip(weights, gains, strict=True):
+        if gain is None or not least <= gain <= most:
+            raise UniPicError(
+                f"a picture's weight should be a number from {least:g} to {most:g}, got {given!r}; to go without a "
+                "picture, leave it out"
+            )
+    return [float(gain) for gain in gains if gain is not None]
+
+
+def _check(sizes: Sequence[Size], budget: int, share: str) -> None:
+    if budget < REFERENCE_MULTIPLE:
+        raise UniPicError(f"the reference budget must be at least {REFERENCE_MULTIPLE} pixels, got {budget}")
+    if share not in SHARES:
+        raise UniPicError(f"references share the budget by {' or '.join(SHARES)}, got {share!r}")
+    if len(sizes) > MAX_REFERENCES:
+        raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(sizes)}; leave some out")
+    if any(w < 1 or h < 1 for w, h in sizes):
+        raise UniPicError(f"every picture must be at least 1x1 pixels, got {list(sizes)}")
+
+
+# --- what a user is told of them -------------------------------------------------------------------------------------
+
+
+def described_sizes(sizes: Sequence[Size], seen: Sequence[Size]) -> str:
+    """Number, size and size seen of each reference: "image 1 6000x4000 seen at 1248x832, image 2 ..."."""
+    rows = [
+        f"image {number} {given[0]}x{given[1]} seen at {here[0]}x{here[1]}"
+        for number, (given, here) in enumerate(zip(sizes, seen, strict=True), start=1)
+    ]
+    return ", ".join(rows)
+
+
+def small_references(sizes: Sequence[Size], seen: Sequence[Size], budget: int) -> Iterator[str]:
+    """A caution for each reference whose pixels are fewer than those of a quarter of the budget's side, squared."""
+    least = budget / SMALL_PART
+    for number, (given, here) in enumerate(zip(sizes, seen, strict=True), start=1):
+        if here[0] * here[1] < least**2:
+            yield (
+                f"image {number} ({given[0]}x{given[1]}) is seen at {here[0]}x{here[1]}, below {least:g}x{least:g}, so "
+                "its details are lost: crop or shrink the larger pictures, choose the share equal, or give it more "
+                "weight"
+            )
