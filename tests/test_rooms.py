@@ -73,7 +73,21 @@ def foreign(name: str) -> str | None:
 
 def test_no_two_files_import_each_other_in_a_circle() -> None:
     lazy = {"unipic_core"}  # its imports are for type checkers alone, and are made when a name is asked for
-    graph = {name: set() if name in lazy else imported_modules(path) for name, path in MODULES.items()}
+    assert_no_circle({name: set() if name in lazy else imported_modules(path) for name, path in MODULES.items()})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_two_rooms_import_each_other_in_a_circle(package: str) -> None:
+    """A room: a folder directly below the package."""
+    graph: dict[str, set[str]] = {}
+    for path in sources(package):
+        room = path.relative_to(ROOT / package).parts[0]
+        used = {module.split(".")[1] for module in imported_modules(path) if module.startswith(f"{package}.")}
+        graph.setdefault(room.removesuffix(".py"), set()).update(used - {room.removesuffix(".py")})
+    assert_no_circle(graph)
+
+
+def assert_no_circle(graph: dict[str, set[str]]) -> None:
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

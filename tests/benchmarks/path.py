@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, nargs="?", help="another checkout")
     args = parser.parse_args()
     pictures = [str(PICTURES / f"{name}.png") for name in ("man-office-worker", "tent", "desert")]
-    compose = ["compose", "--overwrite", *pictures, "--prompt", "The tent from image 2 in image 3"]
+    compose = ["compose", *pictures, "--prompt", "The tent from image 2 in image 3"]
     for folder in (ROOT, *([args.folder.resolve()] if args.folder else [])):
         path = traced(folder, compose)
         print(f"{folder.name}: {path['functions']} functions, {path['files']} files, {path['switches']} switches")

@@ -27,9 +27,9 @@ from unipic_core.sampling.samplers import NonFiniteLatent
 
 from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig
-from ..methods.losses import mix
 from ..roles.sharding import sum_gradients, whole
 from ..roles.types import Named
+from ..seeds import mixed_seed
 from .checkpointing import resume, save, unusable
 from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
@@ -188,7 +188,7 @@ def backward(
     """Add one micro batch's share of the gradient; returns the loss and the means of metrics over all processes."""
     total: dict[str, float] = defaultdict(float)
     for number, piece in enumerate(getattr(batch, "pieces", (batch,))):
-        torch.manual_seed(mix(config.seed, piece.index, accelerator.process_index, number))  # for dropout
+        torch.manual_seed(mixed_seed(config.seed, piece.index, accelerator.process_index, number))  # for dropout
         for name, value in backward_piece(accelerator, config, method, part, piece, step).items():
             total[name] += value
     return total

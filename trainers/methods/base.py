@@ -37,7 +37,8 @@ from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import EMA, STUDENT, Named, Roles, require, roles_of
 from .inputs import Draws, Inputs, Pieces, choose, joined, make_inputs
-from .losses import TimedVelocity, logit_normal_times, some_uniform
+from .losses import TimedVelocity
+from .times import logit_normal_times, some_uniform
 
 VALIDATION = 2**48
 """Micro steps from here on are draws of time and noise for held-out rows; no run trains so many."""

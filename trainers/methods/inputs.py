@@ -18,8 +18,8 @@ from unipic_core.conditioning.sequence import (
 )
 
 from ..data.shards import Rows
+from ..seeds import mixed_seed
 from .correspondence import Owners
-from .losses import mix
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Draws:
     def __init__(self, seed: int, batch: Inputs) -> None:
         self.like = batch.x0
         rows = batch.rows or range(batch.first, batch.first + len(batch.x0))
-        self.generators = [torch.Generator().manual_seed(mix(seed, batch.index, row)) for row in rows]
+        self.generators = [torch.Generator().manual_seed(mixed_seed(seed, batch.index, row)) for row in rows]
 
     def noise(self) -> Tensor:
         """eps [B, N, 4C], fresh with every call."""

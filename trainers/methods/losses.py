@@ -7,7 +7,7 @@ that is not finite can be traced to its sample.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from unipic_core.conditioning.sequence import PATCH
 from unipic_core.sampling.flow import like, velocity
-from unipic_core.sampling.schedules import Shift, resolution_shift, shift_times
 
 TimedVelocity = Callable[[Tensor, Any], Tensor]
 """(x_t [B, ...], t: [B] or a number) -> v [B, ...]: a network with everything else fixed."""
@@ -160,34 +159,3 @@ def vae_loss(
     psnr = -10 * float(torch.log10(mse.detach().mean() / 4))
     metrics = {"l1": float(l1.detach().mean()), "kl": float(kl.detach().mean()), "psnr": psnr}
     return mse + l1_weight * l1 + kl_weight * kl, metrics
-
-
-# --- times and noise --------------------------------------------------------------------------------------------------
-
-
-def logit_normal_times(
-    generators: Sequence[torch.Generator], num_target_tokens: int, mean: float, std: float, shift: Shift = Shift()
-) -> Tensor:
-    """[B] times: t = sigmoid(N(mean, std)), shifted by the resolution as the sampler's schedule is."""
-    z = torch.cat([torch.randn(1, generator=g) for g in generators])
-    return shift_times(torch.sigmoid(mean + std * z), resolution_shift(num_target_tokens, shift))
-
-
-def some_uniform(t: Tensor, generators: Sequence[torch.Generator], share: float, least: float) -> Tensor:
-    """Times [B] of which a share is replaced by ones uniform in least .. 1."""
-    draws = torch.stack([torch.rand(2, generator=g) for g in generators])
-    return torch.where(draws[:, 0] < share, least + (1 - least) * draws[:, 1], t)
-
-
-def sample_generators(seed: int, step: int, samples: int, first: int = 0) -> list[torch.Generator]:
-    """One generator per sample, from (seed, step, sample index) alone: batches may be split over devices in any way."""
-    return [torch.Generator().manual_seed(mix(seed, step, first + i)) for i in range(samples)]
-
-
-def mix(*values: int) -> int:
-    """One seed from several numbers; near ones give seeds far apart."""
-    state = 0x9E3779B97F4A7C15
-    for value in values:
-        state = ((state ^ value) * 0xBF58476D1CE4E5B9 + 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return state % 2**63

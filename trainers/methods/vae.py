@@ -28,7 +28,8 @@ from ..nano.backgrounds import draw, sample_background
 from ..nano.catalogue import Split
 from ..nano.emoji import Bank
 from ..roles.types import Named
-from .losses import sample_generators, vae_loss
+from ..seeds import sample_generators
+from .losses import vae_loss
 from .vae_prior import PrincipalComponents, fold_statistics
 
 SIDE = 128

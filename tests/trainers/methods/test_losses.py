@@ -14,15 +14,12 @@ from trainers.methods.losses import (
     dmd_loss,
     fake_score_loss,
     flow_matching_loss,
-    logit_normal_times,
-    sample_generators,
     scaled_residual,
     scaled_tangent,
     vae_loss,
 )
 from unipic_core.conditioning.sequence import pack_latents
 from unipic_core.sampling.flow import add_noise, like, velocity_to_x0
-from unipic_core.sampling.schedules import resolution_shift
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -227,23 +224,3 @@ def test_vae_loss_to_a_prior():
     away, _ = vae_loss(picture, picture, prior.expand_as(log_var) + 0.2, log_var, prior, 0.2, **weights)
     assert at.item() == pytest.approx(0, abs=1e-6)
     assert away.item() == pytest.approx(0.5, abs=1e-5)
-
-
-# --- times and noise --------------------------------------------------------------------------------------------------
-
-
-def test_times_are_logit_normal_and_shifted():
-    t = logit_normal_times(sample_generators(0, 0, 4000), 64, 0.0, 1.0)
-    k = resolution_shift(64)
-    assert t.min() > 0
-    assert t.max() < 1
-    assert t.median().item() == pytest.approx(k * 0.5 / (1 + (k - 1) * 0.5), abs=0.02)
-
-
-def test_draws_depend_on_seed_step_and_sample_alone():
-    whole = [torch.randn(3, generator=g) for g in sample_generators(1, 5, 4)]
-    half = [torch.randn(3, generator=g) for g in sample_generators(1, 5, 2, first=2)]
-    assert all(torch.equal(a, b) for a, b in zip(whole[2:], half, strict=True))
-    places = ((0, 0, 1), (0, 1, 1), (1, 0, 1))
-    draws = {tuple(torch.randn(2, generator=sample_generators(*p)[0]).tolist()) for p in places}
-    assert len(draws) == 3
