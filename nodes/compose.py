@@ -24,13 +24,13 @@ from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, Request, plan
 from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
-from .host.images import to_image
 from .host.messages import tell
+from .host.pictures.images import to_image
+from .host.pictures.references import BATCHES, FIRST, IMAGES, MASKS, cautions, connected
+from .host.pictures.vae import UniPicVAE
 from .host.recipe_attachment import facts_of
-from .host.references import BATCHES, FIRST, IMAGES, MASKS, cautions, connected
 from .host.text import vision_cache as vision
 from .host.text.encoder import Conditioning, changes_weights, encode_prompt
-from .host.vae import UniPicVAE
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
 

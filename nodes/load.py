@@ -22,9 +22,9 @@ from ..unipic_core.weights.transformer import looks_like
 from ..unipic_core.weights.vae import config_of_file
 from . import CATEGORY
 from .host import model_paths as sources
-from .host.latent_format import PictureLatents, fit_preview, read_latent_format
 from .host.messages import tell
-from .host.model import WEIGHT_DTYPES, load_model
+from .host.model.latent_format import PictureLatents, fit_preview, read_latent_format
+from .host.model.loading import WEIGHT_DTYPES, load_model
 from .host.recipe_attachment import attach, facts_of
 
 
@@ -120,7 +120,7 @@ def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
 def load_vae(path: Path) -> comfy.sd.VAE:
     """From a pipeline folder's vae/, or a file: in two dimensions where it is the Qwen-Image VAE. UniPicError."""
     if path.is_dir() or config_of_file(checked_shapes(path, "a VAE", sources.VAE)) is not None:
-        from .host.vae import load_vae as for_pictures
+        from .host.pictures.vae import load_vae as for_pictures
 
         return for_pictures(path)
     with readable(path, sources.VAE):

@@ -22,11 +22,11 @@ from ..unipic_core.weights.lora import LoRA, MergeReport, build_lora
 from ..unipic_core.weights.lora_layers import LoRALayer
 from ..unipic_core.weights.recipe import METADATA_KEY, Recipe
 from . import CATEGORY
-from .host.kv_cache import FORM
 from .host.messages import tell
-from .host.model import UniPicModel
+from .host.model.kv_cache import FORM
+from .host.model.model import UniPicModel
+from .host.model.saving import save_with_facts
 from .host.recipe_attachment import Facts, attach, facts_of
-from .host.saving import save_with_facts
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."

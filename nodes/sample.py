@@ -11,11 +11,13 @@ from ..unipic_core.run.kv_cache import REUSE_WITHIN
 from ..unipic_core.run.plan import Settings, resolve
 from ..unipic_core.weights.recipe import LIMITS, SAMPLERS, Recipe
 from . import CATEGORY
-from .host import sampling
-from .host.kv_cache import AUTO, CACHES, with_cache
 from .host.messages import tell
-from .host.model_sampling import with_shift_of
+from .host.model.kv_cache import AUTO, CACHES, with_cache
 from .host.recipe_attachment import facts_of
+from .host.sampling.model_sampling import with_shift_of
+from .host.sampling.run import prepared, sample
+from .host.sampling.samplers import ksampler
+from .host.sampling.schedules import sigmas_of, target_tokens
 
 REUSE_ERROR = "48 dB PSNR on the bundled nano"
 """Of condition_cache approximate at 8 steps (tests/benchmarks/approximate.py)."""
@@ -91,9 +93,9 @@ class FewStepSampler(io.ComfyNode):
         settings, shift, note = with_shift_of(model, settings, facts.shift)
         said = ("no recipe: " if facts.recipe == Recipe() else "") + described(settings)
         tell(cls, f"{said}; {note}" if note else said)
-        tokens = sampling.target_tokens(sampling.prepared(model, latent))
-        times = sampling.sigmas_of(settings, shift, tokens, denoise)
-        return io.NodeOutput(sampling.sample(model, positive, negative, latent, seed, settings, times))
+        tokens = target_tokens(prepared(model, latent))
+        times = sigmas_of(settings, shift, tokens, denoise)
+        return io.NodeOutput(sample(model, positive, negative, latent, seed, settings, times))
 
 
 def _sockets() -> list[Any]:
@@ -164,11 +166,11 @@ class UniPicSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
-        facts, tokens = facts_of(model), sampling.target_tokens(sampling.prepared(model, latent))
+        facts, tokens = facts_of(model), target_tokens(prepared(model, latent))
         settings, shift, note = with_shift_of(model, resolve(facts.recipe, steps or None), facts.shift)
         if note:
             tell(cls, note)
-        return io.NodeOutput(sampling.sigmas_of(settings, shift, tokens, denoise))
+        return io.NodeOutput(sigmas_of(settings, shift, tokens, denoise))
 
 
 class UniPicSamplerSelect(io.ComfyNode):
@@ -194,4 +196,4 @@ class UniPicSamplerSelect(io.ComfyNode):
 
     @classmethod
     def execute(cls, sampler: str) -> io.NodeOutput:
-        return io.NodeOutput(sampling.ksampler(sampler))
+        return io.NodeOutput(ksampler(sampler))

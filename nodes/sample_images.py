@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..unipic_core.conditioning.images import load_image
 from ..unipic_core.errors import UniPicError
 from . import CATEGORY
-from .host.images import to_image
+from .host.pictures.images import to_image
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 """The pictures that come with the pack."""

@@ -39,8 +39,8 @@ def compared(first: Run, second: Run, runs: int) -> dict[str, float]:
 def nodes_against_pipeline(runs: int) -> dict[str, float]:
     import torch
     from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
-    from unipic_pack.nodes.host.images import to_image
     from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
+    from unipic_pack.nodes.host.pictures.images import to_image
     from unipic_pack.nodes.load import LoadUniPic
     from unipic_pack.nodes.sample import FewStepSampler
     from unipic_pack.nodes.sample_images import FOLDER
@@ -73,15 +73,15 @@ def step(shared: bool) -> Run:
     """One step at 4,096 target tokens, with six references of 4:3 sharing a megapixel or having one each."""
     import comfy.ops
     import torch
+    from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT, network_options
     from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL, find_model
-    from unipic_pack.nodes.host.network import Network, network_options
     from unipic_pack.unipic_core.conditioning.reference_sizes import reference_sizes
     from unipic_pack.unipic_core.weights.transformer import MMDiTConfig
 
     stored = json.loads((find_model(DEFAULT_MODEL) / "transformer" / "config.json").read_text())
     config = MMDiTConfig.from_dict({**stored, "num_layers": LAYERS})
     torch.manual_seed(0)
-    network = Network(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **network_options(config))
+    network = ComfyMMDiT(operations=comfy.ops.disable_weight_init, dtype=torch.float32, **network_options(config))
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     sizes = reference_sizes([MEGAPIXEL] * SIX) if shared else [MEGAPIXEL] * SIX

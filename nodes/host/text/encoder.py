@@ -22,7 +22,7 @@ from ....unipic_core.conditioning.prompt import mark_in, prompt_text
 from ....unipic_core.errors import CheckpointError, UniPicError
 from ....unipic_core.weights.files import open_weights
 from ....unipic_core.weights.text_encoder import HEAD
-from ..images import to_image
+from ..pictures.images import to_image
 from .encoder_config import EncoderConfig
 from .encoder_model import TextModel
 from .tokenizer import KEY, Tokenizer

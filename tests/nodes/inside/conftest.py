@@ -51,7 +51,7 @@ def pipeline(golden):
 @pytest.fixture(scope="module")
 def nano_model(nano):
     """The bundled nano's MODEL."""
-    from unipic_pack.nodes.host.model import load_model
+    from unipic_pack.nodes.host.model.loading import load_model
 
     return load_model(nano)
 
@@ -70,7 +70,7 @@ def causal_folders(nano, tmp_path_factory):
 @pytest.fixture(scope="module")
 def causal_models(causal_folders):
     """By form: the MODEL of such a folder."""
-    from unipic_pack.nodes.host.model import load_model
+    from unipic_pack.nodes.host.model.loading import load_model
 
     return {form: load_model(folder) for form, folder in causal_folders.items()}
 

@@ -7,8 +7,11 @@ from typing import Any
 
 import comfy.sample
 from torch import Tensor
-from unipic_pack.nodes.host import sampling
 from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.sampling.guidance import with_guidance
+from unipic_pack.nodes.host.sampling.run import prepared
+from unipic_pack.nodes.host.sampling.samplers import ksampler
+from unipic_pack.nodes.host.sampling.schedules import sigmas_of
 from unipic_pack.unipic_core.conditioning.sequence import LatentShape
 
 
@@ -19,14 +22,14 @@ def sample_from(
     options = {"step_noise": list(added)} if added else {}
     tokens = LatentShape.of_latents(start).num_tokens
     return comfy.sample.sample_custom(
-        sampling.with_guidance(model),
+        with_guidance(model),
         start,
         settings.guidance,
-        sampling.ksampler(settings.sampler, **options),
-        sampling.sigmas_of(settings, facts_of(model).shift, tokens),
+        ksampler(settings.sampler, **options),
+        sigmas_of(settings, facts_of(model).shift, tokens),
         positive,
         negative,
-        sampling.prepared(model, latent),
+        prepared(model, latent),
         disable_pbar=True,
         seed=0,
     )

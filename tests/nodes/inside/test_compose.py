@@ -17,10 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
-from unipic_pack.nodes.host.images import to_image
+from unipic_pack.nodes.host.pictures.images import to_image
+from unipic_pack.nodes.host.pictures.vae import load_vae
 from unipic_pack.nodes.host.recipe_attachment import Facts, attach
 from unipic_pack.nodes.host.text.encoder import load_clip
-from unipic_pack.nodes.host.vae import load_vae
 from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.weights.recipe import recipe_of

@@ -7,9 +7,9 @@ from comfy.ldm.wan.vae import WanVAE
 from compose_tools import distance, image, run
 from PIL import Image
 from unipic_pack.nodes import compose
-from unipic_pack.nodes.host.images import to_pictures
+from unipic_pack.nodes.host.pictures.images import to_pictures
+from unipic_pack.nodes.host.pictures.vae import load_vae
 from unipic_pack.nodes.host.text.encoder import encode_prompt, load_clip
-from unipic_pack.nodes.host.vae import load_vae
 from unipic_pack.unipic_core.conditioning.images import resize_references
 from unipic_pack.unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 

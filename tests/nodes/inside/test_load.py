@@ -139,8 +139,8 @@ def test_auto_takes_the_one_obvious_file(golden: Path, models_folder: Path) -> N
 
 def test_recipe_of_a_released_folder(golden: Path, models_folder: Path) -> None:
     """The DMD repository is known by its name; its parts come from elsewhere."""
-    from unipic_pack.nodes.host.latent_format import read_latent_format
-    from unipic_pack.nodes.host.model import load_model
+    from unipic_pack.nodes.host.model.latent_format import read_latent_format
+    from unipic_pack.nodes.host.model.loading import load_model
 
     name = transformer_only(golden, models_folder)
     model = load_model(sources.find_model(name), latents=read_latent_format(golden / "tiny"))
@@ -184,8 +184,8 @@ def test_files_of_another_kind(models_folder: Path, nano: Path) -> None:
 
 
 def test_a_vae_of_other_channels(models_folder: Path, golden: Path) -> None:
-    import unipic_pack.nodes.host.vae as own
-    from unipic_pack.nodes.host.latent_format import PictureLatents
+    import unipic_pack.nodes.host.pictures.vae as own
+    from unipic_pack.nodes.host.model.latent_format import PictureLatents
 
     with pytest.raises(UniPicError, match="latents of 16 channels, and the VAE tiny makes 4"):
         load.check_vae(own.load_vae(golden / "tiny"), PictureLatents(), golden / "tiny")

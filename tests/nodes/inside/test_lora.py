@@ -20,7 +20,7 @@ import toy
 from safetensors.torch import save_file
 from torch import Tensor
 from unipic_pack.nodes import lora as lora_module
-from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
 from unipic_pack.nodes.lora import DistillLoRA
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError

@@ -20,8 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from unipic_pack.nodes import sample
 from unipic_pack.nodes.host import recipe_attachment as facts
-from unipic_pack.nodes.host import sampling
-from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.model.loading import load_model
+from unipic_pack.nodes.host.sampling.guidance import guide, with_guidance
+from unipic_pack.nodes.host.sampling.samplers import ksampler, seeded_noise
+from unipic_pack.nodes.host.sampling.schedules import sigmas, sigmas_of, target_tokens
 from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.run.plan import resolve
@@ -29,8 +31,8 @@ from unipic_pack.unipic_core.sampling.guidance import apply_cfg
 from unipic_pack.unipic_core.sampling.schedules import Shift, base_times, few_step_times
 from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 
-FEW = sampling.sigmas(facts.Facts(RELEASED_FEW_STEP), 4, 24)
-CONSISTENCY, EULER = sampling.ksampler("consistency"), sampling.ksampler("euler")
+FEW = sigmas(facts.Facts(RELEASED_FEW_STEP), 4, 24)
+CONSISTENCY, EULER = ksampler("consistency"), ksampler("euler")
 
 
 def with_facts(patcher: Any, recipe: Recipe = RELEASED_FEW_STEP, shift: Shift = Shift()) -> Any:
@@ -86,13 +88,13 @@ def test_given_step_noise_is_what_is_added() -> None:
     for i, (t, t_next) in enumerate(pairwise(FEW.tolist())):
         x0 = x - t * toy.textual(x, torch.tensor(t), torch.full((1, 3, 8), 0.3))
         x = (1 - t_next) * x0 + t_next * extra[i] if t_next else x0
-    toy.close(toy.run(model, sampling.ksampler("consistency", step_noise=extra), FEW, noise), x, 1e-5)
+    toy.close(toy.run(model, ksampler("consistency", step_noise=extra), FEW, noise), x, 1e-5)
 
 
 @pytest.mark.parametrize("bad", [[], [torch.zeros(2, 4, 1, 8, 8)] * 3])
 def test_step_noise_that_does_not_fit(bad: list[Tensor]) -> None:
     with pytest.raises(UniPicError, match=r"step_noise must hold a noise \[1, 4, 1, 8, 12\] for step 1"):
-        toy.run(toy.model(), sampling.ksampler("consistency", step_noise=bad), FEW, toy.start())
+        toy.run(toy.model(), ksampler("consistency", step_noise=bad), FEW, toy.start())
 
 
 def test_split_sigmas_go_on_where_they_stopped() -> None:
@@ -146,7 +148,7 @@ def test_golden_latents_after_every_step(name: str, golden: Path, tiny: Any) -> 
     case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
     settings = resolve(Recipe(), case["steps"], case["true_cfg_scale"], case["sampler"])
     shape = LatentShape.of_pixels(case["width"], case["height"])
-    sigmas = sampling.sigmas_of(settings, facts.facts_of(tiny).shift, shape.num_tokens)
+    sigmas = sigmas_of(settings, facts.facts_of(tiny).shift, shape.num_tokens)
     toy.close(sigmas, tensors["times"].float(), 1e-6)
 
     references = [
@@ -160,10 +162,10 @@ def test_golden_latents_after_every_step(name: str, golden: Path, tiny: Any) -> 
         options["step_noise"] = given
     reached: list[Tensor] = []
     out = comfy.sample.sample_custom(
-        sampling.with_guidance(tiny),
+        with_guidance(tiny),
         noise,
         settings.guidance,
-        sampling.ksampler(settings.sampler, **options),
+        ksampler(settings.sampler, **options),
         sigmas,
         *conds,
         torch.zeros_like(noise),
@@ -187,7 +189,7 @@ def test_golden_latents_after_every_step(name: str, golden: Path, tiny: Any) -> 
 def test_callback_gets_what_comfyuis_samplers_give(name: str) -> None:
     model, noise = toy.model(), toy.start()
     seen: dict[str, list[Any]] = {}
-    for kind, sampler in (("ours", sampling.ksampler(name)), ("theirs", comfy.samplers.ksampler(STOCK[name]))):
+    for kind, sampler in (("ours", ksampler(name)), ("theirs", comfy.samplers.ksampler(STOCK[name]))):
         steps = seen[kind] = []
         toy.run(model, sampler, FEW, noise, callback=lambda *values, to=steps: to.append(values))
     assert [(i, total) for i, _, _, total in seen["ours"]] == [(0, 4), (1, 4), (2, 4), (3, 4)]
@@ -208,9 +210,9 @@ def test_interruption_stops_before_the_next_step_and_the_next_run_works(name: st
             comfy.model_management.interrupt_current_processing()
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        toy.run(model, sampling.ksampler(name), FEW, noise, callback=stop)
+        toy.run(model, ksampler(name), FEW, noise, callback=stop)
     assert len(toy.network(model).calls) == 2
-    assert bool(torch.isfinite(toy.run(model, sampling.ksampler(name), FEW, noise)).all())
+    assert bool(torch.isfinite(toy.run(model, ksampler(name), FEW, noise)).all())
 
 
 @pytest.mark.parametrize("name", ["consistency", "euler"])
@@ -221,7 +223,7 @@ def test_nan_names_the_step_and_what_to_try(name: str) -> None:
     with pytest.raises(
         UniPicError, match=r"NaN or infinite in step 3; load the model as bf16.*ComfyUI without"
     ) as error:
-        toy.run(toy.model(breaks), sampling.ksampler(name), FEW, toy.start())
+        toy.run(toy.model(breaks), ksampler(name), FEW, toy.start())
     assert "unipic info" not in str(error.value)
 
 
@@ -246,7 +248,7 @@ def test_a_picture_of_a_batch_comes_again_alone_by_its_batch_index() -> None:
 
 def test_renoising_depends_on_seed_step_and_picture_alone() -> None:
     x = toy.start(3)
-    whole, last = sampling.seeded_noise(x, 5), sampling.seeded_noise(x[:1], 5, [2])
+    whole, last = seeded_noise(x, 5), seeded_noise(x[:1], 5, [2])
     drawn = [whole(step) for step in range(3)]
     for step in range(3):
         toy.close(last(step), drawn[step][2:])
@@ -314,21 +316,21 @@ def test_masks_that_do_not_fit_the_batch() -> None:
 
 def test_sigmas_are_the_cores() -> None:
     shift = Shift(base_mu=0.2, max_mu=1.4)
-    few = sampling.sigmas(facts.Facts(RELEASED_FEW_STEP, shift), None, 100)
+    few = sigmas(facts.Facts(RELEASED_FEW_STEP, shift), None, 100)
     assert few.dtype == torch.float32
     toy.close(few.double(), few_step_times(8, 100, shift), 1e-7)
-    stock = sampling.sigmas(facts.Facts(), 6, 4096)  # a model that our loader did not make
+    stock = sigmas(facts.Facts(), 6, 4096)  # a model that our loader did not make
     toy.close(stock.double(), base_times(6, 4096), 1e-7)
-    assert len(sampling.sigmas(facts.Facts(), None, 4096)) == 51
+    assert len(sigmas(facts.Facts(), None, 4096)) == 51
     assert float(few[0]) == 1
     assert float(few[-1]) == 0
 
 
 def test_denoise_is_the_tail_of_a_longer_schedule() -> None:
     held = facts.Facts(RELEASED_FEW_STEP)
-    toy.close(sampling.sigmas(held, 4, 24, 0.5), sampling.sigmas(held, 8, 24)[-5:])
-    toy.close(sampling.sigmas(held, 8, 24, 0.8), sampling.sigmas(held, 10, 24)[-9:])
-    toy.close(sampling.sigmas(held, 3, 24, 0.99), sampling.sigmas(held, 3, 24))  # as KSampler: int(3 / 0.99) is 3
+    toy.close(sigmas(held, 4, 24, 0.5), sigmas(held, 8, 24)[-5:])
+    toy.close(sigmas(held, 8, 24, 0.8), sigmas(held, 10, 24)[-9:])
+    toy.close(sigmas(held, 3, 24, 0.99), sigmas(held, 3, 24))  # as KSampler: int(3 / 0.99) is 3
     before = torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(3))
     out = few_step(with_facts(toy.model()), {"samples": before}, denoise=0.0)["samples"]
     toy.close(out, before)
@@ -336,7 +338,7 @@ def test_denoise_is_the_tail_of_a_longer_schedule() -> None:
 
 @pytest.mark.parametrize(("height", "width", "tokens"), [(8, 12, 24), (7, 12, 24), (9, 11, 30)])
 def test_target_tokens(height: int, width: int, tokens: int) -> None:
-    assert sampling.target_tokens(torch.zeros(1, 4, 1, height, width)) == tokens
+    assert target_tokens(torch.zeros(1, 4, 1, height, width)) == tokens
 
 
 # --- guidance ---
@@ -348,7 +350,7 @@ def test_guidance_is_the_cores_per_token() -> None:
     c, u = (pack_latents(toy.textual(noise, t, torch.full((1, 3, 8), value))) for value in (0.3, -0.2))
     want = noise - 0.7 * unpack_latents(apply_cfg(c, u, 4.0), LatentShape(1, 4, 6))
     seen = []
-    guided = sampling.with_guidance(model)
+    guided = with_guidance(model)
     sigmas = torch.tensor([0.7, 0.0])
     toy.run(guided, EULER, sigmas, noise, cfg=4.0, latent=noise, callback=lambda _, x0, *more: seen.append(x0))
     toy.close(seen[0], want, 1e-5)
@@ -360,8 +362,8 @@ def test_guidance_is_the_cores_per_token() -> None:
 def test_guidance_fills_odd_sizes() -> None:
     cond, uncond = torch.randn(2, 1, 4, 1, 7, 9, generator=torch.Generator().manual_seed(0))
     args = {"cond": cond, "uncond": uncond, "cond_scale": 3.0, "sigma": torch.tensor([0.5])}
-    got = sampling.guide(args)
-    even = sampling.guide({**args, "cond": cond[..., :6, :8], "uncond": uncond[..., :6, :8]})
+    got = guide(args)
+    even = guide({**args, "cond": cond[..., :6, :8], "uncond": uncond[..., :6, :8]})
     toy.close(got[..., :6, :8], even, 1e-6)
     toy.close(got[..., 6, 8].norm(), cond[..., 6, 8].norm(), 1e-5)  # a token of one pixel keeps its norm
 
@@ -370,7 +372,7 @@ def test_guidance_of_the_user_is_kept() -> None:
     model = toy.model()
     model.set_model_sampler_cfg_function(lambda args: args["uncond"])
     toy.close(
-        toy.run(sampling.with_guidance(model), EULER, FEW, toy.start(), cfg=4.0),
+        toy.run(with_guidance(model), EULER, FEW, toy.start(), cfg=4.0),
         toy.run(model, EULER, FEW, toy.start(), cfg=4.0),
     )
 
@@ -386,7 +388,7 @@ def test_guidance_one_is_one_pass_a_step() -> None:
 
 def test_guidance_function_at_one_without_the_second_pass() -> None:
     model, noise = toy.model(), toy.start()
-    toy.close(toy.run(sampling.with_guidance(model), EULER, FEW, noise), toy.run(model, EULER, FEW, noise))
+    toy.close(toy.run(with_guidance(model), EULER, FEW, noise), toy.run(model, EULER, FEW, noise))
 
 
 # --- nodes ---

@@ -138,7 +138,7 @@ def test_damaged_weights(folder: Path) -> None:
         load_image_vae(folder)
 
 
-# --- one file, as ComfyUI has it (tests/nodes/inside/host/test_vae.py holds it against ComfyUI's own network) ---
+# --- one file, as ComfyUI has it; the nodes' tests compare it with ComfyUI's own VAE ---
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from comfyui import CASES
 from safetensors.torch import load_file
 from sampled import sample_from
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
-from unipic_pack.nodes.host.images import to_image
+from unipic_pack.nodes.host.pictures.images import to_image
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.unipic_core.conditioning.images import load_image

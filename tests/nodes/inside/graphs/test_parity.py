@@ -10,8 +10,8 @@ import torch
 from sampled import sample_from
 from torch import Tensor
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
-from unipic_pack.nodes.host.images import to_image
 from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL
+from unipic_pack.nodes.host.pictures.images import to_image
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.nodes.sample_images import FOLDER

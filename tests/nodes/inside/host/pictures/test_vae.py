@@ -11,8 +11,8 @@ from comfy.ldm.wan.vae import WanVAE
 from comfyui import CASES
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes import load
-from unipic_pack.nodes.host.images import to_image
-from unipic_pack.nodes.host.vae import UniPicVAE, load_vae
+from unipic_pack.nodes.host.pictures.images import to_image
+from unipic_pack.nodes.host.pictures.vae import UniPicVAE, load_vae
 from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
 from unipic_pack.unipic_core.errors import CheckpointError
 from unipic_pack.unipic_core.model.vae import ImageVAE, VAEConfig

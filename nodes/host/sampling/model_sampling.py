@@ -8,9 +8,9 @@ from typing import Any
 
 import comfy.model_sampling
 
-from ...unipic_core.errors import UniPicError
-from ...unipic_core.run.plan import Settings
-from ...unipic_core.sampling.schedules import Shift
+from ....unipic_core.errors import UniPicError
+from ....unipic_core.run.plan import Settings
+from ....unipic_core.sampling.schedules import Shift
 
 
 def check_times(sampling: Any, model: str) -> None:

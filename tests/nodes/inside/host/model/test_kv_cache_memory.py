@@ -10,9 +10,9 @@ import pytest
 import torch
 from causal_tools import CAUSAL, build, run
 from model_tools import lora_file, random_inputs
-from unipic_pack.nodes.host import kv_cache as conditions
-from unipic_pack.nodes.host.kv_cache import EACH, HELD, ONCE
-from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.model import kv_cache as conditions
+from unipic_pack.nodes.host.model.kv_cache import EACH, HELD, ONCE
+from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.lora import add_lora
 from unipic_pack.unipic_core.model.config import condition_bytes
 from unipic_pack.unipic_core.weights.recipe import Recipe

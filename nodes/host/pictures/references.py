@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from PIL import Image
 from torch import Tensor
 
-from ...unipic_core.conditioning.reference_sizes import MAX_REFERENCES
-from ...unipic_core.errors import UniPicError
+from ....unipic_core.conditioning.reference_sizes import MAX_REFERENCES
+from ....unipic_core.errors import UniPicError
 from .images import to_pictures
 
 IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))

@@ -17,9 +17,9 @@ import pytest
 import torch
 from model_tools import lora_file, patched, random_inputs, relative, velocity
 from safetensors.torch import load_file, save_file
-from unipic_pack.nodes.host import model as model_module
-from unipic_pack.nodes.host.latent_format import read_latent_format
-from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.model import loading
+from unipic_pack.nodes.host.model.latent_format import read_latent_format
+from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,
@@ -94,7 +94,7 @@ def test_scaled_fp8_files_stay_fp8(form: str, nano: Path, nano_model: Any, tmp_p
 
 def test_weights_are_mapped_until_they_are_used(nano: Path) -> None:
     weights = open_transformer(nano).weights
-    tensors = model_module.state_dict(weights, keep_scaled=True)
+    tensors = loading.state_dict(weights, keep_scaled=True)
     addresses = sorted((t.data_ptr(), t.nbytes) for t in tensors.values())
     span = addresses[-1][0] + addresses[-1][1] - addresses[0][0]
     assert span == weights.nbytes  # one after the other, as in the file

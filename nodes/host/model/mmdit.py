@@ -17,12 +17,12 @@ from comfy.ldm.common_dit import pad_to_patch_size
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_latents
-from ...unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
-from ...unipic_core.model.blocks import KeyValue
-from ...unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
-from ...unipic_core.model.layers import Operations
-from ...unipic_core.model.mmdit import MMDiTLayers
+from ....unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_latents
+from ....unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
+from ....unipic_core.model.blocks import KeyValue
+from ....unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
+from ....unipic_core.model.layers import Operations
+from ....unipic_core.model.mmdit import MMDiTLayers
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .inputs import checked_method, checked_text, packed, positions
 from .kv_cache import FORM, OWN_OPTIONS, Conditions, Fixed, Kept, Reused

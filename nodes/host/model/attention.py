@@ -10,8 +10,8 @@ from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention_masked
 from torch import Tensor
 
-from ...unipic_core.model.blocks import JointState, KeyValue, joined
-from ...unipic_core.model.rope import rotation
+from ....unipic_core.model.blocks import JointState, KeyValue, joined
+from ....unipic_core.model.rope import rotation
 
 Options = dict[str, Any]
 """ComfyUI's transformer_options."""

@@ -15,12 +15,12 @@ from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy.samplers import CFGGuider
 from torch import Tensor
 
-from ...unipic_core.caching import TensorCache
-from ...unipic_core.conditioning.sequence import PATCH, PackedLatents
-from ...unipic_core.errors import UniPicError
-from ...unipic_core.model.blocks import KeyValue
-from ...unipic_core.model.config import FULL, REFERENCES, TARGET, TEXT, fixed_pieces
-from ...unipic_core.run.kv_cache import still_serves
+from ....unipic_core.caching import TensorCache
+from ....unipic_core.conditioning.sequence import PATCH, PackedLatents
+from ....unipic_core.errors import UniPicError
+from ....unipic_core.model.blocks import KeyValue
+from ....unipic_core.model.config import FULL, REFERENCES, TARGET, TEXT, fixed_pieces
+from ....unipic_core.run.kv_cache import still_serves
 
 FORM, CACHE = OWN_OPTIONS = "unipic_attention_form", "unipic_condition_cache"
 """Keys of transformer_options, and arguments of the network: the attention form in the place of its own, and one of

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ...unipic_core.conditioning.images import to_rgb
-from ...unipic_core.errors import UniPicError
+from ....unipic_core.conditioning.images import to_rgb
+from ....unipic_core.errors import UniPicError
 
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 

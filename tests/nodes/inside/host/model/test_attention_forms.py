@@ -13,10 +13,10 @@ import torch
 import toy
 from causal_tools import CAUSAL, STEPS, build, close, conditioning, kept, run
 from model_tools import lora_file, random_inputs, velocity
-from unipic_pack.nodes.host import kv_cache as conditions
-from unipic_pack.nodes.host.kv_cache import CACHE, FORM
-from unipic_pack.nodes.host.model import load_model
-from unipic_pack.nodes.host.network import ComfyMMDiT
+from unipic_pack.nodes.host.model import kv_cache as conditions
+from unipic_pack.nodes.host.model.kv_cache import CACHE, FORM
+from unipic_pack.nodes.host.model.loading import load_model
+from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.lora import add_lora, switch_form
 from unipic_pack.unipic_core.conditioning.sequence import (

@@ -16,8 +16,8 @@ import comfy.sd
 import torch
 from torch import Tensor
 
-from ...unipic_core.model.vae import ImageVAE, VAEConfig
-from ...unipic_core.weights.vae import load_image_vae, weights_in_file
+from ....unipic_core.model.vae import ImageVAE, VAEConfig
+from ....unipic_core.weights.vae import load_image_vae, weights_in_file
 
 ENCODE_VALUES, DECODE_VALUES = 1000, 1100
 """Values to reserve per pixel when a VAE of base_dim 96 encodes or decodes. Counted at 512x512 in bf16: 581 and 675

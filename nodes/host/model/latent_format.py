@@ -9,8 +9,8 @@ import torch
 from comfy.latent_formats import Wan21
 from torch import Tensor
 
-from ...unipic_core.model.vae import VAEConfig
-from ...unipic_core.weights.vae import read_vae_config
+from ....unipic_core.model.vae import VAEConfig
+from ....unipic_core.weights.vae import read_vae_config
 
 
 class PictureLatents(Wan21):

@@ -17,13 +17,13 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 from torch import Tensor
 
-from ...unipic_core.errors import UniPicError
-from ...unipic_core.model.config import FULL
-from ...unipic_core.weights.recipe import METADATA_KEY, Recipe
-from ...unipic_core.weights.transformer import CONFIG_KEY, ZERO_COND_MARKER
+from ....unipic_core.errors import UniPicError
+from ....unipic_core.model.config import FULL
+from ....unipic_core.weights.recipe import METADATA_KEY, Recipe
+from ....unipic_core.weights.transformer import CONFIG_KEY, ZERO_COND_MARKER
+from ..recipe_attachment import KEY, facts_of
 from .kv_cache import FORM
-from .network import ComfyMMDiT
-from .recipe_attachment import KEY, facts_of
+from .mmdit import ComfyMMDiT
 
 WARNED = "unipic_merge_warned"
 """Attachment of a MODEL whose merge was warned of: merging nodes come once for each weight."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from unipic_pack.nodes.host.images import to_image, to_pictures
+from unipic_pack.nodes.host.pictures.images import to_image, to_pictures
 from unipic_pack.nodes.sample_images import FOLDER, UniPicSampleImages, example_names
 from unipic_pack.unipic_core.conditioning.images import load_image
 from unipic_pack.unipic_core.errors import UniPicError

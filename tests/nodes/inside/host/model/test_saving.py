@@ -16,7 +16,7 @@ from causal_tools import run
 from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave, ModelSubtract
 from safetensors import safe_open
 from safetensors.torch import load_file
-from unipic_pack.nodes.host.model import load_model
+from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
 from unipic_pack.nodes.lora import DistillLoRA, bundled_loras
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError

@@ -9,8 +9,8 @@ import torch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_torch_compile import skip_torch_compile_dict
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
-from unipic_pack.nodes.host.images import to_image
 from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL
+from unipic_pack.nodes.host.pictures.images import to_image
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.nodes.lora import DistillLoRA
 from unipic_pack.nodes.sample import FewStepSampler

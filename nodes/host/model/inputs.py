@@ -8,9 +8,9 @@ import torch
 from comfy.ldm.common_dit import pad_to_patch_size
 from torch import Tensor
 
-from ...unipic_core.conditioning.sequence import PATCH, LatentShape, PackedLatents, pack_latents
-from ...unipic_core.errors import UniPicError
-from ...unipic_core.model.rope import joint_positions
+from ....unipic_core.conditioning.sequence import PATCH, LatentShape, PackedLatents, pack_latents
+from ....unipic_core.errors import UniPicError
+from ....unipic_core.model.rope import joint_positions
 
 REFERENCE_METHODS = ("index", "index_timestep_zero", "negative_index")
 """Ways to number references that the network has: frames 1, 2, ...; the same modulated at t = 0; frames -1, -2, ..."""

@@ -20,9 +20,9 @@ import torch
 from model_tools import Case, four_channels, random_inputs, velocity
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from unipic_pack.nodes.host.latent_format import PictureLatents, fit_preview, read_latent_format
-from unipic_pack.nodes.host.model import load_model
-from unipic_pack.nodes.host.network import ComfyMMDiT, network_options
+from unipic_pack.nodes.host.model.latent_format import PictureLatents, fit_preview, read_latent_format
+from unipic_pack.nodes.host.model.loading import load_model
+from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT, network_options
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,

@@ -1,0 +1,39 @@
+"""The release's guidance as ComfyUI's guidance function."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ....unipic_core.conditioning.sequence import PATCH, LatentShape, pack_latents, unpack_latents
+from ....unipic_core.sampling.guidance import apply_cfg
+
+
+def with_guidance(model: ModelPatcher) -> Any:
+    """A clone of the MODEL that guides as the release does; one that has a guidance of its own keeps it."""
+    clone = model.clone()
+    if "sampler_cfg_function" not in clone.model_options:
+        clone.set_model_sampler_cfg_function(guide)
+    return clone
+
+
+def guide(args: dict[str, Any]) -> Tensor:
+    """x - x0 of the guided velocity, from ComfyUI's x - x0 with and without the text: `apply_cfg` per packed token."""
+    if math.isclose(args["cond_scale"], 1.0):  # then the unconditional pass may have been left out
+        return args["cond"]
+    sigma = args["sigma"].reshape(-1, *[1] * (args["cond"].ndim - 1))
+    (cond, shape), (uncond, _) = _pack(args["cond"] / sigma), _pack(args["uncond"] / sigma)
+    height, width = args["cond"].shape[-2:]
+    v = unpack_latents(apply_cfg(cond, uncond, args["cond_scale"]), shape)[..., :height, :width]
+    return v * sigma
+
+
+def _pack(v: Tensor) -> tuple[Tensor, LatentShape]:
+    """Tokens of a velocity [B, C, 1, H, W]; zeros fill up odd sizes, which leaves norms as they are."""
+    height, width = v.shape[-2:]
+    v = F.pad(v, (0, width % PATCH, 0, height % PATCH))
+    return pack_latents(v), LatentShape.of_latents(v)
