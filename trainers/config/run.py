@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,16 +94,24 @@ class ScenesConfig:
 
     mixture: weight of each task (default: the composition set's). buffer: scenes that are mixed and cut into batches
     together; uses: how often each is seen, every time with a new order of its references and new words.
+    shapes: weight of each ratio of width to height of the targets, as "3x4" (default: all square).
     """
 
     mixture: dict[str, float] = field(default_factory=dict)
     buffer: int = 512
     uses: int = 2
+    shapes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "buffer", "uses")
-        if self.mixture and not (min(self.mixture.values()) >= 0 < sum(self.mixture.values())):
-            raise ConfigError(f"data.scenes.mixture must hold weights from 0, one above 0; got {self.mixture}")
+        for name in ("mixture", "shapes"):
+            weights: dict[str, float] = getattr(self, name)
+            if weights and not (min(weights.values()) >= 0 < sum(weights.values())):
+                raise ConfigError(f"data.scenes.{name} must hold weights from 0, one above 0; got {weights}")
+        for shape in self.shapes:
+            parts = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", shape)
+            if not parts or not 0.5 <= int(parts[1]) / int(parts[2]) <= 2:
+                raise ConfigError(f"data.scenes.shapes must hold ratios from 1x2 to 2x1, such as 3x4; got {shape!r}")
 
 
 @dataclass(frozen=True)

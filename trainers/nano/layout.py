@@ -1,8 +1,9 @@
 """Where things stand: the anchored list of relations, and which persons and objects each of them fits.
 
-Positions and sizes are fractions of the target's side. Items are large on purpose: a small model has few tokens. For
-the same reason every item's square stands on a lattice (``GRID`` steps to a side, one token of a 128-pixel picture), at
-sizes that are simple multiples of its reference's: then a token of the reference becomes a token of the target.
+Positions are fractions of the target's width and height, sizes of the side of a square target. Items are large on
+purpose: a small model has few tokens. For the same reason every item's square stands on a lattice of whole tokens
+(``lattice_step``), at sizes that are simple multiples of its reference's: then a token of the reference becomes a token
+of the target.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ class Anchor:
 
 
 GRID = 8
+"""Steps of the lattice to the side of a picture of 128 pixels, one token each."""
+
+TOKEN = 16  # pixels
+OTHER_SHAPE_UNIT = 2 / 3
+"""Items of pictures that are not square are so much smaller: two stand side by side where it is narrow, and hats fit
+where it is low. A person becomes as large as their reference, when there are three or more."""
+
 PERSON, OBJECT, SMALL = 0.75, 0.5, 0.375  # 3/2, 1 and 3/4 of a reference's side, when there are three or more
 
 # Objects around a person in the middle of the picture.
@@ -76,6 +84,12 @@ HAND_SIZED = (
     "award", "animal-bug", "animal-amphibian",
 )  # fmt: skip
 TOO_LARGE_TO_HOLD = {"1f3a1", "1fa9c", "1f5a5", "1f3b0", "1f5c4", "1f6cd", "1f384", "1f38b", "1f3af", "1f941", "1fa98"}
+
+
+def lattice_step(size: int) -> float:
+    """Pixels between places at which items of a picture of this size stand: whole tokens from 128 pixels on."""
+    step = size / GRID
+    return step if step < TOKEN else step // TOKEN * TOKEN
 
 
 def person_anchor(size: float = PERSON, x: float = 0.5) -> Anchor:

@@ -12,7 +12,7 @@ from PIL import Image
 from .backgrounds import Background, draw, soft_disc
 from .catalogue import Asset
 from .emoji import Bank
-from .layout import GRID
+from .layout import lattice_step
 from .scene import LIGHTS, Item, Look, Scene
 from .scenes import COLOURS
 
@@ -122,16 +122,20 @@ def recolour(picture: Image.Image, matrix: Matrix) -> Image.Image:
 
 
 @lru_cache(maxsize=64)
-def _backdrop(background: Background, shape: tuple[int, int], size: int) -> tuple[Image.Image, Image.Image]:
-    """The background's reference (longer side ``size``) and the square cut from its middle (side ``size``)."""
-    wide, high = shape
-    shorter = min(wide, high)
-    full = draw(background, size * wide // shorter, size * high // shorter)
-    left, top = (full.width - size) // 2, (full.height - size) // 2
-    square = full.crop((left, top, left + size, top + size)) if shape != (1, 1) else full
+def _backdrop(
+    background: Background, shape: tuple[int, int], size: int, canvas: tuple[int, int]
+) -> tuple[Image.Image, Image.Image]:
+    """The background's reference (longer side ``size``) and what is cut from its middle to fill the canvas (w, h)."""
+    (wide, high), (width, height) = shape, canvas
+    if width * high >= height * wide:
+        full = draw(background, width, width * high // wide)
+    else:
+        full = draw(background, height * wide // high, height)
+    left, top = (full.width - width) // 2, (full.height - height) // 2
+    cut = full.crop((left, top, left + width, top + height)) if full.size != canvas else full
     longer = max(wide, high)
     reference = full.resize((size * wide // longer, size * high // longer), Image.Resampling.BILINEAR)
-    return reference, square
+    return reference, cut
 
 
 def extent(item: Item, sprite: Image.Image, side: float) -> tuple[float, float]:
@@ -157,9 +161,9 @@ def place(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> list[Rectangle]
     for item, own in zip(scene.items, hidden, strict=True):
         host = item.anchor.host
         if item.anchor.align in ("head", "top") and host is not None:
-            boxes.append(_on_top(bank, item, scene.items[host], boxes[host], own, hidden[host], scene.size))
+            boxes.append(_on_top(bank, item, scene.items[host], boxes[host], own, hidden[host], scene.unit))
             continue
-        side = item.anchor.size * scene.size
+        side = item.anchor.size * scene.unit
         x, y = square(scene, item)
         left, top, width, height = in_square(bank, item, side)
         unit, larger = scene.size / 128, own.scale - 1
@@ -176,12 +180,13 @@ def square(scene: Scene, item: Item) -> tuple[float, float]:
     if anchor.host is not None:  # at the chest
         host = scene.items[anchor.host].anchor
         x, foot = host.x, host.y
-    corner = (x - anchor.size / 2, foot - anchor.size)
-    left, top = (min(max(round(at * GRID) / GRID, 0), 1 - anchor.size) * scene.size for at in corner)
-    return left, top
+    (width, height), side, step = scene.canvas, anchor.size * scene.unit, lattice_step(scene.size)
+    left = round((x * width - side / 2) / step) * step
+    top = round((foot * height - side) / step) * step
+    return min(max(left, 0), width - side), min(max(top, 0), height - side)
 
 
-def _on_top(bank: Bank, item: Item, host: Item, box: Rectangle, own: Hidden, hosts: Hidden, size: int) -> Rectangle:
+def _on_top(bank: Bank, item: Item, host: Item, box: Rectangle, own: Hidden, hosts: Hidden, unit: float) -> Rectangle:
     """The box of a hat, which fits its head, or of a thing that stands on another."""
     left, top, width, height = box
     sprite = bank.sprite(item.asset)
@@ -195,7 +200,7 @@ def _on_top(bank: Bank, item: Item, host: Item, box: Rectangle, own: Hidden, hos
         factor = relative * head * scale / hat_width
         hat_width, hat_height = hat_width * factor, hat_height * factor
         return left + x * width - hat_width / 2, top + y * height + depth * head - hat_height, hat_width, hat_height
-    wide, high = extent(item, sprite, item.fill * item.anchor.size * size * own.scale)
+    wide, high = extent(item, sprite, item.fill * item.anchor.size * unit * own.scale)
     return left + (width - wide) / 2, max(top - high + 0.06 * high, 0), wide, high
 
 
@@ -227,7 +232,6 @@ def assemble(
     bank: Bank, scene: Scene, background: Image.Image, hidden: Sequence[Hidden], matrices: Sequence[Matrix]
 ) -> tuple[Image.Image, tuple[Placement, ...]]:
     """Put the items on the background from far to near; ``matrices``: the colour map of each item before the light."""
-    size = scene.size
     canvas, light = background.copy(), light_of(background)
     boxes = place(bank, scene, hidden)
     by_depth = sorted(range(len(scene.items)), key=lambda index: scene.items[index].anchor.z)
@@ -239,22 +243,22 @@ def assemble(
         colours, alpha = sprite_at(bank, item, hidden[index].flip, (width, height), light @ matrices[index])
         corner = (round(left), round(top))
         canvas.paste(colours, corner, alpha)
-        layer = Image.new("L", (size, size))
+        layer = Image.new("L", scene.canvas)
         layer.paste(alpha, corner)
         cover = np.asarray(layer, np.float32) / 255
         masks = {farther: mask * (1 - cover) for farther, mask in masks.items()} | {index: cover}
     placements = tuple(
-        Placement(scene.reference_of(index), item.asset, clip(boxes[index], size), masks[index], item.anchor.z)
+        Placement(scene.reference_of(index), item.asset, clip(boxes[index], scene.canvas), masks[index], item.anchor.z)
         for index, item in enumerate(scene.items)
     )
     return canvas, placements
 
 
-def clip(box: Rectangle, size: int) -> Box:
+def clip(box: Rectangle, canvas: tuple[int, int]) -> Box:
     """Left, top, right, bottom in whole pixels inside the picture."""
     left, top = round(box[0]), round(box[1])
     right, bottom = left + max(1, round(box[2])), top + max(1, round(box[3]))
-    return max(left, 0), max(top, 0), min(right, size), min(bottom, size)
+    return max(left, 0), max(top, 0), min(right, canvas[0]), min(bottom, canvas[1])
 
 
 def reference_picture(bank: Bank, item: Item, size: int) -> Image.Image:
@@ -274,7 +278,7 @@ def render(bank: Bank, scene: Scene, *, hidden_seed: int | None = None) -> Sampl
 def render_with(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> Sample:
     """Draw the scene with a given hidden variation, one per item."""
     matrices = [look_matrix(item.look) for item in scene.items]
-    reference, backdrop = _backdrop(scene.background, scene.background_shape, scene.size)
+    reference, backdrop = _backdrop(scene.background, scene.background_shape, scene.size, scene.canvas)
     if scene.light:
         backdrop = recolour(backdrop, np.diag(LIGHTS[scene.light]))
     if scene.edit:
@@ -296,7 +300,7 @@ def edited(
     assert edit is not None
     kept = list(range(len(items)))
     if edit.background is not None:
-        backdrop = _backdrop(edit.background, (1, 1), scene.size)[1]
+        backdrop = _backdrop(edit.background, scene.shape, scene.size, scene.canvas)[1]
     elif edit.item is not None and edit.kind == "remove":
         kept.remove(edit.item)
     elif edit.item is not None and edit.colour is not None:

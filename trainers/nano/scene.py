@@ -5,9 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from unipic_core.conditioning.images import output_size
+
 from .backgrounds import Background, Colour
 from .catalogue import Asset
-from .layout import Anchor
+from .layout import OTHER_SHAPE_UNIT, Anchor
+
+Shape = tuple[int, int]
+"""Width and height as a ratio."""
+
+SQUARE: Shape = (1, 1)
 
 LIGHTS: dict[str, tuple[float, float, float]] = {
     "day": (1.0, 1.0, 1.0),
@@ -65,6 +72,7 @@ class Scene:
     A background that an open scene names in words alone has none. Edits have one reference, the picture before the
     edit, and an empty order. ``background_shape``: width and height of the background's reference as a ratio; its
     longer side is ``size``. ``light``: of LIGHTS, on the background's picture; empty: as its reference shows it.
+    ``shape``: width and height of the target as a ratio; its pixels are about those of a square of side ``size``.
     """
 
     items: tuple[Item, ...]
@@ -77,6 +85,17 @@ class Scene:
     background_shape: tuple[int, int] = (1, 1)
     edit: Edit | None = None
     light: str = ""
+    shape: Shape = SQUARE
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """Width and height of the target in pixels: as the pipeline gives this aspect at a budget of ``size``."""
+        return (self.size, self.size) if self.shape == SQUARE else output_size(self.shape, self.size)
+
+    @property
+    def unit(self) -> float:
+        """Pixels of an item of size 1."""
+        return self.size if self.shape == SQUARE else self.size * OTHER_SHAPE_UNIT
 
     def reference_of(self, source: int) -> int:
         """The reference (from 0) that shows this source."""

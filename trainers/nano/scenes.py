@@ -16,7 +16,7 @@ from .backgrounds import CANONICAL, Background, Colour, sample_background
 from .catalogue import Asset, Split
 from .emoji import Bank
 from .layout import ALONE, OBJECT, PAIRS, PERSON, ROWS, SMALL, Anchor, around, composable, person_anchor, portable
-from .scene import Edit, Item, Look, Scene
+from .scene import SQUARE, Edit, Item, Look, Scene, Shape
 
 TASKS: dict[str, float] = {
     "compose3": 0.38,
@@ -254,6 +254,13 @@ def reworded(scene: Scene, rng: np.random.Generator) -> Scene:
     order = tuple(int(source) for source in rng.permutation(len(scene.items) + 1))
     words = wording.compose_instruction(scene.task, scene.items, scene.background, order, generic, rng)
     return replace(scene, order=order, instruction=words)
+
+
+def shaped(scene: Scene, shape: Shape) -> Scene:
+    """The scene in a picture of this shape; in one of two, the background's reference has it too."""
+    if shape == SQUARE:
+        return scene
+    return replace(scene, shape=shape, background_shape=scene.background_shape if scene.seed % 2 else shape)
 
 
 def corpus(bank: Bank, n: int, seed: int) -> Iterator[str]:

@@ -121,3 +121,36 @@ def test_open_scenes_come_by_their_share_and_a_named_place_owns_no_token(vae: Pa
         assert (owners.background[b] == NOBODY) == named
         assert (len(use.scene.items) in use.encoded.owners) != named
         assert set(owners.references[b].tolist()) <= {NOBODY, *range(len(use.places))}
+
+
+def test_targets_of_other_shapes_share_a_batch_with_their_like(vae: Path) -> None:
+    data = replace(DATA, scenes=ScenesConfig(buffer=64, shapes={"1x1": 1.0, "1x2": 1.0, "2x1": 1.0}))
+    stream = SceneStream(data, 8, seed=1, vae_folder=vae)
+    batches = [stream[i] for i in range(24)]
+    shapes = [{use.encoded.target.shape[1:] for use in batch} for batch in batches]
+    assert all(len(one) == 1 for one in shapes)
+    assert {shape for one in shapes for shape in one} == {(8, 8), (4, 12), (12, 4)}
+    for batch in batches[:4]:
+        for use in batch:
+            high, wide = use.encoded.target.shape[1:]
+            assert len(use.encoded.owners) == high * wide // 4
+
+
+def test_square_batches_are_what_they_were_before_there_were_shapes(vae: Path) -> None:
+    square = replace(DATA, scenes=ScenesConfig(buffer=32, shapes={"1x1": 1.0}))
+    plain = replace(DATA, scenes=ScenesConfig(buffer=32))
+    first, second = (SceneStream(data, 8, seed=1, vae_folder=vae) for data in (square, plain))
+    assert contents(first[5]) == contents(second[5])
+
+
+@pytest.mark.parametrize(("batch", "buffer"), [(24, 48), (16, 48)])
+def test_batches_that_would_mix_shapes_are_refused(vae: Path, batch: int, buffer: int) -> None:
+    data = replace(DATA, scenes=ScenesConfig(buffer=buffer, shapes={"1x1": 1.0, "1x2": 1.0}))
+    with pytest.raises(ConfigError, match=r"data\.scenes\.shapes"):
+        SceneStream(data, batch, seed=1, vae_folder=vae)
+
+
+@pytest.mark.parametrize("shape", ["1x3", "3:4", "0x1", "wide"])
+def test_shapes_beyond_two_to_one_are_refused(shape: str) -> None:
+    with pytest.raises(ConfigError, match="1x2 to 2x1"):
+        ScenesConfig(shapes={shape: 1.0})

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from trainers.nano.emoji import Bank
+from trainers.nano.layout import lattice_step
 from trainers.nano.render import (
     HIDDEN_FLIP,
     HIDDEN_OFFSET,
@@ -16,10 +17,11 @@ from trainers.nano.render import (
     in_square,
     look_matrix,
     render,
+    square,
 )
 from trainers.nano.render import place as boxes_of
 from trainers.nano.scene import Look
-from trainers.nano.scenes import EDITS, TASKS, make_scene
+from trainers.nano.scenes import EDITS, TASKS, make_scene, shaped
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -149,3 +151,41 @@ def test_other_sizes_are_drawn_as_well(bank: Bank) -> None:
     sample = render(bank, make_scene(bank, "train", 16, 0, task="compose3", size=64))
     assert sample.target.size == (64, 64)
     assert sample.placements[0].mask.shape == (64, 64)
+
+
+@pytest.mark.parametrize("size", [128, 192])
+@pytest.mark.parametrize("shape", [(3, 4), (4, 3), (1, 2), (2, 1)])
+def test_targets_of_any_shape_hold_all_items(bank: Bank, size: int, shape: tuple[int, int]) -> None:
+    for index in range(12):
+        scene = shaped(make_scene(bank, "heldout", 6, index, size=size), shape)
+        sample = render(bank, scene)
+        width, height = scene.canvas
+        assert sample.target.size == sample.background.size == (width, height)
+        assert abs(np.log(width / height / (shape[0] / shape[1]))) < 0.25
+        assert 0.85 < width * height / size**2 < 1.2
+        for place in sample.placements:
+            assert place.mask.shape == (height, width)
+            left, top, right, bottom = place.box
+            assert 0 <= left < right <= width
+            assert 0 <= top < bottom <= height
+        if scene.edit:
+            assert sample.references[0].size == (width, height)
+
+
+def test_two_things_stand_side_by_side_where_it_is_narrow(bank: Bank) -> None:
+    for index in range(20):
+        scene = shaped(make_scene(bank, "train", 8, index, task="pair"), (1, 2))
+        if scene.items[1].relation in ("left", "right"):
+            first, second = (place.mask for place in render(bank, scene).placements)
+            assert np.minimum(first, second).max() < 0.5
+            assert all(mask.sum() > 200 for mask in (first, second))
+
+
+@pytest.mark.parametrize(("size", "step"), [(128, 16), (192, 16), (256, 32), (64, 8)])
+def test_items_stand_on_whole_tokens(bank: Bank, size: int, step: int) -> None:
+    assert lattice_step(size) == step
+    for index in range(10):
+        scene = make_scene(bank, "train", 9, index, task="pair", size=size)
+        x, y = square(scene, scene.items[0])
+        assert x % step == 0
+        assert y % step == 0

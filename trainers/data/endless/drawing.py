@@ -25,7 +25,10 @@ AMBIGUOUS = -1
 ITEM_SHARE, BACKGROUND_SHARE = 0.5, 0.85
 """An item owns a token of which it covers so much, the background one of which so much is left."""
 
-TASK_SALT = 8191
+TASK_SALT, SHAPE_SALT = 8191, 131071
+
+SHAPE_GROUP = 32
+"""Consecutive scenes whose targets have one shape."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,28 @@ class EncodedScene:
         return sum(latents.shape[1] * latents.shape[2] // 4 for latents in (self.target, *self.sources))
 
 
-def draw_scene(bank: Bank, seed: int, index: int, size: int, mixture: Mapping[str, float]) -> Scene:
-    """Scene `index` of the training split, its task drawn from the mixture (task -> weight; empty: TASKS)."""
-    weights = mixture or TASKS
+def draw_scene(
+    bank: Bank,
+    seed: int,
+    index: int,
+    size: int,
+    mixture: Mapping[str, float],
+    shapes: Mapping[str, float] | None = None,
+) -> Scene:
+    """Scene `index` of the training split, its task drawn from the mixture (task -> weight; empty: TASKS).
+
+    shapes: ratio of the target's width to its height, as "3x4", -> weight; all scenes of a group of SHAPE_GROUP share
+    one, so that batches can. Empty: square.
+    """
+    task = drawn(mixture or TASKS, TASK_SALT, seed, index)
+    wide, high = drawn(shapes or {"1x1": 1.0}, SHAPE_SALT, seed, index // SHAPE_GROUP).split("x")
+    return make_any_scene(bank, "train", seed, index, task=task, size=size, shape=(int(wide), int(high)))
+
+
+def drawn(weights: Mapping[str, float], *seed: int) -> str:
+    """One of the names, by weight."""
     share = np.array(list(weights.values())) / sum(weights.values())
-    task = list(weights)[np.random.default_rng([TASK_SALT, seed, index]).choice(len(share), p=share)]
-    return make_any_scene(bank, "train", seed, index, task=task, size=size)
+    return list(weights)[np.random.default_rng(seed).choice(len(share), p=share)]
 
 
 def open_bank(size: int) -> Bank:

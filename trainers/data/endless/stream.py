@@ -10,7 +10,7 @@ import numpy as np
 from ...config.run import ConfigError, DataConfig, given
 from ...nano.open_scenes.drawing import any_reworded
 from ...nano.scene import Scene
-from .drawing import EncodedScene
+from .drawing import SHAPE_GROUP, EncodedScene
 from .workers import TOGETHER, Drawers
 
 WORDS_SALT, ORDER_SALT = 104729, 1299709
@@ -46,6 +46,11 @@ class SceneStream:
                 f"data.scenes.buffer must be a multiple of batch_size ({batch_size}) and of {TOGETHER}, "
                 f"got {self.buffer}"
             )
+        if options.shapes and (SHAPE_GROUP % batch_size or self.buffer % SHAPE_GROUP):
+            raise ConfigError(
+                f"data.scenes.shapes needs a batch_size that divides {SHAPE_GROUP} and a buffer that is a multiple of "
+                f"it, since a batch has one shape; got batch_size {batch_size}, buffer {self.buffer}"
+            )
         self.data = data
         self.drawers = Drawers(data, vae_folder)
         self.number = -1
@@ -70,11 +75,12 @@ class SceneStream:
         return range(number * per_round, (number + 1) * per_round)
 
     def _order(self, use: int) -> np.ndarray:
-        """[batches, batch_size]: scenes of the round, batch by batch."""
+        """[batches, batch_size]: scenes of the round, batch by batch; those of a batch have one shape."""
         rng = np.random.default_rng([ORDER_SALT, self.seed, self.number, use])
         tokens = np.array([scene.num_tokens for scene in self.round])
+        high, wide = np.array([scene.target.shape[-2:] for scene in self.round]).T
         mixed = rng.permutation(self.buffer)
-        order = mixed[np.argsort(tokens[mixed], kind="stable")].reshape(-1, self.batch_size)
+        order = mixed[np.lexsort((tokens[mixed], high[mixed], wide[mixed]))].reshape(-1, self.batch_size)
         return rng.permutation(order)
 
     def _use(self, i: int, use: int) -> Use:

@@ -39,9 +39,11 @@ class Drawer:
         return cls(data, load_image_vae(vae_folder), open_bank(data.size))
 
     def draw(self, chunk: int) -> list[EncodedScene]:
-        data, mixture = self.data, given(self.data.scenes).mixture
+        data, options = self.data, given(self.data.scenes)
         numbers = range(chunk * TOGETHER, (chunk + 1) * TOGETHER)
-        scenes = [draw_scene(self.bank, data.seed, index, data.size, mixture) for index in numbers]
+        scenes = [
+            draw_scene(self.bank, data.seed, index, data.size, options.mixture, options.shapes) for index in numbers
+        ]
         return encode_scenes(self.vae, self.bank, scenes, data.reference_budget)
 
 

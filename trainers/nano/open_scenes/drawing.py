@@ -11,8 +11,8 @@ from ..backgrounds import sample_background
 from ..catalogue import Asset, Split
 from ..emoji import Bank
 from ..layout import ALONE, PERSON, SMALL, Anchor
-from ..scene import Item, Scene
-from ..scenes import GENERIC_SHARE, Draw, compose2, compose3, make_scene, pair, reworded, scene_rng
+from ..scene import SQUARE, Item, Scene, Shape
+from ..scenes import GENERIC_SHARE, Draw, compose2, compose3, make_scene, pair, reworded, scene_rng, shaped
 from .answers import OPEN_TASKS, REGIONS, answers, pictures_of
 from .wording import open_instruction
 
@@ -27,12 +27,11 @@ COMPOSERS: tuple[Callable[[Draw], list[Item]], ...] = (compose2, compose3, pair)
 
 
 def make_any_scene(
-    bank: Bank, split: Split, seed: int, index: int, *, task: str | None = None, size: int = 128
+    bank: Bank, split: Split, seed: int, index: int, *, task: str | None = None, size: int = 128, shape: Shape = SQUARE
 ) -> Scene:
-    """`make_scene`, whose `task` may be an open one; raises ValueError as it does."""
-    if task in OPEN_TASKS:
-        return make_open_scene(bank, split, seed, index, task=task, size=size)
-    return make_scene(bank, split, seed, index, task=task, size=size)
+    """`make_scene`, whose `task` may be an open one and whose target has any `shape`; raises ValueError as it does."""
+    make = make_open_scene if task in OPEN_TASKS else make_scene
+    return shaped(make(bank, split, seed, index, task=task, size=size), shape)
 
 
 def any_reworded(scene: Scene, rng: np.random.Generator) -> Scene:
