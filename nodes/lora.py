@@ -24,6 +24,7 @@ from ..unipic_core.weights.recipe import METADATA_KEY, Recipe
 from . import CATEGORY
 from .host.messages import tell
 from .host.model.kv_cache import FORM
+from .host.model.loading import round_times
 from .host.model.model import UniPicModel
 from .host.model.saving import save_with_facts
 from .host.recipe_attachment import Facts, attach, facts_of
@@ -90,7 +91,9 @@ def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, Mer
     if facts.recipe.causal_attention_form:
         switch_form(clone, lora.name, facts.recipe.causal_attention_form)
     attach(clone, facts)
-    if not isinstance(model.model, UniPicModel):  # others save their facts already
+    if isinstance(model.model, UniPicModel):
+        round_times(clone)
+    else:  # ours save their facts already
         save_with_facts(clone)
     return clone, fitted.report
 

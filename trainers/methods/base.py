@@ -18,6 +18,7 @@ from unipic_core.model.vae import ImageVAE
 from unipic_core.run.plan import resolve
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
+from unipic_core.sampling.schedules import rounded_time
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
 from unipic_core.weights.transformer import read_shift
@@ -163,6 +164,11 @@ class NetworkTraining:
             t = some_uniform(t, draws.generators, times.uniform_share, times.uniform_least)
         return t.clamp(times.least, times.most).to(draws.like.device)
 
+    @property
+    def activations(self) -> torch.dtype:
+        """What the network computes in."""
+        return torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+
     def role(self, role: str, batch: Inputs, text: TextCond | None = None) -> TimedVelocity:
         """A role's network with a batch's references and text: (x_t, t) -> v."""
         text = batch.cond if text is None else text
@@ -215,8 +221,9 @@ class NetworkTraining:
         settings = resolve(recipe, wishes.steps, wishes.guidance)
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
+            fed = rounded_time(t, settings.time_rounding, self.activations)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                return self.guided(role, batch, x_t, t, settings.guidance)
+                return self.guided(role, batch, x_t, fed, settings.guidance)
 
         noise, times = seeded_noise(batch.x0.shape, seed), settings.times(batch.x0.shape[1], self.shift).tolist()
         start = noise(-1).to(batch.x0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ def dmd_terms(
 class DMDTraining(NetworkTraining):
     """Several updates of the fake score, then one of the student."""
 
-    recipe = RELEASED_FEW_STEP
+    recipe = replace(RELEASED_FEW_STEP, time_rounding="none")  # trained on exact times, in any precision
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
         self.dmd_options = given(config.dmd)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unipic_core.run.plan import resolve
 from unipic_core.sampling.flow import add_noise
-from unipic_core.weights.recipe import Recipe
+from unipic_core.sampling.schedules import rounded_time
+from unipic_core.weights.recipe import Recipe, recipe_of
 
 from ..config.methods import Correspondence
 from ..config.run import ConfigError, RunConfig, given
@@ -29,6 +31,8 @@ class SFTTraining(NetworkTraining):
         self.options = given(config.sft)
         self.prompt_dropout = self.options.prompt_dropout
         super().__init__(config, roles)
+        self.time_rounding = resolve(recipe_of(self.base)).time_rounding
+        """In bfloat16 the release draws times in that type, and rounds them again for the network."""
         self.correspondence: CorrespondenceLoss | None = None
         if self.options.correspondence is not None:
             self.correspondence = self.pointer_heads(self.options.correspondence)
@@ -56,7 +60,9 @@ class SFTTraining(NetworkTraining):
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
         draws = Draws(self.config.seed, batch)
         t, eps = self.times(draws, self.options.times), draws.noise()
-        x_t = add_noise(batch.x0, eps, t)
+        if self.time_rounding != "none":
+            t = rounded_time(t, "bf16", self.activations)
+        x_t, t = add_noise(batch.x0, eps, t), rounded_time(t, self.time_rounding, self.activations)
         if self.correspondence is None:
             return flow_matching_loss(self.role(STUDENT, batch)(x_t, t), batch.x0, eps), {}
         assert batch.owners is not None  # data with masks bring both

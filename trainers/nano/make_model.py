@@ -47,6 +47,7 @@ RECIPE = Recipe(
     schedule="base",
     reference_budget=128,
     output_budget=128,
+    time_rounding="none",
     made={"by": "trainers/recipes/nano"},
 )
 SHIFT = Shift()

@@ -24,7 +24,7 @@ from ..run.kv_cache import Conditions
 from ..run.plan import Plan, Request, Settings, plan, resolve
 from ..sampling.guidance import guided_velocity
 from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
-from ..sampling.schedules import Shift
+from ..sampling.schedules import Shift, rounded_time
 from ..weights.lora import LoRA, MergeReport, merge_lora, read_lora
 from ..weights.recipe import Recipe
 from .inputs import checked_images, memory_advice, noise_of
@@ -256,7 +256,7 @@ class UniPicPipeline:
         """x0 [B, N_O, 4C] of the whole run. packed: the start noise with the references."""
         times = settings.times(packed.num_target_tokens, self.shift).tolist()
         try:
-            velocity = self._velocity(packed, cond, uncond, settings.guidance)  # here, because it holds the conditions
+            velocity = self._velocity(packed, cond, uncond, settings)  # here, because it holds the conditions
             if settings.sampler == "euler":
                 return sample_euler(velocity, packed.target, times, callback)
             return sample_consistency(velocity, packed.target, times, noise, callback)
@@ -291,7 +291,7 @@ class UniPicPipeline:
 
         return self._reference_cache.encode(references, WeightsKey(self.vae.model), encode)
 
-    def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, guidance: float) -> Velocity:
+    def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, settings: Settings) -> Velocity:
         """v(x_t, t) in float32, guided if there is an unconditional text."""
         batch = packed.tokens.shape[0]
         transformer = self._use("transformer")
@@ -299,10 +299,11 @@ class UniPicPipeline:
         kept = {id(text): self._conditions.get(transformer, packed.row(0), text) for text in texts}
 
         def network(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
-            return transformer(latents, t, text.expand(batch), cache=kept[id(text)])
+            fed = rounded_time(t, settings.time_rounding, transformer.dtype)
+            return transformer(latents, fed, text.expand(batch), cache=kept[id(text)])
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return guided_velocity(network, packed.with_target(x_t), t, cond, uncond, guidance)
+            return guided_velocity(network, packed.with_target(x_t), t, cond, uncond, settings.guidance)
 
         return velocity
 

@@ -25,6 +25,9 @@ from ..weights.recipe import (
     Recipe,
 )
 
+RELEASED_ROUNDING = {"consistency": "bf16", "euler": "bf16_thousandths"}
+"""How the release's pipeline of each sampler rounds times in bfloat16, one of ROUNDINGS."""
+
 DEFAULT_SHIFT = 3.0
 """Of the schedule "fixed_shift" where a recipe names none."""
 
@@ -33,7 +36,7 @@ DEFAULT_SHIFT = 3.0
 class Settings:
     """Every choice of a run. Budgets are sides in pixels; guidance 1 means no unconditional pass.
 
-    fixed_shift: of the schedule of that name; None for the others.
+    fixed_shift: of the schedule of that name; None for the others. time_rounding: one of ROUNDINGS.
     """
 
     steps: int
@@ -43,6 +46,7 @@ class Settings:
     reference_budget: int
     output_budget: int
     fixed_shift: float | None = None
+    time_rounding: str = "none"
 
     def __str__(self) -> str:
         guidance = "no guidance" if self.guidance == 1 else f"guidance {self.guidance:g}"
@@ -97,6 +101,7 @@ def resolve(
         reference_budget=_whole("the reference budget", references, *LIMITS["reference_budget"]),
         output_budget=int(_first(recipe.output_budget, DEFAULT_BUDGET)),
         fixed_shift=_fixed_shift(schedule, shift, recipe),
+        time_rounding="none" if recipe.time_rounding == "none" else RELEASED_ROUNDING[sampler],
     )
     _ = recipe.causal_attention_form  # refuses a form that this version does not have
     return settings

@@ -29,6 +29,7 @@ TRANSFORMER_FOLDERS = ("transformer", "ema_transformer")
 
 Sampler = Literal["consistency", "euler"]
 Schedule = Literal["few_step", "base", "fixed_shift"]
+TimeRounding = Literal["release", "none"]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
@@ -38,7 +39,14 @@ LIMITS = {"steps": (1, 1000), "reference_budget": (32, 8192), "output_budget": (
 MAX_GUIDANCE = 1000.0
 MAX_SHIFT = 100.0
 
-_CHOICES = {"sampler": SAMPLERS, "schedule": SCHEDULES}
+_CHOICES = {"sampler": SAMPLERS, "schedule": SCHEDULES, "time_rounding": get_args(TimeRounding)}
+
+
+_MERGED = (
+    *("steps", "guidance", "sampler", "schedule", "reference_budget", "output_budget", "shift"),
+    "time_rounding",
+)
+"""Fields of which a LoRA's recipe replaces those that it sets."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,10 @@ class Recipe:
 
     guidance: scale s of v = u + s (c - u); 1 = no unconditional pass. reference_budget, output_budget: side in pixels
     of the square that all references together, or the output, may fill. shift: of the schedule "fixed_shift", the
-    same at every size. attention_form: the one that the weights were
-    trained with, see model/attention_forms.py. made: how they were made, free form. extra: fields of newer versions.
+    same at every size. time_rounding: "none" for weights that were trained on exact times; "release", and None, feed a
+    network in bfloat16 times that are rounded as the release rounds them (`rounded_time`). attention_form: the one that
+    the weights were trained with, see model/attention_forms.py. made: how they were made, free form. extra: fields of
+    newer versions.
     """
 
     version: int = 1
@@ -59,6 +69,7 @@ class Recipe:
     reference_budget: int | None = None
     output_budget: int | None = None
     shift: float | None = None
+    time_rounding: TimeRounding | None = None
     attention_form: str = FULL
     made: dict[str, Any] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +102,7 @@ class Recipe:
         if over is None:
             return self
         values = {}
-        for name in ("steps", "guidance", "sampler", "schedule", "reference_budget", "output_budget", "shift"):
+        for name in _MERGED:
             value = getattr(over, name)
             values[name] = getattr(self, name) if value is None else value
         made = {"base": self.made, **over.made} if self.made and over.made else over.made or self.made

@@ -22,9 +22,9 @@ from ....unipic_core.model.blocks import KeyValue
 from ....unipic_core.model.config import FULL, REFERENCES, TARGET, TEXT, fixed_pieces
 from ....unipic_core.run.kv_cache import still_serves
 
-FORM, CACHE = OWN_OPTIONS = "unipic_attention_form", "unipic_condition_cache"
-"""Keys of transformer_options, and arguments of the network: the attention form in the place of its own, and one of
-CACHES."""
+FORM, CACHE, ROUNDING = OWN_OPTIONS = "unipic_attention_form", "unipic_condition_cache", "unipic_time_rounding"
+"""Keys of transformer_options, and arguments of the network: the attention form in the place of its own, one of CACHES,
+and one of ROUNDINGS (sampling/schedules.py)."""
 
 CACHES = AUTO, OFF, APPROXIMATE = "auto", "off", "approximate"
 """Keep what no step changes; compute it in every step; for the full form, use references again while t moves little."""

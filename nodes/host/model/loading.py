@@ -16,14 +16,15 @@ from ....unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from ....unipic_core.conditioning.sequence import PATCH, PIXELS_PER_TOKEN
 from ....unipic_core.errors import CheckpointError, UniPicError
 from ....unipic_core.model.layers import Operations
+from ....unipic_core.run.plan import resolve
 from ....unipic_core.sampling.schedules import resolution_shift
 from ....unipic_core.weights.files import FP8, Weights
 from ....unipic_core.weights.formats.safetensors_file import read_table
 from ....unipic_core.weights.formats.tensor_spec import Table
 from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ....unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
-from ..recipe_attachment import Facts, attach
-from .kv_cache import keep_during_runs
+from ..recipe_attachment import Facts, attach, facts_of
+from .kv_cache import ROUNDING, keep_during_runs
 from .latent_format import PictureLatents, read_latent_format
 from .mmdit import network_options
 from .model import UniPicConfig
@@ -65,9 +66,16 @@ def load_model(
     patcher = _build(source, opened.weights, model_config, weight_dtype, custom_operations, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (source, weight_dtype, latents, custom_operations))
     attach(patcher, facts)
+    round_times(patcher)
     keep_during_runs(patcher)
     save_with_facts(patcher)
     return patcher
+
+
+def round_times(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Let the network of a MODEL of ours round times in bfloat16 as the recipe that it carries says."""
+    options = model.model_options.setdefault("transformer_options", {})
+    options[ROUNDING] = resolve(facts_of(model).recipe).time_rounding
 
 
 def _build(

@@ -23,9 +23,10 @@ from ....unipic_core.model.blocks import KeyValue
 from ....unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
 from ....unipic_core.model.layers import Operations
 from ....unipic_core.model.mmdit import MMDiTLayers
+from ....unipic_core.sampling.schedules import rounded_time
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .inputs import checked_method, checked_text, packed, positions
-from .kv_cache import FORM, OWN_OPTIONS, Conditions, Fixed, Kept, Reused
+from .kv_cache import FORM, OWN_OPTIONS, ROUNDING, Conditions, Fixed, Kept, Reused
 
 
 def network_options(config: MMDiTConfig) -> Options:
@@ -98,6 +99,7 @@ class ComfyMMDiT(MMDiTLayers):
     ) -> Tensor:
         method = checked_method(ref_latents_method or self.default_ref_method)
         options = {**(transformer_options or {}), **{key: own[key] for key in OWN_OPTIONS if key in own}}
+        timestep = rounded_time(timestep, options.get(ROUNDING, "none"), x.dtype)
         form = options.get(FORM) or self.config.attention_form
         latents = packed(x, ref_latents or (), self.config.in_channels)
         fixed = Fixed(

@@ -35,6 +35,10 @@ class Case:
         self.references = [self.tensors[n] for n in sorted(self.tensors) if n.startswith("reference_latent_")]
         self.text = self.tensors["prompt_embeds"]
 
+    def latents(self, step: int) -> Tensor:
+        """After a step, counted from 1."""
+        return unpack_latents(self.tensors[f"latents_after_step_{step}"], self.shape)
+
 
 def velocity(patcher: Any, x: Tensor, sigma: float, text: Tensor, references: list[Tensor], **kwargs: Any) -> Tensor:
     """From apply_model's denoised = x - sigma v."""
