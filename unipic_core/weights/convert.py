@@ -131,6 +131,8 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     The largest value comes near 448. The scale is a number that bf16 holds exactly, rounded up, because ComfyUI
     multiplies by it in bf16.
     """
+    if weight.dtype.itemsize == 1:  # unscaled fp8, which has no arithmetic
+        weight = weight.float()
     largest = weight.abs().amax().float() if weight.numel() else torch.zeros(())
     if not torch.isfinite(largest):
         raise CheckpointError("the weights hold NaN or infinity and cannot be quantised; fetch them again")

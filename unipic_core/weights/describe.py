@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..model.config import FULL
-from .files import FP8, PathLike, Weights, find_weight_file, open_weights
+from .files import PathLike, Weights, find_weight_file, open_weights
+from .formats.quantised import FP8
 from .lora import common_targets, read_lora
 from .recipe import RECIPE_FROM, Recipe, released_recipe
 from .transformer import PARTS, find_transformer, looks_like, read_config

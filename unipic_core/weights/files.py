@@ -1,7 +1,7 @@
 """Weights on disk as a mapping from names to tensors: one safetensors file, shards with an index, or a pickle.
 
-Nothing is loaded until it is asked for. Layers stored as scaled fp8 (ComfyUI's `X.weight` + `X.weight_scale` +
-`X.comfy_quant`, or the older `X.scale_weight`) show as one weight, which is multiplied out when read.
+Nothing is loaded until it is asked for. A quantised layer (ComfyUI's `X.weight` + `X.weight_scale` + `X.comfy_quant`,
+or the older `X.scale_weight`) shows as one weight, which is multiplied out when read.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .formats.quantised import Quantisation, take_quantised
 from .formats.safetensors_file import read_table
 from .formats.tensor_spec import Table, TensorSpec
 
@@ -26,22 +26,20 @@ PathLike = str | os.PathLike[str]
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
 """What other programs put before the network's own parameter names."""
 
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
 _ENDINGS = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
-_SCALES = (".weight_scale", ".scale_weight")
-_QUANT_PARTS = (*_SCALES, ".input_scale", ".scale_input", ".comfy_quant")
 
 
 class Weights:
     """A read-only table of stored tensors. `open_weights` makes one."""
 
-    def __init__(self, path: Path, table: Table, metadata: Mapping[str, str], scales: Mapping[str, TensorSpec]) -> None:
+    def __init__(
+        self, path: Path, table: Table, metadata: Mapping[str, str], quantised: Mapping[str, Quantisation]
+    ) -> None:
         self.path = path
         self.metadata = dict(metadata)
+        self.quantised = dict(quantised)
         self._table = table
-        self._scales = dict(scales)
         self._maps: dict[Path, mmap.mmap | None] = {}
 
     def keys(self) -> KeysView[str]:
@@ -57,10 +55,20 @@ class Weights:
         return len(self._table)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._spec(name).shape
+        """Of a quantised weight the shape that it stands for, with its padding."""
+        stored = self._spec(name).shape
+        return self.quantised[name].shape(stored) if name in self.quantised else stored
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: spec.shape for name, spec in self._table.items()}
+        return {name: self.shape(name) for name in self._table}
+
+    def shapes_for(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """`shapes`, those of quantised weights without padding where they can stand for the expected ones."""
+        shapes = self.shapes()
+        for name, quantisation in self.quantised.items():
+            if name in expected and quantisation.holds(self._spec(name).shape, tuple(expected[name])):
+                shapes[name] = tuple(expected[name])
+        return shapes
 
     def dtype(self, name: str) -> torch.dtype:
         """The type on disk; a scaled fp8 weight says float8_e4m3fn, though `get` gives float32."""
@@ -73,33 +81,56 @@ class Weights:
     @property
     def files(self) -> set[Path]:
         """Every file that a tensor lies in."""
-        return {spec.file for spec in (*self._table.values(), *self._scales.values())}
+        return {spec.file for spec in self._specs()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors on disk."""
-        return sum(spec.nbytes for spec in (*self._table.values(), *self._scales.values()))
+        return sum(spec.nbytes for spec in self._specs())
 
     def get(self, name: str, *, mapped: bool = False) -> Tensor:
-        """The tensor, on the CPU, in memory of its own; scaled fp8 comes out as float32.
+        """The tensor, on the CPU, in memory of its own; a quantised one comes out as float32.
 
         mapped: a view of the memory-mapped file instead where that is possible; its pages are read when touched, and
-        what is written to it never reaches the file.
+        what is written to it never reaches the file. CheckpointError for a quantisation that only ComfyUI computes.
         """
-        spec = self._spec(name)
-        area = self._map(spec.file) if mapped and name not in self._scales else None
-        tensor = spec.read() if area is None else spec.mapped(area)
-        if name in self._scales:
-            scale = self._scales[name].read().float()
-            tensor = tensor.float().mul_(scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1))
-        return tensor
+        quantisation = self.quantised.get(name)
+        if quantisation is None:
+            return self._read(self._spec(name), mapped)
+        self._require_readable(name, quantisation)
+        return quantisation.dequantise(self._spec(name).read())
+
+    def stored(self, name: str, part: str = "") -> Tensor:
+        """A view of the memory-mapped file: a weight as it is stored, or another part of its quantised layer."""
+        return self._read(self.quantised[name].parts[part] if part else self._spec(name), True)
+
+    def require_readable(self) -> None:
+        """CheckpointError that names a quantised weight which `get` cannot multiply out."""
+        for name, quantisation in self.quantised.items():
+            self._require_readable(name, quantisation)
 
     def bare(self) -> Weights:
         """The same under the network's own names; other parts of an all-in-one file are dropped."""
         names = bare_names(self.keys())
         table = {bare: self._table[stored] for bare, stored in names.items()}
-        scales = {bare: self._scales[stored] for bare, stored in names.items() if stored in self._scales}
-        return Weights(self.path, table, self.metadata, scales)
+        quantised = {bare: self.quantised[stored] for bare, stored in names.items() if stored in self.quantised}
+        return Weights(self.path, table, self.metadata, quantised)
+
+    def _specs(self) -> Iterator[TensorSpec]:
+        yield from self._table.values()
+        for quantisation in self.quantised.values():
+            yield from quantisation.parts.values()
+
+    def _require_readable(self, name: str, quantisation: Quantisation) -> None:
+        if not quantisation.readable:
+            raise CheckpointError(
+                f"{self.path} quantises {name.removesuffix('.weight')} as {quantisation.format}, which only Load "
+                "UniPic in ComfyUI reads; use a version in bf16, fp32, fp16, scaled fp8 or plain int8"
+            )
+
+    def _read(self, spec: TensorSpec, mapped: bool) -> Tensor:
+        area = self._map(spec.file) if mapped else None
+        return spec.read() if area is None else spec.mapped(area)
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._table:
@@ -144,7 +175,7 @@ def open_weights(path: PathLike) -> Weights:
     """Weights of a file, of an index json, or of a folder that holds one of them.
 
     Raises CheckpointError for all that is not readable weights: wrong or empty folder, truncated or hostile file, an
-    index whose paths leave its folder, a quantisation that is not fp8.
+    index whose paths leave its folder, a quantisation that does not fit its weights.
     """
     path = Path(path)
     file = weight_file(path) if path.is_dir() else path
@@ -154,8 +185,7 @@ def open_weights(path: PathLike) -> Weights:
         table, metadata = read_table(file)
     if not table:
         raise CheckpointError(f"{file} holds no tensors")
-    scales = _take_scales(file, table, metadata)
-    return Weights(path, table, metadata, scales)
+    return Weights(path, table, metadata, take_quantised(file, table, metadata))
 
 
 def find_weight_file(folder: Path) -> Path | None:
@@ -237,50 +267,3 @@ def _inside(index: Path, name: str) -> Path:
             f"{index} names {name!r}, which is outside its folder; refused, the files are not trustworthy"
         )
     return path
-
-
-def _take_scales(file: Path, table: Table, metadata: Mapping[str, str]) -> dict[str, TensorSpec]:
-    """Removes what quantisation added from the table and returns weight name -> its scale."""
-    declared = _declared_layers(file, metadata)
-    layers = {n[: -len(part)] for n in table for part in _QUANT_PARTS if n.endswith(part)}
-    scales = {}
-    for layer in layers:
-        weight = table.get(layer + ".weight")
-        if weight is None:
-            continue
-        parts = {part: table.pop(layer + part) for part in _QUANT_PARTS if layer + part in table}
-        quant = parts[".comfy_quant"].read() if ".comfy_quant" in parts else None
-        _check_format(file, layer, declared.get(layer) if quant is None else _json(bytes(quant.tolist())), weight)
-        scale = next((parts[s] for s in _SCALES if s in parts), None)
-        if scale is not None and scale.shape not in ((), (1,), weight.shape[:1], (*weight.shape[:1], 1)):
-            raise CheckpointError(
-                f"{file}: the scale of {layer} has shape {scale.shape}; expected one number or one per row"
-            )
-        if scale is not None:
-            scales[layer + ".weight"] = scale
-    for name in [n for n in table if n.split(".")[-1] == "scaled_fp8"]:
-        del table[name]
-    return scales
-
-
-def _declared_layers(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    if "_quantization_metadata" not in metadata:
-        return {}
-    content = _json(metadata["_quantization_metadata"].encode())
-    if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
-        raise CheckpointError(f"the quantisation metadata of {file} is not readable; the file is damaged")
-    return content["layers"]
-
-
-def _check_format(file: Path, layer: str, quant: object, weight: TensorSpec) -> None:
-    dtype = str(weight.dtype).removeprefix("torch.")
-    stored = str(quant.get("format", dtype)) if isinstance(quant, dict) else dtype
-    if stored not in ("float8_e4m3fn", "float8_e5m2") or weight.dtype not in FP8:
-        raise CheckpointError(f"{file} quantises {layer} as {stored}; only bf16, fp32, fp16 and scaled fp8 can be read")
-
-
-def _json(text: bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -28,7 +28,8 @@ from .convert import (
     stored_tensors,
     write_file,
 )
-from .files import FP8, PathLike, Weights
+from .files import PathLike, Weights
+from .formats.quantised import FP8
 from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
 from .model_files import files_to_copy, foreign_file, write_manifest
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe

@@ -17,7 +17,8 @@ from ..model.config import MMDiTConfig
 from ..model.layers import Operations
 from ..model.mmdit import MMDiT
 from ..sampling.schedules import Shift
-from .files import FP8, PathLike, Weights, find_weight_file, open_weights
+from .files import PathLike, Weights, find_weight_file, open_weights
+from .formats.quantised import FP8
 from .recipe import TRANSFORMER_FOLDERS, Recipe, recipe_of
 
 CONFIG_KEY = "unipic_config"
@@ -227,7 +228,7 @@ def expected_shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
 
 def require_keys(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
     """CheckpointError that counts and names what is missing, unexpected or wrongly shaped. weights: bare names."""
-    report = check_keys(expected, weights.shapes())
+    report = check_keys(expected, weights.shapes_for(expected))
     if not report.fits:
         raise CheckpointError(
             f"{weights.path} does not fit the network ({report}); it looks like {looks_like(weights.shapes())}, "
@@ -253,9 +254,14 @@ class OpenedModel:
         return sum(map(self.weights.count, self.weights))
 
 
-def open_transformer(path: PathLike) -> OpenedModel:
-    """Open weights, config and recipe, and check them against each other; a recipe may name the attention form."""
+def open_transformer(path: PathLike, *, any_quantisation: bool = False) -> OpenedModel:
+    """Open weights, config and recipe, and check them against each other; a recipe may name the attention form.
+
+    any_quantisation: open weights that `Weights.get` cannot multiply out too, for a reader of its own.
+    """
     weights = open_weights(find_transformer(path)).bare()
+    if not any_quantisation:
+        weights.require_readable()
     recipe = recipe_of(path, weights.metadata)
     config = read_config(path, weights).with_attention_form(recipe.causal_attention_form)
     if config.num_layers and "transformer_blocks.0.attn.norm_q.weight" not in weights:
@@ -267,10 +273,12 @@ def open_transformer(path: PathLike) -> OpenedModel:
 
 
 def stored_dtype(weights: Weights) -> torch.dtype:
-    """The type to compute in: that of most parameters; bfloat16 for fp8 and for float16, which overflows here."""
+    """The type to compute in: that of most parameters; bfloat16 for quantised ones, fp8 and float16, which overflows
+    here."""
     sizes: dict[torch.dtype, int] = {}
     for name in weights:
-        dtype = torch.bfloat16 if weights.dtype(name) in (*FP8, torch.float16) else weights.dtype(name)
+        narrow = name in weights.quantised or weights.dtype(name) in (*FP8, torch.float16)
+        dtype = torch.bfloat16 if narrow else weights.dtype(name)
         sizes[dtype] = sizes.get(dtype, 0) + weights.count(name)
     most = max(sizes, key=lambda d: sizes[d])
     return torch.float32 if most is torch.float64 else most

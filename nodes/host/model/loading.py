@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -18,9 +17,8 @@ from ....unipic_core.errors import CheckpointError, UniPicError
 from ....unipic_core.model.layers import Operations
 from ....unipic_core.run.plan import resolve
 from ....unipic_core.sampling.schedules import resolution_shift
-from ....unipic_core.weights.files import FP8, Weights
-from ....unipic_core.weights.formats.safetensors_file import read_table
-from ....unipic_core.weights.formats.tensor_spec import Table
+from ....unipic_core.weights.files import Weights
+from ....unipic_core.weights.formats.quantised import FP8
 from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ....unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
 from ..recipe_attachment import Facts, attach, facts_of
@@ -29,12 +27,9 @@ from .latent_format import PictureLatents, read_latent_format
 from .mmdit import network_options
 from .model import UniPicConfig
 from .saving import save_with_facts
+from .state_dict import check_finite, state_dict, storage_dtype
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-
-_CHECKED = 1 << 20
-"""Tensors up to this many values are checked for NaN on loading: all norms and biases, so all that a failed training or
-conversion leaves; checking every weight of the released network would read 41 GB."""
 
 _SMALL = 1 << 28
 """Bytes up to which weights "as stored" are kept in the type that a CPU computes in: the nano would spend a tenth of
@@ -53,7 +48,7 @@ def load_model(
     weight_dtype: one of `WEIGHT_DTYPES`. latents: None = as the folder's VAE says, the release's where it has none.
     custom_operations: layers in the place of ComfyUI's. Raises CheckpointError.
     """
-    opened = open_transformer(source)
+    opened = open_transformer(source, any_quantisation=True)
     config = opened.config
     latents = latents or read_latent_format(_pipeline_folder(source))
     if config.in_channels != PATCH**2 * latents.latent_channels:
@@ -88,7 +83,7 @@ def _build(
 ) -> comfy.model_patcher.ModelPatcher:
     if weight_dtype not in WEIGHT_DTYPES:
         raise UniPicError(f"weight_dtype is one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
-    tensors = state_dict(weights, keep_scaled=weight_dtype != "bf16" and operations is None)
+    tensors = state_dict(weights, keep_quantised=weight_dtype != "bf16" and operations is None)
     check_finite(source, tensors)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
     config.quant_config = comfy.utils.detect_layer_quantization(tensors, "")
@@ -110,58 +105,6 @@ def default_mu(facts: Facts) -> float:
     return math.log(resolution_shift((side // PIXELS_PER_TOKEN) ** 2, facts.shift))
 
 
-def state_dict(weights: Weights, keep_scaled: bool) -> dict[str, Tensor]:
-    """Every tensor as a view of its mapped file. weights: bare names.
-
-    keep_scaled: scaled fp8 layers stay as they are, described as ComfyUI's quantised layers want it; otherwise, and
-    where each row has a scale of its own, they are multiplied out to bfloat16.
-    """
-    tensors: dict[str, Tensor] = {}
-    stored: Weights | None = None
-    for name in weights:
-        if weights.dtype(name) not in FP8:
-            tensors[name] = weights.get(name, mapped=True)
-            continue
-        stored = stored or _as_stored(weights)
-        scale = _scale(stored, name)
-        if scale is None:
-            tensors[name] = weights.get(name, mapped=True)
-        elif keep_scaled and scale.numel() == 1:
-            tensors |= _quantised(stored, name, scale)
-        else:
-            tensors[name] = weights.get(name).to(torch.bfloat16)
-    return tensors
-
-
-def _as_stored(weights: Weights) -> Weights:
-    """The same files with scales and quantisation notes as tensors of their own."""
-    table: Table = {}
-    for file in sorted(weights.files):
-        table |= read_table(file)[0]
-    return Weights(weights.path, table, weights.metadata, {}).bare()
-
-
-def _scale(stored: Weights, name: str) -> Tensor | None:
-    layer = name.removesuffix(".weight")
-    found = next((layer + end for end in (".weight_scale", ".scale_weight") if layer + end in stored), None)
-    return None if found is None else stored.get(found).float()
-
-
-def _quantised(stored: Weights, name: str, scale: Tensor) -> dict[str, Tensor]:
-    """A layer's tensors in ComfyUI's present form; older files do not say that inputs may be quantised too."""
-    layer = name.removesuffix(".weight")
-    weight = stored.get(name, mapped=True)
-    tensors = {name: weight, f"{layer}.weight_scale": scale.reshape(())}
-    if f"{layer}.comfy_quant" in stored:
-        tensors[f"{layer}.comfy_quant"] = stored.get(f"{layer}.comfy_quant")
-        if f"{layer}.input_scale" in stored:
-            tensors[f"{layer}.input_scale"] = stored.get(f"{layer}.input_scale")
-    else:
-        note = {"format": str(weight.dtype).removeprefix("torch."), "full_precision_matrix_mult": True}
-        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(note).encode()), dtype=torch.uint8)
-    return tensors
-
-
 def _dtypes(
     weights: Weights, tensors: dict[str, Tensor], weight_dtype: str, config: UniPicConfig
 ) -> tuple[torch.dtype, torch.dtype | None]:
@@ -181,25 +124,6 @@ def _dtypes(
         small = sum(t.numel() for t in tensors.values()) * compute.itemsize <= _SMALL
         return (compute, None) if small else (dtype, compute)
     return dtype, compute
-
-
-def storage_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """What most values are held as; float16, which overflows in this network, becomes bfloat16."""
-    sizes: dict[torch.dtype, int] = {}
-    for tensor in tensors.values():
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-    most = max(sizes, key=lambda d: sizes[d])
-    return {torch.float16: torch.bfloat16, torch.float64: torch.float32}.get(most, most)
-
-
-def check_finite(source: Path, tensors: dict[str, Tensor]) -> None:
-    """CheckpointError if a tensor of at most `_CHECKED` values holds NaN or infinity."""
-    for name, tensor in tensors.items():
-        if tensor.numel() <= _CHECKED and not bool(tensor.float().isfinite().all()):
-            raise CheckpointError(
-                f"{source} holds values that are no numbers (NaN or infinity), first in {name}; the file is damaged or "
-                "its training failed: use another copy"
-            )
 
 
 def _pipeline_folder(source: Path) -> Path:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tests.paths import ROOT, TINY
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
-from unipic_core.weights.convert import convert, quantise_fp8
+from unipic_core.weights.convert import convert, is_block_matrix, quantise_fp8
 from unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 from unipic_core.weights.transformer import (
     CONFIG_KEY,
@@ -127,6 +127,21 @@ def test_fp8_scales_are_exact_in_bfloat16() -> None:
     assert not values.float().any()
     with pytest.raises(CheckpointError, match="NaN or infinity"):
         quantise_fp8(torch.tensor([[1.0, float("nan")]]))
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp8_scaled"])
+def test_unscaled_fp8_is_a_source_like_any_other(stored: torch.dtype, dtype: str, tmp_path: Path) -> None:
+    """All tensors cast, as files named fp8_e4m3fn hold them, norms and biases too."""
+    source = {name: tensor.to(stored) for name, tensor in load_file(SOURCE).items()}
+    save_file(source, tmp_path / "fp8.safetensors")
+    model = load_transformer(convert(tmp_path / "fp8.safetensors", tmp_path / "o.safetensors", dtype=dtype))
+    for name, parameter in model.state_dict().items():
+        want, got = source[name].float(), parameter.float()
+        if dtype == "fp8_scaled" and is_block_matrix(name, want.shape):
+            assert ((got - want).abs() <= want.abs() / 8 + want.abs().max() * 2**-15).all()
+        else:
+            assert torch.equal(got, want)
 
 
 def test_every_tensor_is_aligned_for_its_type(tmp_path: Path) -> None:

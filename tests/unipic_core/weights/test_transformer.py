@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tests.paths import TINY
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
+from unipic_core.weights.convert import convert
 from unipic_core.weights.files import Weights, open_weights, strip_prefix
+from unipic_core.weights.formats.quantised import Quantisation
 from unipic_core.weights.transformer import (
     ZERO_COND_MARKER,
     check_keys,
@@ -22,6 +24,7 @@ from unipic_core.weights.transformer import (
     infer_config,
     load_transformer,
     looks_like,
+    open_transformer,
     read_config,
     rope_axes,
 )
@@ -158,11 +161,84 @@ def test_scaled_fp8_of_comfyui_is_multiplied_out(style: str, tmp_path: Path, sta
     assert all(torch.equal(loaded[n], meant[n]) for n in meant)
 
 
-def test_other_quantisations_are_refused_by_name(tmp_path: Path, state: State) -> None:
-    note = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    file = make_file(tmp_path, state, extra={"transformer_blocks.0.attn.to_q.comfy_quant": note})
-    with pytest.raises(CheckpointError, match=r"quantises transformer_blocks\.0\.attn\.to_q as nvfp4"):
+def with_layer(state: State, settings: object, parts: State, weight: torch.Tensor | None = None) -> State:
+    """One layer of the network described as quantised."""
+    layer = "transformer_blocks.0.attn.to_q"
+    note = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+    changed = {} if weight is None else {f"{layer}.weight": weight}
+    return {**state, **changed, f"{layer}.comfy_quant": note, **{f"{layer}.{n}": t for n, t in parts.items()}}
+
+
+def test_quantisations_that_only_comfyui_computes_are_refused_by_name(tmp_path: Path, state: State) -> None:
+    shape = state["transformer_blocks.0.attn.to_q.weight"].shape
+    packed = torch.zeros(shape[0], shape[1] // 2, dtype=torch.uint8)
+    scales = {"weight_scale": torch.zeros(shape[0], shape[1] // 16), "weight_scale_2": torch.ones(())}
+    file = make_file(tmp_path, with_layer(state, {"format": "nvfp4"}, scales, packed))
+    refused = r"quantises transformer_blocks\.0\.attn\.to_q as nvfp4, which only Load UniPic in ComfyUI reads; use a"
+    for use in (load_transformer, open_transformer, lambda f: convert(f, tmp_path / "o.safetensors")):
+        with pytest.raises(CheckpointError, match=refused):
+            use(file)
+    opened = open_transformer(file, any_quantisation=True)
+    assert opened.weights.shape("transformer_blocks.0.attn.to_q.weight") == tuple(shape)
+    assert opened.parameters == sum(t.numel() for t in state.values())
+
+
+@pytest.mark.parametrize(
+    ("form", "stored", "shape", "fits"),
+    [
+        ("nvfp4", (64, 40), (60, 72), True),
+        ("nvfp4", (64, 40), (20, 72), False),
+        ("nvfp4", (64, 40), (60, 40), False),
+        ("mxfp8", (64, 96), (40, 72), True),
+        ("float8_e4m3fn", (64, 96), (40, 72), False),
+        ("convrot_w4a4", (64, 32), (64, 64), True),
+        ("int3_future", (64, 12), (64, 64), True),
+        ("int3_future", (64,), (64, 64), False),
+    ],
+)
+def test_packed_and_padded_weights_stand_for_smaller_ones(
+    form: str, stored: tuple[int, ...], shape: tuple[int, ...], fits: bool
+) -> None:
+    assert Quantisation(form, {"format": form}, {}).holds(stored, shape) == fits
+
+
+@pytest.mark.parametrize("scale_shape", [(), (1,), (64,), (64, 1)])
+def test_int8_is_multiplied_out(scale_shape: tuple[int, ...], tmp_path: Path, state: State) -> None:
+    name = "transformer_blocks.0.attn.to_q.weight"
+    scale = torch.full(scale_shape, 0.01)
+    values = torch.randint(-127, 128, state[name].shape, dtype=torch.int8)
+    file = make_file(tmp_path, with_layer(state, {"format": "int8_tensorwise"}, {"weight_scale": scale}, values))
+    assert torch.equal(open_weights(file).get(name), values.float() * 0.01)
+    assert torch.equal(load_transformer(file, dtype=torch.float32).state_dict()[name], values.float() * 0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts", "message"),
+    [
+        ("text", {}, "how transformer_blocks.0.attn.to_q is quantised cannot be read"),
+        ({"format": 3}, {}, "how transformer_blocks.0.attn.to_q is quantised cannot be read"),
+        ({"format": "int8_tensorwise"}, {}, "calls .*to_q int8_tensorwise, and stores it as float32; it is damaged"),
+        ({"format": "float8_e4m3fn"}, {}, "calls .*to_q float8_e4m3fn, and stores it as float32; it is damaged"),
+        ({"format": "x" * 100_000}, {}, "the description of .*to_q is not a short text"),
+    ],
+)
+def test_descriptions_that_do_not_fit(
+    settings: object, parts: State, message: str, tmp_path: Path, state: State
+) -> None:
+    file = make_file(tmp_path, with_layer(state, settings, parts))
+    with pytest.raises(CheckpointError, match=message):
         open_weights(file)
+
+
+def test_scales_that_do_not_fit(tmp_path: Path, state: State) -> None:
+    values = torch.zeros(state["transformer_blocks.0.attn.to_q.weight"].shape, dtype=torch.int8)
+    for parts, message in (
+        ({}, "as int8_tensorwise without its weight_scale; the file is damaged"),
+        ({"weight_scale": torch.ones(3)}, r"scale of .*to_q has shape \(3,\); expected one number or one per row"),
+    ):
+        file = make_file(tmp_path, with_layer(state, {"format": "int8_tensorwise"}, parts, values))
+        with pytest.raises(CheckpointError, match=message):
+            open_weights(file)
 
 
 # --- finding and sizes ---

@@ -78,14 +78,14 @@ def test_scaled_fp8_files_stay_fp8(form: str, nano: Path, nano_model: Any, tmp_p
     latents = read_latent_format(nano)
     patcher = load_model(path, "as stored", latents)
     weight = patcher.model.diffusion_model.transformer_blocks[0].attn.to_q.weight
-    assert isinstance(weight, QuantizedTensor) == (form != "per row")
+    assert isinstance(weight, QuantizedTensor)
     x, text, references = random_inputs()
     packed = pack_with_references(pack_latents(x), LatentShape(1, 4, 4), [references])
     core = load_transformer(path, dtype=torch.float32)(packed, 0.5, TextCond(text))  # multiplies the scales out
     want = unpack_latents(core, LatentShape(1, 4, 4))
     got = velocity(patcher, x, 0.5, text, references)
     print(form, relative(got, want), relative(got, velocity(nano_model, x, 0.5, text, references)))
-    assert relative(got, want) < (0.01 if form == "per row" else 1e-5)  # per row: multiplied out to bfloat16
+    assert relative(got, want) < 1e-5
     assert relative(got, velocity(nano_model, x, 0.5, text, references)) < 0.1
     whole = load_model(path, "bf16", latents)
     assert {p.dtype for p in whole.model.diffusion_model.parameters()} == {torch.bfloat16}
@@ -94,7 +94,7 @@ def test_scaled_fp8_files_stay_fp8(form: str, nano: Path, nano_model: Any, tmp_p
 
 def test_weights_are_mapped_until_they_are_used(nano: Path) -> None:
     weights = open_transformer(nano).weights
-    tensors = loading.state_dict(weights, keep_scaled=True)
+    tensors = loading.state_dict(weights, keep_quantised=True)
     addresses = sorted((t.data_ptr(), t.nbytes) for t in tensors.values())
     span = addresses[-1][0] + addresses[-1][1] - addresses[0][0]
     assert span == weights.nbytes  # one after the other, as in the file
