@@ -3,6 +3,7 @@
     python -m trainers.evaluate --model PATH [--lora FILE] [--steps N] [--cfg S] --n 600 --json FILE --sheet FILE.png
     python -m trainers.evaluate --model A --model B --steps 8 --steps 4 ...     several systems, paired sample by sample
     python -m trainers.evaluate --controls-only --n 100                         what the judges say of the controls
+    python -m trainers.evaluate --scenes open --seeds-per-scene 4 ...           several pictures of a scene are right
 
 Sample i is scene i of (seed, split) for every system, and is made with the noise seed SEED + i. The first system is the
 reference: of the others it is told how much of its quality they keep, and those of as many steps are compared in pairs.
@@ -31,7 +32,9 @@ from .judges.saved_pictures import KeptPictures, files_stamp
 from .judges.sheet import draw_sheet
 from .nano.catalogue import Split
 from .nano.emoji import LONGEST, Bank
+from .nano.open_scenes.answers import OPEN_TASKS
 from .nano.render import Sample
+from .nano.scene import SQUARE, Shape
 from .nano.scenes import TASKS
 from .terminal import exit_code
 
@@ -184,6 +187,14 @@ def check_writable(path: Path | None) -> None:
         raise ValueError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def shape_of(text: str) -> Shape:
+    """As "3x4". Raises ArgumentTypeError beyond 1:2 and 2:1."""
+    wide, _, high = text.partition("x")
+    if not (wide.isdecimal() and high.isdecimal() and int(high) and 0.5 <= int(wide) / int(high) <= 2):
+        raise argparse.ArgumentTypeError(f"expected a ratio from 1x2 to 2x1, such as 3x4; got {text!r}")
+    return int(wide), int(high)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="trainers.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -199,11 +210,14 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--n", type=int, default=600, help="number of scenes (%(default)s)")
     top.add_argument("--seed", type=int, default=0, help="of the scenes and of the noise (%(default)s)")
     top.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (%(default)s)")
+    top.add_argument("--shape", type=shape_of, default=SQUARE, metavar="WxH", help="ratio of the targets' sides (1x1)")
+    top.add_argument("--scenes", default="closed", choices=["closed", "open"], help="%(default)s")
     top.add_argument("--split", default="heldout", choices=["heldout", "train", "all"], help="%(default)s")
     top.add_argument(
         "--seeds-per-scene", type=int, default=1, metavar="K", help="above 1: how far pictures of a scene differ"
     )
-    top.add_argument("--task", action="append", default=[], metavar="NAME", help=f"only these: {', '.join(TASKS)}")
+    tasks = f"only these: {', '.join(TASKS)}; with --scenes open: {', '.join(OPEN_TASKS)}"
+    top.add_argument("--task", action="append", default=[], metavar="NAME", help=tasks)
     top.add_argument("--data", metavar="DIR", help="pictures of the assets (default: the fetched set, else the subset)")
     top.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
     top.add_argument("--threads", type=int, help="CPU threads of the model")
@@ -223,7 +237,16 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Everything but the exit code. Raises ValueError in one sentence for bad input."""
     systems = systems_of(args)
-    plan = Plan(args.n, args.seed, args.split, tuple(args.task), True, args.seeds_per_scene, args.size)
+    plan = Plan(
+        args.n,
+        args.seed,
+        args.split,
+        tuple(args.task),
+        seeds_per_scene=args.seeds_per_scene,
+        size=args.size,
+        open=args.scenes == "open",
+        shape=args.shape,
+    )
     check_outputs(args, len(systems))
     device = find_device(args.device) if systems else None
     about = {one.label: one.about() | {"device": device} for one in systems}
@@ -244,6 +267,8 @@ def kept_pictures(
     if args.keep is None:
         return {}
     scenes = {"seed": plan.seed, "split": plan.split, "size": plan.size, "tasks": plan.tasks, "data": args.data}
+    scenes |= {"open": True} if plan.open else {}
+    scenes |= {"shape": plan.shape} if plan.shape != SQUARE else {}
     shared = scenes | {"threads": args.threads, "version": __version__}
     kept: dict[str, KeptPictures] = {}
     for one in systems:

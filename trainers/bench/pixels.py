@@ -42,9 +42,10 @@ def psnr(path: Path, truth_path: Path) -> dict[str, Any]:
 
 def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
     """The judges of drawn scenes: placement, appearance, identity; a picture's score is the mean over its items."""
+    from ..judges.kinds import JUDGES
     from ..judges.measure import Plan as Scenes
-    from ..judges.panel import JUDGES, Panel
     from ..judges.panel import Case as Scene
+    from ..judges.panel import Panel
     from ..nano.emoji import Bank
 
     names = {judge.name: f"{PIXELS}: {judge.title}" for judge in JUDGES}
@@ -68,7 +69,7 @@ def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str
 
 def _scene_row(panel: Any, scene: Any, path: Path, case: Case) -> dict[str, dict[str, Any]]:
     """By judge: its score, None where the scene has nothing for it, or the failure."""
-    from ..judges.panel import JUDGES
+    from ..judges.kinds import JUDGES
 
     try:
         picture = load_picture(path, size=scene.sample.target.size).image

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .panel import JUDGES, TRUTH, Judge
+from .kinds import TRUTH, Judge, reported
 from .retention import Report, valid_judges
 from .summary import shown
 
@@ -86,7 +86,7 @@ def time_lines(block: Report, row: Report) -> Cell:
 
 
 def shown_judges(block: Report) -> list[Judge]:
-    return [judge for judge in JUDGES if judge.name in block["kinds"]]
+    return reported(block["kinds"])
 
 
 def comparison_table(block: Report) -> str:
@@ -107,7 +107,7 @@ def comparison_table(block: Report) -> str:
 
 def gains_table(pairs: Sequence[Report]) -> str:
     """The pairs of ``ratios.equal_steps``; * marks a difference whose 95% interval excludes zero."""
-    judges = [judge for judge in JUDGES if judge.name in pairs[0]["judges"]]
+    judges = reported(pairs[0]["judges"])
     lines = []
     for pair in pairs:
         labels = label_lines(pair["system"]) + label_lines(f"minus {pair['against']}")

@@ -17,11 +17,15 @@ from unipic_core.conditioning.reference_sizes import REFERENCE_MULTIPLE
 
 from ..nano.catalogue import Split
 from ..nano.emoji import Bank
-from ..nano.render import Sample
-from ..nano.scene import Scene
-from ..nano.scenes import TASKS, make_scene
+from ..nano.open_scenes.answers import OPEN_TASKS
+from ..nano.open_scenes.drawing import make_open_scene
+from ..nano.render import Sample, render
+from ..nano.scene import SQUARE, Scene, Shape
+from ..nano.scenes import TASKS, make_scene, shaped
 from .comparison import comparison, comparison_table, gains_table
-from .panel import CONTROL_NAMES, JUDGES, TRUTH, Case, Panel, control_pictures
+from .kinds import CONTROL_NAMES, JUDGES, OPEN_CONTROL_NAMES, OPEN_JUDGES, TRUTH
+from .open_scenes import Control, OpenCase, judge_open, open_controls
+from .panel import Case, Panel, control_pictures
 from .retention import SPREAD_MEASURE, Report, equal_steps, pairwise_rms
 from .saved_pictures import KeptPictures
 from .sheet import Row
@@ -31,7 +35,7 @@ from .summary import Scores, empty, summarise, table
 Generate = Callable[[Sample, int], Image.Image]
 """A sample and a noise seed in, the composed picture out."""
 
-WHOLE = frozenset(judge.name for judge in JUDGES if judge.whole)
+WHOLE = frozenset(judge.name for judge in (*JUDGES, *OPEN_JUDGES) if judge.whole)
 SEED_STRIDE = 1_000_000  # between the noise seeds of one scene: further than there are scenes
 
 
@@ -39,8 +43,11 @@ SEED_STRIDE = 1_000_000  # between the noise seeds of one scene: further than th
 class Plan:
     """What is measured on: ``n`` scenes of a seed and split, of the given tasks in turn or of the natural mixture.
 
+    ``open``: scenes whose words leave something open, with judges of their own.
+
     Each system makes ``seeds_per_scene`` pictures of a scene. The judges see the first; all of them give the spread.
-    ``size``: side in pixels of the targets and of the longer side of their references.
+    ``size``: side in pixels of the targets and of the longer side of their references; of targets of another ``shape``
+    (width and height as a ratio) the side of the square of about as many pixels.
     """
 
     n: int
@@ -50,6 +57,8 @@ class Plan:
     progress: bool = True
     seeds_per_scene: int = 1
     size: int = 128
+    open: bool = False
+    shape: Shape = SQUARE
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % REFERENCE_MULTIPLE:
@@ -58,13 +67,15 @@ class Plan:
             raise ValueError(f"n must be at least 2 for an interval, got {self.n}")
         if self.seeds_per_scene < 1:
             raise ValueError(f"the seeds per scene must be at least 1, got {self.seeds_per_scene}")
-        unknown = [task for task in self.tasks if task not in TASKS]
+        known = OPEN_TASKS if self.open else TASKS
+        unknown = [task for task in self.tasks if task not in known]
         if unknown:
-            raise ValueError(f"task must be one of {', '.join(TASKS)}; got {unknown[0]!r}")
+            raise ValueError(f"task must be one of {', '.join(known)}; got {unknown[0]!r}")
 
     def scene(self, bank: Bank, index: int) -> Scene:
         task = self.tasks[index % len(self.tasks)] if self.tasks else None
-        return make_scene(bank, self.split, self.seed, index, task=task, size=self.size)
+        make = make_open_scene if self.open else make_scene
+        return shaped(make(bank, self.split, self.seed, index, task=task, size=self.size), self.shape)
 
     def noise_seeds(self, index: int) -> list[int]:
         """Of scene ``index``; the first does not depend on how many there are."""
@@ -79,12 +90,14 @@ class Plan:
 class Made:
     """What one system made: each scene's first picture at its target's size, and the seconds that one of them took.
 
-    ``spread``: float [n, 1], ``pairwise_rms`` of each scene; None with one seed per scene.
+    ``spread``: float [n, 1], ``pairwise_rms`` of each scene; None with one seed per scene. ``reached``: float [n, 1],
+    different answers among them; None of closed scenes.
     """
 
     pictures: list[Image.Image]
     seconds: float
     spread: np.ndarray | None
+    reached: np.ndarray | None = None
 
 
 @dataclass
@@ -103,7 +116,7 @@ def generate_all(
 
     Of a scene's pictures only the first is timed: the next find its inputs encoded.
     """
-    pictures, spent, spreads = [], 0.0, []
+    pictures, spent, spreads, reached = [], 0.0, [], []
     opened = cache(opener)
 
     def picture(sample: Sample, seed: int) -> tuple[Image.Image, float]:
@@ -120,14 +133,23 @@ def generate_all(
         return made, seconds
 
     for index in plan.bar(label):
-        sample = Case.of(bank, plan.scene(bank, index)).sample
+        scene = plan.scene(bank, index)
+        sample = Case.of(bank, scene).sample
         first, *more = plan.noise_seeds(index)
         made, seconds = picture(sample, first)
         spent += seconds
         pictures.append(made)
         if more:
-            spreads.append(pairwise_rms([made, *(picture(sample, seed)[0] for seed in more)]))
-    return Made(pictures, spent / plan.n, np.array(spreads)[:, None] if spreads else None)
+            several = [made, *(picture(sample, seed)[0] for seed in more)]
+            spreads.append(pairwise_rms(several))
+            if plan.open:
+                reached.append(OpenCase.of(bank, scene).reached(several))
+    return Made(pictures, spent / plan.n, column(spreads), column(reached))
+
+
+def column(values: Sequence[float]) -> np.ndarray | None:
+    """float [n, 1]; None without values."""
+    return np.array(values, float)[:, None] if values else None
 
 
 def fitted(picture: Image.Image, sample: Sample) -> Image.Image:
@@ -142,16 +164,19 @@ def judge_all(
     made: Mapping[str, Sequence[Image.Image]], panel: Panel, bank: Bank, plan: Plan, sheet_rows: int
 ) -> tuple[Scores, list[Row]]:
     """Judge the systems and the controls of every scene; also the first rows of the sheet."""
-    scores = Scores([], {label: empty(plan.n) for label in made}, {name: empty(plan.n) for name in CONTROL_NAMES})
+    judges, names = (OPEN_JUDGES, OPEN_CONTROL_NAMES) if plan.open else (JUDGES, CONTROL_NAMES)
+    systems, controlled = ({name: empty(plan.n, judges) for name in group} for group in (made, names))
+    scores = Scores([], systems, controlled, judges=judges)
     scores.hidden_spread = np.full((plan.n, 1), np.nan)
+    scores.reachable = np.full((plan.n, 1), np.nan) if plan.open else None
+    judge_scene = judge_open_scene if plan.open else judge_closed_scene
     rows: list[Row] = []
     for index in plan.bar("judging"):
         scene = plan.scene(bank, index)
-        case = Case.of(bank, scene)
-        controls = control_pictures(bank, scene, case.sample)
-        scores.hidden_spread[index] = pairwise_rms([controls[TRUTH][0], controls["recomposed"][0]])
         own = {label: pictures[index] for label, pictures in made.items()}
-        judged = panel.judge(case, [*own.values(), *(picture for picture, _ in controls.values())])
+        sample, controls, judged, scores.hidden_spread[index] = judge_scene(panel, bank, scene, list(own.values()))
+        if scores.reachable is not None:
+            scores.reachable[index] = OpenCase.of(bank, scene).reachable(plan.seeds_per_scene)
         scores.tasks.append(scene.task)
         for judge, values in judged.items():
             for row, label in enumerate(own):
@@ -160,12 +185,34 @@ def judge_all(
                 scores.controls[name][judge][index] = np.where(items | (judge in WHOLE), values[row], np.nan)
         if len(rows) < sheet_rows:
             captions = {label: caption(judged, row) for row, label in enumerate(own)}
-            rows.append(Row(case.sample, own, captions))
+            rows.append(Row(sample, own, captions))
     return scores, rows
+
+
+Judged = tuple[Sample, dict[str, Control], dict[str, np.ndarray], float]
+"""Truth, controls, scores of the systems' pictures and then of the controls', spread of the truth."""
+
+
+def judge_closed_scene(panel: Panel, bank: Bank, scene: Scene, own: Sequence[Image.Image]) -> Judged:
+    case = Case.of(bank, scene)
+    controls = control_pictures(bank, scene, case.sample)
+    judged = panel.judge(case, [*own, *(picture for picture, _ in controls.values())])
+    return case.sample, controls, judged, pairwise_rms([controls[TRUTH][0], controls["recomposed"][0]])
+
+
+def judge_open_scene(panel: Panel, bank: Bank, scene: Scene, own: Sequence[Image.Image]) -> Judged:
+    case = OpenCase.of(bank, scene)
+    controls = open_controls(bank, case)
+    judged = judge_open(panel, case, [*own, *(picture for picture, _ in controls.values())])
+    return render(bank, scene), controls, judged, case.spread(bank)
 
 
 def caption(judged: Mapping[str, np.ndarray], row: int) -> str:
     """The judges' view of one picture in a few words."""
+    if "sharpness" in judged:
+        values = judged["sharpness"][row]
+        words = [f"IoU {judged['match_iou'][row, 0]:.2f}", f"{judged['match_psnr'][row, 0]:.1f} dB"]
+        return " · ".join(words + [f"sharp {np.nanmean(values):.2f}"] * bool(np.isfinite(values).any()))
     found = [judged[name][row] for name in ("object_retrieval_top1", "person_retrieval_top1")]
     identities = np.concatenate([values[np.isfinite(values)] for values in found])
     appearance = judged["masked_psnr"][row]
@@ -197,6 +244,7 @@ def compare(
     made = {label: generate_all(label, opener, bank, plan, kept.get(label)) for label, opener in systems.items()}
     scores, rows = judge_all({label: one.pictures for label, one in made.items()}, Panel(bank), bank, plan, sheet_rows)
     scores.spreads = {label: one.spread for label, one in made.items() if one.spread is not None}
+    scores.reached = {label: one.reached for label, one in made.items() if one.reached is not None}
     bootstrap = Bootstrap(plan.n, plan.seed)
     reports = summarise(scores, bootstrap)
     for one in reports:
@@ -206,6 +254,10 @@ def compare(
     tables = [table(one) for one in reports]
     report, *others = reports
     report |= {"n": plan.n, "seed": plan.seed, "split": plan.split, "size": plan.size}
+    if plan.open:
+        report["scenes"] = "open"
+    if plan.shape != SQUARE:
+        report["shape"] = list(plan.shape)
     report |= {"tasks": list(plan.tasks) or "mixture"}
     report["bank"] = {"objects": len(bank.objects("all")), "persons": len(bank.persons("all"))}
     truth_spread = None
@@ -222,7 +274,7 @@ def compare(
 
 
 def diversity(scores: Scores, plan: Plan, bootstrap: Bootstrap) -> dict[str, Any]:
-    """How the spread was measured, and what it is between the truth and the truth drawn again.
+    """How the spread was measured, and what it is between the truth and the truth drawn again (open: any two answers).
 
     That is how much the inputs leave open: a system that varies less than this repeats itself, one that varies more
     errs in other ways each time.

@@ -1,4 +1,4 @@
-"""The list of judges, and all of them applied to the pictures made for one scene."""
+"""All judges of closed scenes, applied to the pictures made for one scene."""
 
 from __future__ import annotations
 
@@ -14,57 +14,7 @@ from ..nano.render import Sample, edited, hidden_of, light_of, look_matrix, plac
 from ..nano.scene import Scene
 from . import appearance, identity, placement
 from .arrays import to_array
-
-MAX_ITEMS = 5
-LEAST_VISIBLE = 0.005  # share of the picture that an item must show to be judged alone
-TRUTH = "truth"
-PLACES = ("background_alone", "positions_shuffled")
-SWAPS = ("object_swapped", "references_swapped")
-CONTROL_NAMES = (TRUTH, *CONTROLS)
-
-
-@dataclass(frozen=True)
-class Judge:
-    """One number per sample or item. ``separates``: the controls that it must tell from the truth to be reported.
-
-    ``short``: the title where there is little room. ``whole``: of the whole picture, in the first column of its
-    scores. ``share``: 0 or 1, shown in percent. ``decibels``: already a logarithm, so systems differ and have no ratio.
-    """
-
-    name: str
-    title: str
-    short: str
-    separates: tuple[str, ...]
-    higher_is_better: bool = True
-    whole: bool = False
-    share: bool = False
-    decibels: bool = False
-    digits: int = 3
-
-
-JUDGES: tuple[Judge, ...] = (
-    Judge("placement_iou", "placement: IoU with the items' mask", "IoU", PLACES, whole=True),
-    Judge("placement_centre_error", "placement: centre error, sides", "centre err", PLACES, higher_is_better=False),
-    Judge(
-        "background_psnr",
-        "background: PSNR outside, dB",
-        "dB outside",
-        ("positions_shuffled",),
-        whole=True,
-        decibels=True,
-        digits=2,
-    ),
-    Judge("masked_psnr", "appearance: PSNR inside, dB", "dB inside", SWAPS, decibels=True, digits=2),
-    Judge("masked_ssim", "appearance: SSIM inside", "SSIM", SWAPS),
-    Judge(
-        "colour_difference", "appearance: colour error, 0-255", "colour err", SWAPS, higher_is_better=False, digits=1
-    ),
-    Judge("object_retrieval_top1", "identity: object found", "object", SWAPS, share=True),
-    Judge("person_retrieval_top1", "identity: person found (exact)", "person", SWAPS, share=True),
-    Judge("person_design_top1", "identity: person's design", "design", SWAPS, share=True),
-    Judge("person_tone_top1", "identity: skin tone", "skin tone", SWAPS, share=True),
-    Judge("person_gender_top1", "identity: man or woman", "gender", SWAPS, share=True),
-)
+from .kinds import JUDGES, LEAST_VISIBLE, MAX_ITEMS, SWAPS, TRUTH
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparison import shown_judges
-from .panel import Judge
+from .kinds import Judge
 from .retention import Report
 
 COLUMNS = 4

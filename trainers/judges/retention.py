@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .arrays import to_array
-from .panel import JUDGES, Judge
+from .kinds import Judge, reported
 from .statistics import Bootstrap, interval, rounded
 
 Report = Mapping[str, Any]
@@ -28,7 +28,7 @@ SPREAD_MEASURE = (
 
 def valid_judges(judges: Report) -> list[Judge]:
     """Those that are reported: whether a judge is valid depends on the controls alone, so it is for all systems."""
-    return [judge for judge in JUDGES if judges[judge.name]["valid"]]
+    return [judge for judge in reported(judges) if judges[judge.name]["valid"]]
 
 
 def retained(

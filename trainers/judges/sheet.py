@@ -23,6 +23,11 @@ PAPER, INK, FAINT, LINE, BADGE = (252, 252, 250), (32, 34, 38), (120, 124, 130),
 BAND = (242, 243, 241)
 TASK_WORDS = {
     "replace_background": "new background",
+    "open_side": "either side",
+    "open_mirror": "either way",
+    "open_region": "any place",
+    "open_light": "any light",
+    "open_background": "a named place",
     "pair": "two objects",
     **{f"compose{count}": f"compose {count}" for count in range(2, 7)},
 }
@@ -120,8 +125,8 @@ def _draw_row(sheet: Image.Image, row: Row, layout: Layout, y: int) -> None:
     captions = {"truth": "", **row.captions}
     pictures = {"truth": row.sample.target, **row.outputs}
     for x, label in zip(layout.pictures, layout.columns, strict=True):
-        picture = pictures[label].convert("RGB").resize((PICTURE, PICTURE), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (x, y))
+        picture = _in_square(pictures[label], PICTURE)
+        sheet.paste(picture, (x + (PICTURE - picture.width) // 2, y + (PICTURE - picture.height) // 2))
         pen.text((x, y + PICTURE + 4), captions.get(label, ""), fill=FAINT, font=font(12))
 
 
@@ -157,14 +162,19 @@ def _draw_foot(pen: ImageDraw.ImageDraw, lines: Sequence[FootLine], layout: Layo
 def _paste_input(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], number: int) -> None:
     """A reference, fitted into its square and framed, with the number that the instruction calls it by."""
     pen = ImageDraw.Draw(sheet)
-    small = picture.convert("RGB")
-    scale = THUMB / max(small.size)
-    small = small.resize((round(small.width * scale), round(small.height * scale)), Image.Resampling.LANCZOS)
+    small = _in_square(picture, THUMB)
     left, top = corner[0] + (THUMB - small.width) // 2, corner[1] + (THUMB - small.height) // 2
     sheet.paste(small, (left, top))
     pen.rectangle((left - 1, top - 1, left + small.width, top + small.height), outline=LINE)
     pen.rounded_rectangle((corner[0] + 3, corner[1] + 3, corner[0] + 19, corner[1] + 19), 4, fill=BADGE)
     pen.text((corner[0] + 11, corner[1] + 11), str(number), fill="white", font=font(12), anchor="mm")
+
+
+def _in_square(picture: Image.Image, side: int) -> Image.Image:
+    """RGB, its longer side ``side`` pixels."""
+    scale = side / max(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
 
 
 def _head(label: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .panel import CONTROL_NAMES, JUDGES, MAX_ITEMS, TRUTH, Judge
+from .kinds import JUDGES, MAX_ITEMS, TRUTH, Judge, reported
 from .retention import Report, retained, spread_entry
 from .statistics import Bootstrap, interval, rounded
 
@@ -23,12 +23,14 @@ SHORT = {
     "positions_shuffled": "shuffled",
     "object_swapped": "swapped",
     "references_swapped": "exchanged",
+    "other_answer": "other",
+    "mean_answer": "mean",
 }
 TITLE, OWN = 36, 26  # widths of the table's first columns
 
 
-def empty(n: int) -> ByJudge:
-    return {judge.name: np.full((n, MAX_ITEMS), np.nan) for judge in JUDGES}
+def empty(n: int, judges: Sequence[Judge] = JUDGES) -> ByJudge:
+    return {judge.name: np.full((n, MAX_ITEMS), np.nan) for judge in judges}
 
 
 @dataclass
@@ -36,7 +38,9 @@ class Scores:
     """All that was measured on n samples: their tasks, each system (in order) and each control.
 
     ``spreads``: of each system, float [n, 1], when it made several pictures per sample. ``hidden_spread`` [n, 1]: the
-    same measure between the truth and the truth drawn again.
+    same measure between the truth and the truth drawn again, of open scenes between any two answers.
+    ``reached``: of each system, float [n, 1], how many answers its pictures of a scene are nearest to;
+    ``reachable`` [n, 1]: of the truth drawn as often.
     """
 
     tasks: list[str]
@@ -44,6 +48,9 @@ class Scores:
     controls: dict[str, ByJudge] = field(default_factory=dict)
     spreads: dict[str, np.ndarray] = field(default_factory=dict)
     hidden_spread: np.ndarray | None = None
+    judges: Sequence[Judge] = JUDGES
+    reached: dict[str, np.ndarray] = field(default_factory=dict)
+    reachable: np.ndarray | None = None
 
 
 def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
@@ -53,12 +60,15 @@ def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
     """
     if not scores.systems:
         return [
-            {"model": None, "judges": {judge.name: entry(judge, None, scores.controls, bootstrap) for judge in JUDGES}}
+            {
+                "model": None,
+                "judges": {judge.name: entry(judge, None, scores.controls, bootstrap) for judge in scores.judges},
+            }
         ]
     first = next(iter(scores.systems))
     reports = []
     for label, measured in scores.systems.items():
-        judges = {judge.name: entry(judge, measured, scores.controls, bootstrap) for judge in JUDGES}
+        judges = {judge.name: entry(judge, measured, scores.controls, bootstrap) for judge in scores.judges}
         if label != first:
             for name, values in judges.items():
                 values["versus_first"] = margin(measured[name], scores.systems[first][name], bootstrap)
@@ -66,10 +76,30 @@ def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
         if label != first:
             report["retained"] = retained(measured, scores.systems[first], judges, bootstrap)
         if scores.spreads:
-            against = None if label == first else scores.spreads[first]
-            report["spread"] = spread_entry(scores.spreads[label], against, bootstrap)
+            report |= seeds_report(scores, label, None if label == first else first, bootstrap)
         reports.append(report)
     return reports
+
+
+def seeds_report(scores: Scores, label: str, first: str | None, bootstrap: Bootstrap) -> dict[str, Any]:
+    """What several pictures of a scene show of a system: its spread, and of open scenes the answers it reaches.
+
+    first: the system that its spread is compared with.
+    """
+    spread = spread_entry(scores.spreads[label], scores.spreads[first] if first else None, bootstrap)
+    if scores.reachable is None or scores.hidden_spread is None:
+        return {"spread": spread}
+    reached = spread_entry(scores.reached[label], None, bootstrap)
+    return {
+        "spread": spread | of_truth(scores.spreads[label], scores.hidden_spread, bootstrap),
+        "answers_reached": reached | of_truth(scores.reached[label], scores.reachable, bootstrap),
+    }
+
+
+def of_truth(own: np.ndarray, truth: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """The ratio of two means [n, 1], a system's and the truth's."""
+    found = bootstrap.ratio(own, truth)
+    return {"of_truth": rounded(found), "of_truth_ci95": interval(found)}
 
 
 def entry(
@@ -163,16 +193,19 @@ def table(report: Report) -> str:
 
     A later system also has its difference from the first. The controls: truth; redrawn with other hidden scale, flip
     and offset (the fair ceiling); the empty background; positions shuffled; the last item swapped for another; the
-    first two items exchanged.
+    first two items exchanged. Of open scenes: truth; another answer, redrawn; the mean of all answers; the empty
+    background; the last item swapped. Below them what only pictures of several seeds show.
     """
     label = report["model"]["label"] if report["model"] else ""
     against_first = any("versus_first" in found for found in report["judges"].values())
     head = f"{'':{TITLE}}" + (f"{label[: OWN - 2]:>{OWN}}" if label else "")
     head += f"{'minus the first':>{OWN}}" if against_first else ""
-    head += "".join(f"{SHORT[name]:>10} " for name in CONTROL_NAMES)
+    judges = reported(report["judges"])
+    controls = list(report["judges"][judges[0].name]["controls"])
+    head += "".join(f"{SHORT[name]:>10} " for name in controls)
     cut = [label] if len(label) > OWN - 2 else []
     lines = [*cut, head.rstrip(), "-" * len(head)]
-    for judge in JUDGES:
+    for judge in judges:
         found = report["judges"][judge.name]
         line = f"{judge.title:{TITLE}}"
         if not found["valid"]:
@@ -183,8 +216,21 @@ def table(report: Report) -> str:
         if against_first:
             gap = found["versus_first"] or {"difference": None, "ci95": None}
             line += f"{with_interval(judge, gap['difference'], gap['ci95']):>{OWN}}"
-        lines.append((line + "".join(_control_cell(judge, found, name) for name in CONTROL_NAMES)).rstrip())
-    return "\n".join(lines)
+        lines.append((line + "".join(_control_cell(judge, found, name) for name in controls)).rstrip())
+    return "\n".join(lines + _seed_lines(report))
+
+
+def _seed_lines(report: Report) -> list[str]:
+    """Of open scenes: how much of the truth's spread and of its answers the pictures of several seeds have."""
+    titles = {"spread": "spread between seeds, of the truth's", "answers_reached": "answers reached, of the truth's"}
+    lines = []
+    for name, title in titles.items():
+        found = report.get(name, {})
+        if found.get("of_truth") is not None:
+            low, high = found["of_truth_ci95"]
+            text = f"{found['of_truth']:.3f} [{low:.3f}, {high:.3f}]"
+            lines.append(f"{title:{TITLE}}{text:>{OWN}}")
+    return lines
 
 
 def _control_cell(judge: Judge, found: Report, name: str) -> str:

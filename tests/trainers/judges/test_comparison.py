@@ -13,8 +13,8 @@ from PIL import Image, ImageFilter
 
 from trainers.evaluate import System, main
 from trainers.judges.comparison import comparison_table, gains_table, kept_text
+from trainers.judges.kinds import JUDGES
 from trainers.judges.measure import Evaluation, Generate, Plan, compare
-from trainers.judges.panel import JUDGES
 from trainers.judges.plot import draw_plot, kept_of, series_of
 from trainers.judges.retention import equal_steps, gains, kept, pairwise_rms, spread_entry
 from trainers.judges.sheet import PICTURE, Layout, draw_sheet, font
