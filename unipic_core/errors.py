@@ -4,18 +4,18 @@ from __future__ import annotations
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of another library's message, for the inside of a sentence."""
+    """First line of another library's message, at most 150 characters, to be quoted inside a sentence."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
 def printable(text: object, keep: str = "") -> str:
-    """A text with names or metadata of others, for a terminal: control characters, escape sequences, marks that turn
-    the direction of writing and bytes that are no text are spelt out, as \\x1b. keep: characters that may stay."""
+    """Escape untrusted text for a terminal: control characters, marks that reverse the direction of writing and bytes
+    that are no text are spelt out, as \\x1b. keep: characters to leave as they are."""
     return "".join(c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in str(text))
 
 
 class UniPicError(ValueError):
-    """Base of the errors that a command line shows as one line, without a traceback."""
+    """Base class of the errors that the command line shows as one line, without a traceback."""
 
 
 class CheckpointError(UniPicError):

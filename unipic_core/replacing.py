@@ -36,7 +36,7 @@ def require_new(dst: Path, overwrite: bool) -> None:
     """CheckpointError if there is something at `dst` that may not be replaced."""
     _finish_interrupted(dst)
     if os.path.lexists(dst) and not overwrite:
-        raise CheckpointError(f"{dst} is there already; choose another name, or overwrite it with overwrite=True")
+        raise CheckpointError(f"{dst} already exists; choose another name, or overwrite it with overwrite=True")
 
 
 def write_json(path: Path, content: object, indent: int | None = 2) -> None:

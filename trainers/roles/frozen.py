@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipic_core.model.attention import attention_named
+from unipic_core.model.layers import set_parameters
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.weights.convert import is_block_matrix, quantise_fp8
 from unipic_core.weights.transformer import open_transformer
@@ -194,8 +195,7 @@ def load_frozen(config: NetworkConfig) -> MMDiT:
         if isinstance(module, FrozenLinear):
             module.reserve(form_of(f"{name}.weight", (module.out_features, module.in_features), config.weights))
         else:
-            for own, p in module._parameters.items():
-                module._parameters[own] = None if p is None else nn.Parameter(torch.empty(p.shape), requires_grad=False)
+            set_parameters(module, lambda _, parameter: torch.empty(parameter.shape), requires_grad=False)
     for name, module in network.named_modules():
         own = {n: weights.get(f"{name}.{n}") for n, p in module._parameters.items() if p is not None}
         if isinstance(module, FrozenLinear):

@@ -42,7 +42,7 @@ def check_output(path: Path, inputs: Iterable[Path], overwrite: bool) -> None:
     if used is not None:
         raise UniPicError(f"{path} is read by this command and would be lost; choose another name for the output")
     if not overwrite:
-        raise UniPicError(f"{path} is there already; choose another name, or replace it with --overwrite")
+        raise UniPicError(f"{path} already exists; choose another name, or replace it with --overwrite")
 
 
 def free_path(path: Path) -> Path:

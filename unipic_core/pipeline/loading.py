@@ -19,7 +19,7 @@ from ..weights.text_encoder import encoder_parameters, open_encoder
 from ..weights.transformer import (
     PARTS,
     OpenedModel,
-    checked_dtype,
+    check_dtype,
     find_transformer,
     load_transformer,
     open_transformer,
@@ -81,7 +81,7 @@ def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> 
 def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str) -> Parts:
     """Load every part. Raises CheckpointError."""
     device = checked_device(device)
-    checked_dtype(dtype)
+    check_dtype(dtype)
     folder, recipe = opened.folder, opened.model.recipe
     shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):

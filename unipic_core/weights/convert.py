@@ -20,21 +20,21 @@ from .transformer import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, open_tra
 from .write import Progress, TensorLayout, write_safetensors
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp8_scaled": torch.bfloat16, "fp32": torch.float32}
-"""Storage dtype of a file -> type of its tensors that are not quantised."""
+"""Storage dtype of a file -> torch dtype of its tensors that are not quantised."""
 
 FP8_MAX = 448.0
-"""Largest number of float8_e4m3fn."""
+"""Largest value of float8_e4m3fn."""
 
 FP8_LAYER = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}
-"""Content of `X.comfy_quant`. Without the second entry ComfyUI rounds activations to fp8 too, with scale 1;
-those of this architecture exceed fp8's range, so products stay in bf16."""
+"""Content of `X.comfy_quant`. Without the second entry ComfyUI also rounds activations to fp8, with scale 1; those of
+this architecture exceed fp8's range, so matrix products stay in bf16."""
 
 
 @dataclass(frozen=True)
 class WeightStream:
     """Weights to be written, one tensor at a time.
 
-    read: parameter names -> (name, tensor) pairs, each tensor made when it is reached.
+    read: parameter names -> (name, tensor) pairs; each tensor is computed when the iteration reaches it.
     """
 
     config: MMDiTConfig
@@ -43,34 +43,34 @@ class WeightStream:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """Metadata of the safetensors files: config and recipe."""
+        """Metadata of the safetensors files to write: config and recipe."""
         config = json.dumps(self.config.to_dict())
         return {"format": "pt", CONFIG_KEY: config, METADATA_KEY: self.recipe.to_json()}
 
 
 def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Progress | None = None) -> Path:
-    """Write the transformer at `src` (any layout that `load_transformer` reads) as one safetensors file.
+    """Write the transformer at `src`, in any layout that `load_transformer` reads, as one safetensors file.
 
     Keys are the parameter names, which ComfyUI recognises; the metadata holds the config and the recipe, which records
-    this conversion. Returns the path written.
+    this conversion. Returns the path of the new file.
 
     dtype: "bf16", "fp32", or "fp8_scaled": the blocks' matrices in float8_e4m3fn with one scale each, as ComfyUI 0.33
     reads them, all else in bf16. progress: called with (bytes written, bytes in all). Raises CheckpointError; on any
-    failure, Ctrl-C included, nothing is left behind and an older `dst` stays. Warns if the attention form is not full.
+    failure, Ctrl-C included, no partial file remains and an older `dst` stays. Warns if the attention form is not full.
     """
     src, dst = Path(src), Path(dst)
     check_storage_dtype(dtype)
     if dst.is_dir():
         raise CheckpointError(f"{dst} is a folder; name the file to write, such as {dst / 'unipic.safetensors'}")
     if dst.suffix != ".safetensors":
-        raise CheckpointError(f"the destination should end in .safetensors, got {dst.name}")
+        raise CheckpointError(f"the destination should end in .safetensors, got {dst.name}; rename it")
     protect_sources(dst, [src])
     opened = open_transformer(src)
     weights, config = opened.weights, opened.config
     protect_sources(dst, weights.files)
     recipe = source_recipe(src)
-    how = {"source": src.absolute().name, "dtype": dtype}
-    recipe = replace(recipe, made={**recipe.made, "convert": how})
+    conversion = {"source": src.absolute().name, "dtype": dtype}
+    recipe = replace(recipe, made={**recipe.made, "convert": conversion})
     output = WeightStream(
         config.with_attention_form(recipe.causal_attention_form), recipe, partial(stored_tensors, weights)
     )
@@ -81,16 +81,16 @@ def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Prog
 
 
 def attention_form_warnings(dst: Path, config: MMDiTConfig) -> Iterator[str]:
-    """Warn of a checkpoint whose attention form other programs do not know: they read it as full without an error."""
+    """Warn of an attention form that other programs do not know: they compute full attention without an error."""
     if config.attention_form != FULL:
         yield (
-            f"{dst.name}: its attention is {config.attention_form}, which only unipic and the node Load UniPic "
-            "compute; other programs read it as full and make wrong pictures without an error"
+            f"{dst.name}: its attention form is {config.attention_form}, which only unipic and the node Load UniPic "
+            "compute; other programs compute full attention and give wrong pictures without an error"
         )
 
 
 def stored_tensors(weights: Weights, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Read the named tensors of a checkpoint one at a time: the `read` of a WeightStream."""
+    """Read the named tensors of a checkpoint one at a time: the `read` function of a WeightStream."""
     return ((name, weights.get(name)) for name in names)
 
 
@@ -109,7 +109,7 @@ def check_storage_dtype(dtype: str) -> None:
 
 
 def output_layout(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, dtype: str) -> TensorLayout:
-    """Names, types and shapes of all tensors of the file, those of its quantisation included."""
+    """Names, dtypes and shapes of all tensors of the file, those of its quantisation included."""
     plain = STORAGE_DTYPES[dtype]
     out: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
@@ -128,8 +128,8 @@ def output_layout(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, dt
 def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight to (values of its shape in float8_e4m3fn, scale [] in float32): weight ~ values * scale.
 
-    The largest value comes near 448. The scale is a number that bf16 holds exactly, rounded up, because ComfyUI
-    multiplies by it in bf16.
+    The largest absolute value is at or just below 448: the scale is rounded up to a number that bf16 represents
+    exactly, because ComfyUI multiplies by it in bf16. Raises CheckpointError for NaN and infinity.
     """
     if weight.dtype.itemsize == 1:  # unscaled fp8, which has no arithmetic
         weight = weight.float()
@@ -142,13 +142,13 @@ def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bf16_above(value: Tensor) -> Tensor:
-    """The smallest bf16 number not below a positive float32, as float32."""
+    """Round a positive float32 up to the next bf16 number; returned as float32."""
     below = value.bfloat16()
     return below.float() if below >= value else (below.view(torch.int16) + 1).view(torch.bfloat16).float()
 
 
 def encode_tensors(tensors: Iterable[tuple[str, Tensor]], layout: TensorLayout) -> Iterator[tuple[str, Tensor]]:
-    """Cast or quantise the network's tensors to those of the file, one at a time."""
+    """Cast or quantise the network's tensors to those of the file's layout, one at a time."""
     for name, tensor in tensors:
         dtype = layout[name][0]
         if dtype is torch.float8_e4m3fn:
@@ -178,7 +178,7 @@ def protect_sources(dst: Path, sources: Iterable[Path]) -> None:
         return
     for source in sources:
         if source.is_dir() and dst.resolve().is_relative_to(source.resolve()):
-            raise CheckpointError(f"{dst} is there already, as a part of the source; choose another name")
+            raise CheckpointError(f"{dst} already exists and is a part of the source; choose another name")
         if source.exists() and dst.samefile(source):
             raise CheckpointError(f"source and destination are the same file {dst}; choose another name")
         if dst.is_dir() and source.resolve().is_relative_to(dst.resolve()):
@@ -186,7 +186,7 @@ def protect_sources(dst: Path, sources: Iterable[Path]) -> None:
 
 
 def source_recipe(src: Path) -> Recipe:
-    """Recipe stored with a checkpoint; without one, the guess by its name, marked as a guess."""
+    """Read the recipe stored with a checkpoint; without one, guess it by the name and mark it as a guess."""
     recipe = Recipe.read(src)
     if recipe is None and (guess := released_recipe(src)):
         recipe = replace(guess, made={RECIPE_FROM: "name"})

@@ -1,4 +1,4 @@
-"""What a path holds, said from names, shapes and configs alone: no tensor is loaded."""
+"""Describe a model path from tensor names, shapes and configs; no tensor is loaded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .recipe import RECIPE_FROM, Recipe, released_recipe
 from .transformer import PARTS, find_transformer, looks_like, read_config
 
 Description = dict[str, Any]
-"""A table that JSON can hold; see `describe`."""
+"""JSON object that `describe` returns."""
 
 _KINDS = {
     "a LoRA": "lora",
@@ -28,16 +28,16 @@ _KINDS = {
 
 
 def describe(path: PathLike) -> Description:
-    """What is at `path`; a table that JSON can hold.
+    """Describe the model at `path` as a JSON object.
 
-    Always: path, kind ("pipeline", "transformer", "lora", "vae", "text encoder" or "unknown"). Weights add format,
-    tensors, parameters, bytes, dtypes (name -> parameters stored so), recipe (a table or None) and recipe_source
-    ("file", "name" or None); transformers their sizes; a LoRA ranks, layers and targets; a pipeline folder `parts`,
-    each described or None if missing. Raises CheckpointError if there is nothing readable.
+    Every description has path and kind ("pipeline", "transformer", "lora", "vae", "text encoder" or "unknown"). Weights
+    add format, tensors, parameters, bytes, dtypes (dtype -> parameters of it), recipe (an object or None) and
+    recipe_source ("file", "name" or None); transformers add their sizes; a LoRA adds ranks, layers and targets; a
+    pipeline folder adds `parts`, each a description or None if missing. Raises CheckpointError if nothing is readable.
     """
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"there is no file or folder {path}")
+        raise CheckpointError(f"there is no file or folder {path}; check the path")
     if path.is_dir() and _is_pipeline(path):
         return _describe_pipeline(path)
     if path.is_dir() and not find_weight_file(path):
@@ -58,13 +58,13 @@ def _part(folder: Path, names: Iterable[str]) -> Path | None:
 def _describe_pipeline(folder: Path) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for part, names in PARTS.items():
-        found = _part(folder, names)
-        if found is None:
+        subfolder = _part(folder, names)
+        if subfolder is None:
             parts[part] = None
         elif part in ("transformer", "vae", "text_encoder"):
-            parts[part] = _describe_weights(found)
+            parts[part] = _describe_weights(subfolder)
         else:
-            parts[part] = {"path": str(found), "kind": part}
+            parts[part] = {"path": str(subfolder), "kind": part}
     weights = [p for p in parts.values() if p and "bytes" in p]
     return {
         "path": str(folder),
@@ -156,7 +156,7 @@ def _class(config: Path) -> str | None:
 
 
 def format_description(info: Description) -> str:
-    """`describe`'s table as a few lines for people."""
+    """Format the result of `describe` as a few lines of text."""
     lines = [f"{info['path']}: {_title(info)}"]
     if info["kind"] == "pipeline":
         for name, part in info["parts"].items():
@@ -180,19 +180,19 @@ def _summary(part: Description) -> str:
     if "parameters" not in part:
         return "present"
     dtypes = " + ".join(part["dtypes"])
-    facts = [f"{_count(part['parameters'])} parameters", dtypes, _size(part["bytes"]), part["format"]]
+    items = [f"{_count(part['parameters'])} parameters", dtypes, _size(part["bytes"]), part["format"]]
     if part["kind"] == "transformer":
-        facts.insert(0, f"{part['layers']} layers, width {part['width']}, {part['heads']} heads of {part['head_dim']}")
+        items.insert(0, f"{part['layers']} layers, width {part['width']}, {part['heads']} heads of {part['head_dim']}")
         if part["attention_form"] != FULL:
-            facts.append(f"attention {part['attention_form']}")
+            items.append(f"attention {part['attention_form']}")
     if part["kind"] == "unknown":
-        facts.insert(0, part["looks_like"])
+        items.insert(0, part["looks_like"])
     if part["kind"] == "lora":
         numbers = f"rank {', '.join(map(str, part['ranks'])) or 'none'}"
         if part["alphas"]:
             numbers += f", alpha {', '.join(f'{alpha:g}' for alpha in part['alphas'])}"
-        facts.insert(0, f"{part['layers']} layers, {numbers}")
-    return ", ".join(facts)
+        items.insert(0, f"{part['layers']} layers, {numbers}")
+    return ", ".join(items)
 
 
 def _recipe_line(info: Description) -> str:
@@ -200,10 +200,10 @@ def _recipe_line(info: Description) -> str:
     if recipe is None:
         return "none in the file"
     skipped = ("version", "made", "attention_form")
-    said = ", ".join(f"{name} {value}" for name, value in recipe.items() if name not in skipped)
+    settings = ", ".join(f"{name} {value}" for name, value in recipe.items() if name not in skipped)
     if recipe.get("attention_form", FULL) != FULL:
-        said += f", attention {recipe['attention_form']}"
-    return (said or "says nothing") + (
+        settings += f", attention {recipe['attention_form']}"
+    return (settings or "without settings") + (
         " (known by the name of the folder or file)" if info["recipe_source"] == "name" else ""
     )
 

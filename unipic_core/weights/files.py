@@ -1,7 +1,7 @@
-"""Weights on disk as a mapping from names to tensors: one safetensors file, shards with an index, or a pickle.
+"""Stored weights as a lazy mapping from names to tensors: one safetensors file, shards with an index, or a pickle.
 
-Nothing is loaded until it is asked for. A quantised layer (ComfyUI's `X.weight` + `X.weight_scale` + `X.comfy_quant`,
-or the older `X.scale_weight`) shows as one weight, which is multiplied out when read.
+Opening reads headers only; a tensor is read when `Weights.get` asks for it. A quantised layer (ComfyUI's `X.weight` +
+`X.weight_scale` + `X.comfy_quant`, or the older `X.scale_weight`) appears as one weight and is dequantised when read.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from .formats.tensor_spec import Table, TensorSpec
 PathLike = str | os.PathLike[str]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
-"""What other programs put before the network's own parameter names."""
+"""Prefixes that other programs put before the network's parameter names."""
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
 _ENDINGS = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
 
 
 class Weights:
-    """A read-only table of stored tensors. `open_weights` makes one."""
+    """Read-only table of stored tensors, opened by `open_weights`. Nothing is loaded before `get`."""
 
     def __init__(
         self, path: Path, table: Table, metadata: Mapping[str, str], quantised: Mapping[str, Quantisation]
@@ -55,7 +55,7 @@ class Weights:
         return len(self._table)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a quantised weight the shape that it stands for, with its padding."""
+        """Shape of a tensor; for a quantised weight that of the dequantised one, with its padding."""
         stored = self._spec(name).shape
         return self.quantised[name].shape(stored) if name in self.quantised else stored
 
@@ -63,7 +63,7 @@ class Weights:
         return {name: self.shape(name) for name in self._table}
 
     def shapes_for(self, expected: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """`shapes`, those of quantised weights without padding where they can stand for the expected ones."""
+        """Shapes of all tensors, quantised weights without padding where that gives the expected shape."""
         shapes = self.shapes()
         for name, quantisation in self.quantised.items():
             if name in expected and quantisation.holds(self._spec(name).shape, tuple(expected[name])):
@@ -71,7 +71,7 @@ class Weights:
         return shapes
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type on disk; a scaled fp8 weight says float8_e4m3fn, though `get` gives float32."""
+        """Return the dtype on disk: float8_e4m3fn for a scaled fp8 weight, which `get` returns as float32."""
         return self._spec(name).dtype
 
     def count(self, name: str) -> int:
@@ -80,19 +80,20 @@ class Weights:
 
     @property
     def files(self) -> set[Path]:
-        """Every file that a tensor lies in."""
+        """All files that hold a tensor of the table."""
         return {spec.file for spec in self._specs()}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors on disk."""
+        """Bytes on disk of all tensors, scales of quantisation included."""
         return sum(spec.nbytes for spec in self._specs())
 
     def get(self, name: str, *, mapped: bool = False) -> Tensor:
-        """The tensor, on the CPU, in memory of its own; a quantised one comes out as float32.
+        """Read one tensor to newly allocated CPU memory; a quantised one is dequantised to float32.
 
-        mapped: a view of the memory-mapped file instead where that is possible; its pages are read when touched, and
-        what is written to it never reaches the file. CheckpointError for a quantisation that only ComfyUI computes.
+        mapped: return a view of the memory-mapped file where possible; its pages are read when touched, and writes to
+        the view never reach the file. Raises CheckpointError for an unknown name, an unreadable file, and a
+        quantisation that only ComfyUI computes.
         """
         quantisation = self.quantised.get(name)
         if quantisation is None:
@@ -101,19 +102,19 @@ class Weights:
         return quantisation.dequantise(self._spec(name).read())
 
     def stored(self, name: str, part: str = "") -> Tensor:
-        """A view of the memory-mapped file: a weight as it is stored, or another part of its quantised layer."""
+        """View a weight as it is stored, or another part of its quantised layer, in the memory-mapped file."""
         return self._read(self.quantised[name].parts[part] if part else self._spec(name), True)
 
     def require_readable(self) -> None:
-        """CheckpointError that names a quantised weight which `get` cannot multiply out."""
+        """Raise CheckpointError for a quantised weight that `get` cannot dequantise."""
         for name, quantisation in self.quantised.items():
             self._require_readable(name, quantisation)
 
     def bare(self) -> Weights:
-        """The same under the network's own names; other parts of an all-in-one file are dropped."""
-        names = bare_names(self.keys())
-        table = {bare: self._table[stored] for bare, stored in names.items()}
-        quantised = {bare: self.quantised[stored] for bare, stored in names.items() if stored in self.quantised}
+        """Return the table under the network's parameter names, without the other parts of an all-in-one file."""
+        stored_names = bare_names(self.keys())
+        table = {bare: self._table[stored] for bare, stored in stored_names.items()}
+        quantised = {bare: self.quantised[stored] for bare, stored in stored_names.items() if stored in self.quantised}
         return Weights(self.path, table, self.metadata, quantised)
 
     def _specs(self) -> Iterator[TensorSpec]:
@@ -134,11 +135,11 @@ class Weights:
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._table:
-            raise CheckpointError(f"{self.path} holds no tensor {name!r}")
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}; the file is of another model or incomplete")
         return self._table[name]
 
     def _map(self, file: Path) -> mmap.mmap | None:
-        """One private map per file; None where the system has no address space for it, then tensors are read."""
+        """Map a file once, copy-on-write; None if the system has no address space for it, then tensors are read."""
         if file not in self._maps:
             try:
                 with open(file, "rb") as f:
@@ -149,16 +150,17 @@ class Weights:
 
 
 def strip_prefix(name: str) -> str:
-    """`model.diffusion_model.txt_norm.weight` -> `txt_norm.weight`; prefixes may be nested."""
+    """Remove all prefixes: `model.diffusion_model.txt_norm.weight` -> `txt_norm.weight`."""
     while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
         name = name[len(prefix) :]
     return name
 
 
 def bare_names(names: Iterable[str]) -> dict[str, str]:
-    """Network's own name -> stored name. If the network's names have one prefix, names without it are dropped.
+    """Map parameter names without prefix to stored names. If the transformer blocks share one prefix, names without
+    that prefix (a VAE, a text encoder) are left out.
 
-    Raises CheckpointError if two names become the same.
+    Raises CheckpointError if two stored names differ in their prefix only.
     """
     names = list(names)
     prefixes = {n[: len(n) - len(strip_prefix(n))] for n in names if strip_prefix(n).startswith("transformer_blocks.")}
@@ -167,15 +169,17 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
         return {n[len(prefix) :]: n for n in names if n.startswith(prefix)}
     table = {strip_prefix(n): n for n in names}
     if len(table) != len(names):
-        raise CheckpointError(f"{len(names) - len(table)} tensors are there under two prefixes; keep one of the copies")
+        raise CheckpointError(
+            f"{len(names) - len(table)} tensors are stored twice, under two prefixes; remove one of the copies"
+        )
     return table
 
 
 def open_weights(path: PathLike) -> Weights:
-    """Weights of a file, of an index json, or of a folder that holds one of them.
+    """Open a weight file, an index json, or a folder that holds one of them; reads headers only.
 
-    Raises CheckpointError for all that is not readable weights: wrong or empty folder, truncated or hostile file, an
-    index whose paths leave its folder, a quantisation that does not fit its weights.
+    Raises CheckpointError for a folder without weights, a truncated or hostile file, an index whose paths leave its
+    folder, and a quantisation that does not fit its weights.
     """
     path = Path(path)
     file = weight_file(path) if path.is_dir() else path
@@ -184,14 +188,14 @@ def open_weights(path: PathLike) -> Weights:
     else:
         table, metadata = read_table(file)
     if not table:
-        raise CheckpointError(f"{file} holds no tensors")
+        raise CheckpointError(f"{file} holds no tensors; fetch it again")
     return Weights(path, table, metadata, take_quantised(file, table, metadata))
 
 
 def find_weight_file(folder: Path) -> Path | None:
-    """The weight file or index of a folder, safetensors before pickles; None if there is none.
+    """Return the weight file or index of a folder, safetensors before pickles; None if there is none.
 
-    CheckpointError if there are two or more and none has a usual name.
+    Raises CheckpointError if there are two or more and none has a usual name.
     """
     if not folder.is_dir():
         return None
@@ -200,35 +204,39 @@ def find_weight_file(folder: Path) -> Path | None:
             if (folder / (stem + ending)).is_file():
                 return folder / (stem + ending)
     for ending in _ENDINGS:
-        found = sorted(p for p in folder.iterdir() if p.name.endswith(ending) and p.is_file())
-        if len(found) > 1:
-            names = ", ".join(p.name for p in found[:3])
+        files = sorted(p for p in folder.iterdir() if p.name.endswith(ending) and p.is_file())
+        if len(files) > 1:
+            names = ", ".join(p.name for p in files[:3])
             raise CheckpointError(
-                f"{folder} holds {len(found)} weight files ({names}, ...) and no index; name the one you mean"
+                f"{folder} holds {len(files)} weight files ({names}, ...) and no index; name the one you mean"
             )
-        if found:
-            return found[0]
+        if files:
+            return files[0]
     return None
 
 
 def weight_file(folder: Path) -> Path:
-    """`find_weight_file`, or CheckpointError saying what the folder holds instead."""
+    """Return `find_weight_file`'s answer; raise CheckpointError with the folder's content if there is none."""
     if file := find_weight_file(folder):
         return file
+    raise CheckpointError(f"expected a .safetensors or .bin file in {folder}, found {folder_content(folder, 6)}")
+
+
+def folder_content(folder: Path, limit: int) -> str:
+    """List the first `limit` names in a folder, for a message; "nothing" for an empty one."""
     names = sorted(p.name for p in folder.iterdir())
-    held = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
-    raise CheckpointError(f"expected a .safetensors or .bin file in {folder}, found {held}")
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") if names else "nothing"
 
 
 def _read_shards(index: Path) -> tuple[Table, dict[str, str]]:
-    """All shards that an index json names; only files inside its folder are opened."""
+    """Read the headers of all shards that an index json names; opens only files inside its folder."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]
-        good = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+        valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise CheckpointError(
             f"{index} is not an index of shards (a table weight_map of names and files); fetch it again"
         )
@@ -238,31 +246,33 @@ def _read_shards(index: Path) -> tuple[Table, dict[str, str]]:
     for file, path in shards.items():
         if not path.is_file():
             raise CheckpointError(f"{index.name} names {file}, which is not in {index.parent}; download is incomplete")
-        stored, more = read_table(path)
-        table.update(stored)
-        metadata.update(more)
+        shard_table, shard_metadata = read_table(path)
+        table.update(shard_table)
+        metadata.update(shard_metadata)
     if missing := [name for name in weight_map if name not in table]:
-        raise CheckpointError(f"{index.name} promises {len(missing)} tensors that no shard holds, first {missing[0]!r}")
+        raise CheckpointError(
+            f"{index.name} lists {len(missing)} tensors that no shard holds, first {missing[0]!r}; download it again"
+        )
     return table, metadata
 
 
 def trusted_folders(folder: Path) -> list[Path]:
-    """Where links of a model folder may lead: into itself, and to the blobs of the Hugging Face cache it lies in."""
+    """Folders into which links of a model folder may lead: itself, and the blobs of the Hugging Face cache it is in."""
     folder = folder.resolve()
     return [folder, *(p.parent / "blobs" for p in folder.parents if p.name == "snapshots")]
 
 
 def _inside(index: Path, name: str) -> Path:
-    """The shard's path, or CheckpointError if it is not in the index's folder.
+    """Return the path of a shard; raise CheckpointError if it is outside the index's folder.
 
-    A link may lead to the blobs of the Hugging Face cache that the folder itself is in: downloads look like that.
+    A link may lead to the blobs of the Hugging Face cache that holds the folder: its downloads are such links.
     """
     path = index.parent / name
     parts = (PurePosixPath(name), PureWindowsPath(name))
-    leaves = not name or any(p.is_absolute() or p.drive or ".." in p.parts for p in parts)
-    if not leaves:
-        leaves = not any(path.resolve().is_relative_to(root) for root in trusted_folders(index.parent))
-    if leaves:
+    outside = not name or any(p.is_absolute() or p.drive or ".." in p.parts for p in parts)
+    if not outside:
+        outside = not any(path.resolve().is_relative_to(root) for root in trusted_folders(index.parent))
+    if outside:
         raise CheckpointError(
             f"{index} names {name!r}, which is outside its folder; refused, the files are not trustworthy"
         )

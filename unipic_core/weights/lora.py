@@ -1,4 +1,4 @@
-"""LoRAs without peft: read every naming in use, say what matched, merge; write files that all programs read."""
+"""LoRAs without peft: read the names of all common trainers, match layers, merge, write files that programs share."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PREFIXES = (
     *("base_model.model.", "base_model.", *NETWORK_PREFIXES, "unet."),
     *("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_", "lora_"),
 )
-"""What trainers put before a layer's name; they may be nested. Names behind those of the last row use _ for dots."""
+"""Prefixes that trainers put before a layer's name, possibly nested. After those of the last row _ stands for dots."""
 
 LORA_KEY = "unipic_lora"
-"""Metadata of the LoRAs that are written here: their ranks, and the alpha (null = the rank) that `up` holds already."""
+"""Metadata key of LoRAs that `save_lora` writes: ranks, and the alpha (null = the rank) that `up` already includes."""
 
 _LOW_RANK = re.compile(
     r"(?P<layer>.+?)[._](?:lora_(?P<ab>A|B|down|up)|lora(?:_linear_layer)?\.(?P<du>down|up))"
@@ -41,9 +41,9 @@ _SIDE = {"A": "down", "down": "down", "B": "up", "up": "up"}
 
 @dataclass(frozen=True)
 class LoRA:
-    """A LoRA file. layers: name without prefix -> layer (names of some trainers have _ for dots; `fit` finds them).
+    """A LoRA file. layers: name without prefix -> layer; `fit` matches names with _ for dots too.
 
-    unread: keys that belong to nothing this module knows, such as a text encoder's bias patches.
+    unread: keys that belong to no known kind of layer, such as a text encoder's bias patches.
     """
 
     layers: dict[str, LoRALayer]
@@ -61,9 +61,9 @@ class LoRA:
         return tuple(sorted({r for layer in self.layers.values() if (r := layer.rank)}))
 
     def fit(self, shapes: Mapping[str, Shape]) -> FittedLoRA:
-        """The layers under the parameters they change. shapes: every parameter's name and shape.
+        """Assign the layers to the parameters they change. shapes: names and shapes of all parameters of the model.
 
-        Raises LoRAError if no layer belongs to one of these parameters, or if one does and has another shape.
+        Raises LoRAError if no layer matches a parameter, or if a matching layer has another shape.
         """
         table: dict[str, list[tuple[LoRALayer, bool]]] = {}
         unmatched, targets = list(self.unread), _aliases(shapes)
@@ -74,16 +74,16 @@ class LoRA:
                 unmatched.append(name)
                 continue
             matched += 1
-            for is_bias, got in ((False, self._shape(name, layer)), (True, layer.bias_shape)):
-                if got is not None:
+            for is_bias, shape in ((False, self._shape(name, layer)), (True, layer.bias_shape)):
+                if shape is not None:
                     parameter = target + (".bias" if is_bias else ".weight")
-                    self._check(name, parameter, got, shapes)
+                    self._check(name, parameter, shape, shapes)
                     table.setdefault(parameter, []).append((layer, is_bias))
         if not matched:
             raise LoRAError(
                 f"none of the {len(self.layers)} layers of {self.name} belongs to this model: its first is "
-                f"{next(iter(unmatched), 'absent')!r}, the model's first is {next(iter(shapes), 'absent')!r}; it was "
-                "made for another architecture"
+                f"{next(iter(unmatched), 'absent')!r}, the model's first is {next(iter(shapes), 'absent')!r}; choose a "
+                "LoRA for Qwen-Image-Edit or UniPic 3"
             )
         return FittedLoRA(table, MergeReport(matched, tuple(unmatched)))
 
@@ -93,19 +93,19 @@ class LoRA:
         except LoRAError as error:
             raise LoRAError(f"{self.name}: layer {name}: {error}") from error
 
-    def _check(self, name: str, parameter: str, got: Shape, shapes: Mapping[str, Shape]) -> None:
+    def _check(self, name: str, parameter: str, shape: Shape, shapes: Mapping[str, Shape]) -> None:
         expected = shapes.get(parameter)
-        if expected is None or tuple(expected) != got:
-            wanted = list(expected) if expected is not None else "no such parameter"
+        if expected is None or tuple(expected) != shape:
+            in_model = list(expected) if expected is not None else "no such parameter"
             raise LoRAError(
-                f"{self.name} does not fit: layer {name} changes {parameter} of shape {list(got)}, "
-                f"the model has {wanted}; it was made for a model of other sizes"
+                f"{self.name} does not fit: layer {name} changes {parameter} of shape {list(shape)}, the model has "
+                f"{in_model}; choose a LoRA for a model of these sizes"
             )
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """matched: layers that were added. unmatched: names that belong to no parameter of the model."""
+    """Result of a merge. matched: number of layers added. unmatched: names that match no parameter of the model."""
 
     matched: int
     unmatched: tuple[str, ...] = ()
@@ -113,13 +113,16 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class FittedLoRA:
-    """A LoRA that is known to fit. table: parameter -> layers that change it, and whether by their bias part."""
+    """A LoRA matched to a model. table: parameter -> (layer, True for its bias part) of all layers that change it."""
 
     table: Mapping[str, list[tuple[LoRALayer, bool]]]
     report: MergeReport
 
     def apply(self, parameter: str, value: Tensor, strength: float = 1.0) -> Tensor:
-        """value + strength * deltas, added in float32, in value's type; a parameter without deltas as it is."""
+        """Compute value + strength * sum of deltas in float32, returned in value's dtype.
+
+        Returns `value` itself for a parameter without deltas.
+        """
         if parameter not in self.table or not strength:
             return value
         total = value.float()
@@ -130,9 +133,9 @@ class FittedLoRA:
 
 
 def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
-    """A LoRA file or folder (a peft adapter folder too). Raises LoRAError if it is none, or one with DoRA magnitudes.
+    """Read a LoRA file or folder (a peft adapter folder too). Raises LoRAError for other weights and for a DoRA.
 
-    mapped: leave the tensors in the memory-mapped file until they are used, as a description needs.
+    mapped: leave the tensors in the memory-mapped file until they are used; enough for a description.
     """
     path = Path(path)
     try:
@@ -150,11 +153,10 @@ def build_lora(
     metadata: Mapping[str, str],
     recipe: Recipe | None = None,
 ) -> LoRA:
-    """A LoRA from a file that is open already. path: its name for messages, and where adapter settings may lie.
+    """Build a LoRA from the tensors of an open file.
 
-    A step LoRA without a recipe gets the one that its name tells (`step_lora_recipe`).
-
-    Raises LoRAError as `read_lora`.
+    path: for messages, and for adapter settings beside the file. recipe: None = guess a step LoRA's by its name
+    (`step_lora_recipe`). Raises LoRAError like `read_lora`.
     """
     keys = list(keys)
     if dora := next((name for name in keys if _DORA.search(name)), None):
@@ -174,28 +176,29 @@ def build_lora(
             stored[layer] = outer
     alphas = _declared_alphas(path, metadata)
     layers = {}
-    for name, found in parts.items():
-        alpha = found.pop("alpha", None)
+    for name, tensors in parts.items():
+        alpha = tensors.pop("alpha", None)
         if alpha is not None and alpha.numel() != 1:
             raise LoRAError(f"{path.name}: the alpha of {name} should be one number, got shape {list(alpha.shape)}")
         declared, stabilised = alphas(stored[name], name) if alpha is None else (float(alpha), False)
-        layer_ = LoRALayer(found, declared, stabilised)
+        layer_ = LoRALayer(tensors, declared, stabilised)
         if layer_.kind:
             layers[name] = layer_
         else:
-            unread += [f"{stored[name]}.{part}" for part in found] or [f"{stored[name]}.alpha"]
+            unread += [f"{stored[name]}.{part}" for part in tensors] or [f"{stored[name]}.alpha"]
     if not layers:
         raise LoRAError(
-            f"{path.name} holds no LoRA layer among {len(keys)} tensors (first {next(iter(keys), 'none')!r})"
+            f"{path.name} holds no LoRA layer among {len(keys)} tensors (first {next(iter(keys), 'none')!r}); choose a "
+            "LoRA file"
         )
     return LoRA(layers, recipe or step_lora_recipe(path), dict(metadata), tuple(unread), path)
 
 
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:
-    """Add strength times the LoRA to the model's weights, in place.
+    """Add strength times the LoRA to the model's weights in place.
 
-    A negative strength takes it out again, up to rounding in the weights' type. Nothing is changed if any layer does
-    not fit. Raises LoRAError as `LoRA.fit`.
+    The negative strength undoes it, up to rounding in the weights' dtype. If any layer does not fit, no weight changes.
+    Raises LoRAError like `LoRA.fit`.
     """
     parameters = dict(model.named_parameters())
     fitted = lora.fit({name: tuple(p.shape) for name, p in parameters.items()})
@@ -208,11 +211,11 @@ def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeRepo
 def apply_to_weights(
     fitted: FittedLoRA, tensors: Iterable[tuple[str, Tensor]], strength: float = 1.0
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a stream with the LoRA added, one at a time. Raises LoRAError where a sum is not finite."""
+    """Add the LoRA to a stream of tensors, one at a time. Raises LoRAError where a sum is not finite."""
     for name, tensor in tensors:
         changed = fitted.apply(name, tensor, strength)
         if changed is not tensor and not torch.isfinite(changed.sum()):
-            raise LoRAError(f"with the LoRA, {name} holds NaN or infinity; one of the two files is damaged")
+            raise LoRAError(f"with the LoRA, {name} holds NaN or infinity; fetch the LoRA and the weights again")
         yield name, changed
 
 
@@ -227,8 +230,9 @@ def save_lora(
     """Write bf16 safetensors with diffusers' keys, which ComfyUI reads too.
 
     layers: module name -> (down [r, in], up [out, r]). alpha (None = the rank) is multiplied into `up`, so that
-    programs which ignore it and programs which assume the rank give the same picture; LORA_KEY in the metadata says
-    what it was. Written aside and renamed. Raises LoRAError for parts that do not multiply.
+    programs that ignore it and programs that assume the rank give the same picture; the metadata LORA_KEY records it.
+    The file appears at `path` only when complete. Raises LoRAError for parts that do not multiply, CheckpointError when
+    it cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     for name, (down, up) in layers.items():
@@ -241,30 +245,30 @@ def save_lora(
     if not tensors:
         raise LoRAError("a LoRA needs at least one layer, got none")
     ranks = sorted({down.shape[0] for down, _ in layers.values()})
-    about = {"ranks": ranks, "alpha": alpha, "alpha_is_in_the_weights": True}
-    notes = {"format": "pt", LORA_KEY: json.dumps(about), **(metadata or {})}
+    scaling = {"ranks": ranks, "alpha": alpha, "alpha_is_in_the_weights": True}
+    entries = {"format": "pt", LORA_KEY: json.dumps(scaling), **(metadata or {})}
     if recipe is not None:
-        notes[METADATA_KEY] = recipe.to_json()
-    described = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    write_safetensors(Path(path), described, tensors.items(), notes)
+        entries[METADATA_KEY] = recipe.to_json()
+    layout = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(Path(path), layout, tensors.items(), entries)
 
 
 def _parse(key: str) -> tuple[str, str, str] | None:
-    """Key -> (layer without prefix, part, layer as stored)."""
-    if found := _LOW_RANK.match(key):
-        part = _SIDE[found["ab"] or found["du"]]
-    elif found := _OTHER.match(key):
-        part = found["part"]
+    """Split a key into (layer without prefix, part, layer as stored); None if it belongs to no known kind of layer."""
+    if match := _LOW_RANK.match(key):
+        part = _SIDE[match["ab"] or match["du"]]
+    elif match := _OTHER.match(key):
+        part = match["part"]
     else:
         return None
-    layer = found["layer"].replace(".processor.", ".")
+    layer = match["layer"].replace(".processor.", ".")
     while prefix := next((p for p in PREFIXES if layer.startswith(p) and len(p) < len(layer)), None):
         layer = layer[len(prefix) :]
-    return layer, part, found["layer"]
+    return layer, part, match["layer"]
 
 
 def _aliases(shapes: Mapping[str, Shape]) -> dict[str, str]:
-    """Every spelling of a module's name -> the module: dots or underscores, `to_out` for `to_out.0`."""
+    """Map all spellings of a module's name to the module: dots or underscores, `to_out` for `to_out.0`."""
     modules = {n.rsplit(".", 1)[0] for n in shapes if n.endswith((".weight", ".bias"))}
     table = {}
     for module in modules:
@@ -277,21 +281,24 @@ def _aliases(shapes: Mapping[str, Shape]) -> dict[str, str]:
 
 
 def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Any:
-    """Function of (stored name, bare name): (alpha or None, rank-stabilised), from diffusers or peft."""
+    """Read the alphas in diffusers' metadata or peft's adapter_config.json.
+
+    Returns a function of (stored name, bare name) that gives (alpha or None, rank-stabilised).
+    """
     beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
     try:
         if "lora_adapter_metadata" in metadata:
-            found = json.loads(metadata["lora_adapter_metadata"])
-            found = {key.removeprefix("transformer."): value for key, value in found.items()}
+            settings = json.loads(metadata["lora_adapter_metadata"])
+            settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
         elif beside.is_file() and (path.is_dir() or path.stem == "adapter_model"):
-            found = json.loads(beside.read_text(encoding="utf-8"))
+            settings = json.loads(beside.read_text(encoding="utf-8"))
         else:
             return lambda stored, name: (None, False)
-        default, stabilised = found.get("lora_alpha"), bool(found.get("use_rslora"))
+        default, stabilised = settings.get("lora_alpha"), bool(settings.get("use_rslora"))
         default = None if default is None else float(default)
-        patterns = {str(k): float(v) for k, v in (found.get("alpha_pattern") or {}).items()}
+        patterns = {str(k): float(v) for k, v in (settings.get("alpha_pattern") or {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise LoRAError(f"the adapter settings of {path.name} are not readable; the file is damaged") from error
+        raise LoRAError(f"the adapter settings of {path.name} are not readable; fetch the file again") from error
 
     def alpha_of(stored: str, name: str) -> tuple[float | None, bool]:
         ends = [v for k, v in patterns.items() if name == k or name.endswith("." + k) or stored == k]
@@ -301,5 +308,5 @@ def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Any:
 
 
 def common_targets(lora: LoRA) -> dict[str, int]:
-    """How many layers of each sort the LoRA has: {"attn.to_q": 60, ...}; for descriptions."""
+    """Count the LoRA's layers by target: {"attn.to_q": 60, ...}; for descriptions."""
     return dict(Counter(re.sub(r"^.*?\d+[._]", "", name) for name in lora.layers).most_common())

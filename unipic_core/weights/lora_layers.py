@@ -1,4 +1,4 @@
-"""What one layer of a LoRA file adds to a weight: low-rank, LoKr, LoHa products or a plain difference."""
+"""Delta of one layer of a LoRA file: a low-rank, LoKr or LoHa product, or a plain difference."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PARTS = {
     "LoHa": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, set[str]()),
     "difference": (set[str](), {"diff", "diff_b"}),
 }
-"""Kind -> (parts it must have, parts it may have)."""
+"""Kind of layer -> (required parts, optional parts)."""
 
 
 @dataclass(frozen=True)
 class LoRALayer:
-    """The parts of one layer, as stored. down: [r, in], up: [out, r]; alpha: None = as large as the rank.
+    """Parts of one layer, as stored: down [r, in], up [out, r]. alpha: None = the rank.
 
-    rank_stabilised: the product is scaled by alpha / sqrt(r) instead of alpha / r (rsLoRA).
+    rank_stabilised: scale the product by alpha / sqrt(r) instead of alpha / r (rsLoRA).
     """
 
     parts: Mapping[str, Tensor]
@@ -35,7 +35,7 @@ class LoRALayer:
 
     @property
     def kind(self) -> str:
-        """One of PARTS, or "" if the parts belong to none."""
+        """Kind of layer, a key of PARTS; "" if the parts fit none."""
         names = set(self.parts)
         for kind, (required, optional) in PARTS.items():
             if required <= names and names <= required | optional | {"diff_b"} and names & (required | optional):
@@ -44,7 +44,7 @@ class LoRALayer:
 
     @property
     def rank(self) -> int | None:
-        """r of the products; None for a plain difference and for LoKr with two full factors."""
+        """Rank of the products; None for a plain difference and for LoKr with two full factors."""
         for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
             if name in self.parts:
                 return self.parts[name].shape[0]
@@ -57,7 +57,7 @@ class LoRALayer:
         return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
     def weight_shape(self) -> Shape | None:
-        """Shape that `weight_delta` gives, without computing it; None if it changes only the bias.
+        """Shape of `weight_delta`, without computing it; None if the layer changes only the bias.
 
         Raises LoRAError if the parts do not fit each other.
         """
@@ -76,10 +76,10 @@ class LoRALayer:
                 return tuple(a * b for a, b in zip(w1, w2, strict=True))
             return s.get("diff")
         except (KeyError, ValueError) as error:
-            raise LoRAError(f"its {self.kind} parts {_shapes(s)} do not multiply; the file is damaged") from error
+            raise LoRAError(f"its {self.kind} parts {_shapes(s)} do not multiply; fetch the file again") from error
 
     def weight_delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """What strength 1 adds to the weight, of `weight_shape`, in float32."""
+        """Delta of the weight at strength 1, of `weight_shape`, in float32."""
         p = {name: part.to(device=device, dtype=torch.float32) for name, part in self.parts.items()}
         if self.kind == "low-rank":
             return p["up"].flatten(1) @ p["down"].flatten(1) * self.scale
@@ -96,12 +96,12 @@ class LoRALayer:
         return tuple(self.parts["diff_b"].shape) if "diff_b" in self.parts else None
 
     def bias_delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """What strength 1 adds to the bias, of `bias_shape`, in float32."""
+        """Delta of the bias at strength 1, of `bias_shape`, in float32."""
         return self.parts["diff_b"].to(device=device, dtype=torch.float32)
 
 
 def _product(left: Shape, right: Shape) -> Shape:
-    """Shape of left @ right; trailing ones (1x1 convolutions) do not count."""
+    """Shape of left @ right; trailing dimensions of 1 (1x1 convolutions) are ignored."""
     if len(left) < 2 or len(right) < 2 or left[1] != right[0] or prod(left[2:]) != 1 or prod(right[2:]) != 1:
         raise ValueError(f"{left} and {right}")
     return left[0], right[1]

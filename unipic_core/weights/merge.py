@@ -33,7 +33,7 @@ from .formats.quantised import FP8
 from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
 from .model_files import files_to_copy, foreign_file, write_manifest
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe
-from .transformer import PARTS, expected_shapes, open_transformer, stored_dtype
+from .transformer import PARTS, compute_dtype_of, expected_shapes, open_transformer
 from .write import Progress, TensorLayout, file_size, write_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -60,14 +60,14 @@ def merge(
 ) -> tuple[MergeReport, ...]:
     """Add LoRAs, each (path, strength), to the transformer at `src` and write the result. Returns one report per LoRA.
 
-    dst: a name that ends in .safetensors becomes one file, as `convert` writes it; any other a diffusers folder, with
-    the text encoder and the other parts copied from the pipeline folder `parts_from`, or `src` if it is one. The recipe
-    is the source's with the LoRAs' over it. Sums are taken in float32 and rounded once. Warns where the result's
-    attention form is not full.
+    dst: a name that ends in .safetensors gives one file, as `convert` writes it; any other a diffusers folder, with
+    the text encoder and the other parts copied from the pipeline folder `parts_from`, or from `src` if it is one. The
+    LoRAs' recipes override the source's. Sums are computed in float32 and rounded once. Warns if the result's attention
+    form is not full.
 
-    dtype: one of STORAGE_DTYPES, None = as the source is stored; a folder holds no fp8. overwrite: replace an existing
+    dtype: one of STORAGE_DTYPES, None = as the source is stored; folders cannot be fp8. overwrite: replace an existing
     `dst`. progress: called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure,
-    Ctrl-C included, nothing half-written is left and an older `dst` stays.
+    Ctrl-C included, no partial file remains and an older `dst` stays.
     """
     src, dst = Path(src), Path(dst)
     single = _is_single_file(dst, dtype, overwrite)
@@ -99,7 +99,7 @@ def unknown_key_warnings(names: Sequence[str], reports: Sequence[MergeReport]) -
     """Warn of LoRAs with keys that match no layer of the network."""
     for name, report in zip(names, reports, strict=True):
         if unknown := report.unmatched:
-            yield f"{name}: {len(unknown)} keys not known here ({', '.join(unknown[:3])})"
+            yield f"{name}: {len(unknown)} keys match no layer of the network ({', '.join(unknown[:3])})"
 
 
 def checked_strength(strength: object) -> float:
@@ -114,7 +114,7 @@ def storage_dtype_of(weights: Weights, single: bool = True) -> str:
     """Storage dtype of the weights, one of STORAGE_DTYPES; bf16 in place of fp8 unless written to a single file."""
     if single and any(weights.dtype(name) in FP8 for name in weights):
         return "fp8_scaled"
-    return "fp32" if stored_dtype(weights) is torch.float32 else "bf16"
+    return "fp32" if compute_dtype_of(weights) is torch.float32 else "bf16"
 
 
 def merged_recipe(base: Recipe, adapters: Sequence[tuple[LoRA, float]], source: str, dtype: str) -> Recipe:
@@ -126,10 +126,10 @@ def merged_recipe(base: Recipe, adapters: Sequence[tuple[LoRA, float]], source: 
     for lora, _ in adapters:
         recipe = recipe.merge(lora.recipe)
     names = [{"name": lora.name, "strength": strength} for lora, strength in adapters]
-    how: dict[str, object] = {"source": source, "dtype": dtype, "loras": names}
+    record: dict[str, object] = {"source": source, "dtype": dtype, "loras": names}
     if earlier := recipe.made.get("merge"):
-        how["after"] = earlier
-    return replace(recipe, made={**recipe.made, "merge": how})
+        record["after"] = earlier
+    return replace(recipe, made={**recipe.made, "merge": record})
 
 
 def write_folder(
@@ -139,7 +139,7 @@ def write_folder(
 
     An older folder at `dst` is replaced at the end if every file in it was written by an earlier call. Raises
     CheckpointError for fp8, which diffusers does not read, for a link in `parts_from` that leads out of it, and for a
-    `dst` that holds a file which no merge wrote or which changed since; nothing half-written is left.
+    `dst` with a file that no merge wrote or that has changed; on failure no partial folder remains.
     """
     _check_folder_dtype(dtype)
     if dst.is_dir() and (foreign := foreign_file(dst)):
@@ -173,7 +173,7 @@ def write_folder(
 
 
 def plan_shards(layout: TensorLayout, limit: int) -> dict[str, TensorLayout]:
-    """Split tensors, in order, into files of at most `limit` bytes, or of one larger tensor: file name -> tensors."""
+    """Split a layout, in order, into files of at most `limit` bytes, or of one larger tensor: file name -> layout."""
     shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     size = 0
     for name, (dtype, shape) in layout.items():
@@ -195,7 +195,7 @@ def _index(shards: dict[str, TensorLayout]) -> dict[str, Any]:
 
 
 def _tensors_with_loras(weights: Weights, fitted: Fitted, names: Iterable[str]) -> Iterable[tuple[str, Tensor]]:
-    """Read tensors with the LoRAs added, in float32, so that the sum is rounded once, to the file's type."""
+    """Read tensors and add the LoRAs, in float32, so that the sum is rounded once, to the file's dtype."""
     tensors: Iterable[tuple[str, Tensor]] = ((name, tensor.float()) for name, tensor in stored_tensors(weights, names))
     for lora, strength in fitted:
         tensors = apply_to_weights(lora, tensors, strength)
@@ -203,7 +203,8 @@ def _tensors_with_loras(weights: Weights, fitted: Fitted, names: Iterable[str]) 
 
 
 def _is_single_file(dst: Path, dtype: str | None, overwrite: bool) -> bool:
-    """True if `dst` names one file, False for a folder. CheckpointError for a wrong ending, dtype or place."""
+    """Return True if `dst` names one file, False for a folder. Raises CheckpointError for a wrong ending, dtype or an
+    existing `dst` without `overwrite`."""
     single = dst.suffix == ".safetensors"
     if dst.suffix in (".sft", ".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(f"the destination should end in .safetensors or be a folder's name, got {dst.name}")
@@ -218,7 +219,8 @@ def _is_single_file(dst: Path, dtype: str | None, overwrite: bool) -> bool:
 def _check_folder_dtype(dtype: str) -> None:
     if dtype == "fp8_scaled":
         raise CheckpointError(
-            "diffusers does not read fp8_scaled; choose bf16 or fp32, or name a destination that ends in .safetensors"
+            "a diffusers folder should be bf16 or fp32, got fp8_scaled, which diffusers does not read; choose another "
+            "dtype, or name a destination that ends in .safetensors"
         )
 
 

@@ -1,4 +1,4 @@
-"""Files of a model folder: which of them a merge may copy from one, and which it may replace in another."""
+"""Files of a model folder: those that a merge may copy from a source and those that it may replace at its output."""
 
 from __future__ import annotations
 
@@ -13,31 +13,34 @@ from ..errors import CheckpointError
 from .files import trusted_folders
 
 MANIFEST = "unipic_files.json"
-"""List of the files that a merge wrote into its folder: their sizes, and digests of the small ones."""
+"""Name of the list of files that a merge wrote into its folder: their sizes, and digests of the small ones."""
 
 _DIGESTED = 1 << 20
-"""Bytes up to which a file's content is compared; of larger ones, weights of gigabytes, the size alone."""
+"""Size in bytes up to which a file's content is compared; of larger files, weights, only the size is."""
 
 _MOST_FILES = 10_000
 
 
 def files_to_copy(folder: Path, files: Sequence[str], folders: Sequence[str]) -> dict[str, Path]:
-    """Place in the copy -> file, of the named files of a folder and of all that its named folders hold.
+    """Collect the named files of a folder and all files in its named subfolders: relative path -> file.
 
-    Empty if `folder` is none. Raises CheckpointError for links that lead out of it (blobs of the download cache it
-    lies in excepted), for links in a circle, and for devices and pipes.
+    Empty if `folder` does not exist. Raises CheckpointError for links that lead out of it (except to the blobs of the
+    download cache it is in), for circular links, and for devices and pipes.
     """
     if not folder.is_dir():
         return {}
     trusted = trusted_folders(folder)
-    found: dict[str, Path] = {}
+    copies: dict[str, Path] = {}
     names = [name for name in (*files, *folders) if os.path.lexists(folder / name)]
     for name in names:
         for path in _walk(folder / name, trusted, (folder.resolve(),)):
-            found[str(path.relative_to(folder))] = path
-            if len(found) > _MOST_FILES:
-                raise CheckpointError(f"{folder} holds more than {_MOST_FILES} files beside its weights; not copied")
-    return found
+            copies[str(path.relative_to(folder))] = path
+            if len(copies) > _MOST_FILES:
+                raise CheckpointError(
+                    f"{folder} holds more than {_MOST_FILES} files beside its weights, which are not copied; remove "
+                    "those that do not belong to the model"
+                )
+    return copies
 
 
 def _walk(path: Path, trusted: Sequence[Path], above: tuple[Path, ...]) -> Iterator[Path]:
@@ -59,13 +62,13 @@ def _walk(path: Path, trusted: Sequence[Path], above: tuple[Path, ...]) -> Itera
 
 
 def write_manifest(folder: Path) -> None:
-    """Write the list of all files of a folder into it."""
-    files = {p.relative_to(folder).as_posix(): _mark(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Write MANIFEST, the list of all files in a folder, into it."""
+    files = {p.relative_to(folder).as_posix(): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1) + "\n", encoding="utf-8")
 
 
 def foreign_file(folder: Path) -> str | None:
-    """The first thing in a folder, at any depth, that `write_manifest` did not list or that changed since; or None."""
+    """Return the first entry of a folder, at any depth, that its MANIFEST does not list or that changed; else None."""
     try:
         about = (folder / MANIFEST).lstat()
         listed = json.loads((folder / MANIFEST).read_bytes()) if about.st_size <= _DIGESTED << 3 else {}
@@ -83,12 +86,12 @@ def foreign_file(folder: Path) -> str | None:
                 return relative
             if relative == MANIFEST and stat.S_ISREG(kind) and listed:
                 continue
-            if not stat.S_ISREG(kind) or listed.get(relative) != _mark(path):
+            if not stat.S_ISREG(kind) or listed.get(relative) != _fingerprint(path):
                 return relative
     return None
 
 
-def _mark(file: Path) -> list[int | str]:
-    """The size of a file, and the digest of a small one."""
+def _fingerprint(file: Path) -> list[int | str]:
+    """Return the size of a file, followed by its digest if it is small."""
     size = file.stat().st_size
     return [size, hashlib.sha256(file.read_bytes()).hexdigest()] if size <= _DIGESTED else [size]

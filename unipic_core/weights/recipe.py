@@ -1,7 +1,7 @@
-"""The recipe that travels with weights: how they want to be sampled, and how they were made.
+"""Recipe of weights: their sampling settings, and a record of how they were produced.
 
-Stored as JSON: `recipe.json` in a folder, or under "unipic_recipe" in a safetensors file's metadata. Every value may be
-absent; fields that this version does not know are kept and written back.
+Stored as JSON: `recipe.json` in a folder, or "unipic_recipe" in a safetensors file's metadata. Every field may be
+absent; fields of newer versions are read and written back unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import CheckpointError, UniPicError
+from ..errors import CheckpointError, UniPicError, one_line
 from ..model.config import ATTENTION_FORMS, FULL
 from .files import PathLike, find_weight_file
 from .formats.safetensors_file import read_safetensors
@@ -22,10 +22,10 @@ from .formats.safetensors_file import read_safetensors
 METADATA_KEY = "unipic_recipe"
 FILE_NAME = "recipe.json"
 RECIPE_FROM = "recipe_from"
-"""Key of `made` that says "name" where a recipe is no more than a guess by the weights' name (`released_recipe`)."""
+"""Key of `made` that is "name" in a recipe guessed by the weights' name (`released_recipe`)."""
 
 TRANSFORMER_FOLDERS = ("transformer", "ema_transformer")
-"""Where a released repository keeps the network, in the order of preference."""
+"""Folders of a released repository that may hold the network, in order of preference."""
 
 Sampler = Literal["consistency", "euler"]
 Schedule = Literal["few_step", "base", "fixed_shift"]
@@ -34,7 +34,7 @@ SAMPLERS: tuple[str, ...] = get_args(Sampler)
 SCHEDULES: tuple[str, ...] = get_args(Schedule)
 
 LIMITS = {"steps": (1, 1000), "reference_budget": (32, 8192), "output_budget": (32, 8192), "version": (1, 1_000_000)}
-"""Least and most of the whole numbers: steps, and sides in pixels."""
+"""Least and greatest value of the whole numbers; budgets are sides in pixels."""
 
 MAX_GUIDANCE = 1000.0
 MAX_SHIFT = 100.0
@@ -51,14 +51,14 @@ _MERGED = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How weights want to be used. None = not said.
+    """Sampling settings of weights. None = not set.
 
     guidance: scale s of v = u + s (c - u); 1 = no unconditional pass. reference_budget, output_budget: side in pixels
-    of the square that all references together, or the output, may fill. shift: of the schedule "fixed_shift", the
-    same at every size. time_rounding: "none" for weights that were trained on exact times; "release", and None, feed a
-    network in bfloat16 times that are rounded as the release rounds them (`rounded_time`). attention_form: the one that
-    the weights were trained with, see model/attention_forms.py. made: how they were made, free form. extra: fields of
-    newer versions.
+    of the square that all references together, or the output, may fill. shift: time shift of the schedule
+    "fixed_shift", the same at every size. time_rounding: "none" for weights that were trained on exact times; with
+    "release" and None a network in bfloat16 gets the release's rounded times (`rounded_time`). attention_form: the form
+    that the weights were trained with, see model/attention_forms.py. made: record of training, conversion and merges,
+    free form. extra: fields of newer versions.
     """
 
     version: int = 1
@@ -76,28 +76,28 @@ class Recipe:
 
     @classmethod
     def from_json(cls, source: str | Mapping[str, object]) -> Recipe:
-        """From JSON text or its table. CheckpointError names the field, what was expected and what came."""
+        """Parse JSON text or a parsed JSON object. Raises CheckpointError with the field, expected and given value."""
         if isinstance(source, str):
             try:
                 source = json.loads(source)
             except (ValueError, RecursionError) as error:
-                raise CheckpointError(f"the recipe is not JSON: {str(error)[:100]}") from error
+                raise CheckpointError(f"the recipe is not JSON ({one_line(error)}); write it again") from error
         if not isinstance(source, Mapping):
-            raise CheckpointError(f"a recipe is a table of fields, got {type(source).__name__}")
+            raise CheckpointError(f"a recipe should be a JSON object, got {type(source).__name__}; write it again")
         known = {f.name for f in fields(cls)} - {"extra"}
-        values = {k: _checked(k, v) for k, v in source.items() if k in known and v is not None}
+        values = {k: _checked_value(k, v) for k, v in source.items() if k in known and v is not None}
         return cls(**values, extra={k: v for k, v in source.items() if k not in known})
 
     def to_json(self) -> str:
-        """One line of JSON without the fields that say nothing."""
+        """Serialise to one line of JSON; unset fields are left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         values = {k: v for k, v in values.items() if v is not None and v != {}}
         return json.dumps({**self.extra, **values})
 
     def merge(self, over: Recipe | None) -> Recipe:
-        """This recipe with another's set fields over it, as a LoRA's over its base's.
+        """Override this recipe, a base's, with the fields that `over`, a LoRA's, sets.
 
-        `made` keeps both: the base's moves under "base". An attention form other than "full" wins, whoever asks for it.
+        `made` becomes `over`'s with the base's under "base". An attention form other than "full" in either prevails.
         """
         if over is None:
             return self
@@ -116,22 +116,22 @@ class Recipe:
 
     @property
     def causal_attention_form(self) -> str | None:
-        """The attention form that a network must be switched to; None for the one that every network has.
+        """Attention form to switch the network to; None for full attention, every network's default.
 
-        UniPicError for a form that this version does not have.
+        Raises UniPicError for a form that this version does not have.
         """
         if self.attention_form not in ATTENTION_FORMS:
             raise UniPicError(
-                f"these weights want attention of the form {self.attention_form!r}, which this version does not have; "
-                "install a newer version"
+                f"expected the attention form {' or '.join(ATTENTION_FORMS)}, got {self.attention_form!r} in the "
+                "weights' recipe; install a newer version"
             )
         return None if self.attention_form == FULL else self.attention_form
 
     @classmethod
     def read(cls, path: PathLike, metadata: Mapping[str, str] | None = None) -> Recipe | None:
-        """The recipe of a folder or a weight file, None if it has none. CheckpointError if it has one that is wrong.
+        """Read the recipe of a folder or a weight file; None if it has none. Raises CheckpointError for an invalid one.
 
-        metadata: of the weight file, where it is open already and need not be opened again.
+        metadata: that of the weight file if it is already open, so that it is not opened again.
         """
         path = Path(path)
         places = [folder / FILE_NAME for folder in _folders(path)]
@@ -154,57 +154,58 @@ class Recipe:
 RELEASED_BASE = Recipe(
     steps=50, guidance=4.0, sampler="euler", schedule="base", reference_budget=1024, output_budget=1024
 )
-"""Skywork/Unipic3, and any Qwen-Image-Edit weights that say nothing else."""
+"""Recipe of Skywork/Unipic3, and the default for weights without a recipe."""
 
 RELEASED_FEW_STEP = Recipe(
     steps=8, guidance=1.0, sampler="consistency", schedule="few_step", reference_budget=1024, output_budget=1024
 )
-"""Skywork/Unipic3-Consistency-Model and Skywork/Unipic3-DMD: guidance was distilled in, and 1.0 costs half."""
+"""Recipe of Skywork/Unipic3-Consistency-Model and Skywork/Unipic3-DMD: guidance is distilled into the weights, so 1.0
+needs no unconditional pass."""
 
 STEP_LORA = Recipe(steps=8, guidance=1.0, sampler="euler", schedule="fixed_shift", shift=3.0)
-"""Lightning and other step LoRAs for Qwen-Image: the schedule that they were distilled with."""
+"""Recipe of Lightning and other step LoRAs for Qwen-Image: the schedule that they were distilled with."""
 
 MOST_FEW_STEPS = 16
-"""Numbers of steps in a name above this are those of a training."""
+"""Largest number in a name that counts sampling steps; larger ones are training steps."""
 
 WEIGHT_ENDINGS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 _FEW_STEP_WORD = re.compile(r"dmd|cm|lcm|consistency(model)?")
 _STEP_FOLDER = re.compile(r"(step|checkpoint)[-_]?\d+")
-_PLAIN_WORDS = {
+_NEUTRAL_WORDS = {
     *("diffusion", "pytorch", "model", "models", "transformer", "unet", "dit", "network", "weights", "checkpoint"),
     *("ema", "final", "last", "latest", "of", "qwen", "image", "edit", "scaled", "bf", "fp", "e", "m", "fn", "index"),
     *map(str, range(100)),
     *(f"{n:05d}" for n in range(100)),
 }
-"""Words of file names that say what a file holds, and nothing of how it was trained."""
+"""Words of file names that name a file's content or dtype and not its training."""
 
 
 def released_recipe(path: PathLike) -> Recipe | None:
-    """The recipe of the released weights, known by the name of their folder or file; None for other weights.
+    """Guess the recipe of released weights by the name of their folder or file; None for other names.
 
-    A guess: anyone may give a folder that name. A recipe that the weights bring themselves goes before it.
+    Anyone may use such a name, so a stored recipe has precedence.
     """
     path = Path(path)
     alone = path.is_dir() and not (path / "transformer").is_dir() and (path / "ema_transformer").is_dir()
     if path.name == "ema_transformer" or alone:
         return RELEASED_FEW_STEP
-    names = _own_names(path.absolute())
+    names = _candidate_names(path.absolute())
     family = any("unipic" in name for name in names)
     for name in names:
         words = _words(name)
-        few = _few_step_count(words)
-        if few and (family or _only_few_step(words)):
-            return replace(RELEASED_FEW_STEP, steps=few)
+        steps = _few_step_count(words)
+        if steps and (family or _only_few_step(words)):
+            return replace(RELEASED_FEW_STEP, steps=steps)
         if "base" in words and family:
             break
     return RELEASED_BASE if any("unipic3" in _letters(name) for name in names) else None
 
 
 def step_lora_recipe(path: PathLike) -> Recipe | None:
-    """How a LoRA wants to be sampled that brings no recipe and whose file name tells; None where it tells nothing.
+    """Guess the recipe of a step LoRA without one by its file name; None for other names.
 
-    Step LoRAs such as Qwen-Image-Edit-Lightning-4steps: Euler, a shift of 3 at every size, no stretch, no guidance.
+    Step LoRAs such as Qwen-Image-Edit-Lightning-4steps use Euler, a shift of 3 at every size, no stretch, no guidance.
     """
     name = Path(path).stem.lower()
     words = _words(name)
@@ -218,17 +219,17 @@ def step_lora_recipe(path: PathLike) -> Recipe | None:
     return replace(known, steps=steps or known.steps, made={RECIPE_FROM: "name"})
 
 
-def _own_names(path: Path) -> list[str]:
-    """What weights are called, in small letters: the file's own name, and its model folder's.
+def _candidate_names(path: Path) -> list[str]:
+    """Names by which weights may be recognised, in lower case: the file's, then its model folder's.
 
-    The model folder is that of a transformer's folder, of a checkpoint step<N> of the release's trainers, and of a file
-    whose own name says no more than what it holds; a snapshot in the Hugging Face cache has its repository's name
-    (models--OWNER--NAME/snapshots/HASH). Folders farther up have no say.
+    The model folder counts for a transformer's folder, for a checkpoint step<N> of the release's trainers, and for a
+    file whose name has neutral words only; a snapshot in the Hugging Face cache (models--OWNER--NAME/snapshots/HASH)
+    counts under its repository's name. Folders farther up do not count.
     """
     names, place = [path.name.lower()], path
     if path.suffix.lower() in WEIGHT_ENDINGS:
         names, place = [path.stem.lower()], path.parent
-        if place.name in TRANSFORMER_FOLDERS or set(_words(names[0])) <= _PLAIN_WORDS or "unipic" in names[0]:
+        if place.name in TRANSFORMER_FOLDERS or set(_words(names[0])) <= _NEUTRAL_WORDS or "unipic" in names[0]:
             folder = place.name.lower()
             if place.name in TRANSFORMER_FOLDERS or _STEP_FOLDER.fullmatch(folder) or "unipic" in folder:
                 names.append(folder)
@@ -242,12 +243,12 @@ def _own_names(path: Path) -> list[str]:
 
 
 def _letters(name: str) -> str:
-    """A name without what stands between its words: UniPic-3.0 and unipic_3 begin with unipic3."""
+    """Remove all but letters and digits: UniPic-3.0 and unipic_3 then begin with unipic3."""
     return re.sub(r"[^a-z0-9]", "", name)
 
 
 def _words(name: str) -> list[str]:
-    """Words and numbers of a name in small letters, without the model's own: unipic3dmd -> dmd."""
+    """Split a lower-case name into words and numbers, without the model's name: unipic3dmd -> dmd."""
     name = re.sub(r"unipic[-_. ]*3?(\.0)?(?![0-9])", " ", name)
     return re.findall(r"[a-z]+|[0-9]+", name)
 
@@ -257,29 +258,29 @@ def _few_step_kind(words: list[str]) -> bool:
 
 
 def _counted_steps(words: list[str]) -> int | None:
-    """8 of "8step", "8 steps"; numbers of training steps are none."""
+    """Number of sampling steps in a name: 8 for "8step" and "8 steps"; None if absent or of training steps."""
     pairs = pairwise(words)
     counts = (int(n) for n, word in pairs if word in ("step", "steps") and n.isdecimal() and len(n) < 3)
     return next((n for n in counts if 1 <= n <= MOST_FEW_STEPS), None)
 
 
 def _few_step_count(words: list[str]) -> int | None:
-    """The steps of few-step weights by the words of their name; None if these say nothing of few steps."""
+    """Number of steps of few-step weights by the words of their name; None for other names."""
     return _counted_steps(words) or (RELEASED_FEW_STEP.steps if _few_step_kind(words) else None)
 
 
 def _only_few_step(words: list[str]) -> bool:
-    """Whether a folder is called "DMD" and no more, as the release's trainers call theirs."""
+    """True for a name that is a single few-step word, such as "DMD", the folder of the release's trainer."""
     return len(words) == 1 and _few_step_kind(words)
 
 
 def recipe_of(path: PathLike, metadata: Mapping[str, str] | None = None) -> Recipe:
-    """The recipe stored with the weights over the one known by their name; metadata as for `Recipe.read`."""
+    """Recipe of weights: the stored one over the one guessed by their name. metadata: as for `Recipe.read`."""
     return (released_recipe(path) or Recipe()).merge(Recipe.read(path, metadata))
 
 
 def _folders(path: Path) -> list[Path]:
-    """Where a recipe.json may lie for this path, nearest first; beside a file only if a config.json is there too."""
+    """Folders that may hold the recipe.json of a path, nearest first; a file's folder only if it has a config.json."""
     if path.is_file():
         return [path.parent] if (path.parent / "config.json").is_file() else []
     folders = [path, *(path / name for name in TRANSFORMER_FOLDERS)]
@@ -287,34 +288,32 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _recipe_text(place: Path) -> str | None:
-    """The JSON in a recipe.json or in a safetensors file's metadata; None where there is none."""
+    """Read the JSON text of a recipe.json or of a safetensors file's metadata; None if there is none."""
     if place.name == FILE_NAME:
         return place.read_text(encoding="utf-8") if place.is_file() else None
     return read_safetensors(place)[1].get(METADATA_KEY) if place.suffix in (".safetensors", ".sft") else None
 
 
-def _checked(name: str, value: Any) -> Any:
-    """The value of a field, or CheckpointError."""
+def _checked_value(name: str, value: Any) -> Any:
+    """Return the value of a field, numbers in their final type; raise CheckpointError for one out of range."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if name in _CHOICES:
-        good, expected = value in _CHOICES[name], " or ".join(map(repr, _CHOICES[name]))
+        valid, expected = value in _CHOICES[name], " or ".join(map(repr, _CHOICES[name]))
     elif name in LIMITS:
         least, most = LIMITS[name]
-        good, expected = (
-            number and least <= value <= most and value == int(value),
-            f"a whole number from {least} to {most}",
-        )
-        value = int(value) if good else value
+        valid = number and least <= value <= most and value == int(value)
+        expected = f"a whole number from {least} to {most}"
+        value = int(value) if valid else value
     elif name == "guidance":
-        good, expected = number and 0 <= value <= MAX_GUIDANCE, f"a number from 0 to {MAX_GUIDANCE:g}"
-        value = float(value) if good else value
+        valid, expected = number and 0 <= value <= MAX_GUIDANCE, f"a number from 0 to {MAX_GUIDANCE:g}"
+        value = float(value) if valid else value
     elif name == "shift":
-        good, expected = number and 0 < value <= MAX_SHIFT, f"a number above 0, up to {MAX_SHIFT:g}"
-        value = float(value) if good else value
+        valid, expected = number and 0 < value <= MAX_SHIFT, f"a number above 0, up to {MAX_SHIFT:g}"
+        value = float(value) if valid else value
     elif name == "made":
-        good, expected = isinstance(value, dict), "a table"
+        valid, expected = isinstance(value, dict), "a JSON object"
     else:
-        good, expected = isinstance(value, str) and bool(value), "a text"
-    if not good:
-        raise CheckpointError(f"the recipe's {name} should be {expected}, got {repr(value)[:60]}")
+        valid, expected = isinstance(value, str) and bool(value), "a text"
+    if not valid:
+        raise CheckpointError(f"the recipe's {name} should be {expected}, got {repr(value)[:60]}; write it again")
     return value

@@ -1,4 +1,4 @@
-"""The condition encoder's files: which of their weights make hidden states, and that none of them runs code."""
+"""Files of the condition encoder: the weights needed for hidden states, and checks that no config runs code."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..errors import CheckpointError, one_line
 from .files import PathLike, Weights, open_weights, weight_file
 
 HEAD = "lm_head."
-"""Start of the names of the head over the vocabulary, which is not needed."""
+"""Prefix of the language-model head's weights, which are not needed."""
 
 TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
-"""Classes of transformers that a tokenizer_config.json may name; both read the same files."""
+"""Tokenizer classes of transformers that a tokenizer_config.json may name; both read the same files."""
 
 ENCODER_FOLDERS = ("text_encoder", "tokenizer", "processor", "image_processor")
 
 _LARGEST_CONFIG = 10_000_000
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
-_PLAIN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_CODE = "asks to run Python code of its own when it is loaded"
-_ELSEWHERE = "names a file to read instead of the folder's own"
+_BUILT_IN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_CODE = "asks to run Python code from the folder when it is loaded"
+_ELSEWHERE = "names a file outside the folder's usual ones"
 _REFUSED = {
     "auto_map": _CODE,
     "trust_remote_code": _CODE,
@@ -37,20 +37,19 @@ _REFUSED = {
     "tokenizer_object": _ELSEWHERE,
     "fast_tokenizer_files": _ELSEWHERE,
 }
-"""Keys of a config with which other libraries run code, reach the network or read other files, and why each is
-refused."""
+"""Config keys that make other libraries run code, reach the network or read other files, with the reason to refuse."""
 
 
 def encoder_parameters(weights: Weights) -> int:
-    """Parameters of an encoder that make hidden states, from the files' headers."""
+    """Count the encoder's parameters without the language-model head, from the files' headers."""
     return sum(weights.count(name) for name in weights if not name.startswith(HEAD))
 
 
 def open_encoder(folder: PathLike) -> Weights:
-    """The weights of a pipeline folder's encoder, no tensor loaded.
+    """Open the weights of a pipeline folder's text encoder; no tensor is loaded.
 
-    CheckpointError if loading it could run code, reach the network or leave the folder: every config and every index of
-    shards beside the weights is read.
+    Reads every config and every index of shards in ENCODER_FOLDERS. Raises CheckpointError if loading the encoder could
+    run code, reach the network or leave the folder.
     """
     folder = Path(folder)
     opened = weight_file(folder / "text_encoder")
@@ -71,37 +70,37 @@ def open_encoder(folder: PathLike) -> Weights:
 
 
 def check_config(file: Path) -> Any:
-    """The content of a JSON config, or CheckpointError if it cannot be read or has a key that is refused."""
+    """Read a JSON config. Raises CheckpointError if it cannot be read or has a refused key."""
     try:
         if file.stat().st_size > _LARGEST_CONFIG:
             raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a config; fetch it again")
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = next((why for key, value in _items(content) if (why := _refusal(key, value))), None)
+        reason = next((r for key, value in _items(content) if (r := _refusal(key, value))), None)
     except CheckpointError:
         raise
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({one_line(error)}); fetch it again") from None
-    if found:
-        raise CheckpointError(f"{file} {found}; refused, take this part from a Qwen-Image-Edit or UniPic 3 repository")
+    if reason:
+        raise CheckpointError(f"{file} {reason}; refused, take this part from a Qwen-Image-Edit or UniPic 3 repository")
     return content
 
 
 def tokenizer_class(folder: PathLike) -> str:
-    """The name of transformers' class for a tokenizer/ folder, one of TOKENIZERS. CheckpointError for any other."""
+    """Return the transformers class for a tokenizer/ folder. Raises CheckpointError unless it is one of TOKENIZERS."""
     file = Path(folder) / "tokenizer_config.json"
     config = check_config(file) if file.is_file() else {}
     name = config.get("tokenizer_class", TOKENIZERS[0]) if isinstance(config, dict) else config
     if name not in TOKENIZERS:
         raise CheckpointError(
-            f"{file} names the tokenizer {str(name)[:60]!r}, expected {' or '.join(TOKENIZERS)}; take the tokenizer "
-            "from a Qwen-Image-Edit or UniPic 3 repository"
+            f"{file}: expected the tokenizer class {' or '.join(TOKENIZERS)}, got {str(name)[:60]!r}; take the "
+            "tokenizer from a Qwen-Image-Edit or UniPic 3 repository"
         )
     return TOKENIZERS[0]
 
 
 @contextmanager
-def readable_encoder_errors(what: str) -> Iterator[None]:
-    """Errors of transformers, tokenizers and safetensors as CheckpointErrors: `what` cannot be loaded.
+def readable_encoder_errors(failure: str) -> Iterator[None]:
+    """Turn errors of transformers, tokenizers and safetensors into CheckpointErrors that begin with `failure`.
 
     A panic of their Rust code is a BaseException, which would end the program or ComfyUI's queue.
     """
@@ -112,11 +111,11 @@ def readable_encoder_errors(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise CheckpointError(f"{what}: {one_line(error)}; fetch it again") from error
+        raise CheckpointError(f"{failure}: {one_line(error)}; fetch it again") from error
 
 
 def _items(content: object) -> Iterator[tuple[str, Any]]:
-    """All keys and values of JSON at any depth."""
+    """Iterate over all keys and values of a JSON value, at any depth."""
     if isinstance(content, dict):
         yield from content.items()
     for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
@@ -124,12 +123,12 @@ def _items(content: object) -> Iterator[tuple[str, Any]]:
 
 
 def _refusal(key: str, value: Any) -> str | None:
-    """Why a key of a config is refused, None if it is not."""
+    """Return the reason to refuse a key of a config; None for an allowed one."""
     if value in (None, False, "", {}, []):
         return None
     if key.endswith(("attn_implementation", "attn_implementation_internal", "experts_implementation")):
         names = list(value.values()) if isinstance(value, dict) else [value]
-        foreign = next((n for n in names if n is not None and n not in _PLAIN_ATTENTION), None)
+        foreign = next((n for n in names if n is not None and n not in _BUILT_IN_ATTENTION), None)
         return foreign and f"has {key} {str(foreign)[:80]!r}, code from the Hugging Face hub"
     if key == "quantization_config" and isinstance(value, dict) and value.get("quant_method") == "bitsandbytes":
         return None

@@ -1,4 +1,4 @@
-"""From a path to the network: which file, which sizes, do the keys fit; and the weights, without a second copy."""
+"""Transformer checkpoints: find the file, read or infer the sizes, check the keys, load without a second copy."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 from ..model.attention import Attention, scaled_dot_product_attention
 from ..model.config import MMDiTConfig
-from ..model.layers import Operations
+from ..model.layers import Operations, fill_parameters
 from ..model.mmdit import MMDiT
 from ..sampling.schedules import Shift
-from .files import PathLike, Weights, find_weight_file, open_weights
+from .files import PathLike, Weights, find_weight_file, folder_content, open_weights
 from .formats.quantised import FP8
 from .recipe import TRANSFORMER_FOLDERS, Recipe, recipe_of
 
 CONFIG_KEY = "unipic_config"
-"""Metadata key of a single file: the network's config.json as text."""
+"""Metadata key of a single file, for the network's config.json as text."""
 
 ZERO_COND_MARKER = "__index_timestep_zero__"
-"""A tensor of this name says zero_cond_t in single files (Qwen-Image-Edit-2511), as ComfyUI reads them."""
+"""Tensor that marks zero_cond_t in single files (Qwen-Image-Edit-2511), as ComfyUI reads them."""
 
 PARTS = {
     "transformer": TRANSFORMER_FOLDERS,
@@ -41,7 +41,7 @@ NETWORK_CLASS = "QwenImageTransformer2DModel"
 _MOST_LAYERS = 1000
 _LARGEST = 1 << 20
 
-_LOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
+_NAME_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lokr_w", "hada_w")),
     ("a Nunchaku quantisation", ("qweight", "smooth_factor")),
     ("a Qwen-Image transformer", ("txt_norm.weight",)),
@@ -56,76 +56,80 @@ _LOOKS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def looks_like(names: Mapping[str, Any] | list[str]) -> str:
-    """What weights of these names seem to be: "a FLUX transformer", "a VAE", ..., "unknown weights"."""
+    """Guess the kind of weights from tensor names: "a FLUX transformer", "a VAE", ..., or "unknown weights"."""
     text = "\n".join("." + name for name in names)
-    for kind, marks in _LOOKS:
-        if any("." + mark in text for mark in marks):
+    for kind, parts in _NAME_PARTS:
+        if any("." + part in text for part in parts):
             return kind
     return "unknown weights"
 
 
 def find_transformer(path: PathLike) -> Path:
-    """The transformer's folder or file, or CheckpointError.
+    """Locate the transformer's folder or file.
 
-    Of a released folder its `transformer/`, else its `ema_transformer/`; a bare transformer folder or a single file is
-    itself the answer.
+    In a pipeline folder that is `transformer/`, else `ema_transformer/`; a transformer folder or a single file is
+    returned as it is. Raises CheckpointError if there is none.
     """
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise CheckpointError(f"there is no file or folder {path}")
+        raise CheckpointError(f"there is no file or folder {path}; check the path")
     for folder in (*(path / name for name in TRANSFORMER_FOLDERS), path):
         if find_weight_file(folder):
             return folder
-    names = sorted(p.name for p in path.iterdir())
-    held = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
     raise CheckpointError(
         f"no transformer in {path}: expected transformer/, ema_transformer/, or a .safetensors or .bin file, "
-        f"found {held}"
+        f"found {folder_content(path, 8)}"
     )
 
 
 def read_config(path: PathLike, weights: Weights | None = None) -> MMDiTConfig:
-    """Sizes of the transformer at `path`.
+    """Read the config of the transformer at `path`.
 
-    From a folder's config.json; from a single file's metadata, or the config.json beside it if that is a transformer's;
-    else from the tensors' shapes (`infer_config`). CheckpointError if none of these describes this architecture.
+    Sources in order: a folder's config.json, a single file's metadata, a transformer's config.json beside the file,
+    the tensors' shapes (`infer_config`). weights: the opened weights, under bare names, to open no file twice. Raises
+    CheckpointError if none of these describes this architecture.
     """
-    found = find_transformer(path)
-    if found.is_dir() and (found / "config.json").is_file():
-        return config_from_file(found / "config.json")
-    weights = weights or open_weights(found).bare()
+    source = find_transformer(path)
+    if source.is_dir() and (source / "config.json").is_file():
+        return config_from_file(source / "config.json")
+    weights = weights or open_weights(source).bare()
     if CONFIG_KEY in weights.metadata:
-        return _parse_config(weights.metadata[CONFIG_KEY], f"the metadata of {found}")
-    beside = found.parent / "config.json"
-    if found.is_file() and beside.is_file() and class_name(beside) == NETWORK_CLASS:
+        return _parse_config(weights.metadata[CONFIG_KEY], f"the metadata of {source}")
+    beside = source.parent / "config.json"
+    if source.is_file() and beside.is_file() and class_name(beside) == NETWORK_CLASS:
         return config_from_file(beside)
     return infer_config(weights)
 
 
 def config_from_file(path: Path) -> MMDiTConfig:
-    """From a diffusers config.json, or CheckpointError."""
+    """Read a diffusers config.json. Raises CheckpointError for another class or sizes out of range."""
     try:
         return _parse_config(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+        raise CheckpointError(f"cannot read {path} ({one_line(error)}); fetch it again") from error
 
 
 def _parse_config(text: str, source: str) -> MMDiTConfig:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source} is not JSON: {str(error)[:100]}") from error
+        raise CheckpointError(f"{source} is not JSON ({one_line(error)}); fetch it again") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{source} is not a table of sizes")
+        raise CheckpointError(f"{source}: expected a JSON object, got {type(content).__name__}; fetch it again")
     if content.get("_class_name", NETWORK_CLASS) != NETWORK_CLASS:
-        raise CheckpointError(f"{source} describes a {content['_class_name']}, expected a {NETWORK_CLASS}")
+        raise CheckpointError(
+            f"{source}: expected the config of a {NETWORK_CLASS}, got one of a {content['_class_name']}; choose a "
+            "Qwen-Image or UniPic 3 transformer"
+        )
     for name, value in content.items():
         numbers = value if name == "axes_dims_rope" and isinstance(value, list) else [value]
         limit = _MOST_LAYERS if name == "num_layers" else _LARGEST
         if name in _SIZES and not all(type(n) is int and 0 < n <= limit for n in numbers):
-            raise CheckpointError(f"{source}: {name} should be a whole number from 1 to {limit}, got {value!r}")
+            raise CheckpointError(
+                f"{source}: {name} should be a whole number from 1 to {limit}, got {value!r}; fetch the config again"
+            )
     try:
         return MMDiTConfig.from_dict(content)
     except (ValueError, TypeError) as error:
@@ -139,7 +143,7 @@ _SIZES = {
 
 
 def class_name(path: Path) -> str | None:
-    """The class that a config.json names; None if it names none or cannot be read."""
+    """Return the class that a config.json names; None if it names none or cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -147,11 +151,12 @@ def class_name(path: Path) -> str | None:
 
 
 def infer_config(weights: Weights) -> MMDiTConfig:
-    """Sizes from tensor shapes, for files without metadata. weights: under bare names.
+    """Infer the config from tensor shapes, for files without metadata. weights: under bare names.
 
-    The split of a head's dimensions into RoPE axes leaves no trace in the weights: (16, 56, 56) for heads of 128, as
-    released, otherwise in the proportion (8, 12, 12)/32 of the small models. zero_cond_t shows only as ComfyUI's marker
-    tensor; use_layer3d_rope is taken to come with the additional time condition (Qwen-Image-Layered).
+    The split of a head into RoPE axes leaves no trace in the weights: (16, 56, 56) is assumed for heads of 128, as
+    released, otherwise the proportion (8, 12, 12)/32 of the small models. zero_cond_t is read from ComfyUI's marker
+    tensor; use_layer3d_rope is assumed to come with the additional time condition (Qwen-Image-Layered). Raises
+    CheckpointError for another architecture.
     """
     shapes = weights.shapes()
     try:
@@ -160,12 +165,12 @@ def infer_config(weights: Weights) -> MMDiTConfig:
         joint = shapes["txt_in.weight"][1]
         out = shapes["proj_out.weight"][0]
     except (KeyError, ValueError, IndexError) as error:
-        raise CheckpointError(
-            f"{weights.path} is not a UniPic transformer; it looks like {looks_like(shapes)}"
-        ) from error
+        raise _other_architecture(weights) from error
     layers = {name.split(".")[1] for name in shapes if name.startswith("transformer_blocks.")}
     if not head_dim or width % head_dim or head_dim % 2 or out % 4 or len(layers) > _MOST_LAYERS:
-        raise CheckpointError(f"{weights.path} has no usable sizes: width {width}, head size {head_dim}, {out} outputs")
+        raise CheckpointError(
+            f"{weights.path} has impossible sizes: width {width}, head size {head_dim}, {out} outputs; fetch it again"
+        )
     additional = "time_text_embed.addition_t_embedding.weight" in shapes
     return MMDiTConfig(
         in_channels=in_channels,
@@ -181,15 +186,20 @@ def infer_config(weights: Weights) -> MMDiTConfig:
     )
 
 
+def _other_architecture(weights: Weights) -> CheckpointError:
+    kind = looks_like(weights.shapes())
+    return CheckpointError(f"{weights.path} is not a UniPic transformer; it looks like {kind}")
+
+
 def rope_axes(head_dim: int) -> tuple[int, int, int]:
-    """Even (frame, row, column) parts of a head: (16, 56, 56) for 128, (8, 12, 12) for 32 and in proportion."""
+    """Split a head's dimensions over (frame, row, column): (16, 56, 56) for 128, else as (8, 12, 12) for 32."""
     side = 56 if head_dim == 128 else head_dim * 12 // 32 // 2 * 2
     return head_dim - 2 * side, side, side
 
 
 @dataclass(frozen=True)
 class KeyReport:
-    """How found tensors differ from expected ones. wrong_shape: name -> (expected, found)."""
+    """Difference between expected and stored tensors. wrong_shape: name -> (expected shape, stored shape)."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
@@ -202,32 +212,35 @@ class KeyReport:
     def __str__(self) -> str:
         shapes = [f"{n} (expected {list(want)}, got {list(got)})" for n, (want, got) in self.wrong_shape.items()]
         groups = (("missing", self.missing), ("unexpected", self.unexpected), ("wrong shape", shapes))
-        return "; ".join(f"{len(names)} {what}: {_few(names)}" for what, names in groups if names) or "all keys fit"
+        return "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in groups if names) or "all keys fit"
 
 
 def _few(names: Any, most: int = 3) -> str:
     return ", ".join(list(names)[:most]) + (", ..." if len(names) > most else "")
 
 
-def check_keys(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> KeyReport:
-    """Compare names and shapes; the marker of zero_cond_t is never unexpected."""
+def check_keys(expected: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]) -> KeyReport:
+    """Compare names and shapes of expected and stored tensors; ZERO_COND_MARKER never counts as unexpected."""
     wrong = {
-        n: (tuple(expected[n]), tuple(found[n]))
+        n: (tuple(expected[n]), tuple(stored[n]))
         for n in expected
-        if n in found
-        if tuple(expected[n]) != tuple(found[n])
+        if n in stored
+        if tuple(expected[n]) != tuple(stored[n])
     }
-    unexpected = tuple(n for n in found if n not in expected and n != ZERO_COND_MARKER)
-    return KeyReport(tuple(n for n in expected if n not in found), unexpected, wrong)
+    unexpected = tuple(n for n in stored if n not in expected and n != ZERO_COND_MARKER)
+    return KeyReport(tuple(n for n in expected if n not in stored), unexpected, wrong)
 
 
 def expected_shapes(config: MMDiTConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a network of these sizes, without memory."""
+    """Names and shapes of all parameters of a network of these sizes; allocates no weights."""
     return {n: tuple(p.shape) for n, p in MMDiT(config, device="meta").state_dict().items()}
 
 
 def require_keys(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """CheckpointError that counts and names what is missing, unexpected or wrongly shaped. weights: bare names."""
+    """Raise CheckpointError, with counts and names, for missing, unexpected or wrongly shaped tensors.
+
+    weights: under bare names.
+    """
     report = check_keys(expected, weights.shapes_for(expected))
     if not report.fits:
         raise CheckpointError(
@@ -238,9 +251,9 @@ def require_keys(weights: Weights, expected: Mapping[str, tuple[int, ...]]) -> N
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A transformer on disk, opened once and checked: nothing of it is loaded yet.
+    """A transformer on disk, opened and checked once; no tensor is loaded.
 
-    source: the path that it was opened by. weights: under bare names. config: with the recipe's attention form.
+    source: the path passed to `open_transformer`. weights: under bare names. config: with the recipe's attention form.
     """
 
     source: Path
@@ -255,9 +268,10 @@ class OpenedModel:
 
 
 def open_transformer(path: PathLike, *, any_quantisation: bool = False) -> OpenedModel:
-    """Open weights, config and recipe, and check them against each other; a recipe may name the attention form.
+    """Open weights, config and recipe and check them against each other; the recipe may name the attention form.
 
-    any_quantisation: open weights that `Weights.get` cannot multiply out too, for a reader of its own.
+    any_quantisation: accept quantisations that `Weights.get` cannot dequantise, for callers that read `Weights.stored`.
+    Raises CheckpointError.
     """
     weights = open_weights(find_transformer(path)).bare()
     if not any_quantisation:
@@ -265,15 +279,13 @@ def open_transformer(path: PathLike, *, any_quantisation: bool = False) -> Opene
     recipe = recipe_of(path, weights.metadata)
     config = read_config(path, weights).with_attention_form(recipe.causal_attention_form)
     if config.num_layers and "transformer_blocks.0.attn.norm_q.weight" not in weights:
-        raise CheckpointError(
-            f"{weights.path} is not a UniPic transformer; it looks like {looks_like(weights.shapes())}"
-        )
+        raise _other_architecture(weights)
     require_keys(weights, expected_shapes(config))
     return OpenedModel(Path(path), weights, config, recipe)
 
 
-def stored_dtype(weights: Weights) -> torch.dtype:
-    """The type to compute in: that of most parameters; bfloat16 for quantised ones, fp8 and float16, which overflows
+def compute_dtype_of(weights: Weights) -> torch.dtype:
+    """Dtype to compute in: that of most parameters; bfloat16 for quantised ones, fp8 and float16, which overflows
     here."""
     sizes: dict[torch.dtype, int] = {}
     for name in weights:
@@ -284,8 +296,8 @@ def stored_dtype(weights: Weights) -> torch.dtype:
     return torch.float32 if most is torch.float64 else most
 
 
-def checked_dtype(dtype: torch.dtype | None) -> None:
-    """CheckpointError for types that the network cannot compute in."""
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise CheckpointError for a dtype that the network cannot compute in."""
     if dtype not in (None, torch.bfloat16, torch.float32, torch.float64):
         raise CheckpointError(f"{dtype} overflows in this network; use torch.bfloat16 or torch.float32")
 
@@ -298,26 +310,22 @@ def load_transformer(
     operations: Operations = nn,
     attention: Attention = scaled_dot_product_attention,
 ) -> MMDiT:
-    """Load the network, in eval mode, from a path or from what `open_transformer` opened.
+    """Load the network in eval mode, from a path or an OpenedModel.
 
-    Built without memory, then filled tensor by tensor in its final type and place, so there is never a second copy.
-    dtype: bfloat16 or float32; None = as stored (`stored_dtype`). Raises CheckpointError.
+    The network is built on the meta device and filled tensor by tensor, each in its final dtype and place, so memory
+    never holds a second copy. dtype: bfloat16 or float32; None = `compute_dtype_of`. Raises CheckpointError.
     """
-    checked_dtype(dtype)
+    check_dtype(dtype)
     opened = source if isinstance(source, OpenedModel) else open_transformer(source)
     weights = opened.weights
     model = MMDiT(opened.config, operations=operations, attention=attention, device="meta")
-    dtype = dtype or stored_dtype(weights)
-    for module_name, module in model.named_modules():
-        for name in list(module._parameters):
-            if module._parameters[name] is not None:
-                tensor = weights.get(f"{module_name}.{name}" if module_name else name)
-                module._parameters[name] = nn.Parameter(tensor.to(device=device, dtype=dtype))
+    dtype = dtype or compute_dtype_of(weights)
+    fill_parameters(model, lambda name: weights.get(name).to(device=device, dtype=dtype))
     return model.eval()
 
 
 def read_shift(folder: Path) -> Shift:
-    """The time shift of scheduler/scheduler_config.json; the released one if there is no such file."""
+    """Read the time shift from scheduler/scheduler_config.json; without that file return the released one."""
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         return Shift()
@@ -326,4 +334,4 @@ def read_shift(folder: Path) -> Shift:
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {str(error)[:100]}; download it again") from error
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); download it again") from error

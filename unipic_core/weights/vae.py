@@ -1,7 +1,7 @@
-"""VAEs on disk: a pipeline's `vae/` folder as diffusers has it, or one file as ComfyUI has it (qwen_image_vae).
+"""VAE checkpoints: a pipeline's `vae/` folder in diffusers' layout, or one file in ComfyUI's (qwen_image_vae).
 
-Both store the video model; diffusers calls it `AutoencoderKLQwenImage`. Of its causal 3-D kernels only the last
-temporal slices act on single pictures, and its temporal resamplers (`time_conv`) not at all; see image_vae.py.
+Both store the video model, diffusers' `AutoencoderKLQwenImage`. On a single image only the last temporal slice of its
+causal 3-D kernels acts, and its temporal resamplers (`time_conv`) do not act at all; see model/vae.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning.sequence import VAE_SCALE
-from ..errors import CheckpointError
-from ..model.layers import ConvOperations
+from ..errors import CheckpointError, one_line
+from ..model.layers import ConvOperations, fill_parameters
 from ..model.vae import ImageVAE, VAEConfig
 from .files import PathLike, Weights, open_weights
 from .transformer import check_keys
@@ -27,15 +27,15 @@ VAE_CLASS = "AutoencoderKLQwenImage"
 
 _LARGEST = 1 << 16
 _MOST_BLOCKS = 100
-_LEVELS = VAE_SCALE.bit_length()  # each but the last halves the picture
+_LEVELS = VAE_SCALE.bit_length()  # each but the last halves height and width
 _LAST_SLICE = 2
-"""Of the three temporal slices of a causal kernel, the one that meets the picture itself."""
+"""Index of the temporal slice of a causal kernel that is applied to the image; the other two meet zero padding."""
 
 
 def read_vae_config(folder: PathLike) -> VAEConfig:
-    """Sizes and latent statistics of a vae/ folder's config.json.
+    """Read sizes and latent statistics from a vae/ folder's config.json.
 
-    Raises CheckpointError if it is absent, damaged, of another class, or of sizes that no such VAE has.
+    Raises CheckpointError if it is absent, damaged, of another class, or of impossible sizes.
     """
     file = Path(folder) / "config.json"
     if not file.is_file():
@@ -46,21 +46,21 @@ def read_vae_config(folder: PathLike) -> VAEConfig:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         kind, config = content.get("_class_name"), VAEConfig.from_dict(content)
-        wrong = _wrong(config)
+        mistake = _mistake(config)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{file} cannot be read ({detail}); download the vae folder again") from error
+        raise CheckpointError(f"{file} cannot be read ({one_line(error)}); download the vae folder again") from error
     if kind != VAE_CLASS:
         raise CheckpointError(
-            f"{file} describes a {kind}, expected an {VAE_CLASS}; take vae/ from a Qwen-Image or UniPic 3 repository"
+            f"{file}: expected the config of an {VAE_CLASS}, got one of a {kind}; take vae/ from a Qwen-Image or "
+            "UniPic 3 repository"
         )
-    if wrong:
-        raise CheckpointError(f"{file}: {wrong}; download the vae folder again")
+    if mistake:
+        raise CheckpointError(f"{file}: {mistake}; download the vae folder again")
     return config
 
 
-def _wrong(config: VAEConfig) -> str:
-    """What is wrong with a config that may come from anyone; empty if nothing is."""
+def _mistake(config: VAEConfig) -> str:
+    """Describe the first impossible value of an untrusted config; empty if there is none."""
     sizes = {"base_dim": _LARGEST, "z_dim": _LARGEST, "num_res_blocks": _MOST_BLOCKS}
     for name, most in sizes.items():
         value = getattr(config, name)
@@ -77,7 +77,7 @@ def _wrong(config: VAEConfig) -> str:
 
 @dataclass(frozen=True)
 class OpenedVAE:
-    """A VAE on disk, opened once; no tensor is loaded yet. stored: diffusers' name -> stored name."""
+    """A VAE on disk, opened once; no tensor is loaded. stored: diffusers' name -> stored name."""
 
     source: Path
     config: VAEConfig
@@ -86,24 +86,25 @@ class OpenedVAE:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the 2-D form, which `load_image_vae` loads."""
+        """Number of parameters of the 2-D VAE that `load_image_vae` loads."""
         shapes = ((name, self.weights.shape(stored)) for name, stored in self.stored.items())
         return sum(prod(_image_shape(name, shape)) for name, shape in shapes if not _is_temporal(name))
 
 
 def open_vae(source: PathLike) -> OpenedVAE:
-    """Open a vae/ folder or a file. Raises CheckpointError."""
+    """Open a vae/ folder or a single file. Raises CheckpointError."""
     source = Path(source)
     if not source.is_file():
         config, weights = read_vae_config(source), open_weights(source)
         return OpenedVAE(source, config, weights, {name: name for name in weights})
     weights = open_weights(source)
-    found = config_of_file(weights.shapes())
-    if found is None:
+    inferred = config_of_file(weights.shapes())
+    if inferred is None:
         raise CheckpointError(
             f"{source} is not the Qwen-Image VAE in ComfyUI's layout; use qwen_image_vae.safetensors, or a vae/ folder"
         )
-    return OpenedVAE(source, found, weights, {name: name_in_file(name, found) for name in _video_shapes(found)})
+    names = {name: name_in_file(name, inferred) for name in _video_shapes(inferred)}
+    return OpenedVAE(source, inferred, weights, names)
 
 
 def load_image_vae(
@@ -114,10 +115,10 @@ def load_image_vae(
     kind: type[ImageVAE] = ImageVAE,
     operations: ConvOperations = nn,
 ) -> ImageVAE:
-    """The 2-D VAE of a vae/ folder or of a file, frozen, in eval mode, its kernels in channels_last.
+    """Load the 2-D VAE of a vae/ folder or a file, frozen, in eval mode, its kernels in channels_last.
 
-    Built without memory, then filled tensor by tensor in its final type and place: beside it there is never more than
-    one stored tensor. kind, operations: a class derived from ImageVAE, and the layers to build it of. Raises
+    The VAE is built on the meta device and filled tensor by tensor, each in its final dtype and place; memory holds at
+    most one stored tensor beside it. kind: a subclass of ImageVAE. operations: its layer classes. Raises
     CheckpointError.
     """
     opened = source if isinstance(source, OpenedVAE) else open_vae(source)
@@ -125,19 +126,18 @@ def load_image_vae(
     with torch.device("meta"):
         model = kind(opened.config, operations=operations)
     _require_weights(opened.source, model, {name: weights.shape(stored[name]) for name in stored})
-    for module_name, module in model.named_modules():
-        for parameter in list(module._parameters):
-            if module._parameters[parameter] is not None:
-                name = f"{module_name}.{parameter}"
-                tensor = image_weight(name, weights.get(stored[name]))
-                module._parameters[parameter] = nn.Parameter(_placed(tensor, dtype, device), requires_grad=False)
+
+    def tensor_of(name: str) -> Tensor:
+        return _placed(image_weight(name, weights.get(stored[name])), dtype, device)
+
+    fill_parameters(model, tensor_of, requires_grad=False)
     return model.eval()
 
 
 def _require_weights(folder: Path, model: ImageVAE, shapes: Mapping[str, tuple[int, ...]]) -> None:
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    found = {name: _image_shape(name, shape) for name, shape in shapes.items() if not _is_temporal(name)}
-    report = check_keys(expected, found)
+    image_shapes = {name: _image_shape(name, shape) for name, shape in shapes.items() if not _is_temporal(name)}
+    report = check_keys(expected, image_shapes)
     if not report.fits:
         raise CheckpointError(
             f"the VAE in {folder} does not fit its config.json ({report}); download the vae folder again"
@@ -145,7 +145,7 @@ def _require_weights(folder: Path, model: ImageVAE, shapes: Mapping[str, tuple[i
 
 
 def _placed(tensor: Tensor, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """In memory of its own, 4-D kernels in the format in which convolutions are fastest."""
+    """Copy a tensor to its final dtype and device, 4-D kernels in channels_last, the fastest for convolutions."""
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     return tensor.to(device=device, dtype=dtype).contiguous(memory_format=layout)
 
@@ -158,24 +158,24 @@ def _is_temporal(name: str) -> bool:
 
 
 def _is_planar(name: str) -> bool:
-    """Whether the video model has this weight in two dimensions too: resampling and attention go frame by frame."""
+    """True for a weight that is 2-D in the video model too: spatial resampling and attention act frame by frame."""
     return ".resample." in name or ".attentions." in name
 
 
 def _image_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a video weight's `image_weight`; of one that is no weight of the video model, as it is."""
+    """Shape of `image_weight` for a video weight of this shape; any other shape is returned unchanged."""
     if len(shape) == 5 and shape[2]:
         return (*shape[:2], *shape[3:])
     return shape[:3] if len(shape) == 4 and shape[3] == 1 and not _is_planar(name) else shape
 
 
 def image_weight(name: str, w: Tensor) -> Tensor:
-    """A weight of the video model as ImageVAE has it: a view."""
+    """View a weight of the video model as the corresponding weight of ImageVAE."""
     return w[:, :, -1] if w.ndim == 5 else w.reshape(_image_shape(name, tuple(w.shape)))
 
 
 def video_shapes(vae: ImageVAE) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the video model's weights, of the same sizes as `vae`."""
+    """Names and shapes of the weights of the video model that corresponds to `vae`."""
     shapes: dict[str, tuple[int, ...]] = {}
     downs, ups = iter(vae.config.temperal_downsample), iter(vae.config.temperal_downsample[::-1])
     for name, p in vae.state_dict().items():
@@ -196,7 +196,7 @@ def video_shapes(vae: ImageVAE) -> dict[str, tuple[int, ...]]:
 
 
 def video_weights(vae: ImageVAE) -> dict[str, Tensor]:
-    """All weights of the video model: kernels as last temporal slice, zeros before it and in the resamplers."""
+    """Extend the weights to the video model: kernels become the last temporal slice, all other slices are zero."""
     image, out = vae.state_dict(), {}
     for name, shape in video_shapes(vae).items():
         if _is_temporal(name):
@@ -209,7 +209,7 @@ def video_weights(vae: ImageVAE) -> dict[str, Tensor]:
     return out
 
 
-# --- one file, as ComfyUI has it --------------------------------------------------------------------------------------
+# --- one file in ComfyUI's layout -------------------------------------------------------------------------------------
 
 _FILE_NAMES = (
     *((".norm1.", ".residual.0."), (".conv1.", ".residual.2.")),
@@ -219,26 +219,26 @@ _FILE_NAMES = (
     *((".conv_in.", ".conv1."), (".norm_out.", ".head.0."), (".conv_out.", ".head.2.")),
     *(("post_quant_conv.", "conv2."), ("quant_conv.", "conv1.")),
 )
-"""diffusers' words and those of Wan 2.1's own program, to be replaced in this order."""
+"""Parts of diffusers' names and their counterparts in Wan 2.1's code, to be replaced in this order."""
 
 
 def name_in_file(name: str, config: VAEConfig) -> str:
-    """The name that a weight of the video model has in ComfyUI's file, which counts all blocks of a half in one row."""
+    """Translate a weight's name from diffusers' layout to ComfyUI's, which numbers the decoder's blocks in one row."""
     blocks = config.num_res_blocks + 1
 
-    def counted(found: re.Match[str]) -> str:
-        level, kind, i = found.groups()
+    def numbered(match: re.Match[str]) -> str:
+        level, kind, i = match.groups()
         return f".upsamples.{int(level) * (blocks + 1) + (int(i) if kind == 'resnets' else blocks)}."
 
-    for ours, theirs in _FILE_NAMES:
-        name = name.replace(ours, theirs)
-    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", counted, name)
+    for diffusers_part, wan_part in _FILE_NAMES:
+        name = name.replace(diffusers_part, wan_part)
+    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", numbered, name)
 
 
 def config_of_file(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig | None:
-    """The config of a file with these tensors, or None if it is another VAE (other channels, other blocks, a prefix).
+    """Infer the config of a single file from its tensors; None for another VAE (other channels or blocks, a prefix).
 
-    The file does not hold one: all but its width and its number of residual blocks is the release's.
+    The file stores no config: width and residual blocks follow from the shapes, all else is the release's.
     """
     width = shapes.get("decoder.head.0.gamma", (0,))[:1]
     blocks = len({name.split(".")[2] for name in shapes if name.startswith("encoder.downsamples.")})
@@ -251,13 +251,16 @@ def config_of_file(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig | None:
 
 
 def weights_in_file(vae: ImageVAE) -> dict[str, Tensor]:
-    """All weights as ComfyUI's file has them, contiguous. CheckpointError for a VAE that a file cannot describe: it
-    holds neither the statistics of latents nor other sizes than `config_of_file` reads."""
+    """All weights under ComfyUI's names, contiguous.
+
+    Raises CheckpointError for a VAE that a single file cannot describe: the file stores no latent statistics, and no
+    sizes beyond those that `config_of_file` infers.
+    """
     tensors = {name_in_file(name, vae.config): w.contiguous() for name, w in video_weights(vae).items()}
     if config_of_file({name: tuple(w.shape) for name, w in tensors.items()}) != vae.config:
         raise CheckpointError(
-            "this VAE has sizes or latent statistics of its own, which one file does not hold; keep the model folder "
-            "with its vae/config.json"
+            "this VAE's sizes or latent statistics differ from the release's and one file cannot store them; use the "
+            "model folder with its vae/config.json"
         )
     return tensors
 

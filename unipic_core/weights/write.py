@@ -1,4 +1,4 @@
-"""Write safetensors tensor by tensor, with one of them in memory."""
+"""Write safetensors files with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)."""
 
 TensorLayout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Name -> type and shape of each tensor of a file that is to be written."""
+"""Name -> dtype and shape of each tensor of a file to be written."""
 
 
 def write_safetensors(
@@ -25,11 +25,12 @@ def write_safetensors(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
-    """Write the tensors of `tensors`, which `data` gives in any order and one at a time.
+    """Write a safetensors file from a stream of tensors.
 
-    The safetensors library writes from a table of all tensors, 41 GB for this network; here one is in memory. Raises
-    CheckpointError in one sentence when the disk is full or the folder cannot be written; whatever happens, Ctrl-C
-    included, the half-written file is removed and an older file at `path` stays.
+    The safetensors library needs all tensors in memory, 41 GB for this network; this function needs one. tensors: the
+    layout of the file. data: (name, tensor) pairs in any order. Raises CheckpointError when the disk is full or the
+    folder cannot be written; on any failure, Ctrl-C included, the partial file is removed and an older one at `path`
+    stays.
     """
     size = file_size(tensors, metadata)
     with write_errors(path, size), replacing(path, size) as partial:
@@ -37,7 +38,7 @@ def write_safetensors(
 
 
 def file_size(tensors: TensorLayout, metadata: Mapping[str, str]) -> int:
-    """Bytes of the safetensors file that will hold these tensors."""
+    """Compute the size in bytes of a safetensors file of these tensors."""
     return safetensors_header(tensors, metadata)[2]
 
 
@@ -48,21 +49,19 @@ def write_tensors(
     metadata: Mapping[str, str],
     progress: Progress | None = None,
 ) -> None:
-    """Write as `write_safetensors`, but straight to `path`: for files inside a folder that is itself `replacing`."""
+    """Write like `write_safetensors`, but straight to `path`: for files in a folder that is replaced as a whole."""
     header, starts, size = safetensors_header(tensors, metadata)
     done = len(header)
     with open(path, "wb") as f:
         f.write(header)
-        waiting = dict(starts)
+        unwritten = dict(starts)
         for name, tensor in data:
             if (tensor.dtype, tuple(tensor.shape)) != tensors[name]:
-                raise AssertionError(
-                    f"{name} was announced as {tensors[name]}, came {tensor.dtype} {tuple(tensor.shape)}"
-                )
-            f.seek(waiting.pop(name))
+                raise AssertionError(f"{name}: expected {tensors[name]}, got {tensor.dtype} {tuple(tensor.shape)}")
+            f.seek(unwritten.pop(name))
             f.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             done += tensor.nbytes
             if progress:
                 progress(done, size)
-        if waiting:
-            raise AssertionError(f"{len(waiting)} announced tensors never came, first {next(iter(waiting))}")
+        if unwritten:
+            raise AssertionError(f"expected {len(unwritten)} more tensors, first {next(iter(unwritten))}")

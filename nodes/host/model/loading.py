@@ -20,7 +20,7 @@ from ....unipic_core.sampling.schedules import resolution_shift
 from ....unipic_core.weights.files import Weights
 from ....unipic_core.weights.formats.quantised import FP8
 from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
-from ....unipic_core.weights.transformer import open_transformer, read_shift, stored_dtype
+from ....unipic_core.weights.transformer import compute_dtype_of, open_transformer, read_shift
 from ..recipe_attachment import Facts, attach, facts_of
 from .kv_cache import ROUNDING, keep_during_runs
 from .latent_format import PictureLatents, read_latent_format
@@ -116,7 +116,7 @@ def _dtypes(
         return management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
 
     if config.quant_config:  # such layers know their own types
-        return stored_dtype(weights), cast(None)
+        return compute_dtype_of(weights), cast(None)
     wanted, stored = WEIGHT_DTYPES[weight_dtype], storage_dtype(tensors)
     dtype = stored if wanted is None or (wanted in FP8 and stored in FP8) else wanted
     compute = cast(dtype)

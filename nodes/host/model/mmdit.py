@@ -51,14 +51,14 @@ class ComfyMMDiT(MMDiTLayers):
     ) -> None:
         config = MMDiTConfig(**sizes)
         super().__init__(config, operations=operations, dtype=dtype, device=device)
-        self.stored_dtype = dtype
+        self.compute_dtype_of = dtype
         self.conditions = Conditions()
         self.patch_size = PATCH
         self.default_ref_method = "index_timestep_zero" if config.zero_cond_t else "index"
 
     @property
     def dtype(self) -> torch.dtype | None:  # ComfyUI decides by this whether layers must cast
-        return self.stored_dtype
+        return self.compute_dtype_of
 
     def forward(
         self,

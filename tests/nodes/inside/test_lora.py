@@ -242,7 +242,7 @@ def test_strength_zero_changes_nothing(file: Path, tiny: Any, pairs: Pairs) -> N
 
 def test_an_attention_form_that_is_not_there_yet(file: Path, tiny: Any, pairs: Pairs) -> None:
     save_lora(file, pairs, recipe=Recipe(attention_form="cached"))
-    with pytest.raises(UniPicError, match="want attention of the form 'cached', which this version does not have"):
+    with pytest.raises(UniPicError, match="expected the attention form .* got 'cached'"):
         apply(tiny)
 
 
@@ -275,7 +275,7 @@ def test_none_matched_names_both_sides(file: Path, tiny: Any) -> None:
 
 def test_a_lora_of_the_same_architecture_in_another_size(file: Path, tiny: Any) -> None:
     save_lora(file, {LAYERS[0]: (torch.zeros(4, 3072), torch.zeros(3072, 4))})
-    with pytest.raises(LoRAError, match=r"shape \[3072, 3072\], the model has .* made for a model of other sizes"):
+    with pytest.raises(LoRAError, match=r"shape \[3072, 3072\], the model has .* choose a LoRA"):
         apply(tiny)
     assert tiny.patches == {}
 

@@ -149,7 +149,7 @@ def test_what_does_not_fit_leaves_nothing(layers: dict[str, tuple[Tensor, Tensor
     with pytest.raises(CheckpointError, match=r"do not fit their config \(1 missing: img_in.weight; 1 unexpected"):
         export_network(tmp_path, TINY, state, config, STUDENT)
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(LoRAError, match="made for a model of other sizes"):
+    with pytest.raises(LoRAError, match="choose a LoRA for a model of these sizes"):
         export_adapter(tmp_path, TINY, {"img_in": (torch.zeros(2, 8), torch.zeros(64, 2))}, ALPHA, STUDENT)
     assert [p.name for p in tmp_path.iterdir()] == ["unipic_distill.safetensors"]
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from trainers.roles.frozen import FrozenLinear, FrozenOperations, form_of
+from unipic_core.model.layers import set_parameters
 from unipic_core.model.mmdit import MMDiT
 
 
@@ -73,6 +74,5 @@ def base(sizes, kind):
         if isinstance(module, FrozenLinear):
             module.reserve(form_of(f"{name}.weight", (module.out_features, module.in_features), kind))
         else:
-            for own, p in module._parameters.items():
-                module._parameters[own] = None if p is None else nn.Parameter(torch.empty(p.shape), requires_grad=False)
+            set_parameters(module, lambda _, parameter: torch.empty(parameter.shape), requires_grad=False)
     return network

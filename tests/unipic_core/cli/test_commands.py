@@ -388,7 +388,7 @@ def test_convert(golden: Path, tmp_path: Path, capsys: Any) -> None:
     assert "float8_e4m3fn" in capsys.readouterr().out
     again = ["convert", str(golden / "tiny"), str(target)]
     size = target.stat().st_size
-    message = "is there already; choose another name, or overwrite it with --overwrite"
+    message = "already exists; choose another name, or overwrite it with --overwrite"
     assert fails(again, capsys) == f"unipic: {target} {message}"
     assert target.stat().st_size == size
     assert main([*again, "--dtype", "fp32", "--overwrite"]) == 0

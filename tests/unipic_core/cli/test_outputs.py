@@ -45,7 +45,7 @@ def test_an_existing_file_asks_for_overwrite(golden: Path, picture: Path, loaded
     out = picture.with_name("out.png")
     out.write_bytes(b"older")
     assert run(golden, picture, out) == 2
-    assert "out.png is there already; choose another name, or replace it with --overwrite" in capsys.readouterr().err
+    assert "out.png already exists; choose another name, or replace it with --overwrite" in capsys.readouterr().err
     assert out.read_bytes() == b"older"
     assert run(golden, picture, out, "--overwrite") == 0
     assert Image.open(out).size == (32, 16)
@@ -55,7 +55,7 @@ def test_names_of_several_pictures_are_checked(golden: Path, picture: Path, unlo
     older = picture.with_name("out-8.png")
     older.write_bytes(b"older")
     assert run(golden, picture, picture.with_name("out.png"), "--num-images", 3, "--seed", 7) == 2
-    assert "out-8.png is there already" in capsys.readouterr().err
+    assert "out-8.png already exists" in capsys.readouterr().err
     assert older.read_bytes() == b"older"
 
 

@@ -49,7 +49,7 @@ def test_compose_with_odd_names(tmp_path: Path, name: bytes) -> None:
     said.decode()
     code, said = run([b"compose", source, *rest])
     assert code == 2, said
-    assert b"is there already" in said
+    assert b"already exists" in said
     assert b"\x1b" not in said
 
 

@@ -41,7 +41,7 @@ def test_recipe_and_wishes() -> None:
     assert (open_.steps, open_.schedule, open_.guidance) == (8, "base", 4.0)
     assert resolve(recipe, guidance=0).guidance == 1.0  # off, as in the release
     assert resolve(Recipe(guidance=0.0)).guidance == 1.0
-    with pytest.raises(UniPicError, match="attention of the form 'causal'"):
+    with pytest.raises(UniPicError, match="got 'causal' in the weights' recipe"):
         resolve(Recipe(attention_form="causal"))
 
 
@@ -106,7 +106,7 @@ def test_damaged_vae(folder: Path) -> None:
         load(folder)
     save_file(good, weights)
     (folder / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(CheckpointError, match="describes a AutoencoderKL, expected an AutoencoderKLQwenImage"):
+    with pytest.raises(CheckpointError, match="of an AutoencoderKLQwenImage, got one of a AutoencoderKL"):
         load(folder)
 
 

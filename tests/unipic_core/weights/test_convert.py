@@ -43,10 +43,10 @@ def test_float32_is_the_same_file_of_weights(tmp_path: Path) -> None:
 def test_a_form_that_other_programs_do_not_know_is_named(tmp_path: Path) -> None:
     base = shutil.copytree(TINY, tmp_path / "base")
     (base / "recipe.json").write_text(json.dumps({"attention_form": "reference_causal"}))
-    with pytest.warns(UserWarning, match=r"^out\.safetensors: its attention is reference_causal, which only unipic"):
+    with pytest.warns(UserWarning, match=r"^out\.safetensors: its attention form is reference_causal, which"):
         out = convert(base, tmp_path / "out.safetensors")
     assert read_config(out).attention_form == "reference_causal"
-    with pytest.warns(UserWarning, match=r"^again\.safetensors: its attention is reference_causal"):
+    with pytest.warns(UserWarning, match=r"^again\.safetensors: its attention form is reference_causal"):
         convert(out, tmp_path / "again.safetensors")
 
 

@@ -250,6 +250,6 @@ def test_an_index_of_the_wrong_form(weight_map: object, tmp_path: Path) -> None:
 def test_missing_shards_and_tensors(tmp_path: Path) -> None:
     assert "download is incomplete" in one_line(index(tmp_path, {"a": "absent.safetensors"}))
     save_file({"a": torch.zeros(1)}, tmp_path / "1.safetensors")
-    assert "promises 1 tensors that no shard holds, first 'b'" in one_line(
+    assert "lists 1 tensors that no shard holds, first 'b'" in one_line(
         index(tmp_path, {"a": "1.safetensors", "b": "1.safetensors"})
     )

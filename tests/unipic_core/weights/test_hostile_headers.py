@@ -43,10 +43,10 @@ HEADERS: dict[str, tuple[Callable[[], str], str]] = {
     "a million tensors": (lambda: tensors(1_200_000), "has .* bytes, expected at most"),
     "a hundred thousand small ones": (lambda: tensors(120_000), "describes 120,000 tensors, expected at most 100,000"),
     "nested lists": (lambda: '{"a":' + "[" * 4_000_000 + "]" * 4_000_000 + "}", "is not JSON"),
-    "many lists": (lambda: '{"a":[' + "[]," * 2_700_000 + "[]]}", "describes tensor 'a' wrongly"),
+    "many lists": (lambda: '{"a":[' + "[]," * 2_700_000 + "[]]}", "does not give type, shape and place of tensor 'a'"),
     "many dimensions": (
         lambda: '{{"a":{}}}'.format(entry("[" + "9223372036854775807," * 400_000 + "1]")),
-        "'a' wrongly",
+        "place of tensor 'a'",
     ),
     "a long number": (lambda: '{"a":' + entry("[" + "9" * 8_000_000 + "]") + "}", "is not JSON"),
 }

@@ -83,8 +83,8 @@ def test_config_of_the_tiny_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"_class_name": "AutoencoderKL"}, "describes a AutoencoderKL, expected an AutoencoderKLQwenImage; take vae/"),
-        ({"_class_name": None}, "describes a None"),
+        ({"_class_name": "AutoencoderKL"}, "of an AutoencoderKLQwenImage, got one of a AutoencoderKL; take vae/"),
+        ({"_class_name": None}, "got one of a None"),
         ({"latents_mean": [0.0]}, "should each be 4 numbers"),
         ({"latents_std": [0.0] * 4}, "should each be 4 numbers, the latter above 0"),
         ({"latents_std": [float("nan")] * 4}, "should each be 4 numbers, the latter above 0"),

@@ -1,7 +1,7 @@
-"""Pickled weight files as tables of tensors, without running code from them.
+"""Tensor tables of pickled weight files, without running code from them.
 
-`torch.load(weights_only=True)` walks the pickle and never calls what it names; the tensors are then read from their
-places in the zip.
+`torch.load(weights_only=True)` walks the pickle and calls none of the functions it names; the tensors are then read
+from their places in the zip archive.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from .tensor_spec import Table, TensorSpec
 
 
 def read_pickle(path: Path) -> Table:
-    """Table of a pickled state dict; nested ones ("state_dict", or one key around all) are unwrapped.
+    """Read the table of a pickled state dict; unwraps nested ones ("state_dict", or one key around all).
 
-    Only tensors and plain containers are unpickled: a file that names any other function is refused before anything of
-    it is called (`weights_only=True`).
+    Unpickles tensors and plain containers only: a file that names another function is refused before anything in it is
+    called (`weights_only=True`). Raises CheckpointError.
     """
     try:
         if zipfile.is_zipfile(path):
             records = _zip_records(path)
-            table = _places(path, _tensors(_torch_load(path, map_location="meta")), records)
+            table = _tensor_specs(path, _tensors(_torch_load(path, map_location="meta")), records)
             if table is not None:
                 return table
             tensors = _tensors(_torch_load(path, map_location="cpu", mmap=True))
         elif tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-            # the old format could run code in spite of weights_only (CVE-2025-32434)
+            # the legacy format could run code in spite of weights_only (CVE-2025-32434)
             raise CheckpointError(
                 f"{path} is in PyTorch's old format, safe to open from PyTorch 2.6 on; update PyTorch"
             )
@@ -54,14 +54,14 @@ def read_pickle(path: Path) -> Table:
     return {name: TensorSpec(t.dtype, tuple(t.shape), path, loaded=t) for name, t in tensors.items()}
 
 
-def _torch_load(path: Path, **how: Any) -> Any:
+def _torch_load(path: Path, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return torch.load(path, weights_only=True, **how)
+        return torch.load(path, weights_only=True, **options)
 
 
 def _tensors(loaded: object) -> dict[str, Tensor]:
-    """The state dict inside what was pickled."""
+    """Unwrap an unpickled object to its state dict."""
     for _ in range(3):
         if not isinstance(loaded, Mapping):
             break
@@ -73,9 +73,9 @@ def _tensors(loaded: object) -> dict[str, Tensor]:
 
 
 def _zip_records(path: Path) -> dict[int, int]:
-    """Start -> size of every tensor storage that lies uncompressed in the zip.
+    """Map the offset of every tensor storage that is uncompressed in the zip to its size in bytes.
 
-    Empty if they do not lie in the order of their numbers: torch computes places from that order, and would be wrong.
+    Empty if the storages are not in the order of their numbers: torch computes offsets from that order and errs then.
     """
     records, numbers = {}, []
     with zipfile.ZipFile(path) as archive, open(path, "rb") as f:
@@ -90,8 +90,8 @@ def _zip_records(path: Path) -> dict[int, int]:
     return records if numbers == [str(n) for n in range(len(numbers))] else {}
 
 
-def _places(path: Path, tensors: dict[str, Tensor], records: dict[int, int]) -> Table | None:
-    """Where each tensor lies, checked against the zip's own directory; None if torch is too old to say it."""
+def _tensor_specs(path: Path, tensors: dict[str, Tensor], records: dict[int, int]) -> Table | None:
+    """Locate each tensor and check it against the zip's directory; None if torch is too old to give offsets."""
     size = os.path.getsize(path)
     table = {}
     for name, tensor in tensors.items():
@@ -108,9 +108,10 @@ def _places(path: Path, tensors: dict[str, Tensor], records: dict[int, int]) -> 
 
 
 def _refusal(path: Path, error: Exception) -> str:
-    """torch's long message as one sentence."""
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if asked:
-        what = f"asks to run code when opened ({asked[1]})"
-        return f"{path} {what} and was refused; use a .safetensors version of these weights"
+    """Shorten torch's message of several lines to one sentence."""
+    if function := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"{path} asks to run code when opened ({function[1]}) and was refused; use a .safetensors version of these "
+            "weights"
+        )
     return f"{path} is not a pickle of plain tensors and was refused; use a .safetensors version of these weights"

@@ -1,8 +1,8 @@
-"""Tensor files as tables: where each tensor lies, read without loading any of them.
+"""Headers of safetensors files: the place of every tensor, without loading any.
 
-The header is parsed here and not by the safetensors library, which hides where in a file a tensor lies, so that none
-could be read straight into its final memory, and which takes 7 s for a hostile header that is refused here in 0.1 s. A
-real one of 1,900 tensors takes both about 10 ms. Pickles are read in pickle_file.py.
+The header is parsed here because the safetensors library does not expose a tensor's place in the file, which is needed
+to read it straight into its final memory, and takes 7 s for a hostile header that this parser refuses in 0.1 s. For a
+real header of 1,900 tensors both take about 10 ms. Pickles are read in pickle_file.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from .pickle_file import read_pickle
 from .tensor_spec import Table, TensorSpec
 
 MAX_HEADER, MAX_TENSORS = 1 << 23, 100_000
-"""Longest header accepted, in bytes, and most tensors: fifty times those of the released network, few enough that
-parsing what a stranger wrote takes less than 2 s and 500 MB. The format itself allows 100 MB."""
+"""Limits of a header in bytes and in tensors: fifty times the released network's, so that a hostile header takes less
+than 2 s and 500 MB to parse. The format itself allows 100 MB."""
 
 MAX_DIMENSIONS = 64
 
-NOTE, MAX_NOTE = "unipic_", 1 << 20
-"""Begin of the names of tensors that hold the bytes of a text, as metadata does; and the longest one in bytes."""
+TEXT_TENSOR, MAX_TEXT = "unipic_", 1 << 20
+"""Prefix of uint8 tensors that hold the bytes of a metadata text, and the longest such text in bytes."""
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -49,7 +49,10 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def read_table(path: Path) -> tuple[Table, dict[str, str]]:
-    """Tensors and metadata of one `.safetensors`, `.sft`, `.bin`, `.pt`, `.pth` or `.ckpt` file, or CheckpointError."""
+    """Read the tensor table and metadata of one `.safetensors`, `.sft`, `.bin`, `.pt`, `.pth` or `.ckpt` file.
+
+    Raises CheckpointError.
+    """
     _check_file(path)
     if path.suffix in (".safetensors", ".sft"):
         return read_safetensors(path)
@@ -59,11 +62,11 @@ def read_table(path: Path) -> tuple[Table, dict[str, str]]:
 
 
 def _check_file(path: Path) -> None:
-    """Everything that ends in the name of a weight file and is none, with what to do about it."""
+    """Raise CheckpointError for a path that is absent, a folder, empty, a Git LFS pointer or a web page."""
     if not path.exists():
-        raise CheckpointError(f"there is no file {path}")
+        raise CheckpointError(f"there is no file {path}; check the path")
     if not path.is_file():
-        raise CheckpointError(f"{path} is not a file")
+        raise CheckpointError(f"{path} is not a file; name a weight file")
     try:
         with open(path, "rb") as f:
             start = f.read(64)
@@ -80,7 +83,7 @@ def _check_file(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
-    """Table and metadata of a safetensors file; every number in the header is checked against the file's size."""
+    """Read the table and metadata of a safetensors file; checks every number of the header against the file's size."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         prefix = f.read(8)
@@ -88,7 +91,7 @@ def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
         if MAX_HEADER < length <= size - 8:
             raise CheckpointError(
                 f"the header of {path} has {length:,} bytes, expected at most {MAX_HEADER:,}; the file is not "
-                "trustworthy, and is not read"
+                "trustworthy and was not read"
             )
         if not 2 <= length <= size - 8:
             raise CheckpointError(
@@ -98,50 +101,50 @@ def read_safetensors(path: Path) -> tuple[Table, dict[str, str]]:
         text = f.read(length)
     if (count := text.count(b'"data_offsets"')) > MAX_TENSORS:  # counted before anything is parsed
         raise CheckpointError(
-            f"{path} describes {count:,} tensors, expected at most {MAX_TENSORS:,}; the file is not trustworthy, "
-            "and is not read"
+            f"{path} describes {count:,} tensors, expected at most {MAX_TENSORS:,}; the file is not trustworthy and "
+            "was not read"
         )
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: its header is not JSON; fetch it again") from error
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not a table of tensors")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object; fetch it again")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"the metadata of {path} is not a table of strings; the file is damaged")
+        raise CheckpointError(f"the metadata of {path} is not a table of strings; fetch the file again")
     table, ends = {}, {}
     for name, entry in header.items():
         table[name], ends[name] = _entry(path, name, entry, 8 + length, size)
     _check_layout(path, table, ends, 8 + length, size)
-    return table, {**_take_notes(path, table), **metadata}
+    return table, {**_extract_texts(path, table), **metadata}
 
 
-def _take_notes(path: Path, table: Table) -> dict[str, str]:
-    """Removes texts that a program stored as tensors, since it could not write metadata, and returns them by name."""
-    notes = {}
-    for stored in [name for name in table if name.rpartition(".")[2].startswith(NOTE)]:
+def _extract_texts(path: Path, table: Table) -> dict[str, str]:
+    """Remove and return the metadata texts that ComfyUI's save nodes, which write tensors only, stored as tensors."""
+    texts = {}
+    for stored in [name for name in table if name.rpartition(".")[2].startswith(TEXT_TENSOR)]:
         spec = table[stored]
-        if spec.dtype == torch.uint8 and len(spec.shape) == 1 and spec.nbytes <= MAX_NOTE:
+        if spec.dtype == torch.uint8 and len(spec.shape) == 1 and spec.nbytes <= MAX_TEXT:
             try:
-                notes[stored.rpartition(".")[2]] = bytes(spec.read().tolist()).decode()
+                texts[stored.rpartition(".")[2]] = bytes(spec.read().tolist()).decode()
             except UnicodeDecodeError as error:
                 raise CheckpointError(f"{path} is damaged: {stored!r} is not text; fetch it again") from error
             del table[stored]
-    return notes
+    return texts
 
 
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> tuple[TensorSpec, int]:
-    """One tensor of a header, and the byte behind it."""
+    """Parse one tensor of a header to (its spec, the offset of the byte behind it)."""
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        good = isinstance(dtype, str) and len(shape) <= MAX_DIMENSIONS
-        good = good and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end))
+        valid = isinstance(dtype, str) and len(shape) <= MAX_DIMENSIONS
+        valid = valid and all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
-        good = False
-    if not good:
+        valid = False
+    if not valid:
         raise CheckpointError(
-            f"the header of {path} describes tensor {name!r} wrongly; the file is damaged, fetch it again"
+            f"the header of {path} does not give type, shape and place of tensor {name!r}; fetch the file again"
         )
     if dtype not in _DTYPES:
         raise CheckpointError(f"{path} stores {name!r} as {dtype!r}, which is not supported; convert it to BF16 first")
@@ -155,11 +158,13 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> tuple[Ten
 
 
 def _check_layout(path: Path, table: Table, ends: dict[str, int], data: int, size: int) -> None:
-    """Tensors follow each other without holes or overlaps, up to the end of the file."""
+    """Check that the tensors follow each other without gaps or overlaps up to the end of the file."""
     at = data
     for name in sorted(table, key=lambda n: (table[n].offset, ends[n])):
         if table[name].offset != at:
-            raise CheckpointError(f"{path} is damaged: tensor {name!r} does not start where the one before it ends")
+            raise CheckpointError(
+                f"{path} is damaged: tensor {name!r} does not start where the one before it ends; fetch it again"
+            )
         at = ends[name]
     if at != size:
         raise CheckpointError(
@@ -170,7 +175,7 @@ def _check_layout(path: Path, table: Table, ends: dict[str, int], data: int, siz
 def safetensors_header(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
-    """(first bytes of the file, where each tensor starts in it, size of the whole file).
+    """Lay out a file of these tensors: (its first bytes, name -> offset of the tensor, size of the file in bytes).
 
     The widest types come first, so that every tensor is aligned for its type.
     """

@@ -1,4 +1,4 @@
-"""Where a stored tensor lies, and how it is read from there."""
+"""Place of a stored tensor in its file, and reading it from there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...errors import CheckpointError
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One stored tensor: its type and shape, and where its bytes are.
+    """One stored tensor: dtype, shape, and the place of its bytes.
 
     offset: first byte of the tensor's storage in `file`. first: index of its first element in that storage; stride: in
-    elements, None = contiguous. loaded: the tensor itself, for the old pickles that cannot be read piecewise.
+    elements, None = contiguous. loaded: the tensor itself, for old pickles, which cannot be read tensor by tensor.
     """
 
     dtype: torch.dtype
@@ -35,7 +35,7 @@ class TensorSpec:
 
     @property
     def extent(self) -> int:
-        """Elements from the first to the last that the tensor touches."""
+        """Number of elements from the first to the last that the tensor touches in its storage."""
         if not prod(self.shape):
             return 0
         if self.stride is None:
@@ -43,7 +43,7 @@ class TensorSpec:
         return 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
 
     def read(self) -> Tensor:
-        """The tensor in memory of its own. CheckpointError if the file has become shorter."""
+        """Read the tensor to newly allocated memory. Raises CheckpointError if the file has become shorter."""
         if self.loaded is not None:
             return self.loaded.clone()
         size = self.extent * self.dtype.itemsize
@@ -51,17 +51,17 @@ class TensorSpec:
         try:
             with open(self.file, "rb") as f:
                 f.seek(self.offset + self.first * self.dtype.itemsize)
-                got = f.readinto(buffer.numpy().data)
+                count = f.readinto(buffer.numpy().data)
         except OSError as error:
             raise CheckpointError(f"cannot read {self.file}: {error.strerror or error}") from error
-        if got != size:
+        if count != size:
             raise CheckpointError(
-                f"{self.file} ends {size - got} bytes too early: it changed or is damaged; fetch it again"
+                f"{self.file} ends {size - count} bytes too early: it changed or is damaged; fetch it again"
             )
         return self._shaped(buffer.view(self.dtype))
 
     def mapped(self, area: mmap.mmap) -> Tensor:
-        """The tensor as a view of its mapped file: no memory until touched; writing to it does not reach the file."""
+        """Return the tensor as a view of its mapped file: no memory until touched; writes do not reach the file."""
         start = self.offset + self.first * self.dtype.itemsize
         if self.loaded is not None or not self.extent or start % self.dtype.itemsize:
             return self.read()

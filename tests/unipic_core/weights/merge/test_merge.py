@@ -24,8 +24,8 @@ from unipic_core.weights.transformer import load_transformer, read_config
 
 CAUSAL = Recipe(attention_form="prefix_causal")
 CAUTION = (
-    "its attention is prefix_causal, which only unipic and the node Load UniPic compute; "
-    "other programs read it as full and make wrong pictures without an error"
+    "its attention form is prefix_causal, which only unipic and the node Load UniPic compute; "
+    "other programs compute full attention and give wrong pictures without an error"
 )
 
 
@@ -161,7 +161,7 @@ def test_the_recipe_and_how_it_was_made(tmp_path: Path, out: Path, lora: Path) -
 
 def test_keys_that_are_not_known_are_named(tmp_path: Path, lora: Path) -> None:
     save_file({**load_file(lora), "strange": torch.zeros(1)}, lora)
-    with pytest.warns(UserWarning, match=r"student\.safetensors: 1 keys not known here \(strange\)"):
+    with pytest.warns(UserWarning, match=r"student\.safetensors: 1 keys match no layer of the network \(strange\)"):
         merge(TINY, tmp_path / "o.safetensors", [(lora, 1.0)])
 
 
@@ -200,10 +200,10 @@ def test_the_command(out: Path, lora: Path, capsys: pytest.CaptureFixture[str]) 
     assert "float8_e4m3fn" in told
     assert "steps 4, guidance 1.0, sampler consistency" in told
     for arguments, message in (
-        (command, f"unipic: {target} is there already; choose another name, or overwrite it with --overwrite"),
+        (command, f"unipic: {target} already exists; choose another name, or overwrite it with --overwrite"),
         (["merge", str(TINY), str(out / "a"), "--lora", str(out / "no.safetensors")], "there is no file"),
         (["merge", str(out / "no"), str(out / "a"), "--lora", str(lora)], "no file or folder"),
-        (["merge", str(TINY / "vae"), str(out / "a"), "--lora", str(lora)], "AutoencoderKLQwenImage, expected"),
+        (["merge", str(TINY / "vae"), str(out / "a"), "--lora", str(lora)], "got one of a AutoencoderKLQwenImage"),
         (["merge", str(TINY), str(out / "a"), "--lora", str(SOURCE)], "holds no LoRA layer"),
     ):
         assert main(arguments) == 2

@@ -23,7 +23,7 @@ from unipic_core.weights.merge import merge
     [
         ("o.bin", {}, "should end in .safetensors or be a folder's name, got o.bin"),
         ("o.safetensors", {"dtype": "int4"}, "dtype should be one of bf16, fp8_scaled, fp32, got 'int4'"),
-        ("model", {"dtype": "fp8_scaled"}, "diffusers does not read fp8_scaled"),
+        ("model", {"dtype": "fp8_scaled"}, "which diffusers does not read"),
         ("absent/o.safetensors", {}, "there is no folder"),
         ("absent/model", {}, "there is no folder"),
     ],
@@ -47,8 +47,8 @@ def test_loras_that_do_not_fit_or_are_damaged(dst: str, tmp_path: Path, out: Pat
     bad = tmp_path / "bad.safetensors"
     zeros = (torch.zeros(2, 8), torch.zeros(8, 2))
     for layers, message in (
-        ({"double_blocks.0.img_attn.qkv": zeros}, "made for another architecture"),
-        ({"img_in": zeros}, "made for a model of other sizes"),
+        ({"double_blocks.0.img_attn.qkv": zeros}, "choose a LoRA for Qwen-Image-Edit"),
+        ({"img_in": zeros}, "choose a LoRA for a model of these sizes"),
         ({"img_in": (torch.full((2, 16), float("nan")), torch.ones(64, 2))}, "img_in.weight holds NaN or infinity"),
     ):
         save_lora(bad, layers)
@@ -65,7 +65,7 @@ def test_what_is_there_stays_unless_overwriting_is_asked_for(out: Path, lora: Pa
         merge(TINY, out / name, [(lora, 1.0)])
     before = files(out)
     for name in ("o.safetensors", "model"):
-        with pytest.raises(CheckpointError, match="is there already; choose another name"):
+        with pytest.raises(CheckpointError, match="already exists; choose another name"):
             merge(TINY, out / name, [(lora, 2.0)])
     assert files(out) == before
     for name in ("o.safetensors", "model"):

@@ -147,7 +147,7 @@ def test_a_kill_between_the_two_renames_is_undone_by_the_next_run(out: Path, lor
         os._exit(1)
     assert os.waitpid(pid, 0)[1] == 0
     assert not (out / "model").exists()
-    with pytest.raises(CheckpointError, match="is there already"):
+    with pytest.raises(CheckpointError, match="already exists"):
         require_new(out / "model", overwrite=False)
     assert {n: b for n, b in files(out).items() if n.startswith("model")} == held
     write_json(out / "a.json", {})
