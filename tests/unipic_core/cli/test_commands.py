@@ -395,5 +395,5 @@ def test_convert(golden: Path, tmp_path: Path, capsys: Any) -> None:
     assert target.stat().st_size > 2 * size
     capsys.readouterr()
     message = fails(["convert", str(golden / "tiny" / "vae"), str(target), "--overwrite"], capsys)
-    assert "AutoencoderKLQwenImage, expected a QwenImageTransformer2DModel" in message
+    assert "expected the config of a QwenImageTransformer2DModel, got one of a AutoencoderKLQwenImage" in message
     assert target.exists()

@@ -265,6 +265,8 @@ def test_the_nanos_saved_file_loads_again(small, tmp_path, monkeypatch):
 
 
 def test_a_vae_that_a_file_cannot_describe(tiny, tmp_path, monkeypatch):
-    with pytest.raises(CheckpointError, match="statistics of its own, which one file does not hold; keep the model"):
+    with pytest.raises(
+        CheckpointError, match="statistics differ from the release.s and one file cannot store them; use the model"
+    ):
         saved(tiny, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
