@@ -1,4 +1,4 @@
-"""The ComfyUI nodes: schemas and a few lines each, and the adapters between ComfyUI's types and the core's."""
+"""The ComfyUI nodes, one file each, and in host/ the adapters between ComfyUI's types and the core's."""
 
 CATEGORY = "UniPic"
-"""Where ComfyUI's menus list the nodes."""
+"""Category of the nodes in ComfyUI's menus."""

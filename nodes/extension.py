@@ -1,4 +1,4 @@
-"""The list of nodes that the pack gives to ComfyUI."""
+"""The pack's list of nodes for ComfyUI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoadUniPic: a model on disk -> MODEL, CLIP and VAE of ComfyUI's own kinds."""
+"""LoadUniPic: MODEL, CLIP and VAE of ComfyUI's own kinds from a model on disk."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class LoadUniPic(io.ComfyNode):
                     "model",
                     options=list(sources.models()),
                     default=sources.DEFAULT_MODEL,
-                    tooltip="The bundled nano works with nothing downloaded. Released folders go into models/unipic or "
-                    "models/diffusers, single transformer files into models/diffusion_models.",
+                    tooltip="The model. unipic-nano comes with the pack and runs on a CPU. Put released folders into "
+                    "models/unipic or models/diffusers, single transformer files into models/diffusion_models.",
                 ),
                 _part_input("text_encoder", sources.TEXT_ENCODER),
                 _part_input("vae", sources.VAE),
@@ -51,20 +51,20 @@ class LoadUniPic(io.ComfyNode):
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="as stored",
-                    tooltip="How the network's weights are kept in memory. fp8 takes half the memory of bf16 and is a "
-                    "little less exact; a file that is fp8 already then stays as it is.",
+                    tooltip="Type of the network's weights in memory. as stored = as in the file; fp8 = half the "
+                    "memory of bf16, a little less exact.",
                 ),
             ],
             outputs=[
-                io.Model.Output(tooltip="The network. It carries its recipe: Few-Step Sampler reads it."),
-                io.Clip.Output(tooltip="The text encoder, which also sees the reference pictures."),
-                io.Vae.Output(tooltip="Between pictures and latents."),
+                io.Model.Output(tooltip="The diffusion model, with its recipe: steps, guidance and sampler."),
+                io.Clip.Output(tooltip="The text encoder, which also sees the pictures."),
+                io.Vae.Output(tooltip="Encodes pictures to latents and decodes latents to pictures."),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, model: str, text_encoder: str, vae: str) -> bool:
-        """Names that are not in the lists are left to `execute`, which says what is missing and where it goes."""
+        """Accept names that are not in the lists: `execute` names the missing file and its folder."""
         return True
 
     @classmethod
@@ -86,30 +86,33 @@ class LoadUniPic(io.ComfyNode):
 
 
 def without_recipe(source: Path) -> str:
-    """What happens to weights that say nothing of their use, and what to do if that is wrong."""
+    """Warning for weights without a recipe: the settings that they run with, and how to change them."""
     return (
-        f"{source.name} brings no recipe and its name says nothing, so it runs with {resolve(Recipe())}; if "
-        "it is a few-step model, keep the repository's name in its own, such as Unipic3-DMD, or set steps, cfg and "
-        "sampler in Few-Step Sampler"
+        f"{source.name} has no recipe, so it runs with {resolve(Recipe())}; if it is a few-step model, keep the "
+        "repository's name, such as Unipic3-DMD, in the folder's or file's name, or set steps, cfg and sampler in "
+        "Few-Step Sampler"
     )
 
 
 def _part_input(name: str, kind: sources.FileKind) -> io.Combo.Input:
-    tooltip = f"auto: the model folder's own, else the {kind.prefix} file in models/{kind.folder}."
+    tooltip = f"auto = the one in the model's folder, else the {kind.prefix} file in models/{kind.folder}."
     return io.Combo.Input(name, options=sources.choices(kind), default=sources.AUTO, tooltip=tooltip)
 
 
 def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
-    """From a pipeline folder, or a file of Qwen2.5-VL as ComfyUI has it. width: what the network takes. UniPicError."""
+    """The CLIP of a pipeline folder, or of a Qwen2.5-VL file for ComfyUI. width: the text width that the network takes.
+
+    Raises UniPicError.
+    """
     if path.is_dir():
         from .host.text.encoder import load_clip as from_folder
 
         return from_folder(path)
     shapes = checked_shapes(path, "a text encoder", sources.TEXT_ENCODER)
-    found = next((shape[1] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), width)
-    if found != width:
+    got = next((shape[1] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), width)
+    if got != width:
         raise UniPicError(
-            f"this model takes text of width {width}, and {path.name} gives {found}; they belong to different models: "
+            f"this model expects text of width {width}, got {got} from {path.name}, which belongs to another model; "
             "choose auto, or another text encoder"
         )
     embeddings = folder_paths.get_folder_paths("embeddings")
@@ -118,11 +121,11 @@ def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
 
 
 def load_vae(path: Path) -> comfy.sd.VAE:
-    """From a pipeline folder's vae/, or a file: in two dimensions where it is the Qwen-Image VAE. UniPicError."""
+    """The VAE of a pipeline folder's vae/, or of a file: in two dimensions if it is the Qwen-Image VAE. UniPicError."""
     if path.is_dir() or config_of_file(checked_shapes(path, "a VAE", sources.VAE)) is not None:
-        from .host.pictures.vae import load_vae as for_pictures
+        from .host.pictures.vae import load_vae as load_image_vae
 
-        return for_pictures(path)
+        return load_image_vae(path)
     with readable(path, sources.VAE):
         tensors, metadata = comfy.utils.load_torch_file(str(path), return_metadata=True)
         vae = comfy.sd.VAE(sd=tensors, metadata=metadata)
@@ -132,30 +135,30 @@ def load_vae(path: Path) -> comfy.sd.VAE:
 
 
 def check_vae(vae: VAE, latents: PictureLatents, path: Path) -> None:
-    """UniPicError if the VAE makes latents of another kind than the network's."""
+    """UniPicError unless the VAE's latents have the network's number of channels."""
     if vae.latent_channels != latents.latent_channels:
         raise UniPicError(
-            f"this model works on latents of {latents.latent_channels} channels, and the VAE {path.name} makes "
-            f"{vae.latent_channels}; they belong to different models: choose auto, or another VAE"
+            f"this model expects latents of {latents.latent_channels} channels, got {vae.latent_channels} from the VAE "
+            f"{path.name}, which belongs to another model; choose auto, or another VAE"
         )
 
 
 def checked_shapes(path: Path, expected: str, kind: sources.FileKind) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's tensors, without loading them. UniPicError if it is damaged, hostile or something else."""
+    """Shapes of a file's tensors, without loading them. UniPicError if it is damaged or another kind of weights."""
     shapes = {name: spec.shape for name, spec in read_table(path)[0].items()}
     looks = looks_like(shapes)
     if looks not in (expected, "unknown weights"):
-        raise UniPicError(f"{path.name} is not {expected}, it looks like {looks}; use {kind.get}")
+        raise UniPicError(f"expected {expected}, got {path.name}, which looks like {looks}; use {kind.get}")
     return shapes
 
 
 @contextmanager
 def readable(path: Path, kind: sources.FileKind) -> Iterator[None]:
-    """ComfyUI's loaders fail in many ways on a file that they do not know; say it in one."""
+    """Context that turns any error of ComfyUI's loaders into one UniPicError; out of memory passes."""
     try:
         yield
     except Exception as error:
         if management.is_oom(error):
             raise
         detail = " ".join(str(error).split())[:200]
-        raise UniPicError(f"ComfyUI cannot use {path.name} as {kind.what} ({detail}); use {kind.get}") from error
+        raise UniPicError(f"ComfyUI cannot use {path.name} as {kind.label} ({detail}); use {kind.get}") from error

@@ -1,4 +1,4 @@
-"""DistillLoRA: a LoRA in any trainer's naming, added to a MODEL together with its recipe."""
+"""DistillLoRA: a LoRA with any trainer's key names, added to a MODEL together with its recipe."""
 
 from __future__ import annotations
 
@@ -23,43 +23,41 @@ from ..unipic_core.weights.lora_layers import LoRALayer
 from ..unipic_core.weights.recipe import METADATA_KEY, Recipe
 from . import CATEGORY
 from .host.messages import tell
-from .host.model.kv_cache import FORM
+from .host.model.kv_cache import ATTENTION_FORM
 from .host.model.loading import round_times
 from .host.model.model import UniPicModel
-from .host.model.saving import save_with_facts
+from .host.model.saving import save_with_recipe
 from .host.recipe_attachment import Facts, attach, facts_of
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."
-"""What ComfyUI puts before the network's own parameter names."""
+"""ComfyUI's prefix of the network's parameter names."""
 
 _FACTORS = {"down": "lora_down.weight", "up": "lora_up.weight"}
 
 
 def bundled_loras() -> dict[str, Path]:
-    """Name in the list -> file."""
+    """Bundled LoRAs: name in the list -> file."""
     files = sorted(MODELS.glob("*/loras/*.safetensors"))
     return {f"{BUNDLED}{file.parent.parent.name}/{file.name}": file for file in files}
 
 
 def lora_path(name: str) -> Path:
-    """The file behind a name in the list: a bundled one, or one in a `loras` folder of ComfyUI's."""
+    """File of a name in the list: a bundled one, or one in ComfyUI's `loras` folders. Raises LoRAError."""
     if name.startswith(BUNDLED):
         bundled = bundled_loras()
         if name not in bundled:
-            raise LoRAError(
-                f"the pack holds no LoRA {name.removeprefix(BUNDLED)!r}; choose another, or update the pack"
-            )
+            raise LoRAError(f"the pack has no LoRA {name.removeprefix(BUNDLED)!r}; choose another, or update the pack")
         return bundled[name]
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
 def read_lora(path: Path) -> LoRA:
-    """A LoRA file through ComfyUI's reader, which runs no code from it. Raises LoRAError for one that is damaged."""
+    """Read a LoRA file by ComfyUI's reader, which runs no code from it. Raises LoRAError for a damaged one."""
     try:
         tensors, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
         tensors = {str(key): value for key, value in tensors.items() if isinstance(value, Tensor)}
-    except Exception as error:  # it passes on whatever safetensors, pickle, zipfile and torch raise
+    except Exception as error:  # of safetensors, pickle, zipfile or torch
         reason = one_line(error)
         raise LoRAError(f"{path.name} cannot be read as a LoRA ({reason}); it is damaged: download it again") from error
     metadata = metadata or {}
@@ -71,17 +69,17 @@ def read_lora(path: Path) -> LoRA:
 
 
 def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, MergeReport]:
-    """A clone of the MODEL with the LoRA as ComfyUI's weight patches, and its recipe over the model's.
+    """A clone of the MODEL with the LoRA as ComfyUI's weight patches, and its recipe overriding the model's.
 
-    Raises LoRAError if nothing matches or a layer has another shape, and UniPicError if the recipe wants something that
-    this version does not have.
+    Raises LoRAError if no layer matches or one has another shape, and UniPicError if the recipe names a sampler or a
+    schedule that this version does not have.
     """
     parameters = model.model.diffusion_model.named_parameters()
     fitted = lora.fit({name: tuple(parameter.shape) for name, parameter in parameters})
     facts = facts_of(model).with_recipe(lora.recipe)
     resolve(facts.recipe)
     clone = model.clone()
-    rounds: list[dict[str, Any]] = []  # several layers may change one parameter; a dictionary holds one each
+    rounds: list[dict[str, Any]] = []  # a dictionary holds one patch a parameter; several layers may share one
     for parameter, layers in fitted.table.items():
         rounds += [{} for _ in range(len(layers) - len(rounds))]
         for patches, (layer, is_bias) in zip(rounds, layers, strict=False):
@@ -89,23 +87,23 @@ def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, Mer
     for patches in rounds:
         clone.add_patches(patches, strength)
     if facts.recipe.causal_attention_form:
-        switch_form(clone, lora.name, facts.recipe.causal_attention_form)
+        switch_attention_form(clone, lora.name, facts.recipe.causal_attention_form)
     attach(clone, facts)
     if isinstance(model.model, UniPicModel):
         round_times(clone)
-    else:  # ours save their facts already
-        save_with_facts(clone)
+    else:  # a UniPicModel's patcher saves its recipe already
+        save_with_recipe(clone)
     return clone, fitted.report
 
 
-def switch_form(model: ModelPatcher, name: str, form: str) -> None:
-    """Let a MODEL attend in another form, as a LoRA was trained. LoRAError for a network that cannot."""
+def switch_attention_form(model: ModelPatcher, name: str, form: str) -> None:
+    """Set a MODEL's attention form to the one that a LoRA was trained for. LoRAError for a network without it."""
     if not isinstance(model.model, UniPicModel):
         raise LoRAError(
-            f"{name} was trained for attention of the form {form}, which ComfyUI's own Qwen-Image network does not "
-            "have; load the model with Load UniPic"
+            f"{name} was trained for the attention form {form}, which ComfyUI's own Qwen-Image network does not have; "
+            "load the model with Load UniPic"
         )
-    model.model_options.setdefault("transformer_options", {})[FORM] = form
+    model.model_options.setdefault("transformer_options", {})[ATTENTION_FORM] = form
 
 
 def _bias_patch(layer: LoRALayer) -> Any:
@@ -113,7 +111,7 @@ def _bias_patch(layer: LoRALayer) -> Any:
 
 
 def _weight_patch(layer: LoRALayer) -> Any:
-    """The layer as ComfyUI's own reader makes it from its own key names."""
+    """The layer as a patch of ComfyUI's reader, which gets ComfyUI's key names."""
     tensors = {f"layer.{_FACTORS.get(part, part)}": tensor for part, tensor in layer.parts.items() if part != "diff_b"}
     if layer.alpha is not None and layer.rank:
         tensors["layer.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float64)  # it divides by the rank
@@ -127,14 +125,13 @@ class DistillLoRA(io.ComfyNode):
             node_id="DistillLoRA",
             display_name="Distill LoRA (UniPic)",
             category=CATEGORY,
-            description="Adds a LoRA to the model and hands its recipe (steps, guidance, sampler, attention form) on "
-            "to Few-Step Sampler. Reads the namings of all common trainers, and says how many layers matched.",
+            description="Adds a LoRA to the model, together with its recipe: steps, guidance, sampler and attention "
+            "form. Reads the key names of all common trainers and shows how many layers matched.",
             search_aliases=["lora", "load lora", "unipic lora", "few step lora", "dmd", "consistency"],
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="From Load UniPic. Any Qwen-Image-Edit model works, but a LoRA of a causal form needs Load "
-                    "UniPic.",
+                    tooltip="From Load UniPic. Any other Qwen-Image-Edit model works too, except with a causal LoRA.",
                 ),
                 io.Combo.Input(
                     "lora",
@@ -147,7 +144,7 @@ class DistillLoRA(io.ComfyNode):
                     min=-100.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="How much of the LoRA is added: 1 = as it was trained, 0 = the model as it is.",
+                    tooltip="Strength of the LoRA. 1 = as trained, 0 = the model without it.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the LoRA and its recipe.")],
@@ -156,7 +153,7 @@ class DistillLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str | None, **_: object) -> Any:
-        """Run again when the file was replaced; a name that comes through a wire is not known yet."""
+        """Time and size of the file, so that a replaced one is read again; None for a name from a wire."""
         if lora is None:
             return None
         state = os.stat(lora_path(lora))
@@ -165,7 +162,7 @@ class DistillLoRA(io.ComfyNode):
     @classmethod
     def execute(cls, model: ModelPatcher, lora: str, strength: float) -> io.NodeOutput:
         if strength == 0:
-            text = "strength 0: the model is as it was"
+            text = "strength 0: the LoRA is not used"
             tell(cls, text)
             return io.NodeOutput(model, ui=ui.PreviewText(text))
         file = read_lora(lora_path(lora))
@@ -176,10 +173,13 @@ class DistillLoRA(io.ComfyNode):
 
 
 def summary(lora: LoRA, report: MergeReport, facts: Facts) -> str:
-    """How many layers matched, which did not, and what Few-Step Sampler will do. facts: of the model with the LoRA."""
+    """The line on the node: number of matched layers, the others, and the settings of a run with the LoRA.
+
+    facts: of the model with the LoRA.
+    """
     total = report.matched + len(report.unmatched)
     text = f"{report.matched} of {total} layers of {lora.name} matched"
     if report.unmatched:
-        text += f"; not known to this model: {', '.join(report.unmatched[:3])}" + ", ..." * (len(report.unmatched) > 3)
-    whose = "its recipe" if lora.recipe else "it brings no recipe, so as before"
-    return f"{text}; {whose}: {resolve(facts.recipe)}"
+        text += f"; not in this model: {', '.join(report.unmatched[:3])}" + ", ..." * (len(report.unmatched) > 3)
+    origin = "the LoRA's recipe" if lora.recipe else "the LoRA has no recipe, so the model's"
+    return f"{text}; {origin}: {resolve(facts.recipe)}"

@@ -12,7 +12,7 @@ from ..unipic_core.run.plan import Settings, resolve
 from ..unipic_core.weights.recipe import LIMITS, SAMPLERS, Recipe
 from . import CATEGORY
 from .host.messages import tell
-from .host.model.kv_cache import AUTO, CACHES, with_cache
+from .host.model.kv_cache import AUTO, KV_CACHE_MODES, with_kv_cache
 from .host.recipe_attachment import facts_of
 from .host.sampling.model_sampling import with_shift_of
 from .host.sampling.run import prepared, sample
@@ -48,7 +48,7 @@ def denoise_input() -> io.Float.Input:
 def cache_input() -> io.Combo.Input:
     return io.Combo.Input(
         "condition_cache",
-        options=list(CACHES),
+        options=list(KV_CACHE_MODES),
         default=AUTO,
         optional=True,
         tooltip="For weights of a causal attention form: auto = the pictures (and the text) are read once and kept for "
@@ -88,7 +88,7 @@ class FewStepSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         facts = facts_of(model)
         if condition_cache != AUTO:
-            model = with_cache(model, condition_cache)
+            model = with_kv_cache(model, condition_cache)
         settings = resolve(facts.recipe, steps or None, cfg or None, None if sampler == "auto" else sampler)
         settings, shift, note = with_shift_of(model, settings, facts.shift)
         said = ("no recipe: " if facts.recipe == Recipe() else "") + described(settings)

@@ -1,4 +1,4 @@
-"""UniPicSampleImages: the pictures that come with the pack, so that the shipped workflows run as they are."""
+"""UniPicSampleImages: the pictures of the shipped workflows."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from . import CATEGORY
 from .host.pictures.images import to_image
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
-"""The pictures that come with the pack."""
+"""Folder of the pictures."""
 
 
 def example_names() -> list[str]:
-    """Names of the pictures that come with the pack."""
+    """Names of the pictures, in order."""
     return sorted(path.stem for path in FOLDER.glob("*.png"))
 
 
 class UniPicSampleImages(io.ComfyNode):
-    """The inputs of the shipped workflows, so that these run as they are."""
+    """A picture from the pack as IMAGE: Load Image lists ComfyUI's input folder alone."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -29,17 +29,17 @@ class UniPicSampleImages(io.ComfyNode):
             node_id="UniPicSampleImages",
             display_name="Sample Images (UniPic)",
             category=CATEGORY,
-            description="A picture that comes with the pack, to try a workflow with before loading your own.",
+            description="A picture that comes with the pack, to try a workflow before you load your own.",
             search_aliases=["example image", "sample picture", "unipic images"],
             inputs=[
                 io.Combo.Input(
                     "picture",
                     options=example_names(),
                     default="astronaut",
-                    tooltip="Which of the pack's pictures; all are 256x256 pixels on an opaque ground.",
+                    tooltip="One of the pack's pictures, 256x256 pixels without transparency.",
                 )
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="The picture in its own size.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The picture, 256x256 pixels.")],
         )
 
     @classmethod

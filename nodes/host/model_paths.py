@@ -1,6 +1,6 @@
-"""Where weights are found: the bundled models, released folders, and ComfyUI's own folders. Nothing is ever downloaded.
+"""Folders of models: the bundled ones, released folders, and ComfyUI's folders of single files. Nothing is downloaded.
 
-A name from a workflow is only compared with the names found here, so it can never lead out of these folders.
+A name from a workflow is only compared with the names in these folders, so it can never lead out of them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ...unipic_core.weights.transformer import NETWORK_CLASS, class_name
 AUTO = "auto"
 DEFAULT_MODEL = "unipic-nano (bundled)"
 FOLDER_KINDS = ("unipic", "diffusers")
-"""Folders of ComfyUI's models folder, and keys of extra_model_paths.yaml, in which whole released folders lie."""
+"""Subfolders of ComfyUI's models folder, and keys of extra_model_paths.yaml, for whole released folders."""
 
 _DEPTH = 2  # models/unipic/NAME and models/unipic/OWNER/NAME
 
 
 @dataclass(frozen=True)
 class FileKind:
-    """A part that may be a file of its own: ComfyUI's folder for it, the usual names, where to get it."""
+    """A part of a model that may be a separate file: ComfyUI's folder for it, its usual name, where to get it."""
 
-    what: str
+    label: str
     folder: str
     prefix: str
     get: str
@@ -52,75 +52,80 @@ VAE = FileKind(
     "(huggingface.co/Comfy-Org/Qwen-Image_ComfyUI)",
 )
 _GET_MODEL = (
-    "a whole folder such as Skywork/Unipic3-DMD into models/unipic/, or a transformer file (41 GB in bf16, 20 GB in "
-    "fp8) into models/diffusion_models/"
+    "a released folder such as Skywork/Unipic3-DMD into models/unipic/, or a transformer file (41 GB in bf16, 20 GB "
+    "in fp8) into models/diffusion_models/"
 )
 
 
 def register_folders() -> None:
-    """Makes models/unipic known to ComfyUI; extra_model_paths.yaml may name more places under "unipic"."""
+    """Register models/unipic with ComfyUI; extra_model_paths.yaml may add folders under "unipic"."""
     folder_paths.add_model_folder_path("unipic", os.path.join(folder_paths.models_dir, "unipic"))
 
 
 def models() -> dict[str, Path]:
-    """Every model by the name that the node shows: the bundled ones, folders, then single files."""
+    """All models by the name in the node's list: the bundled ones, folders, then single files."""
     register_folders()
-    found = {f"{path.name} (bundled)": path for path in _model_folders(MODELS)}
+    paths = {f"{path.name} (bundled)": path for path in _model_folders(MODELS)}
     for kind in FOLDER_KINDS:
         for root in map(Path, folder_paths.get_folder_paths(kind)):
             for path in _model_folders(root):
-                found.setdefault(f"{kind}/{path.relative_to(root).as_posix()}", path)
-    return found | _files("diffusion_models")
+                paths.setdefault(f"{kind}/{path.relative_to(root).as_posix()}", path)
+    return paths | _files("diffusion_models")
 
 
 def find_model(name: str) -> Path:
-    """The folder or file of a name, or UniPicError that says what there is and where models go."""
-    found = models()
-    if name in found:
-        return found[name]
-    near = get_close_matches(name, found, n=3, cutoff=0.5) or list(found)[:3]
+    """Folder or file of a name in the list. UniPicError names similar models and the folder for new ones."""
+    paths = models()
+    if name in paths:
+        return paths[name]
+    near = get_close_matches(name, paths, n=3, cutoff=0.5) or list(paths)[:3]
     raise UniPicError(
-        f"there is no model {name!r} here; there are {', '.join(near)}{', ...' if len(found) > len(near) else ''}. "
-        f"To use it, put {_GET_MODEL}; then refresh the page"
+        f"there is no model {name!r}; choose one of {', '.join(near)}{', ...' if len(paths) > len(near) else ''}, or "
+        f"put {_GET_MODEL} and press R to refresh the list"
     )
 
 
 def choices(kind: FileKind) -> list[str]:
-    """What the node offers for a part."""
+    """Options of the node's list for a part."""
     return [AUTO, *_files(kind.folder)]
 
 
 def find_part(kind: FileKind, name: str, model: Path) -> Path:
-    """A file, or with "auto" the model's own folder if it holds this part, else the one file that is obvious.
+    """A file; for "auto" the model's folder if it holds this part, else the only file with the usual name.
 
-    UniPicError says what is missing, where it goes and how large it is.
+    UniPicError names the missing file, its size and its folder.
     """
-    if name == AUTO and own_part(model, kind):
+    if name == AUTO and has_part(model, kind):
         return model
     files = _files(kind.folder)
     if name in files:
         return files[name]
     if name != AUTO:
-        raise UniPicError(f"there is no {kind.what} {name!r} in models/{kind.folder}/; put it there, or choose auto")
-    obvious = [file for file in files if Path(file).name.startswith(kind.prefix)]
-    if len(obvious) == 1:
-        return files[obvious[0]]
-    if obvious:
-        raise UniPicError(f"models/{kind.folder}/ holds {', '.join(obvious)}; choose the {kind.what} in the node")
+        raise UniPicError(
+            f"there is no {kind.label} {name!r} in models/{kind.folder}/; put the file there, or choose auto"
+        )
+    usual = [file for file in files if Path(file).name.startswith(kind.prefix)]
+    if len(usual) == 1:
+        return files[usual[0]]
+    if usual:
+        raise UniPicError(
+            f"auto found more than one {kind.label} in models/{kind.folder}/: {', '.join(usual)}; choose one in Load "
+            "UniPic"
+        )
     raise UniPicError(
-        f"{model.name} needs a {kind.what} and none is here: put {kind.get}, into models/{kind.folder}/, "
-        "or choose another file in the node"
+        f"{model.name} comes without a {kind.label}, and models/{kind.folder}/ has none; put {kind.get}, into "
+        f"models/{kind.folder}/, or choose another file in Load UniPic"
     )
 
 
-def own_part(model: Path, kind: FileKind) -> bool:
-    """Whether a pipeline folder brings this part itself."""
+def has_part(model: Path, kind: FileKind) -> bool:
+    """Whether a pipeline folder holds weights of this part."""
     folder = model / ("vae" if kind is VAE else "text_encoder")
     return folder.is_dir() and find_weight_file(folder) is not None
 
 
 def _model_folders(root: Path) -> Iterator[Path]:
-    """Folders under root that hold this network, at most `_DEPTH` deep, in the order of their names."""
+    """Folders under root that hold this network, at most `_DEPTH` deep, by name."""
     level = [root]
     for _ in range(_DEPTH):
         below = [p for folder in level for p in _subfolders(folder)]
@@ -131,16 +136,16 @@ def _model_folders(root: Path) -> Iterator[Path]:
 def _subfolders(folder: Path) -> list[Path]:
     try:
         return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    except OSError:  # not there, or not ours to read
+    except OSError:  # absent, or not readable
         return []
 
 
 def _holds_network(folder: Path) -> bool:
-    """Whether there is a transformer/ or ema_transformer/, and its config, if any, does not name another network."""
+    """Whether there is a transformer/ or ema_transformer/ whose config, if any, does not name another network."""
     parts = [folder / name for name in TRANSFORMER_FOLDERS if (folder / name).is_dir()]
     return any(class_name(part / "config.json") in (None, NETWORK_CLASS) for part in parts)
 
 
 def _files(folder: str) -> dict[str, Path]:
-    found = {name: folder_paths.get_full_path(folder, name) for name in folder_paths.get_filename_list(folder)}
-    return {name: Path(path) for name, path in found.items() if path is not None}
+    paths = {name: folder_paths.get_full_path(folder, name) for name in folder_paths.get_filename_list(folder)}
+    return {name: Path(path) for name, path in paths.items() if path is not None}

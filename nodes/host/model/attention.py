@@ -1,4 +1,4 @@
-"""Attention as ComfyUI computes it: its function, its patches, its forms of rotations and masks."""
+"""Attention by ComfyUI's function, with its patches, rotation matrices and attention biases."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class HookedState(JointState):
-    """Attention by ComfyUI's function, and the patches before it.
+    """Attention context of one segment, computed by ComfyUI's function after its "attn1_patch" patches.
 
-    rope: [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1, keys] or None; attention: of ComfyUI's signature; words: L;
-    past: [B or 1, H, N, D] each.
+    rope: rotation matrices [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1, keys] or None; attention: with ComfyUI's
+    signature; words: L; past: keys and values [B or 1, H, N, D].
     """
 
     rope: Any
@@ -35,7 +35,7 @@ class HookedState(JointState):
         return k, v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> tuple[Tensor, KeyValue | None]:
-        """As `JointState.attend`; patches see q and k before they are rotated, as in ComfyUI's own network."""
+        """As `JointState.attend`. Patches get q and k before rotation, as in ComfyUI's own network."""
         q, k, v = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
         rope, mask = self.rope, self.mask
         extra = {**self.options, "img_slice": [self.words, q.shape[2]]}
@@ -44,20 +44,20 @@ class HookedState(JointState):
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
             rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
         q = apply_rope1(q, rope[:, :, start : start + q.shape[2]])
-        own = apply_rope1(k, rope[:, :, : k.shape[2]]), v
-        k, v = joined(self.past, own, dim=2)
+        segment = apply_rope1(k, rope[:, :, : k.shape[2]]), v
+        k, v = joined(self.past, segment, dim=2)
         out = self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
-        return out, own if self.keeps else None
+        return out, segment if self.keeps else None
 
 
 def rotation_matrices(ids: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:
-    """Positions [B, N, 3] -> [B, 1, N, D / 2, 2, 2] float32, the form that ComfyUI's patches and kernels know."""
+    """Positions [B, N, 3] -> [B, 1, N, D / 2, 2, 2] float32, the layout of ComfyUI's patches and kernels."""
     cos, sin = rotation(ids.float(), axes_dims)
     return torch.stack([cos, -sin, sin, cos], dim=-1).unflatten(-1, (2, 2)).transpose(1, 2).contiguous()
 
 
 def text_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Text mask [B, L], true or whole numbers (0 = padding) or a bias already -> bias that adds to the scores."""
+    """Attention bias [B, L] from a text mask (bool or integers, 0 = padding); a floating mask is a bias already."""
     if mask is None:
         return None
     bias = mask.to(dtype)
@@ -66,5 +66,5 @@ def text_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def attention_on(device: torch.device) -> Any:
     """ComfyUI's attention function for a device."""
-    # ComfyUI's choice on a CPU is made for little memory, and PyTorch's own needs less and is faster
+    # ComfyUI's own choice for a CPU is meant to save memory; PyTorch's attention takes less, and is faster
     return attention_pytorch if device.type == "cpu" else optimized_attention_masked

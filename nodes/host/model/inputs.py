@@ -1,52 +1,115 @@
-"""What ComfyUI gives its network, as the core's sequence: checked, filled up to whole tokens, packed and numbered."""
+"""Inputs of the network: ComfyUI's latents and text, checked, packed and numbered as the core's sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from comfy.ldm.common_dit import pad_to_patch_size
 from torch import Tensor
 
 from ....unipic_core.conditioning.sequence import PATCH, LatentShape, PackedLatents, pack_latents
 from ....unipic_core.errors import UniPicError
+from ....unipic_core.model.config import REFERENCES, TARGET, TEXT
 from ....unipic_core.model.rope import joint_positions
 
 REFERENCE_METHODS = ("index", "index_timestep_zero", "negative_index")
-"""Ways to number references that the network has: frames 1, 2, ...; the same modulated at t = 0; frames -1, -2, ..."""
+"""ComfyUI's names for the frames of references: 1, 2, ...; the same, modulated at t = 0; -1, -2, ..."""
+
+
+@dataclass(frozen=True)
+class NetworkInputs:
+    """Inputs of one call of the network for a batch of B, packed.
+
+    key: all that the results depend on beside these tensors and the weights. context: text [B, L, D]; ids: positions
+    [B, L + S, 3], text first; bias: attention bias of the text [B, L] or None; options: transformer_options without
+    patches, which apply to the target's segment alone.
+    """
+
+    attention_form: str
+    key: Hashable
+    latents: PackedLatents
+    context: Tensor
+    ids: Tensor
+    bias: Tensor | None
+    additional_t_cond: Tensor | None
+    options: dict[str, Any]
+
+    @property
+    def has_references(self) -> bool:
+        return len(self.latents.shapes[0]) > 1
+
+    @property
+    def references(self) -> Tensor:
+        """Tokens of all references [B, N, 4C]."""
+        return self.latents.tokens[:, self.latents.num_target_tokens :]
+
+    @cached_property
+    def rows(self) -> dict[str, int]:
+        """Samples of REFERENCES and of TEXT to compute: 1 where the whole batch shares them, as seeds do; else B."""
+        references = [self.references, self.additional_t_cond]
+        inputs = {REFERENCES: references, TEXT: [*references, self.context, self.bias]}
+        return {piece: 1 if _all_rows_equal(tensors) else len(self.context) for piece, tensors in inputs.items()}
+
+    def cache_key(self, piece: str) -> tuple[Hashable, Sequence[Tensor]]:
+        """All inputs of a piece's keys and values: for TEXT the references too, since it attends to them."""
+        rows = self.rows[piece]
+        tensors = [t[:rows] for t in (self.references, self.additional_t_cond) if t is not None]
+        shapes = self.latents.shapes[0]
+        if piece == REFERENCES:
+            return (self.key, shapes[1:]), tensors
+        tensors += [t[:rows] for t in (self.context, self.bias) if t is not None]
+        return (self.key, shapes, self.bias is None), tensors
+
+    def mask(self, segments: Sequence[tuple[str, ...]], images: int) -> Tensor | None:
+        """Attention bias [B, 1, keys] over the keys of these segments, the last of which has `images` image tokens."""
+        pieces = [piece for segment in segments for piece in segment]
+        if self.bias is None or TEXT not in pieces:
+            return None
+        text = pieces.index(TEXT)
+        before = self.references.shape[1] if REFERENCES in pieces[:text] else 0
+        after = images if TARGET in pieces else 0
+        return F.pad(self.bias, (before, after))[:, None]
+
+
+def _all_rows_equal(tensors: Sequence[Tensor | None]) -> bool:
+    return all(torch.equal(t, t[:1].expand_as(t)) for t in tensors if t is not None)
 
 
 def packed(x: Tensor, references: Sequence[Tensor], in_channels: int) -> PackedLatents:
-    """[target | reference 1 | ...], each padded to whole tokens; one reference may serve a whole batch.
+    """[target | reference 1 | ...], each padded to whole tokens; a reference of one sample serves the whole batch.
 
-    x and references: [B, C, 1, H, W] or without the frame. UniPicError for latents that do not belong to the network.
+    x and references: [B, C, 1, H, W] or without the frame. UniPicError for latents of another model or of a video.
     """
-    pieces, shapes = [], []
+    tokens, shapes = [], []
     for latent in (x, *references):
         _check_latent(latent, in_channels)
         latent = pad_to_patch_size(latent, (PATCH,) * 2 if latent.ndim == 4 else (1, PATCH, PATCH))
         shapes.append(LatentShape.of_latents(latent))
-        pieces.append(pack_latents(latent).to(x.dtype).expand(x.shape[0], -1, -1))
-    return PackedLatents(torch.cat(pieces, dim=1), (tuple(shapes),) * x.shape[0], shapes[0].num_tokens)
+        tokens.append(pack_latents(latent).to(x.dtype).expand(x.shape[0], -1, -1))
+    return PackedLatents(torch.cat(tokens, dim=1), (tuple(shapes),) * x.shape[0], shapes[0].num_tokens)
 
 
 def _check_latent(latent: Tensor, in_channels: int) -> None:
     channels, frames = latent.shape[1], latent.shape[2] if latent.ndim == 5 else 1
     if channels * PATCH**2 != in_channels:
         raise UniPicError(
-            f"this model works on latents of {in_channels // PATCH**2} channels and was given {channels}; use the VAE "
-            "that Load UniPic gives with it"
+            f"this model expects latents of {in_channels // PATCH**2} channels, got {channels}; use the VAE of the "
+            "same Load UniPic"
         )
     if frames != 1:
-        raise UniPicError(f"UniPic makes single pictures and was given a latent of {frames} frames; give it one")
+        raise UniPicError(f"UniPic expects a latent of one frame, got {frames}; it makes pictures, not videos")
 
 
 def checked_text(context: Tensor, width: int) -> Tensor:
-    """The text [B, L, D], or UniPicError if D is not the width that the network takes."""
+    """Text embeddings [B, L, D]; UniPicError unless D is the width that the network takes."""
     if context.shape[-1] != width:
         raise UniPicError(
-            f"this model takes text of width {width} and was given {context.shape[-1]}; use the CLIP that Load UniPic "
-            "gives with it"
+            f"this model expects text of width {width}, got {context.shape[-1]}; use the CLIP of the same Load UniPic"
         )
     return context
 
@@ -55,8 +118,8 @@ def checked_method(method: str) -> str:
     """One of REFERENCE_METHODS, or UniPicError."""
     if method not in REFERENCE_METHODS:
         raise UniPicError(
-            f"this model numbers its references by {' or '.join(REFERENCE_METHODS)}; the conditioning asks for "
-            f"{method!r}: remove the node that set it, or choose index"
+            f"the reference latents method must be one of {', '.join(REFERENCE_METHODS)}, got {method!r}; choose index "
+            "in the node that sets it, or remove that node"
         )
     return method
 

@@ -1,4 +1,4 @@
-"""What ComfyUI must know of the latents: the channels and statistics of the model's own VAE, preview colours."""
+"""ComfyUI's latent format: channels and statistics of the model's VAE, and preview colours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ....unipic_core.weights.vae import read_vae_config
 
 
 class PictureLatents(Wan21):
-    """Latents [B, C, 1, h, w] with their own statistics; a latent without the frame gets one."""
+    """Latents [B, C, 1, h, w] of a VAE config, the release's by default; a latent without the frame gets one."""
 
     def __init__(self, config: VAEConfig | None = None) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class PictureLatents(Wan21):
         self.latent_channels = config.z_dim
         self.latents_mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         self.latents_std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
-        if config != VAEConfig():  # the known preview colours are those of the release's VAE
+        if config != VAEConfig():  # ComfyUI's preview colours are those of the release's VAE
             self.latent_rgb_factors: list[list[float]] | None = None
             self.latent_rgb_factors_bias: list[float] | None = None
             self.taesd_decoder_name = None
@@ -32,13 +32,13 @@ class PictureLatents(Wan21):
 
 
 def read_latent_format(folder: Path) -> PictureLatents:
-    """As `folder`/vae/config.json says; the release's if there is none. CheckpointError."""
+    """Latent format of `folder`/vae/config.json; the release's if there is no such file. Raises CheckpointError."""
     vae = folder / "vae"
     return PictureLatents(read_vae_config(vae) if (vae / "config.json").is_file() else None)
 
 
 def fit_preview(latents: PictureLatents, decode: Callable[[Tensor], Tensor], side: int = 4) -> None:
-    """Preview colours for a VAE that has none: how each channel, alone, changes the colour of a flat picture.
+    """Set preview colours for a VAE that has none, from the colour that each channel alone gives a flat picture.
 
     decode: the VAE's latents [B, C, 1, h, w] -> pictures [B, H, W, 3] in [0, 1].
     """

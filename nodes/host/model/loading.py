@@ -1,4 +1,4 @@
-"""From weights on disk to ComfyUI's MODEL: a ModelPatcher around `ComfyMMDiT`, with the weights' recipe attached."""
+"""Loading of a MODEL: weights on disk to a ModelPatcher around `UniPicModel`, with their recipe attached."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from ....unipic_core.weights.formats.quantised import FP8
 from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ....unipic_core.weights.transformer import compute_dtype_of, open_transformer, read_shift
 from ..recipe_attachment import Facts, attach, facts_of
-from .kv_cache import ROUNDING, keep_during_runs
+from .kv_cache import TIME_ROUNDING, cache_during_runs
 from .latent_format import PictureLatents, read_latent_format
 from .mmdit import network_options
 from .model import UniPicConfig
-from .saving import save_with_facts
+from .saving import save_with_recipe
 from .state_dict import check_finite, state_dict, storage_dtype
 
 WEIGHT_DTYPES = {"as stored": None, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 
 _SMALL = 1 << 28
-"""Bytes up to which weights "as stored" are kept in the type that a CPU computes in: the nano would spend a tenth of
-each step on casting."""
+"""Bytes up to which weights "as stored" are converted to the type that a CPU computes in: casting them in every step
+would take a tenth of the nano's time."""
 
 
 def load_model(
@@ -45,32 +45,32 @@ def load_model(
 ) -> comfy.model_patcher.ModelPatcher:
     """The MODEL of a pipeline folder, a transformer folder or a single file.
 
-    weight_dtype: one of `WEIGHT_DTYPES`. latents: None = as the folder's VAE says, the release's where it has none.
-    custom_operations: layers in the place of ComfyUI's. Raises CheckpointError.
+    weight_dtype: one of `WEIGHT_DTYPES`. latents: None = those of the folder's VAE, the release's where it has none.
+    custom_operations: layers in place of ComfyUI's. Raises CheckpointError.
     """
     opened = open_transformer(source, any_quantisation=True)
     config = opened.config
     latents = latents or read_latent_format(_pipeline_folder(source))
     if config.in_channels != PATCH**2 * latents.latent_channels:
         raise CheckpointError(
-            f"{source} is a network for latents of {config.in_channels // PATCH**2} channels, its VAE has "
-            f"{latents.latent_channels}; they belong to different models"
+            f"{source} expects latents of {config.in_channels // PATCH**2} channels, its VAE makes "
+            f"{latents.latent_channels}; they belong to different models: download the folder again"
         )
-    facts = Facts(opened.recipe, read_shift(_pipeline_folder(source)))
-    model_config = UniPicConfig(network_options(config), latents, default_mu(facts))
+    attached = Facts(opened.recipe, read_shift(_pipeline_folder(source)))
+    model_config = UniPicConfig(network_options(config), latents, default_mu(attached))
     patcher = _build(source, opened.weights, model_config, weight_dtype, custom_operations, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (source, weight_dtype, latents, custom_operations))
-    attach(patcher, facts)
+    attach(patcher, attached)
     round_times(patcher)
-    keep_during_runs(patcher)
-    save_with_facts(patcher)
+    cache_during_runs(patcher)
+    save_with_recipe(patcher)
     return patcher
 
 
 def round_times(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Let the network of a MODEL of ours round times in bfloat16 as the recipe that it carries says."""
+    """Set the rounding of times in bfloat16 of a UniPic MODEL from its recipe."""
     options = model.model_options.setdefault("transformer_options", {})
-    options[ROUNDING] = resolve(facts_of(model).recipe).time_rounding
+    options[TIME_ROUNDING] = resolve(facts_of(model).recipe).time_rounding
 
 
 def _build(
@@ -82,7 +82,7 @@ def _build(
     disable_dynamic: bool,
 ) -> comfy.model_patcher.ModelPatcher:
     if weight_dtype not in WEIGHT_DTYPES:
-        raise UniPicError(f"weight_dtype is one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
+        raise UniPicError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
     tensors = state_dict(weights, keep_quantised=weight_dtype != "bf16" and operations is None)
     check_finite(source, tensors)
     load_device, offload_device = management.get_torch_device(), management.unet_offload_device()
@@ -99,23 +99,22 @@ def _build(
     return patcher
 
 
-def default_mu(facts: Facts) -> float:
-    """The time shift for a picture that fills the recipe's output budget; what stock samplers and schedulers use."""
-    side = facts.recipe.output_budget or DEFAULT_BUDGET
-    return math.log(resolution_shift((side // PIXELS_PER_TOKEN) ** 2, facts.shift))
+def default_mu(attached: Facts) -> float:
+    """Time shift mu for a picture that fills the recipe's output budget; stock samplers and schedulers use it."""
+    side = attached.recipe.output_budget or DEFAULT_BUDGET
+    return math.log(resolution_shift((side // PIXELS_PER_TOKEN) ** 2, attached.shift))
 
 
 def _dtypes(
     weights: Weights, tensors: dict[str, Tensor], weight_dtype: str, config: UniPicConfig
 ) -> tuple[torch.dtype, torch.dtype | None]:
-    """What the network stores, and what it computes in if that is another type."""
-
+    """(storage type of the network, type it computes in if that is another one)."""
     device = management.get_torch_device()
 
     def cast(dtype: torch.dtype | None) -> torch.dtype | None:
         return management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
 
-    if config.quant_config:  # such layers know their own types
+    if config.quant_config:  # quantised layers bring their types
         return compute_dtype_of(weights), cast(None)
     wanted, stored = WEIGHT_DTYPES[weight_dtype], storage_dtype(tensors)
     dtype = stored if wanted is None or (wanted in FP8 and stored in FP8) else wanted
@@ -127,5 +126,5 @@ def _dtypes(
 
 
 def _pipeline_folder(source: Path) -> Path:
-    """Where vae/ and scheduler/ of the weights would lie; a single file has no such folder of its own."""
+    """Folder that would hold the weights' vae/ and scheduler/; for a single file there is none, so the file itself."""
     return source.parent if source.is_dir() and source.name in TRANSFORMER_FOLDERS else source

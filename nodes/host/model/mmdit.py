@@ -1,8 +1,8 @@
-"""The core's network as ComfyUI holds it: made of ComfyUI's layers and attention, called as ComfyUI calls its own.
+"""UniPic's MMDiT as ComfyUI's `diffusion_model`: the core's network with ComfyUI's layers, attention and hooks.
 
-Parameters sit at the top level under their diffusers names, so LoRA loaders find them. The hooks that ComfyUI offers on
-its own Qwen-Image network work here: patches "post_input", "attn1_patch" and "double_block", replacement of
-("double_block", i), ControlNet residuals, attention override and diffusion model wrappers.
+Parameters have their diffusers names at the top level, where LoRA loaders look for them. All hooks of ComfyUI's own
+Qwen-Image network work: patches "post_input", "attn1_patch" and "double_block", replacement of ("double_block", i),
+ControlNet residuals, attention override and diffusion model wrappers.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from ....unipic_core.model.layers import Operations
 from ....unipic_core.model.mmdit import MMDiTLayers
 from ....unipic_core.sampling.schedules import rounded_time
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
-from .inputs import checked_method, checked_text, packed, positions
-from .kv_cache import FORM, OWN_OPTIONS, ROUNDING, Conditions, Fixed, Kept, Reused
+from .inputs import NetworkInputs, checked_method, checked_text, packed, positions
+from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, BlockKeyValues, KVCache
 
 
 def network_options(config: MMDiTConfig) -> Options:
-    """`ComfyMMDiT`'s arguments for these sizes, as ComfyUI keeps them in unet_config."""
+    """Arguments of `ComfyMMDiT` for these sizes, in the form of ComfyUI's unet_config."""
     return {"image_model": "qwen_image", **asdict(config)}
 
 
 class ComfyMMDiT(MMDiTLayers):
-    """The velocity network behind ComfyUI's `diffusion_model`. sizes: fields of `MMDiTConfig`.
+    """Velocity network that ComfyUI calls. sizes: fields of `MMDiTConfig`.
 
-    dtype: what weights are stored in; activations have the type of the latent that comes in.
+    dtype: the weights' storage type; activations have the type of the latent x.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class ComfyMMDiT(MMDiTLayers):
     ) -> None:
         config = MMDiTConfig(**sizes)
         super().__init__(config, operations=operations, dtype=dtype, device=device)
-        self.compute_dtype_of = dtype
-        self.conditions = Conditions()
+        self.storage_dtype = dtype
+        self.kv_cache = KVCache()
         self.patch_size = PATCH
         self.default_ref_method = "index_timestep_zero" if config.zero_cond_t else "index"
 
     @property
-    def dtype(self) -> torch.dtype | None:  # ComfyUI decides by this whether layers must cast
-        return self.compute_dtype_of
+    def dtype(self) -> torch.dtype | None:  # by it ComfyUI decides whether layers must cast
+        return self.storage_dtype
 
     def forward(
         self,
@@ -95,92 +95,94 @@ class ComfyMMDiT(MMDiTLayers):
         transformer_options: Options | None = None,
         control: dict[str, Any] | None = None,
         ref_latents_method: str | None = None,
-        **own: object,
+        **unipic_options: object,
     ) -> Tensor:
         method = checked_method(ref_latents_method or self.default_ref_method)
-        options = {**(transformer_options or {}), **{key: own[key] for key in OWN_OPTIONS if key in own}}
-        timestep = rounded_time(timestep, options.get(ROUNDING, "none"), x.dtype)
-        form = options.get(FORM) or self.config.attention_form
+        options = {**(transformer_options or {}), **{k: v for k, v in unipic_options.items() if k in OPTION_KEYS}}
+        timestep = rounded_time(timestep, options.get(TIME_ROUNDING, "none"), x.dtype)
+        form = options.get(ATTENTION_FORM) or self.config.attention_form
         latents = packed(x, ref_latents or (), self.config.in_channels)
-        fixed = Fixed(
-            form=form,
+        inputs = NetworkInputs(
+            attention_form=form,
             key=(form, method, x.dtype),
             latents=latents,
             context=checked_text(context, self.config.joint_attention_dim),
             ids=self._positions(latents, context.shape[1], x.device, method),
             bias=text_bias(attention_mask, x.dtype),
-            additional=additional_t_cond,
+            additional_t_cond=additional_t_cond,
             options={key: value for key, value in options.items() if not key.startswith("patches")},
         )
-        reused = self.conditions.approximate(fixed)
-        if reused is not None and reused.serves(float(timestep[0])):
-            computed: list[Segment] = []
-            fixed, past, reused = replace(fixed, form=REFERENCE_CAUSAL), [reused.kept], None
+        approximate = self.kv_cache.approximate_references(inputs)
+        if approximate is not None and approximate.valid_at(float(timestep[0])):
+            segments: list[Segment] = []
+            past = [approximate.key_values]
+            inputs, approximate = replace(inputs, attention_form=REFERENCE_CAUSAL), None
         else:
-            computed, past = self._past(fixed)
+            segments, past = self._earlier_segments(inputs)
         options = self._options(latents, options)
-        return self._moving(x, timestep, fixed, computed, past, options, control, method, reused)
+        return self._velocity(x, timestep, inputs, segments, past, options, control, method, approximate)
 
-    def _moving(
+    def _velocity(
         self,
         x: Tensor,
         timestep: Tensor,
-        fixed: Fixed,
-        computed: Sequence[Segment],
-        past: Sequence[Kept],
+        inputs: NetworkInputs,
+        earlier: Sequence[Segment],
+        past: Sequence[BlockKeyValues],
         options: Options,
         control: dict[str, Any] | None,
         method: str,
-        reused: Reused | None,
+        approximate: ApproximateReferences | None,
     ) -> Tensor:
-        """The velocity. Hooks see the last segment: in a causal form no references, and perhaps no text (None).
+        """Velocity from the target's segment, which attends to `earlier` segments and to `past`.
 
-        reused: takes the references' keys and values of this step.
+        Hooks see that segment alone: in a causal form it has no references, and perhaps no text (None).
+        approximate: stores the references' keys and values of this step; None = they are not needed later.
         """
-        latents, pieces = fixed.latents, SEGMENTS[fixed.form][-1]
-        words = fixed.context.shape[1] if TEXT in pieces else 0
+        latents, pieces = inputs.latents, SEGMENTS[inputs.attention_form][-1]
+        words = inputs.context.shape[1] if TEXT in pieces else 0
         images = latents.tokens.shape[1] if REFERENCES in pieces else latents.num_target_tokens
         at_zero = method == "index_timestep_zero" and images > latents.num_target_tokens
-        img, txt, picture_ids, text_ids = self._entering(fixed, words, images, options)
-        temb = self._time(timestep, img, at_zero, fixed.additional)
+        img, txt, picture_ids, text_ids = self._embed(inputs, words, images, options)
+        temb = self._time(timestep, img, at_zero, inputs.additional_t_cond)
         is_target = torch.arange(img.shape[1], device=img.device) < latents.num_target_tokens
         state = HookedState(
             rope=self.pe_embedder(torch.cat([text_ids, picture_ids], dim=1)),
-            mask=fixed.mask((*SEGMENTS[fixed.form][:-1], pieces), picture_ids.shape[1]),
+            mask=inputs.mask((*SEGMENTS[inputs.attention_form][:-1], pieces), picture_ids.shape[1]),
             reference=~is_target[None, :, None] if at_zero else None,
             attention=attention_on(x.device),
             options=options,
             words=words,
-            keeps=reused is not None,
+            keeps=approximate is not None,
         )
         target = Segment(pieces, img, txt, temb, state, latents.num_target_tokens)
-        kept: list[list[KeyValue]] | None = None if reused is None else []
-        step = self._hooked(x, options, control)
-        target = through_blocks(self.transformer_blocks, [*computed, target], past, step, kept)[-1]
+        key_values: list[list[KeyValue]] | None = None if approximate is None else []
+        step = self._step_with_hooks(x, options, control)
+        target = through_blocks(self.transformer_blocks, [*earlier, target], past, step, key_values)[-1]
         assert target.img is not None  # the target's segment has image tokens
-        if reused is not None and kept and all(kept):  # a replaced block keeps nothing
-            reused.t, reused.kept = float(timestep[0]), tuple(kv for (kv,) in kept)
+        if approximate is not None and key_values and all(key_values):  # a replaced block returns none
+            approximate.t, approximate.key_values = float(timestep[0]), tuple(kv for (kv,) in key_values)
         velocity = self.proj_out(self.norm_out(target.img[:, : latents.num_target_tokens], temb[: x.shape[0]]))
         velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
         return velocity if x.ndim == 5 else velocity[:, :, 0]
 
-    def _entering(
-        self, fixed: Fixed, words: int, images: int, options: Options
+    def _embed(
+        self, inputs: NetworkInputs, words: int, images: int, options: Options
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """The first `images` image tokens and the text, None where words is 0, as they enter the first block; and the
+        """The first `images` image tokens and the text (None where words is 0) before the first block, and the
         positions of both. Patches "post_input" may change all four."""
-        start, tokens = fixed.context.shape[1], fixed.latents.tokens
+        start, tokens = inputs.context.shape[1], inputs.latents.tokens
         img = self.img_in(tokens[:, :images])
-        txt = self.embed_text(fixed.context.to(tokens.dtype)) if words else None
-        text_ids, picture_ids = fixed.ids[:, :words], fixed.ids[:, start : start + images]
+        txt = self.embed_text(inputs.context.to(tokens.dtype)) if words else None
+        text_ids, picture_ids = inputs.ids[:, :words], inputs.ids[:, start : start + images]
         for patch in options.get("patches", {}).get("post_input", ()):
-            seen = {"img": img, "txt": txt, "img_ids": picture_ids, "txt_ids": text_ids, "transformer_options": options}
-            out = patch(seen)
+            args = {"img": img, "txt": txt, "img_ids": picture_ids, "txt_ids": text_ids, "transformer_options": options}
+            out = patch(args)
             img, txt, picture_ids, text_ids = out["img"], out["txt"], out["img_ids"], out["txt_ids"]
         return img, txt, picture_ids, text_ids
 
-    def _hooked(self, x: Tensor, options: Options, control: dict[str, Any] | None) -> Step:
-        """`advance` with ComfyUI's hooks around the last segment; where none can see it, the last block is pruned."""
+    def _step_with_hooks(self, x: Tensor, options: Options, control: dict[str, Any] | None) -> Step:
+        """`advance` with ComfyUI's hooks around the last segment; the last block is pruned where no hook sees it."""
         replacements = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         residuals = (control or {}).get("input") or ()
@@ -192,80 +194,82 @@ class ComfyMMDiT(MMDiTLayers):
         ) -> tuple[list[Segment], list[KeyValue]]:
             i = options["block_index"] = index[id(block)]
             *before, target = segments
-            before, made = advance(block, before, past, last)
+            before, computed = advance(block, before, past, last)
+            past = (*past, *computed)
             if ("double_block", i) in replacements:
-                target = _replaced(replacements[("double_block", i)], block, target, (*past, *made), options)
-                kept: list[KeyValue] = []
+                target = _replaced(replacements[("double_block", i)], block, target, past, options)
+                key_values: list[KeyValue] = []
             else:
-                [target], kept = advance(block, [target], (*past, *made), last and not hooked)
-                kept = [_references_of(kv, target) for kv in kept]
+                [target], key_values = advance(block, [target], past, last and not hooked)
+                key_values = [_references_of(kv, target) for kv in key_values]
             for patch in after:
-                seen = {"img": target.img, "txt": target.txt, "x": x, "block_index": i, "transformer_options": options}
-                out = patch(seen)
+                args = {"img": target.img, "txt": target.txt, "x": x, "block_index": i, "transformer_options": options}
+                out = patch(args)
                 target = replace(target, img=out["img"], txt=out["txt"])
             if i < len(residuals) and residuals[i] is not None:
                 assert target.img is not None  # the target's segment has image tokens
                 target.img[:, : residuals[i].shape[1]] += residuals[i]
-            return [*before, target], kept
+            return [*before, target], key_values
 
         return step
 
-    # --- what no step changes ---
+    # --- references and text that no step changes ---
 
-    def _past(self, fixed: Fixed) -> tuple[list[Segment], list[Kept]]:
-        """The segments before the target's: to be computed in this step, or their keys and values from the run's cache.
+    def _earlier_segments(self, inputs: NetworkInputs) -> tuple[list[Segment], list[BlockKeyValues]]:
+        """The segments before the target's: to be computed in this step, or their cached keys and values.
 
-        Computed ones go through each block just before the target, so no block's keys and values stay for long.
+        Computed ones go through each block just before the target, so each block's keys and values are freed after it.
         """
-        pieces = [piece for (piece,) in SEGMENTS[fixed.form][:-1] if piece != REFERENCES or fixed.latents.shapes[0][1:]]
-        if not pieces or not self.conditions.keeps(fixed):
-            return [self._segment(piece, fixed) for piece in pieces], []
-        made: list[Kept] = []
+        segments = [piece for (piece,) in SEGMENTS[inputs.attention_form][:-1]]
+        pieces = [piece for piece in segments if piece != REFERENCES or inputs.has_references]
+        if not pieces or not self.kv_cache.may_cache(inputs):
+            return [self._segment(piece, inputs) for piece in pieces], []
+        past: list[BlockKeyValues] = []
         for piece in pieces:
-            made.append(self.conditions.get(piece, fixed, partial(self._prefill, piece, fixed, tuple(made))))
-        return [], made
+            past.append(self.kv_cache.get(piece, inputs, partial(self._prefill, piece, inputs, tuple(past))))
+        return [], past
 
-    def _prefill(self, piece: str, fixed: Fixed, past: Sequence[Kept]) -> Kept:
+    def _prefill(self, piece: str, inputs: NetworkInputs, past: Sequence[BlockKeyValues]) -> BlockKeyValues:
         """Keys and values of references or text in every block."""
-        kept: list[list[KeyValue]] = []
-        through_blocks(self.transformer_blocks, [self._segment(piece, fixed)], past, keep=kept)
-        return tuple(kv for (kv,) in kept)
+        key_values: list[list[KeyValue]] = []
+        through_blocks(self.transformer_blocks, [self._segment(piece, inputs)], past, keep=key_values)
+        return tuple(kv for (kv,) in key_values)
 
-    def _segment(self, piece: str, fixed: Fixed) -> Segment:
-        """References or text as they enter the first block; of one sample, if all of a batch are alike."""
-        rows, words, n = fixed.rows[piece], fixed.context.shape[1], fixed.latents.num_target_tokens
+    def _segment(self, piece: str, inputs: NetworkInputs) -> Segment:
+        """References or text before the first block; of one sample where the whole batch shares them."""
+        rows, words, n = inputs.rows[piece], inputs.context.shape[1], inputs.latents.num_target_tokens
         is_text = piece == TEXT
-        img = None if is_text else self.img_in(fixed.references[:rows])
-        txt = self.embed_text(fixed.context[:rows].to(fixed.latents.tokens.dtype)) if is_text else None
+        img = None if is_text else self.img_in(inputs.references[:rows])
+        txt = self.embed_text(inputs.context[:rows].to(inputs.latents.tokens.dtype)) if is_text else None
         tokens = img if txt is None else txt
         assert tokens is not None  # a segment that never changes is one of the two
-        mask = fixed.mask(((REFERENCES,), (TEXT,)), 0) if is_text else None
+        mask = inputs.mask(((REFERENCES,), (TEXT,)), 0) if is_text else None
         state = HookedState(
-            rope=self.pe_embedder(fixed.ids[:rows, :words] if is_text else fixed.ids[:rows, words + n :]),
+            rope=self.pe_embedder(inputs.ids[:rows, :words] if is_text else inputs.ids[:rows, words + n :]),
             mask=None if mask is None else mask[:rows],
             reference=None,
             attention=attention_on(tokens.device),
-            options=fixed.options,
+            options=inputs.options,
             words=words if is_text else 0,
             keeps=True,
         )
-        additional = None if fixed.additional is None else fixed.additional[:rows]
+        additional = None if inputs.additional_t_cond is None else inputs.additional_t_cond[:rows]
         temb = self._time(torch.zeros(1, device=tokens.device), tokens, False, additional)
         return Segment((piece,), img, txt, temb, state, 0)
 
     def pe_embedder(self, ids: Tensor) -> Tensor:
-        """Rotation matrices of positions [B, N, 3]; ControlNets that share layers with the network ask for it too."""
+        """Rotation matrices of positions [B, N, 3]; ControlNets that share layers with the network call it too."""
         return rotation_matrices(ids, self.config.axes_dims_rope)
 
     def process_img(self, x: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-        """Tokens [B, S, 4C] and positions [B, S, 3] of a picture, and its shape padded to whole tokens; as above."""
+        """Tokens [B, S, 4C] and positions [B, S, 3] of a picture, and its padded shape; ControlNets call it too."""
         latents = packed(x, (), self.config.in_channels)
         ids = self._positions(latents, 0, x.device, "index")
         return latents.tokens, ids, pad_to_patch_size(x, (1, PATCH, PATCH)).shape
 
-    def _options(self, latents: PackedLatents, given: Options) -> Options:
-        """A copy of transformer_options with what patches read there; the loop over blocks adds "block_index"."""
-        options = {**given, "total_blocks": len(self.transformer_blocks), "block_type": "double"}
+    def _options(self, latents: PackedLatents, options: Options) -> Options:
+        """A copy of transformer_options with the entries that patches read; the loop over blocks adds "block_index"."""
+        options = {**options, "total_blocks": len(self.transformer_blocks), "block_type": "double"}
         references = latents.shapes[0][1:]
         return options | {"reference_image_num_tokens": [s.num_tokens for s in references]} if references else options
 
@@ -281,8 +285,8 @@ class ComfyMMDiT(MMDiTLayers):
 
 
 def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
-    """The references' share of a full segment's keys and values; copied, or the others would stay in memory with it."""
-    assert isinstance(target.state, HookedState)  # made by `_moving`
+    """The references' part of a full segment's keys and values; copied, since a view would hold the rest in memory."""
+    assert isinstance(target.state, HookedState)  # set by `_velocity`
     start = target.state.words + target.wanted
     return kv[0][:, :, start:].clone(), kv[1][:, :, start:].clone()
 
@@ -290,8 +294,8 @@ def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
 def _replaced(
     replacement: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
 ) -> Segment:
-    """A block that a patch replaces, with the block itself at hand."""
-    assert isinstance(target.state, HookedState)  # made by `_moving`
+    """The target after a patch that replaces the block; the patch may call the original block."""
+    assert isinstance(target.state, HookedState)  # set by `_velocity`
     state = replace(target.state, past=past)
     args = {"img": target.img, "txt": target.txt, "vec": target.temb, "pe": state.rope, "transformer_options": options}
     out = replacement(args, {"original_block": _original(block, state)})
@@ -299,11 +303,11 @@ def _replaced(
 
 
 def _original(block: Callable[..., tuple[Tensor, Tensor, object]], state: HookedState) -> Callable[[Options], Options]:
-    """The block itself, as replacements call it."""
+    """The original block in the form that replacing patches call."""
 
     def run(args: Options) -> Options:
-        seen = replace(state, rope=args["pe"], options=args["transformer_options"])
-        img, txt, _ = block(args["img"], args["txt"], args["vec"], seen)
+        changed = replace(state, rope=args["pe"], options=args["transformer_options"])
+        img, txt, _ = block(args["img"], args["txt"], args["vec"], changed)
         return {"img": img, "txt": txt}
 
     return run

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ....unipic_core.model.config import condition_bytes
 from ..sampling.model_sampling import check_times
-from .kv_cache import EACH, HELD, ONCE, OWN_OPTIONS, REFERENCE_SETS
+from .kv_cache import CACHED_TOKENS, OPTION_KEYS, REFERENCE_SETS, SEPARATE, SHARED
 from .latent_format import PictureLatents
 from .mmdit import ComfyMMDiT
 
 
 class UniPicModel(comfy.model_base.QwenImage):
-    """ComfyUI's Qwen-Image around our network; so LoRA keys, conditioning and sampling are ComfyUI's own."""
+    """ComfyUI's Qwen-Image model around `ComfyMMDiT`: LoRA keys, conditioning and sampling are ComfyUI's own."""
 
     def __init__(self, model_config: object, device: torch.device | None = None) -> None:
         super().__init__(model_config, device=device, unet_model=ComfyMMDiT)
@@ -33,13 +33,12 @@ class UniPicModel(comfy.model_base.QwenImage):
         transformer_options: dict[str, Any] | None = None,
         **kwargs: object,
     ) -> Tensor:
-        """The stock call, with our own options as arguments too: what torch.compile made is not asked again when only
-        transformer_options change, for ComfyUI's node leaves them out of the guards. UniPicError for times of another
-        kind than the network's."""
+        """The stock call, with OPTION_KEYS as arguments too: torch.compile would not notice a change of them, since
+        ComfyUI's node leaves transformer_options out of the guards. UniPicError for times that are not sigma."""
         check_times(self.model_sampling, "UniPic")
         options = transformer_options or {}
-        own = {key: options[key] for key in OWN_OPTIONS if key in options}
-        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **own, **kwargs)
+        unipic_options = {key: options[key] for key in OPTION_KEYS if key in options}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **unipic_options, **kwargs)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
         mask = kwargs.get("attention_mask")
@@ -48,27 +47,27 @@ class UniPicModel(comfy.model_base.QwenImage):
         return super().extra_conds(**kwargs)
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
-        """References count by their area; the stock estimate divides by the release's 16 channels."""
+        """Shapes for the memory estimate: references by their area, since the stock one assumes 16 channels."""
         references = kwargs.get("reference_latents")
-        shapes = dict(kwargs.get(HELD, {}))
+        shapes = dict(kwargs.get(CACHED_TOKENS, {}))
         if references is not None:
             area = sum(z[0, 0].numel() for z in references)
             shapes["ref_latents"] = [1, self.latent_format.latent_channels, area]
         return shapes
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """The stock estimate, and the keys and values that stay in memory while a run lasts: of the largest sets of
-        references that may be kept together, and of each conditioning's own tokens."""
+        """The stock estimate plus the kv cache: the largest sets of references that it holds at once, and the tokens
+        that each conditioning caches for itself."""
         config, cond_shapes = self.diffusion_model.config, cond_shapes or {}
-        once, each = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (ONCE, EACH))
+        shared, separate = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (SHARED, SEPARATE))
         itemsize = management.dtype_size(self.get_dtype_inference())
-        tokens = sum(sorted(once)[-REFERENCE_SETS:]) + sum(each)
-        held = condition_bytes(tokens, config.num_layers, config.width, itemsize)
-        return super().memory_required(input_shape, cond_shapes) + held
+        tokens = sum(sorted(shared)[-REFERENCE_SETS:]) + sum(separate)
+        cache = condition_bytes(tokens, config.num_layers, config.width, itemsize)
+        return super().memory_required(input_shape, cond_shapes) + cache
 
 
 class UniPicConfig(comfy.supported_models.QwenImage):
-    """What ComfyUI's loaders would have detected, made from the network's own config."""
+    """The model config that ComfyUI's loaders would detect, from the network's config instead."""
 
     def __init__(self, options: dict[str, Any], latents: PictureLatents, mu: float) -> None:
         super().__init__(options)

@@ -1,9 +1,10 @@
-"""The tensors of a network as ComfyUI's layers load them: mapped files, quantised layers as they are."""
+"""State dict of a network for ComfyUI's layers: views of mapped files, quantised layers as they are."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import comfy.ops
 import torch
@@ -15,17 +16,17 @@ from ....unipic_core.weights.files import Weights
 from ....unipic_core.weights.formats.quantised import DESCRIPTION
 
 _CHECKED = 1 << 20
-"""Tensors up to this many values are checked for NaN on loading: all norms and biases, so all that a failed training or
-conversion leaves; checking every weight of the released network would read 41 GB."""
+"""Tensors up to this many values are checked for NaN on loading: all norms and biases, where a failed training or
+conversion shows; checking every weight of the released network would read 41 GB."""
 
 _NEW_NAMES = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 
 
 def state_dict(weights: Weights, keep_quantised: bool) -> dict[str, Tensor]:
-    """Every tensor as a view of its mapped file. weights: bare names.
+    """All tensors, as views of the mapped files. weights: with bare names.
 
-    keep_quantised: quantised layers stay as they are, described as ComfyUI's layers want it; otherwise they are
-    multiplied out to bfloat16. CheckpointError for a quantisation that this ComfyUI does not know.
+    keep_quantised: leave quantised layers as they are, in the format of ComfyUI's quantised layers; otherwise convert
+    them to bfloat16. CheckpointError for a quantisation that this ComfyUI does not have.
     """
     check_known(weights)
     tensors: dict[str, Tensor] = {}
@@ -40,7 +41,7 @@ def state_dict(weights: Weights, keep_quantised: bool) -> dict[str, Tensor]:
 
 
 def check_known(weights: Weights) -> None:
-    """CheckpointError for a quantisation that this ComfyUI does not know."""
+    """CheckpointError for a quantisation that this ComfyUI does not have."""
     for name, quantisation in weights.quantised.items():
         if quantisation.format not in QUANT_ALGOS:
             raise CheckpointError(
@@ -50,10 +51,10 @@ def check_known(weights: Weights) -> None:
 
 
 def quantised_layer(weights: Weights, name: str) -> dict[str, Tensor]:
-    """A layer's tensors in ComfyUI's present form.
+    """A layer's tensors in ComfyUI's present format.
 
-    Older files do not say that inputs may be quantised too; and with one scale per row they must not be, since
-    ComfyUI's product of fp8 numbers takes one scale for the whole matrix.
+    Inputs are quantised too only where the file allows it, which older ones do not; never with one scale for each row,
+    since ComfyUI's fp8 product takes one scale for the whole matrix.
     """
     layer, quantisation = name.removesuffix(".weight"), weights.quantised[name]
     settings, tensors = dict(quantisation.settings), {name: weights.stored(name)}
@@ -72,11 +73,12 @@ def dequantised(weights: Weights, name: str) -> Tensor:
     """A quantised weight in bfloat16."""
     if weights.quantised[name].readable:
         return weights.get(name).to(torch.bfloat16)
-    return loaded_layer(weights, name).weight.dequantize().to(torch.bfloat16)
+    weight: Any = loaded_layer(weights, name).weight  # ComfyUI's QuantizedTensor
+    return weight.dequantize().to(torch.bfloat16)
 
 
 def loaded_layer(weights: Weights, name: str) -> torch.nn.Module:
-    """One quantised layer, without its bias, as ComfyUI's own class."""
+    """One quantised layer, without its bias, as ComfyUI's layer."""
     rows, columns = weights.shape(name)
     module = comfy.ops.mixed_precision_ops({"mixed_ops": True}, torch.float32).Linear(columns, rows, bias=False)
     layer = name.removesuffix("weight")
@@ -85,7 +87,7 @@ def loaded_layer(weights: Weights, name: str) -> torch.nn.Module:
 
 
 def storage_dtype(tensors: dict[str, Tensor]) -> torch.dtype:
-    """What most values are held as; float16, which overflows in this network, becomes bfloat16."""
+    """Type of most values; float16, which overflows in this network, becomes bfloat16."""
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
@@ -98,6 +100,6 @@ def check_finite(source: Path, tensors: dict[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.numel() <= _CHECKED and not bool(tensor.float().isfinite().all()):
             raise CheckpointError(
-                f"{source} holds values that are no numbers (NaN or infinity), first in {name}; the file is damaged or "
-                "its training failed: use another copy"
+                f"{source} holds NaN or infinity, first in {name}; it is damaged or its training failed: download it "
+                "again, or use an earlier checkpoint"
             )

@@ -15,19 +15,21 @@ _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 
 def to_image(picture: Image.Image) -> Tensor:
-    """A picture as IMAGE: [1, H, W, 3] float32 in [0, 1], transparency composited on white."""
+    """A picture as IMAGE [1, H, W, 3], float32 in [0, 1]; transparent parts become white."""
     return torch.from_numpy(np.array(to_rgb(picture), dtype=np.float32) / 255)[None]
 
 
 def to_pictures(image: Tensor, mask: Tensor | None = None) -> list[Image.Image]:
-    """Every picture of an IMAGE [B, H, W, C] as 8-bit RGB, what is transparent composited on white.
+    """All pictures of an IMAGE [B, H, W, C] as 8-bit RGB; transparent parts become white.
 
-    C is 1 (grey), 2 (grey and alpha), 3 or 4 (RGBA). mask: ComfyUI's, 1 = transparent, [H, W] or [B or 1, H, W]; one of
-    another size is stretched to the picture, bilinearly. Raises UniPicError.
+    C is 1 (grey), 2 (grey and alpha), 3 or 4 (RGBA). mask: ComfyUI's, 1 = transparent, [H, W] or [B or 1, H, W];
+    stretched bilinearly to the picture's size. Raises UniPicError.
     """
     image = image[None] if image.ndim == 3 else image
     if image.ndim != 4 or image.shape[-1] not in _MODES or 0 in image.shape:
-        raise UniPicError(f"an image must be [pictures, height, width, 1 to 4 channels], got {list(image.shape)}")
+        raise UniPicError(
+            f"an image must be [batch, height, width, 1 to 4 channels], got {list(image.shape)}; connect another image"
+        )
     values = image.detach().float().cpu().nan_to_num(nan=0.0)
     if mask is not None:
         values = _with_alpha(values, 1 - _stretched(mask.detach().float().cpu(), values))
@@ -38,18 +40,21 @@ def to_pictures(image: Tensor, mask: Tensor | None = None) -> list[Image.Image]:
 
 
 def _with_alpha(values: Tensor, alpha: Tensor) -> Tensor:
-    """Alpha [B, H, W, 1] in place of none, or times the picture's own."""
+    """Pictures with alpha [B, H, W, 1], multiplied by the alpha that they have, if any."""
     if values.shape[-1] in (2, 4):
         return torch.cat([values[..., :-1], values[..., -1:] * alpha], dim=-1)
     return torch.cat([values, alpha], dim=-1)
 
 
 def _stretched(mask: Tensor, values: Tensor) -> Tensor:
-    """A mask as [B, H, W, 1] for pictures of these values."""
+    """A mask as [B, H, W, 1], of the pictures' size."""
     batch, height, width = values.shape[:3]
     mask = mask.reshape(-1, *mask.shape[-2:]) if mask.ndim >= 2 else mask
     if mask.ndim != 3 or 0 in mask.shape or mask.shape[0] not in (1, batch):
-        raise UniPicError(f"a mask must be one, or one for each of {batch} pictures, got {list(mask.shape)}")
+        raise UniPicError(
+            f"a mask must be [height, width], or one for each of {batch} pictures, got {list(mask.shape)}; connect "
+            "another mask"
+        )
     if mask.shape[1:] != (height, width):
         mask = F.interpolate(mask[:, None], (height, width), mode="bilinear", antialias=True)[:, 0]
     return mask.nan_to_num(nan=0.0).clamp(0, 1)[..., None].expand(batch, -1, -1, -1)

@@ -1,4 +1,4 @@
-"""VAE: the Qwen-Image VAE, from a folder or a file, as ComfyUI's own kind, for single pictures and any width."""
+"""The Qwen-Image VAE as ComfyUI's VAE: of any width, computed in two dimensions, for pictures."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ....unipic_core.weights.vae import load_image_vae, weights_in_file
 
 ENCODE_VALUES, DECODE_VALUES = 1000, 1100
 """Values to reserve per pixel when a VAE of base_dim 96 encodes or decodes. Counted at 512x512 in bf16: 581 and 675
-alive at once; the rest is for the convolutions' own workspace and for attention over larger pictures."""
+alive at once; the rest is for the convolutions' workspace and for attention over larger pictures."""
 
 _BASE_DIM = 96
 
 
 class FramesVAE(ImageVAE):
-    """The image VAE as ComfyUI calls it: pictures in [-1, 1] <-> latents that are not normalised.
+    """The image VAE with ComfyUI's interface: pictures in [-1, 1] <-> latents that are not normalised.
 
-    Every frame is a picture of its own. Pictures [B, 3, T, H, W], latents [B, z, T, H/8, W/8]; without T as well.
+    Every frame is a separate picture. Pictures [B, 3, T, H, W], latents [B, z, T, H/8, W/8]; or without T.
     """
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """The posterior's mode."""
+        """Mode of the posterior."""
         return _per_frame(pictures, lambda frames: self.posterior(frames)[0])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Not clamped: ComfyUI does that."""
+        """Pictures, not clamped: ComfyUI does that."""
         return _per_frame(latents, self.decode_raw)
 
 
@@ -49,15 +49,15 @@ def _per_frame(x: Tensor, function: Any) -> Tensor:
 
 
 class UniPicVAE(comfy.sd.VAE):
-    """ComfyUI's VAE around a FramesVAE. A batch of images is that many pictures, not a video.
+    """ComfyUI's VAE around a FramesVAE. A batch of images is a batch of pictures, not a video.
 
-    source: the vae/ of a pipeline, or a file. config: the sizes, and the statistics that a MODEL normalises latents
-    with.
+    source: the vae/ of a pipeline, or a file. config: the sizes, and the statistics by which a MODEL normalises the
+    latents.
     """
 
     def __init__(self, source: Path) -> None:
         with _without("No VAE weights detected"):
-            super().__init__(sd={})  # without weights it leaves ComfyUI's defaults, whichever this version has
+            super().__init__(sd={})  # no weights: only the attributes of ComfyUI's present version
         self.working_dtypes = [torch.bfloat16, torch.float32]
         self.device = comfy.model_management.vae_device()
         self.vae_dtype = comfy.model_management.vae_dtype(self.device, self.working_dtypes)
@@ -68,7 +68,7 @@ class UniPicVAE(comfy.sd.VAE):
         self.config = network.config
         self._describe(network.config)
         comfy.model_management.archive_model_dtypes(network)
-        # whole or not at all, since its norms are plain parameters that streaming would leave behind; it is small
+        # moved as a whole: its norms are plain parameters, which streaming would leave behind; it is small
         self.disable_offload = True
         offload = comfy.model_management.vae_offload_device()
         self.patcher = comfy.model_patcher.ModelPatcher(network, load_device=self.device, offload_device=offload)
@@ -82,7 +82,7 @@ class UniPicVAE(comfy.sd.VAE):
         return weights_in_file(self.first_stage_model)
 
     def _describe(self, config: VAEConfig) -> None:
-        """What ComfyUI's encode and decode, plain and tiled, want to know."""
+        """Set the attributes that ComfyUI's encode and decode read, plain and tiled."""
         self.latent_channels, self.output_channels = config.z_dim, 3
         self.latent_dim, self.not_video = 3, True
         self.downscale_ratio = self.upscale_ratio = (_same, 8, 8)
@@ -102,17 +102,17 @@ def _same(frames: int) -> int:
 
 @contextmanager
 def _without(message: str) -> Iterator[None]:
-    """Keep one message out of the log."""
+    """Leave one message out of the log."""
 
-    def other(record: logging.LogRecord) -> bool:
+    def differs(record: logging.LogRecord) -> bool:
         return message not in record.getMessage()
 
     log = logging.getLogger()
-    log.addFilter(other)
+    log.addFilter(differs)
     try:
         yield
     finally:
-        log.removeFilter(other)
+        log.removeFilter(differs)
 
 
 def load_vae(source: Path) -> UniPicVAE:

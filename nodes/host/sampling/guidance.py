@@ -14,7 +14,7 @@ from ....unipic_core.sampling.guidance import apply_cfg
 
 
 def with_guidance(model: ModelPatcher) -> Any:
-    """A clone of the MODEL that guides as the release does; one that has a guidance of its own keeps it."""
+    """A clone of the MODEL with the release's guidance, unless another node has set a guidance function already."""
     clone = model.clone()
     if "sampler_cfg_function" not in clone.model_options:
         clone.set_model_sampler_cfg_function(guide)
@@ -22,8 +22,8 @@ def with_guidance(model: ModelPatcher) -> Any:
 
 
 def guide(args: dict[str, Any]) -> Tensor:
-    """x - x0 of the guided velocity, from ComfyUI's x - x0 with and without the text: `apply_cfg` per packed token."""
-    if math.isclose(args["cond_scale"], 1.0):  # then the unconditional pass may have been left out
+    """x - x0 of the guided velocity, from ComfyUI's x - x0 of positive and negative: `apply_cfg` per packed token."""
+    if math.isclose(args["cond_scale"], 1.0):  # ComfyUI may have left out the negative
         return args["cond"]
     sigma = args["sigma"].reshape(-1, *[1] * (args["cond"].ndim - 1))
     (cond, shape), (uncond, _) = _pack(args["cond"] / sigma), _pack(args["uncond"] / sigma)
@@ -33,7 +33,7 @@ def guide(args: dict[str, Any]) -> Tensor:
 
 
 def _pack(v: Tensor) -> tuple[Tensor, LatentShape]:
-    """Tokens of a velocity [B, C, 1, H, W]; zeros fill up odd sizes, which leaves norms as they are."""
+    """Tokens of a velocity [B, C, 1, H, W]; odd sizes are padded with zeros, which do not change the norms."""
     height, width = v.shape[-2:]
     v = F.pad(v, (0, width % PATCH, 0, height % PATCH))
     return pack_latents(v), LatentShape.of_latents(v)

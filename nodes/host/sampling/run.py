@@ -18,15 +18,15 @@ from .samplers import ksampler
 
 
 def prepared(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
-    """The latent [B, C, 1, H, W] as the MODEL takes it. UniPicError for a model or a latent of another kind."""
+    """The latent as the MODEL takes it, [B, C, 1, H, W]. UniPicError for a model or a latent of another kind."""
     check_times(model.get_model_object("model_sampling"), type(model.model).__name__)
     scales = [latent.get(f"downscale_ratio_{way}") for way in ("spacial", "temporal")]
     x = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *scales)
     channels = model.get_model_object("latent_format").latent_channels
     if x.ndim != 5 or x.shape[1] != channels or x.shape[2] != 1:
         raise UniPicError(
-            f"the model wants latents [batch, {channels}, 1, height, width], got {list(latent['samples'].shape)}; take "
-            "them from Multi-Image Compose, or encode the picture with the VAE of Load UniPic"
+            f"the model expects a latent [batch, {channels}, 1, height, width], got {list(latent['samples'].shape)}; "
+            "take it from Multi-Image Compose, or encode the picture with the VAE of Load UniPic"
         )
     return x
 
@@ -34,16 +34,19 @@ def prepared(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
 def picture_masks(mask: Tensor | None, pictures: int) -> Tensor | None:
     """A LATENT's mask [H, W], [B, H, W] or [B, 1, H, W] as [B, 1, 1, H, W]; B is 1 or the number of pictures.
 
-    ComfyUI reads the masks of a batch as the frames of one picture and averages them, unless they have five dimensions.
+    ComfyUI takes the masks of a batch for frames of one picture and averages them, unless they have five dimensions.
     UniPicError for another number of masks, and for NaN.
     """
     if mask is None:
         return None
     masks = mask if mask.ndim == 5 else mask.reshape(-1, 1, 1, *mask.shape[-2:])
     if len(masks) not in (1, pictures):
-        raise UniPicError(f"the latent has {len(masks)} masks for {pictures} pictures; give it one, or one for each")
+        raise UniPicError(
+            f"the latent must have one mask, or one for each of its {pictures} pictures, got {len(masks)}; connect "
+            "another mask"
+        )
     if bool(masks.isnan().any()):
-        raise UniPicError("the latent's mask should hold numbers from 0 to 1 and holds NaN; make it again")
+        raise UniPicError("the latent's mask must hold numbers from 0 to 1, got NaN; draw the mask again")
     return masks
 
 
@@ -56,7 +59,7 @@ def sample(
     settings: Settings,
     sigmas: Tensor,
 ) -> dict[str, Any]:
-    """Run settings' sampler over the sigmas; the latent's mask and batch_index are respected. Returns a LATENT."""
+    """Run the settings' sampler over the sigmas, with the latent's mask and batch_index. Returns a LATENT."""
     x = prepared(model, latent)
     pictures = latent.get("batch_index")
     options = {"pictures": pictures} if settings.sampler == "consistency" and pictures is not None else {}
@@ -74,5 +77,5 @@ def sample(
         disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
     )
-    kept = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
-    return {**kept, "samples": samples}
+    others = {key: value for key, value in latent.items() if not key.startswith("downscale_ratio_")}
+    return {**others, "samples": samples}

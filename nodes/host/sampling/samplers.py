@@ -1,12 +1,12 @@
-"""Between ComfyUI's sampling and the core's samplers, schedules and guidance.
+"""The core's samplers as ComfyUI's SAMPLER.
 
-ComfyUI's model is asked for x0 of latents [B, C, 1, H, W] at sigma; for flow models sigma is t in [0, 1].
+ComfyUI's model predicts x0 of latents [B, C, 1, H, W] at sigma; for flow models sigma is t in [0, 1].
 
-Where noise comes from. The start is ComfyUI's `prepare_noise`: one generator for the whole batch, so picture i of a
-batch comes again alone with `batch_index` i, not with a seed of its own. The noise added after step k to picture i is
-draw k of ComfyUI's default noise sampler for one picture, seeded with seed + i * PICTURE_STRIDE: it depends on (seed,
-step, picture) alone. For one picture that is what the stock `lcm` sampler draws; for more, `lcm` draws the whole batch
-at once. Like every sampler of ComfyUI's it draws on the latent's device.
+Seeds. A run starts from ComfyUI's `prepare_noise`: one generator for the whole batch, so picture i of a batch is
+repeated alone by `batch_index` i, not by another seed. The noise added to picture i after step k is draw k of ComfyUI's
+default noise sampler for one picture, seeded with seed + i * PICTURE_STRIDE: it depends on (seed, step, picture) alone.
+For one picture the stock `lcm` sampler draws the same; for more, `lcm` draws the whole batch at once. Like every
+ComfyUI sampler this one draws on the latent's device.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from ....unipic_core.sampling.flow import x0_to_velocity
 from ....unipic_core.sampling.samplers import NoiseSource, NonFiniteLatent
 
 PICTURE_STRIDE = 1_000_003
-"""Between the re-noising seeds of neighbours in a batch; large, so that they do not meet those of the next seeds."""
+"""Difference of the re-noising seeds of neighbours in a batch; large, so that the next seed does not repeat them."""
 
 Callback = Callable[[dict[str, Any]], None]
-"""What ComfyUI calls after each step, with x, i, sigma, sigma_hat and denoised."""
+"""ComfyUI's callback after each step, with x, i, sigma, sigma_hat and denoised."""
 
 ADVICE = (
     "load the model as bf16 (never fp16), start ComfyUI without --use-sage-attention, and check that the weights were "
@@ -43,8 +43,8 @@ ADVICE = (
 def ksampler(name: str, **options: object) -> comfy.samplers.KSAMPLER:
     """ComfyUI's SAMPLER for one of the core's samplers ("consistency", "euler").
 
-    options of "consistency": `step_noise`, the noises to add instead of seeded ones, one [B, C, 1, H, W] per step but
-    the last; `pictures`, the index of each latent of the batch, where it is not its place.
+    options of "consistency": `step_noise`, noises [B, C, 1, H, W] in place of seeded ones, one for each step but the
+    last; `pictures`, the index of each latent where it differs from its place in the batch.
     """
     return comfy.samplers.KSAMPLER({"consistency": sample_consistency, "euler": sample_euler}[name], options)
 
@@ -59,7 +59,7 @@ def sample_consistency(
     step_noise: Sequence[Tensor] | None = None,
     pictures: Sequence[int] | None = None,
 ) -> Tensor:
-    """Predict x0, re-noise to the next sigma; a sampler function of ComfyUI's around `samplers.renoise`."""
+    """Sampler function for ComfyUI: predict x0, re-noise to the next sigma (`samplers.renoise`)."""
     seed = (extra_args or {}).get("seed") or 0
     noise = seeded_noise(x, seed, pictures) if step_noise is None else given_noise(x, step_noise)
     _check_falling(sigmas)
@@ -75,29 +75,29 @@ def sample_euler(
     callback: Callback | None = None,
     disable: bool | None = None,
 ) -> Tensor:
-    """Euler's method; a sampler function of ComfyUI's around `samplers.sample_euler`.
+    """Sampler function for ComfyUI: Euler's method (`samplers.sample_euler`).
 
-    Rising sigmas invert: from a picture to the noise that makes it.
+    Rising sigmas invert: from a picture to the noise that gives it.
     """
     with _run(model, sigmas, extra_args, callback, disable) as run:
         return samplers.sample_euler(run.velocity, x, run.times, run.report)
 
 
 def seeded_noise(x: Tensor, seed: int, pictures: Sequence[int] | None = None) -> NoiseSource:
-    """Noise like x [B, ...] by the rule above. To be asked once per step, in order."""
+    """Noise like x [B, ...], seeded as described above. Call once per step, in order."""
     pictures = range(len(x)) if pictures is None else pictures
-    seeds = [(seed + picture * PICTURE_STRIDE) % (2**64 - 1) for picture in pictures]  # one is added to it on the CPU
+    seeds = [(seed + picture * PICTURE_STRIDE) % (2**64 - 1) for picture in pictures]  # ComfyUI adds 1 on the CPU
     draws = [comfy.k_diffusion.sampling.default_noise_sampler(x[:1], seed=s) for s in seeds]
     return lambda step: torch.cat([draw(None, None) for draw in draws])
 
 
 def given_noise(x: Tensor, step_noise: Sequence[Tensor]) -> NoiseSource:
-    """The given noises, each of x's shape. UniPicError for another shape or too few of them."""
+    """Noise from a list, each of x's shape. UniPicError for another shape or too few of them."""
 
     def noise(step: int) -> Tensor:
         if step >= len(step_noise) or step_noise[step].shape != x.shape:
             got = [list(n.shape) for n in step_noise]
-            raise UniPicError(f"step_noise must hold a noise {list(x.shape)} for step {step + 1}, got {got}")
+            raise UniPicError(f"step_noise must hold noise of shape {list(x.shape)} for step {step + 1}, got {got}")
         return step_noise[step].to(x)
 
     return noise
@@ -105,7 +105,7 @@ def given_noise(x: Tensor, step_noise: Sequence[Tensor]) -> NoiseSource:
 
 @dataclass
 class _Run:
-    """One run of a sampler: asks ComfyUI's model, reports each step, stops when the user interrupts."""
+    """One run of a sampler: calls ComfyUI's model, reports each step, stops when the user interrupts."""
 
     model: Any
     sigmas: Tensor
@@ -119,7 +119,7 @@ class _Run:
         return self.sigmas.tolist()
 
     def predict(self, x_t: Tensor, t: float) -> Tensor:
-        """x0 [B, C, 1, H, W]."""
+        """x0 [B, C, 1, H, W] from x_t and t."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.x_t = x_t
         return self.model(x_t, t * x_t.new_ones(len(x_t)), **self.extra_args)
@@ -128,7 +128,7 @@ class _Run:
         return x0_to_velocity(x_t, self.predict(x_t, t), t)
 
     def report(self, step: int, t_next: float, x_t: Tensor, x0: Tensor) -> None:
-        """ComfyUI wants the latent that the step began with."""
+        """Call ComfyUI's callback, which expects the latent at the start of the step."""
         self.bar.update()
         if self.callback is not None:
             sigma = self.sigmas[step]
@@ -139,10 +139,10 @@ class _Run:
 def _run(
     model: object, sigmas: Tensor, extra_args: dict[str, Any] | None, callback: Callback | None, disable: bool | None
 ) -> Iterator[_Run]:
-    """A run with a progress bar on the console. UniPicError for sigmas of another kind of model, and for NaN."""
+    """A run with a progress bar on the console. UniPicError for sigmas that are not a flow's, and for NaN."""
     in_range = (sigmas >= 0) & (sigmas <= 1)  # false for NaN; 0 is for the end alone
     if not bool(in_range.all() and (sigmas[:-1] > 0).all()):
-        raise _wrong_sigmas(sigmas, "make them with UniPic Sigmas")
+        raise _wrong_sigmas(sigmas, "take them from UniPic Sigmas")
     if sigmas[-1] == 1:  # ComfyUI divides the result by 1 - the last sigma
         raise _wrong_sigmas(sigmas, "to invert a picture with euler, let them rise to 0.999")
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
@@ -153,13 +153,11 @@ def _run(
 
 
 def _check_falling(sigmas: Tensor) -> None:
-    """UniPicError for sigmas that rise: the noise added after a step is that of a later, smaller time."""
+    """UniPicError for rising sigmas: re-noising goes to a smaller time only."""
     if bool((sigmas.diff() > 0).any()):
-        raise _wrong_sigmas(
-            sigmas, "make them with UniPic Sigmas, or choose euler, which can follow the flow backwards"
-        )
+        raise _wrong_sigmas(sigmas, "take them from UniPic Sigmas, or choose euler, which can also run backwards")
 
 
 def _wrong_sigmas(sigmas: Tensor, advice: str) -> UniPicError:
     got = ", ".join(f"{s:.4g}" for s in sigmas.tolist())
-    return UniPicError(f"the sigmas should fall from at most 1 to 0, got {got}; {advice}")
+    return UniPicError(f"the sigmas must fall from at most 1 to 0, got {got}; {advice}")

@@ -9,20 +9,15 @@ import torch
 from torch import Tensor
 
 from ....unipic_core.conditioning.sequence import PATCH
-from ....unipic_core.run.plan import Settings, resolve
+from ....unipic_core.run.plan import Settings
 from ....unipic_core.sampling.schedules import Shift
-from ..recipe_attachment import Facts
-
-
-def sigmas(facts: Facts, steps: int | None, num_target_tokens: int, denoise: float = 1.0) -> Tensor:
-    """The times of a run as ComfyUI's SIGMAS: 1-D float32, ending in 0. steps: None = from the recipe."""
-    return sigmas_of(resolve(facts.recipe, steps), facts.shift, num_target_tokens, denoise)
 
 
 def sigmas_of(settings: Settings, shift: Shift, num_target_tokens: int, denoise: float = 1.0) -> Tensor:
-    """As `sigmas`. denoise below 1: the last `steps` steps of a schedule of steps / denoise, as KSampler does it.
+    """Times of a run as ComfyUI's SIGMAS: 1-D float32, ending in 0.
 
-    denoise 0 gives no times at all, and sampling then returns the latent as it is.
+    denoise below 1: the last `steps` steps of a schedule of steps / denoise, as in KSampler. denoise 0: no times, and
+    sampling returns the latent as it is.
     """
     if denoise <= 0:
         return torch.zeros(0)
@@ -32,6 +27,6 @@ def sigmas_of(settings: Settings, shift: Shift, num_target_tokens: int, denoise:
 
 
 def target_tokens(latent: Tensor) -> int:
-    """Tokens of a latent [..., H, W]; odd sizes are filled up to whole tokens, as ComfyUI's Qwen model does."""
+    """Tokens of a latent [..., H, W]; odd sizes are padded to whole tokens, as in ComfyUI's Qwen-Image model."""
     height, width = latent.shape[-2:]
     return math.ceil(height / PATCH) * math.ceil(width / PATCH)

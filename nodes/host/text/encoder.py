@@ -1,4 +1,4 @@
-"""CLIP: the condition encoder of a pipeline folder as ComfyUI's own kind, and prompts with references through any."""
+"""The text encoder of a pipeline folder as ComfyUI's CLIP, and prompts with references through any Qwen2.5-VL CLIP."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from .tokenizer import KEY, Tokenizer
 from .vision_cache import shared_tower
 
 STOCK_LEAST_PIXELS = 3136
-"""ComfyUI's own Qwen2.5-VL enlarges pictures of fewer pixels."""
+"""ComfyUI's own Qwen2.5-VL enlarges smaller pictures to this many pixels."""
 
 Conditioning = list[list[Any]]
 
 
 def load_clip(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
-    """The CLIP of a pipeline folder's text_encoder/ and tokenizer/; weights in the type they are stored in.
+    """The CLIP of a pipeline folder's text_encoder/ and tokenizer/; weights in their storage type.
 
-    Raises CheckpointError naming what is missing, damaged or does not fit.
+    Raises CheckpointError that names the missing, damaged or unsuitable part.
     """
     folder = Path(folder)
     for part in ("text_encoder", "tokenizer"):
@@ -71,31 +71,34 @@ def _options(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def read_encoder_weights(folder: Path) -> dict[str, Tensor]:
-    """transformers' weights, sharded or not, by ComfyUI's names. CheckpointError for what is not readable weights."""
-    checked = open_weights(folder)
-    files = sorted(checked.files)
+    """Weights in transformers' layout, sharded or not, by ComfyUI's names. CheckpointError if they cannot be read."""
+    weights = open_weights(folder)
+    files = sorted(weights.files)
     if all(file.suffix == ".safetensors" for file in files):
-        # ComfyUI's reader, since its offloading wants to know where in the files the weights lie
+        # ComfyUI's reader: its offloading needs the weights' places in the files
         parts = [comfy.utils.load_torch_file(str(file), safe_load=True) for file in files]
         stored = {name: weight for part in parts for name, weight in part.items()}
     else:
-        stored = {name: checked.get(name) for name in checked}
+        stored = {name: weights.get(name) for name in weights}
     return {comfy_name(name): weight for name, weight in stored.items() if not name.startswith(HEAD)}
 
 
 def comfy_name(name: str) -> str:
-    """Older transformers: model.X and visual.X, as ComfyUI; newer: model.language_model.X and model.visual.X."""
+    """ComfyUI's name of a weight: model.X and visual.X, as in older transformers.
+
+    Newer transformers write model.language_model.X and model.visual.X.
+    """
     return re.sub(r"^model\.visual\.", "visual.", re.sub(r"^model\.language_model\.", "model.", name))
 
 
 def encode_prompt(clip: CLIP, prompt: str, references: Sequence[Image.Image]) -> Conditioning:
-    """Conditioning of the release's template: references in order, no labels, the prompt.
+    """Conditioning in the release's template: the references in order, without labels, then the prompt.
 
-    clip: from `load_clip`, or ComfyUI's own Qwen2.5-VL. references: from `resize_references`; the vision encoder gets
-    them at exactly 28/32 of their sides, once for all texts. Raises UniPicError for another kind of CLIP, and for marks
-    in the prompt of ComfyUI's own, which would not stay text.
+    clip: from `load_clip`, or ComfyUI's own Qwen2.5-VL. references: from `resize_references`; the vision tower gets
+    them at exactly 28/32 of their sides, once for all texts. Raises UniPicError for another kind of CLIP, and for
+    special tokens in a prompt for ComfyUI's own, which would not read them as text.
     """
-    text = prompt_text(prompt, len(references))  # begins with a turn: every tokenizer takes such a text as it is
+    text = prompt_text(prompt, len(references))  # begins with <|im_start|>, so no tokenizer adds a template
     pictures = [resize_for_vision(reference) for reference in references]
     plain: dict[str, str] = {"prompt": prompt}
     if not isinstance(clip.tokenizer, Tokenizer):
@@ -109,21 +112,21 @@ def encode_prompt(clip: CLIP, prompt: str, references: Sequence[Image.Image]) ->
 
 
 def changes_weights(clip: CLIP) -> bool:
-    """Whether hooks may change a CLIP's weights while it encodes, so that nothing of it may be kept."""
+    """Whether hooks may change a CLIP's weights while it encodes, so that no result may be cached."""
     return bool(clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule)
 
 
 def _check_marks(prompt: str) -> None:
-    """UniPicError for a prompt that ComfyUI's own tokenizers would read as more than text."""
+    """UniPicError for a special token in the prompt, which ComfyUI's own tokenizers would not read as text."""
     if mark := mark_in(prompt):
         raise UniPicError(
-            f"the prompt contains {mark}, a mark of the template to this text encoder; remove it, or take the CLIP "
-            "from Load UniPic, to which it is text"
+            f"the prompt contains {mark}, a special token for this text encoder; remove it, or use the CLIP of Load "
+            "UniPic, which reads it as text"
         )
 
 
 def _escaped(text: str) -> str:
-    """ComfyUI's own tokenizers read a backslash before a bracket as an escape and drop it."""
+    """Double the backslash before a bracket, which ComfyUI's own tokenizers drop as an escape."""
     return re.sub(r"\\([()])", r"\\\\\1", text)
 
 
@@ -131,8 +134,8 @@ def _warn_of_enlarging(pictures: Sequence[Image.Image]) -> None:
     small = next((p.size for p in pictures if p.width * p.height < STOCK_LEAST_PIXELS), None)
     if small:
         logging.warning(
-            "UniPic: ComfyUI's own text encoder enlarges a reference of %dx%d pixels; results differ a little from the "
-            "release. Raise reference_budget, or take the CLIP from Load UniPic.",
+            "UniPic: ComfyUI's own text encoder enlarges a reference of %dx%d pixels, so the result differs a little "
+            "from the release; raise reference_budget, or use the CLIP of Load UniPic",
             *small,
         )
 
@@ -141,9 +144,11 @@ def _check_tokens(tokens: Any, num_references: int) -> None:
     kinds = sorted(tokens) if isinstance(tokens, dict) else []
     if kinds != [KEY]:
         raise UniPicError(
-            f"clip must be a Qwen2.5-VL, got one that makes {', '.join(kinds) or type(tokens).__name__}; take it from "
-            "Load UniPic, or load a Qwen2.5-VL 7B with Load CLIP and type qwen_image"
+            f"clip must be a Qwen2.5-VL, got one with tokens for {', '.join(kinds) or type(tokens).__name__}; use the "
+            "CLIP of Load UniPic, or Load CLIP with a Qwen2.5-VL 7B and type qwen_image"
         )
     images = sum(isinstance(pair[0], dict) for row in tokens[KEY] for pair in row)
     if images != num_references:
-        raise UniPicError(f"this CLIP took {images} of {num_references} references; load it with type qwen_image")
+        raise UniPicError(
+            f"clip must see all {num_references} pictures, it saw {images}; choose type qwen_image in Load CLIP"
+        )

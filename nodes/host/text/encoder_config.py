@@ -1,4 +1,4 @@
-"""The condition encoder's config.json (transformers' layout, old or new) as the sizes that ComfyUI's classes take."""
+"""Text encoder config: sizes of ComfyUI's classes from a config.json of transformers, old or new."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ _FIXED = {"patch_size": PATCH, "spatial_merge_size": MERGE, "temporal_patch_size
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of a Qwen2.5-VL. What a config leaves out is the release's.
+    """Sizes of a Qwen2.5-VL; those that a config leaves out are the release's.
 
-    text: the sizes of ComfyUI's language model, by its own names. rope_dims: frequencies of (frame, row, column).
-    vision: sizes of the vision tower, by ComfyUI's names. full_attention: its blocks that see the whole picture.
-    positions: one of POSITIONS. image_token: id of the mark that image tokens take the place of.
+    text: sizes of the language model, by ComfyUI's names. rope_dims: number of frequencies for (frame, row, column).
+    vision: sizes of the vision tower, by ComfyUI's names. full_attention: its blocks that attend to the whole picture.
+    positions: one of POSITIONS. image_token: id of the token that image tokens replace.
     """
 
     text: dict[str, Any]
@@ -53,7 +53,7 @@ class EncoderConfig:
 
     @classmethod
     def read(cls, file: Path) -> EncoderConfig:
-        """From a config.json. CheckpointError if it is missing or describes another kind of encoder."""
+        """Read a config.json. CheckpointError if it is missing, damaged or of another kind of encoder."""
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             return cls.from_dict(config)
@@ -67,26 +67,32 @@ class EncoderConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> EncoderConfig:
-        """From config.json's table: flat, as transformers 4 wrote it, or with `text_config`."""
+        """Sizes from config.json's dictionary: flat, as transformers 4 wrote it, or with `text_config`."""
         if config.get("model_type") != "qwen2_5_vl":
             raise CheckpointError(
-                f"expected a Qwen2.5-VL, got {config.get('model_type')!r}; take a Qwen-Image-Edit one"
+                f"expected model_type qwen2_5_vl, got {config.get('model_type')!r}; use the text_encoder of "
+                "Qwen-Image-Edit"
             )
-        words = {**config, **(config.get("text_config") or {})}
-        eyes = config.get("vision_config") or {}
-        other = [f"{name} {eyes[name]}" for name, value in _FIXED.items() if eyes.get(name, value) != value]
+        language = {**config, **(config.get("text_config") or {})}
+        vision = config.get("vision_config") or {}
+        other = [f"{name} {vision[name]}" for name, value in _FIXED.items() if vision.get(name, value) != value]
         if other:
-            raise CheckpointError(f"this vision tower's {', '.join(other)} is not Qwen2.5-VL's; take another encoder")
-        text: dict[str, Any] = {name: type(default)(words.get(name, default)) for name, default in _TEXT.items()}
-        rope = words.get("rope_parameters") or words.get("rope_scaling") or {}
-        text["rope_theta"] = float(rope.get("rope_theta") or words.get("rope_theta") or 1e6)
-        sizes = {name: eyes.get(name, default) for name, default in _VISION.items()}
+            raise CheckpointError(
+                f"expected the vision tower of Qwen2.5-VL, got {', '.join(other)}; use the text_encoder of "
+                "Qwen-Image-Edit"
+            )
+        text: dict[str, Any] = {name: type(default)(language.get(name, default)) for name, default in _TEXT.items()}
+        rope = language.get("rope_parameters") or language.get("rope_scaling") or {}
+        text["rope_theta"] = float(rope.get("rope_theta") or language.get("rope_theta") or 1e6)
+        sizes = {name: vision.get(name, default) for name, default in _VISION.items()}
         positions = encoder_positions(config.get("unipic_positions"), config.get("transformers_version"))
         if positions not in POSITIONS:
-            raise CheckpointError(f"the positions must be one of {', '.join(POSITIONS)}, got {positions!r}")
+            raise CheckpointError(
+                f"unipic_positions must be one of {', '.join(POSITIONS)}, got {positions!r}; remove the key"
+            )
         return cls(
             text=text,
-            head_dim=int(words.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]),
+            head_dim=int(language.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]),
             rope_dims=[int(n) for n in rope.get("mrope_section") or _MROPE],
             vision={
                 "hidden_size": int(sizes["hidden_size"]),

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL of any size from ComfyUI's own classes, so that offloading and quantisation work as on the 7B."""
+"""Qwen2.5-VL of any size from ComfyUI's classes, so that offloading and quantisation work as on the 7B."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .encoder_config import EncoderConfig
 from .tokenizer import KEY, Tokenizer
 
 SIDE = MERGE * PATCH
-"""The vision tower takes multiples of this many pixels."""
+"""Sides of pictures for the vision tower are multiples of this many pixels."""
 
 
 class Qwen25VL(llama.Qwen25_7BVLI):
-    """ComfyUI's Qwen2.5-VL with the sizes and the counting of positions that a config names."""
+    """ComfyUI's Qwen2.5-VL with the sizes and the kind of positions of a config."""
 
     def __init__(
         self, config: EncoderConfig, _: dict[str, Any], dtype: object, device: object, operations: object
     ) -> None:
-        torch.nn.Module.__init__(self)  # the parent's builds the 7B
+        torch.nn.Module.__init__(self)  # not the parent's, which builds the 7B
         sizes = llama.Qwen25_7BVLI_Config(**config.text)
         sizes.head_dim, sizes.rope_dims = config.head_dim, config.rope_dims
         self.num_layers = sizes.num_hidden_layers
@@ -39,7 +39,7 @@ class Qwen25VL(llama.Qwen25_7BVLI):
     def preprocess_embed(self, embed: dict[str, Any], device: object) -> tuple[Tensor | None, Tensor | None]:
         """An image [1, H, W, 3] in [0, 1] -> its tokens [H/28 * W/28, hidden] and its grid of patches [1, 3].
 
-        ComfyUI's own preparation enlarges pictures under 3136 pixels, which gives small models other tokens.
+        ComfyUI's preparation enlarges pictures under 3136 pixels, which would give small models other tokens.
         """
         if embed["type"] != "image":
             return None, None
@@ -48,12 +48,12 @@ class Qwen25VL(llama.Qwen25_7BVLI):
         return self.visual(vision_patches(pictures)[0], grid), grid
 
     def forward(self, *args: object, embeds_info: object = (), **kwargs: object) -> Any:
-        # without being told of images the parent counts one by one
+        # without embeds_info the parent numbers tokens one by one
         return super().forward(*args, embeds_info=[] if self.sequential else embeds_info, **kwargs)
 
 
 def to_vision_size(pictures: Tensor) -> Tensor:
-    """[B, 3, H, W] to the nearest multiples of 28; those that are multiples already (our node's) are left exact."""
+    """Resize [B, 3, H, W] to the nearest multiples of 28; multiples, such as the node's, stay as they are."""
     height, width = (max(round(side / SIDE), 1) * SIDE for side in pictures.shape[-2:])
     if pictures.shape[-2:] == (height, width):
         return pictures
@@ -61,7 +61,7 @@ def to_vision_size(pictures: Tensor) -> Tensor:
 
 
 class TextModel(sd1_clip.SD1ClipModel):
-    """What a CLIP holds: hidden states after the dropped prefix of the template."""
+    """Text encoder in a CLIP: hidden states without those of the template's prefix."""
 
     def __init__(
         self, config: EncoderConfig, tokenizer: Tokenizer, *, device: object, dtype: object, model_options: object
@@ -76,7 +76,7 @@ class TextModel(sd1_clip.SD1ClipModel):
         self.tokenizer = tokenizer
 
     def encode_token_weights(self, tokens: dict[str, Any]) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """[1, L, hidden] float32; a mask only where something is masked."""
+        """Hidden states [1, L, hidden] float32; extra holds a mask only if a token is masked."""
         hidden, pooled, extra = super().encode_token_weights(tokens)
         start = self.tokenizer.dropped([pair[0] for pair in tokens[KEY][0]])
         mask = extra["attention_mask"][:, start:]
@@ -84,15 +84,20 @@ class TextModel(sd1_clip.SD1ClipModel):
         return hidden[:, start:], pooled, kept if bool(mask.all()) else {**kept, "attention_mask": mask}
 
     def load_sd(self, sd: dict[str, Tensor]) -> Any:
-        """CheckpointError for weights that do not fit, which ComfyUI would only log."""
+        """Load weights. CheckpointError for those that do not fit, which ComfyUI would only log."""
         try:
             missing, unexpected = super().load_sd(sd)
         except RuntimeError as error:
             detail = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"the text encoder's weights do not fit its config.json: {detail}") from error
+            raise CheckpointError(
+                f"the text encoder's weights do not fit its config.json ({detail}); download the text_encoder folder "
+                "again"
+            ) from error
         if missing:
             names = ", ".join(sorted(missing)[:3])
-            raise CheckpointError(f"the text encoder lacks {len(missing)} weights ({names}); download it again")
+            raise CheckpointError(
+                f"the text encoder lacks {len(missing)} weights ({names}); download the text_encoder folder again"
+            )
         return missing, unexpected
 
 

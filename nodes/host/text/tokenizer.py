@@ -1,4 +1,4 @@
-"""Prompts to tokens for the encoder of a pipeline folder, by ComfyUI's tokenizer interface."""
+"""Tokenizer of a pipeline folder with ComfyUI's interface."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ _JSON = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """ids: of a text, with nothing added. plain_ids: of a text in which marks are ordinary words. marks: those that
-    `ids` knows. id_of: of a mark, None if there is none. decode(ids, skip_special_tokens)."""
+    """ids: of a text, with nothing added. plain_ids: of a text whose special tokens are ordinary words. marks: the
+    special tokens that `ids` recognises. id_of: id of a special token, or None. decode(ids, skip_special_tokens)."""
 
     ids: Callable[[str], list[int]]
     plain_ids: Callable[[str], list[int]]
@@ -49,10 +49,10 @@ class Vocabulary:
 
     @classmethod
     def read(cls, folder: Path) -> Vocabulary:
-        """From a tokenizer/ folder; nothing is downloaded. CheckpointError.
+        """Read a tokenizer/ folder; nothing is downloaded. CheckpointError.
 
-        tokenizer.json beside it in processor/ serves as well. Read without transformers, whose versions disagree about
-        tokenizer_config.json. A folder with only vocab.json and merges.txt is read as ComfyUI reads its own.
+        tokenizer.json may also lie in processor/ beside it. It is read without transformers, whose versions disagree
+        about tokenizer_config.json. A folder with vocab.json and merges.txt alone is read by ComfyUI's class.
         """
         file = next((f for f in (folder / _JSON, folder.parent / "processor" / _JSON) if f.is_file()), None)
         with readable_encoder_errors(f"the tokenizer in {folder} cannot be loaded"):
@@ -77,7 +77,7 @@ class Vocabulary:
 
     @classmethod
     def _of_lists(cls, folder: Path) -> Vocabulary:
-        tokenizer_class(folder)  # refuses a folder that brings code
+        tokenizer_class(folder)  # refuses a folder with code
         words = qwen_image.Qwen2Tokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
         def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -91,19 +91,19 @@ class Vocabulary:
 
 
 class Tokenizer:
-    """Text and images -> ComfyUI's tokens: {KEY: [[(id or image, weight 1.0), ...]]}.
+    """Tokenizer with ComfyUI's interface: text and images -> {KEY: [[(id or image, weight 1.0), ...]]}.
 
-    Prompt weights "(word:1.2)" and "embedding:" are ordinary text here, as they were when the model was trained.
+    Prompt weights "(word:1.2)" and "embedding:" are ordinary text, as they were in the model's training.
     """
 
     def __init__(self, vocabulary: Vocabulary, image_token: int, max_length: int) -> None:
         self.vocabulary = vocabulary
         self.image_token = image_token
         self.max_length = max_length
-        known = vocabulary.id_of(IMAGE_PAD)
-        if known != image_token:
+        image_pad = vocabulary.id_of(IMAGE_PAD)
+        if image_pad != image_token:
             raise CheckpointError(
-                f"the tokenizer's {IMAGE_PAD} is {known} but the encoder's config says {image_token}; "
+                f"the text encoder expects {IMAGE_PAD} as token {image_token}, got {image_pad} from the tokenizer; "
                 "take tokenizer and text_encoder from the same folder"
             )
         self.turn = vocabulary.id_of(_TURN)
@@ -112,7 +112,7 @@ class Tokenizer:
 
     @classmethod
     def read(cls, folder: Path, image_token: int, max_length: int) -> Tokenizer:
-        """Of a tokenizer/ folder. max_length: tokens that the encoder takes. CheckpointError."""
+        """Read a tokenizer/ folder. max_length: most tokens that the encoder takes. CheckpointError."""
         return cls(Vocabulary.read(folder), image_token, max_length)
 
     def tokenize_with_weights(
@@ -124,11 +124,11 @@ class Tokenizer:
         prompt: str = "",
         **_: object,
     ) -> dict[str, list[list[tuple[Any, ...]]]]:
-        """As ComfyUI's nodes call it. images: [1, H, W, 3] in [0, 1], one for each IMAGE_PAD in order.
-        prompt: the user's words, with which the text ends before SUFFIX: marks in them are ordinary text.
+        """Tokens as ComfyUI's nodes expect them. images: [1, H, W, 3] in [0, 1], one for each IMAGE_PAD in order.
+        prompt: the user's part of the text, before SUFFIX: special tokens in it are ordinary text.
 
-        A text that begins with a turn is taken whole; else it is put into llama_template, or without one into the
-        template of the release (one IMAGE per picture and no labels). UniPicError for text that is not valid Unicode.
+        A text that begins with <|im_start|> is complete; else it is put into llama_template, or without one into the
+        release's template (one IMAGE per picture, no labels). UniPicError for text that is not valid Unicode.
         """
         check_unicode(text)
         if text.startswith(_TURN):
@@ -144,7 +144,7 @@ class Tokenizer:
         return {KEY: [weighted]}
 
     def dropped(self, tokens: Sequence[object]) -> int:
-        """How many tokens of the template come before what is kept: up to the second turn's "user" and line break."""
+        """Number of prefix tokens to drop: up to "user" and the line break of the second turn."""
         turns = [i for i, token in enumerate(tokens) if isinstance(token, int) and token == self.turn]
         if len(turns) < 2:
             return 0
@@ -156,11 +156,11 @@ class Tokenizer:
         return self.vocabulary.decode(token_ids, skip_special_tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What is saved with the weights: nothing, the tokenizer stays in its folder."""
+        """Empty: the tokenizer is not saved with the weights."""
         return {}
 
     def _split_ids(self, text: str, prompt: str) -> list[int]:
-        """Prefix and body tokenized apart, so that no token spans the cut; a prompt with marks in it by itself."""
+        """Ids, with the prefix tokenized apart, so that no token spans the cut; so is a prompt with special tokens."""
         ids = self.vocabulary.ids
         if mark_in(prompt, self.vocabulary.marks) and text.endswith(prompt + SUFFIX):
             before = text[: -len(prompt + SUFFIX)]

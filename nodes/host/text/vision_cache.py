@@ -1,4 +1,4 @@
-"""What the vision tower makes of pictures, shared by all texts on them: prompt, negative, and prompts that follow."""
+"""Cache of the vision tower's outputs: prompt, negative prompt and later prompts share them."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from ....unipic_core.caching import TensorCache, WeightsKey
 from ....unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from .tokenizer import KEY
 
-_seen: TensorCache[Tensor] = TensorCache(MAX_REFERENCES)
-"""Of the last pictures, in main memory: at the release's size up to 34 MB each, and as much for all of one set."""
+_embeddings: TensorCache[Tensor] = TensorCache(MAX_REFERENCES)
+"""Outputs for the last pictures, in main memory: at the release's size up to 34 MB for one picture or one set."""
 
 
 def clear_cache() -> None:
-    """Forget what the tower made."""
-    _seen.clear()
+    """Empty the cache."""
+    _embeddings.clear()
 
 
 @contextmanager
 def shared_tower(clip: CLIP) -> Iterator[None]:
-    """While this lasts, the tower of a Qwen2.5-VL CLIP does not run for pictures that it has lately seen.
+    """Context in which the vision tower of a Qwen2.5-VL CLIP reuses its outputs for recent pictures.
 
-    Works for ComfyUI's own class too, since it stands before the tower itself. Known are the pictures by their pixels,
-    and the weights by their state and by the patches that ComfyUI may apply to them without changing them.
+    Works for ComfyUI's own class too, since it replaces the tower's forward. An output belongs to the pixels, to the
+    state of the weights and to the patches that ComfyUI applies to them.
     """
     tower = getattr(clip.cond_stage_model, KEY).transformer.visual
-    if "forward" in vars(tower):  # another node pack has put something in its place, which may depend on anything
+    if "forward" in vars(tower):  # replaced by another node pack: its output may depend on anything
         yield
         return
     run, patches = tower.forward, clip.patcher.patches_uuid
 
     def forward(pixels: Tensor, grid: Tensor) -> Tensor:
         key = (WeightsKey(tower), patches, pixels.device, tuple(grid.flatten().tolist()))
-        return _seen.get(key, [pixels.cpu()], lambda: run(pixels, grid).cpu()).to(pixels.device)
+        return _embeddings.get(key, [pixels.cpu()], lambda: run(pixels, grid).cpu()).to(pixels.device)
 
     tower.forward = forward
     try:

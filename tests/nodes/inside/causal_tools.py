@@ -34,7 +34,7 @@ def run(model: Any, cache: str = "auto", cfg: float = 1.0, seed: int = 3, batch:
 
 
 def kept(model: Any) -> dict[str, int]:
-    return {piece: len(cache) for piece, cache in model.model.diffusion_model.conditions.kept.items()}
+    return {piece: len(cache) for piece, cache in model.model.diffusion_model.kv_cache.exact.items()}
 
 
 def close(a: Tensor, b: Tensor) -> None:

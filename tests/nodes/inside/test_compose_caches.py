@@ -209,8 +209,8 @@ def test_caches_are_small_and_on_the_cpu(tiny):
     assert len(compose._references) == compose.CACHED_REFERENCES
     assert len(compose._texts) == compose.CACHED_TEXTS
     assert all(x.device.type == "cpu" for x in compose._references._values.values())
-    assert len(compose.vision._seen) == MAX_REFERENCES
-    assert all(x.device.type == "cpu" for x in compose.vision._seen.values())
+    assert len(compose.vision._embeddings) == MAX_REFERENCES
+    assert all(x.device.type == "cpu" for x in compose.vision._embeddings.values())
 
 
 def test_a_later_node_cannot_change_what_is_kept(tiny):

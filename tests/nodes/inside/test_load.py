@@ -94,15 +94,17 @@ def test_names_of_what_is_there(golden: Path, models_folder: Path) -> None:
 )
 def test_names_never_lead_out(name: str, models_folder: Path) -> None:
     (models_folder.parent / "outside" / "transformer").mkdir(parents=True, exist_ok=True)
-    with pytest.raises(UniPicError, match=r"put a whole folder .* models/unipic/.*41 GB in bf16, 20 GB in fp8.*models"):
+    with pytest.raises(
+        UniPicError, match=r"put a released folder .* models/unipic/.*41 GB in bf16, 20 GB in fp8.*models"
+    ):
         run(name)
     for kind in (sources.TEXT_ENCODER, sources.VAE):
-        with pytest.raises(UniPicError, match=f"there is no {kind.what} .* in models/{kind.folder}/"):
+        with pytest.raises(UniPicError, match=f"there is no {kind.label} .* in models/{kind.folder}/"):
             sources.find_part(kind, name, models_folder)
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(UniPicError, match=r"no model 'unipic-nano' here; there are unipic-nano \(bundled\)"):
+    with pytest.raises(UniPicError, match=r"no model 'unipic-nano'; choose one of unipic-nano \(bundled\)"):
         run("unipic-nano")
 
 
@@ -115,10 +117,12 @@ def test_missing_parts_are_named_with_place_and_size(golden: Path, models_folder
     name = transformer_only(golden, models_folder)
     with pytest.raises(UniPicError) as error:
         run(name)
-    for part in ("Unipic3-DMD needs a text encoder", "16.6 GB", "9.4 GB", "into models/text_encoders/"):
+    for part in ("Unipic3-DMD comes without a text encoder", "16.6 GB", "9.4 GB", "into models/text_encoders/"):
         assert part in str(error.value)
     (models_folder / "text_encoders" / "qwen_2.5_vl_7b_fp8_scaled.safetensors").touch()
-    with pytest.raises(UniPicError, match=r"needs a VAE.*qwen_image_vae.safetensors \(254 MB\).*into models/vae/"):
+    with pytest.raises(
+        UniPicError, match=r"comes without a VAE.*qwen_image_vae.safetensors \(254 MB\).*into models/vae/"
+    ):
         run(name)
 
 
@@ -132,7 +136,10 @@ def test_auto_takes_the_one_obvious_file(golden: Path, models_folder: Path) -> N
     (folder / "qwen_2.5_vl_7b_fp8_scaled.safetensors").touch()
     folder.touch()
     folder_paths.filename_list_cache.clear()
-    with pytest.raises(UniPicError, match="holds qwen_2.5_vl_7b.* choose the text encoder in the node"):
+    with pytest.raises(
+        UniPicError,
+        match="more than one text encoder in .*: qwen_2.5_vl_7b.* choose one in",
+    ):
         sources.find_part(sources.TEXT_ENCODER, "auto", model)
     assert sources.find_part(sources.VAE, "auto", golden / "tiny") == golden / "tiny"
 
@@ -156,7 +163,7 @@ def test_weights_without_a_recipe_are_named(
     for name in ("mine", "Unipic3-DMD"):
         shutil.copytree(golden / "tiny", models_folder / "unipic" / name)
         run(f"unipic/{name}")
-    told = "mine brings no recipe and its name says nothing, so it runs with 50 steps, euler, guidance 4; if it is"
+    told = "mine has no recipe, so it runs with 50 steps, euler, guidance 4; if it is"
     [said] = [r for r in caplog.records if "no recipe" in r.getMessage()]
     assert (said.levelname, told in said.getMessage()) == ("WARNING", True)
     shutil.copy(sources.find_model(sources.DEFAULT_MODEL) / "recipe.json", models_folder / "unipic" / "mine")
@@ -170,11 +177,11 @@ def test_files_of_another_kind(models_folder: Path, nano: Path) -> None:
     save_file({"model.embed_tokens.weight": torch.zeros(4, 3584)}, encoders / "large.safetensors")
     save_file({"double_blocks.0.x": torch.zeros(2, 2)}, vaes / "flux.safetensors")
     save_file({"decoder.conv1.weight": torch.zeros(2, 2)}, vaes / "odd.safetensors")
-    with pytest.raises(UniPicError, match=r"vae.safetensors is not a text encoder, it looks like a VAE; use qwen_2.5"):
+    with pytest.raises(UniPicError, match=r"got vae.safetensors, which looks like a VAE; use qwen_2.5"):
         run(encoder="vae.safetensors")
-    with pytest.raises(UniPicError, match="takes text of width 128, and large.safetensors gives 3584"):
+    with pytest.raises(UniPicError, match="expects text of width 128, got 3584 from large.safetensors"):
         run(encoder="large.safetensors")
-    with pytest.raises(UniPicError, match="flux.safetensors is not a VAE, it looks like a FLUX transformer"):
+    with pytest.raises(UniPicError, match="expected a VAE, got flux.safetensors, which looks like a FLUX transformer"):
         run(vae="flux.safetensors")
     with pytest.raises(UniPicError, match=r"ComfyUI cannot use odd.safetensors as VAE .*; use qwen_image_vae"):
         run(vae="odd.safetensors")

@@ -116,7 +116,7 @@ def test_every_naming_adds_the_same(style: str, file: Path, tiny: Any, pairs: Pa
     save_file(tensors, file)
     assert_added(apply(tiny), tiny, pairs)
     assert tiny.patches == {}
-    assert line(tiny).startswith("4 of 4 layers of test.safetensors matched; it brings no recipe, so as before: ")
+    assert line(tiny).startswith("4 of 4 layers of test.safetensors matched; the LoRA has no recipe, so the model's: ")
 
 
 def save_kohya(file: Path, pairs: Pairs, alpha: float) -> None:
@@ -232,7 +232,8 @@ def test_the_recipe_goes_over_the_models(file: Path, tiny: Any, pairs: Pairs) ->
     assert facts_of(got).recipe == RELEASED_BASE.merge(STUDENT)
     assert facts_of(got).shift == facts_of(tiny).shift
     assert facts_of(base).recipe == RELEASED_BASE
-    assert line(base) == "4 of 4 layers of test.safetensors matched; its recipe: 4 steps, consistency, no guidance"
+    settings = "4 steps, consistency, no guidance"
+    assert line(base) == f"4 of 4 layers of test.safetensors matched; the LoRA's recipe: {settings}"
 
 
 def test_strength_zero_changes_nothing(file: Path, tiny: Any, pairs: Pairs) -> None:
@@ -259,7 +260,7 @@ def test_partly_matched_is_a_warning(file: Path, tiny: Any, pairs: Pairs, caplog
     strange = {f"transformer_blocks.{i}.attn.to_q": pairs["img_in"] for i in range(90, 94)}
     save_lora(file, {**pairs, **strange})
     text = line(tiny)
-    assert text.startswith("4 of 8 layers of test.safetensors matched; not known to this model: transformer_blocks.9")
+    assert text.startswith("4 of 8 layers of test.safetensors matched; not in this model: transformer_blocks.9")
     assert ", ...; it brings" in text
     assert [r.levelname for r in caplog.records if text in r.getMessage()] == ["WARNING"]
 

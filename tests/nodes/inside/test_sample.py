@@ -19,11 +19,11 @@ from comfyui import CASES
 from safetensors.torch import load_file
 from torch import Tensor
 from unipic_pack.nodes import sample
-from unipic_pack.nodes.host import recipe_attachment as facts
 from unipic_pack.nodes.host.model.loading import load_model
+from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
 from unipic_pack.nodes.host.sampling.guidance import guide, with_guidance
 from unipic_pack.nodes.host.sampling.samplers import ksampler, seeded_noise
-from unipic_pack.nodes.host.sampling.schedules import sigmas, sigmas_of, target_tokens
+from unipic_pack.nodes.host.sampling.schedules import sigmas_of, target_tokens
 from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.run.plan import resolve
@@ -31,12 +31,18 @@ from unipic_pack.unipic_core.sampling.guidance import apply_cfg
 from unipic_pack.unipic_core.sampling.schedules import Shift, base_times, few_step_times
 from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 
-FEW = sigmas(facts.Facts(RELEASED_FEW_STEP), 4, 24)
+
+def sigmas(attached: Facts, steps: int | None, tokens: int, denoise: float = 1.0) -> Tensor:
+    """The times of a model with this recipe."""
+    return sigmas_of(resolve(attached.recipe, steps), attached.shift, tokens, denoise)
+
+
+FEW = sigmas(Facts(RELEASED_FEW_STEP), 4, 24)
 CONSISTENCY, EULER = ksampler("consistency"), ksampler("euler")
 
 
-def with_facts(patcher: Any, recipe: Recipe = RELEASED_FEW_STEP, shift: Shift = Shift()) -> Any:
-    facts.attach(patcher, facts.Facts(recipe, shift))
+def with_recipe(patcher: Any, recipe: Recipe = RELEASED_FEW_STEP, shift: Shift = Shift()) -> Any:
+    attach(patcher, Facts(recipe, shift))
     return patcher
 
 
@@ -77,7 +83,7 @@ def test_consistency_is_comfyuis_lcm_to_the_bit(seed: int) -> None:
 
 
 def test_the_largest_seed() -> None:
-    out = few_step(with_facts(toy.model()), toy.latent(2), seed=0xFFFFFFFFFFFFFFFF)["samples"]
+    out = few_step(with_recipe(toy.model()), toy.latent(2), seed=0xFFFFFFFFFFFFFFFF)["samples"]
     assert bool(torch.isfinite(out).all())
 
 
@@ -93,7 +99,7 @@ def test_given_step_noise_is_what_is_added() -> None:
 
 @pytest.mark.parametrize("bad", [[], [torch.zeros(2, 4, 1, 8, 8)] * 3])
 def test_step_noise_that_does_not_fit(bad: list[Tensor]) -> None:
-    with pytest.raises(UniPicError, match=r"step_noise must hold a noise \[1, 4, 1, 8, 12\] for step 1"):
+    with pytest.raises(UniPicError, match=r"step_noise must hold noise of shape \[1, 4, 1, 8, 12\] for step 1"):
         toy.run(toy.model(), ksampler("consistency", step_noise=bad), FEW, toy.start())
 
 
@@ -106,14 +112,14 @@ def test_split_sigmas_go_on_where_they_stopped() -> None:
 
 
 def test_sigmas_of_another_kind_of_model() -> None:
-    with pytest.raises(UniPicError, match=r"fall from at most 1 to 0, got 14\.6, 1, 0; make them with UniPic Sigmas"):
+    with pytest.raises(UniPicError, match=r"fall from at most 1 to 0, got 14\.6, 1, 0; take them from UniPic Sigmas"):
         toy.run(toy.model(), EULER, torch.tensor([14.6, 1.0, 0.0]), toy.start())
 
 
 @pytest.mark.parametrize("sampler", [CONSISTENCY, EULER], ids=["consistency", "euler"])
 @pytest.mark.parametrize("bad", [[math.nan, 0.5, 0.0], [1.0, math.nan, 0.0], [1.0, 0.5, math.nan], [0.5, 0.2, -0.1]])
 def test_sigmas_that_are_no_times(sampler: Any, bad: list[float]) -> None:
-    with pytest.raises(UniPicError, match="fall from at most 1 to 0, got .*; make them with UniPic Sigmas"):
+    with pytest.raises(UniPicError, match="fall from at most 1 to 0, got .*; take them from UniPic Sigmas"):
         toy.run(toy.model(), sampler, torch.tensor(bad), toy.start())
 
 
@@ -148,7 +154,7 @@ def test_golden_latents_after_every_step(name: str, golden: Path, tiny: Any) -> 
     case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
     settings = resolve(Recipe(), case["steps"], case["true_cfg_scale"], case["sampler"])
     shape = LatentShape.of_pixels(case["width"], case["height"])
-    sigmas = sigmas_of(settings, facts.facts_of(tiny).shift, shape.num_tokens)
+    sigmas = sigmas_of(settings, facts_of(tiny).shift, shape.num_tokens)
     toy.close(sigmas, tensors["times"].float(), 1e-6)
 
     references = [
@@ -231,14 +237,14 @@ def test_nan_names_the_step_and_what_to_try(name: str) -> None:
 
 
 def test_one_seed_gives_one_picture() -> None:
-    model = with_facts(toy.model())
+    model = with_recipe(toy.model())
     first = few_step(model, toy.latent())["samples"]
     toy.close(few_step(model, toy.latent())["samples"], first)
     assert float((few_step(model, toy.latent(), seed=8)["samples"] - first).abs().max()) > 0.1
 
 
 def test_a_picture_of_a_batch_comes_again_alone_by_its_batch_index() -> None:
-    model = with_facts(toy.model())
+    model = with_recipe(toy.model())
     batch = few_step(model, toy.latent(3))["samples"]
     assert float((batch[0] - batch[1]).abs().max()) > 0.1
     for i in range(3):
@@ -264,7 +270,7 @@ def test_renoising_depends_on_seed_step_and_picture_alone() -> None:
 @pytest.mark.parametrize("name", ["consistency", "euler"])
 @pytest.mark.parametrize("denoise", [1.0, 0.5])
 def test_the_masked_part_of_the_latent_stays(name: str, denoise: float) -> None:
-    model = with_facts(toy.model())
+    model = with_recipe(toy.model())
     before = torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(3))
     mask = torch.zeros(1, 8, 12)
     mask[..., 6:] = 1
@@ -294,7 +300,7 @@ def test_each_picture_of_a_batch_has_its_own_mask(form: str) -> None:
     left[:, :48] = 1
     masks = torch.stack([left, 1 - left, left])
     shaped = {"BHW": masks, "B1HW": masks[:, None], "B11HW": masks[:, None, None]}[form]
-    out = few_step(with_facts(toy.model()), {"samples": before, "noise_mask": shaped})["samples"]
+    out = few_step(with_recipe(toy.model()), {"samples": before, "noise_mask": shaped})["samples"]
     changed = (out - before).abs() > 1e-5
     for picture, half in enumerate((slice(0, 6), slice(6, 12), slice(0, 6))):
         assert bool(changed[picture, ..., half].all())
@@ -302,12 +308,12 @@ def test_each_picture_of_a_batch_has_its_own_mask(form: str) -> None:
 
 
 def test_masks_that_do_not_fit_the_batch() -> None:
-    model, samples = with_facts(toy.model()), torch.zeros(3, 4, 1, 8, 12)
+    model, samples = with_recipe(toy.model()), torch.zeros(3, 4, 1, 8, 12)
     one = few_step(model, {"samples": samples, "noise_mask": torch.ones(64, 96)})
     toy.close(one["samples"], few_step(model, {"samples": samples})["samples"], 1e-6)
-    with pytest.raises(UniPicError, match="the latent has 2 masks for 3 pictures; give it one, or one for each"):
+    with pytest.raises(UniPicError, match="must have one mask, or one for each of its 3 pictures, got 2"):
         few_step(model, {"samples": samples, "noise_mask": torch.ones(2, 64, 96)})
-    with pytest.raises(UniPicError, match="mask should hold numbers from 0 to 1 and holds NaN"):
+    with pytest.raises(UniPicError, match="mask must hold numbers from 0 to 1, got NaN"):
         few_step(model, {"samples": samples, "noise_mask": torch.full((1, 64, 96), math.nan)})
 
 
@@ -316,23 +322,23 @@ def test_masks_that_do_not_fit_the_batch() -> None:
 
 def test_sigmas_are_the_cores() -> None:
     shift = Shift(base_mu=0.2, max_mu=1.4)
-    few = sigmas(facts.Facts(RELEASED_FEW_STEP, shift), None, 100)
+    few = sigmas(Facts(RELEASED_FEW_STEP, shift), None, 100)
     assert few.dtype == torch.float32
     toy.close(few.double(), few_step_times(8, 100, shift), 1e-7)
-    stock = sigmas(facts.Facts(), 6, 4096)  # a model that our loader did not make
+    stock = sigmas(Facts(), 6, 4096)  # a model that our loader did not make
     toy.close(stock.double(), base_times(6, 4096), 1e-7)
-    assert len(sigmas(facts.Facts(), None, 4096)) == 51
+    assert len(sigmas(Facts(), None, 4096)) == 51
     assert float(few[0]) == 1
     assert float(few[-1]) == 0
 
 
 def test_denoise_is_the_tail_of_a_longer_schedule() -> None:
-    held = facts.Facts(RELEASED_FEW_STEP)
+    held = Facts(RELEASED_FEW_STEP)
     toy.close(sigmas(held, 4, 24, 0.5), sigmas(held, 8, 24)[-5:])
     toy.close(sigmas(held, 8, 24, 0.8), sigmas(held, 10, 24)[-9:])
     toy.close(sigmas(held, 3, 24, 0.99), sigmas(held, 3, 24))  # as KSampler: int(3 / 0.99) is 3
     before = torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(3))
-    out = few_step(with_facts(toy.model()), {"samples": before}, denoise=0.0)["samples"]
+    out = few_step(with_recipe(toy.model()), {"samples": before}, denoise=0.0)["samples"]
     toy.close(out, before)
 
 
@@ -378,7 +384,7 @@ def test_guidance_of_the_user_is_kept() -> None:
 
 
 def test_guidance_one_is_one_pass_a_step() -> None:
-    model = with_facts(toy.model())
+    model = with_recipe(toy.model())
     few_step(model, toy.latent())
     assert [len(x) for x, _ in toy.network(model).calls] == [1] * 8
     toy.network(model).calls.clear()
@@ -405,7 +411,7 @@ def test_guidance_function_at_one_without_the_second_pass() -> None:
     ],
 )
 def test_recipe_and_inputs(recipe: Recipe, inputs: dict[str, Any], line: str, caplog: pytest.LogCaptureFixture) -> None:
-    model = with_facts(toy.model(), recipe)
+    model = with_recipe(toy.model(), recipe)
     with caplog.at_level("INFO"):
         few_step(model, toy.latent(), **inputs)
     assert line in caplog.text
@@ -413,7 +419,7 @@ def test_recipe_and_inputs(recipe: Recipe, inputs: dict[str, Any], line: str, ca
     assert len(toy.network(model).calls) == int(line.split()[0])
 
 
-def test_a_model_without_facts_runs_with_the_releases_defaults(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_without_a_recipe_runs_with_the_releases_defaults(caplog: pytest.LogCaptureFixture) -> None:
     model = toy.model()
     with caplog.at_level("INFO"):
         few_step(model, toy.latent(), steps=2)
@@ -423,7 +429,7 @@ def test_a_model_without_facts_runs_with_the_releases_defaults(caplog: pytest.Lo
 
 
 def test_few_step_sampler_is_lcm_with_our_sigmas() -> None:
-    model, latent = with_facts(toy.model()), toy.latent()
+    model, latent = with_recipe(toy.model()), toy.latent()
     sigmas = sample.UniPicSigmas.execute(model, latent, steps=0, denoise=1.0)[0]
     lcm = toy.run(model, comfy.samplers.ksampler("lcm"), sigmas, toy.start(), seed=7)
     toy.close(few_step(model, latent)["samples"], lcm)
@@ -432,7 +438,7 @@ def test_few_step_sampler_is_lcm_with_our_sigmas() -> None:
 
 
 def test_an_empty_latent_of_comfyuis_gets_the_models_channels() -> None:
-    model = with_facts(toy.model())
+    model = with_recipe(toy.model())
     out = few_step(model, {"samples": torch.zeros(1, 16, 8, 12), "downscale_ratio_spacial": 8})
     toy.close(out["samples"], few_step(model, toy.latent())["samples"])
     assert set(out) == {"samples"}
@@ -441,7 +447,7 @@ def test_an_empty_latent_of_comfyuis_gets_the_models_channels() -> None:
 @pytest.mark.parametrize("samples", [torch.ones(1, 16, 1, 8, 8), torch.ones(1, 4, 3, 8, 8)])
 def test_latents_of_another_kind(samples: Tensor) -> None:
     with pytest.raises(UniPicError, match=r"wants latents \[batch, 4, 1, height, width\], got \[1, "):
-        few_step(with_facts(toy.model()), {"samples": samples})
+        few_step(with_recipe(toy.model()), {"samples": samples})
 
 
 def test_a_model_of_another_kind() -> None:
@@ -459,7 +465,7 @@ def test_previews_reach_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(latent_preview.args, "preview_method", LatentPreviewMethod.Latent2RGB)
     seen = []
     monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", lambda *values, **_: seen.append(values))
-    few_step(with_facts(toy.model()), toy.latent())
+    few_step(with_recipe(toy.model()), toy.latent())
     assert [(value, total) for value, total, *_ in seen] == [(i + 1, 8) for i in range(8)]
     assert all(preview[1].size == (12, 8) for _, _, preview, *_ in seen)
 

@@ -87,8 +87,8 @@ def test_positions(asked: str | None, version: str | None, positions: str) -> No
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "expected a Qwen2.5-VL, got 'llama'"),
-        ({"vision_config": {"patch_size": 16}}, "patch_size 16 is not Qwen2.5-VL's"),
+        ({"model_type": "llama"}, "expected model_type qwen2_5_vl, got 'llama'"),
+        ({"vision_config": {"patch_size": 16}}, "expected the vision tower of Qwen2.5-VL, got patch_size 16"),
         ({"unipic_positions": "spiral"}, "must be one of multimodal, sequential, got 'spiral'"),
         ({"hidden_size": "wide"}, "cannot be read"),
         ({"num_attention_heads": 0}, "cannot be read"),

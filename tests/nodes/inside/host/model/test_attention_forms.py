@@ -13,12 +13,12 @@ import torch
 import toy
 from causal_tools import CAUSAL, STEPS, build, close, conditioning, kept, run
 from model_tools import lora_file, random_inputs, velocity
-from unipic_pack.nodes.host.model import kv_cache as conditions
-from unipic_pack.nodes.host.model.kv_cache import CACHE, FORM
+from unipic_pack.nodes.host.model import kv_cache
+from unipic_pack.nodes.host.model.kv_cache import ATTENTION_FORM, KV_CACHE
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT
 from unipic_pack.nodes.host.recipe_attachment import facts_of
-from unipic_pack.nodes.lora import add_lora, switch_form
+from unipic_pack.nodes.lora import add_lora, switch_attention_form
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,
     TextCond,
@@ -135,16 +135,16 @@ def test_a_causal_lora_switches_the_form(form: str, nano: Path, causal_folders: 
 def test_a_causal_lora_is_refused_by_another_network() -> None:
     model = toy.model()
     with pytest.raises(LoRAError, match="which ComfyUI's own Qwen-Image network does not have; load the model with"):
-        switch_form(model, "test.safetensors", "prefix_causal")
+        switch_attention_form(model, "test.safetensors", "prefix_causal")
 
 
 @pytest.fixture
 def opened(causal_models: dict[str, Any]) -> Iterator[Any]:
     model = causal_models["prefix_causal"]
     network = model.model.diffusion_model
-    network.conditions.open(model)
+    network.kv_cache.begin_run(model)
     yield model
-    network.conditions.close()
+    network.kv_cache.end_run()
 
 
 def test_hooks_on_weights_and_the_switch_keep_nothing(opened: Any, prefills: list[str]) -> None:
@@ -153,8 +153,8 @@ def test_hooks_on_weights_and_the_switch_keep_nothing(opened: Any, prefills: lis
         velocity(opened, x, 0.5, text, references)
     assert len(prefills) == 2
     assert kept(opened) == {REFERENCES: 1, TEXT: 1}
-    velocity(opened, x, 0.5, text, references, transformer_options={CACHE: "off"})
-    opened.model.diffusion_model.conditions.open(SimpleNamespace(hook_patches={"some": {}}))
+    velocity(opened, x, 0.5, text, references, transformer_options={KV_CACHE: "off"})
+    opened.model.diffusion_model.kv_cache.begin_run(SimpleNamespace(hook_patches={"some": {}}))
     velocity(opened, x, 0.5, text, references)
     assert len(prefills) == 6
     assert kept(opened) == {REFERENCES: 0, TEXT: 0}
@@ -212,16 +212,16 @@ def test_hooks_see_the_targets_segment(form: str, causal_models: dict[str, Any])
 def test_form_of_the_options_goes_before_the_networks(causal_models: dict[str, Any], nano_model: Any) -> None:
     x, text, references = random_inputs()
     for form in CAUSAL:
-        got = velocity(nano_model, x, 0.5, text, references, transformer_options={FORM: form})
+        got = velocity(nano_model, x, 0.5, text, references, transformer_options={ATTENTION_FORM: form})
         torch.testing.assert_close(got, velocity(causal_models[form], x, 0.5, text, references), rtol=0, atol=1e-5)
 
 
 def test_approximate_uses_references_again_while_t_moves_little(nano_model: Any, prefills: list[str]) -> None:
     """The first call is exact; near it references are not computed; far from it they are; cond and uncond apart."""
     x, text, references = random_inputs()
-    model = conditions.with_cache(nano_model, conditions.APPROXIMATE)
+    model = kv_cache.with_kv_cache(nano_model, kv_cache.APPROXIMATE)
     network = model.model.diffusion_model
-    network.conditions.open(model)
+    network.kv_cache.begin_run(model)
     sizes: list[int] = []
     hook = network.img_in.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
     try:
@@ -230,7 +230,7 @@ def test_approximate_uses_references_again_while_t_moves_little(nano_model: Any,
         got = [velocity(model, x, t, words, references) for t, words in calls]
     finally:
         hook.remove()
-        network.conditions.close()
+        network.kv_cache.end_run()
     everything = 16 + 15 + 12
     assert sizes == [everything, everything, 16, 16, everything, 16]
     for (t, words), v, size in zip(calls, got, sizes, strict=True):
@@ -248,12 +248,12 @@ def test_approximate_is_exact_for_a_causal_form_and_over_when_the_run_is(
     close(run(model, "approximate"), run(model))
     full = load_model(nano)
     assert float((run(full, "approximate", steps=6) - run(full, steps=6)).abs().max()) > 1e-3
-    assert len(full.model.diffusion_model.conditions.reused) == 0
+    assert len(full.model.diffusion_model.kv_cache.approximate) == 0
 
 
 def test_approximate_is_refused_by_another_network() -> None:
-    with pytest.raises(UniPicError, match="approximate needs a model from Load UniPic"):
-        conditions.with_cache(toy.model(), conditions.APPROXIMATE)
+    with pytest.raises(UniPicError, match="approximate expects a model from Load UniPic"):
+        kv_cache.with_kv_cache(toy.model(), kv_cache.APPROXIMATE)
 
 
 def test_ksampler_of_comfyui_keeps_too(causal_models: dict[str, Any], prefills: list[str]) -> None:

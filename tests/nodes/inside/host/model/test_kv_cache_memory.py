@@ -10,8 +10,8 @@ import pytest
 import torch
 from causal_tools import CAUSAL, build, run
 from model_tools import lora_file, random_inputs
-from unipic_pack.nodes.host.model import kv_cache as conditions
-from unipic_pack.nodes.host.model.kv_cache import EACH, HELD, ONCE
+from unipic_pack.nodes.host.model import kv_cache
+from unipic_pack.nodes.host.model.kv_cache import CACHED_TOKENS, SEPARATE, SHARED
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.lora import add_lora
 from unipic_pack.unipic_core.model.config import condition_bytes
@@ -21,22 +21,22 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("inference")
 
 
-def held(model: Any) -> int:
+def cached_bytes(model: Any) -> int:
     """Bytes of all keys and values in memory, with those of the approximate way."""
-    conditions = model.model.diffusion_model.conditions
-    values = [value for cache in conditions.kept.values() for value in cache.values()]
-    values += [reused.kept for reused in conditions.reused.values()]
+    cache = model.model.diffusion_model.kv_cache
+    values = [value for exact in cache.exact.values() for value in exact.values()]
+    values += [references.key_values for references in cache.approximate.values()]
     return sum(t.untyped_storage().nbytes() for value in values for pair in value for t in pair)
 
 
 @pytest.fixture
 def estimates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """For each run, by how much ComfyUI's estimate of its memory is raised for what is held."""
+    """For each run, the bytes that the kv cache adds to ComfyUI's memory estimate."""
     seen: list[float] = []
     original = comfy.sampler_helpers.estimate_memory
 
     def watched(model: Any, shape: Any, conds: dict[str, list[dict]]) -> Any:
-        bare = {k: [{n: v for n, v in c.items() if n != HELD} for c in cs] for k, cs in conds.items()}
+        bare = {k: [{n: v for n, v in c.items() if n != CACHED_TOKENS} for c in cs] for k, cs in conds.items()}
         found, without = original(model, shape, conds), original(model, shape, bare)
         seen.append(found[0] - without[0])
         assert 0 <= found[1] - without[1] <= seen[-1]
@@ -47,36 +47,36 @@ def estimates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def most_held(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes held at the end of each run."""
+def cached_at_end(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes of the kv cache at the end of each run."""
     seen: list[int] = []
-    original = conditions.Conditions.close
+    original = kv_cache.KVCache.end_run
 
     def watched(self: Any) -> None:
         if self._patcher is not None:
-            seen.append(held(self._patcher))
+            seen.append(cached_bytes(self._patcher))
         original(self)
 
-    monkeypatch.setattr(conditions.Conditions, "close", watched)
+    monkeypatch.setattr(kv_cache.KVCache, "end_run", watched)
     return seen
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 @pytest.mark.parametrize("form", CAUSAL)
 def test_the_estimate_counts_what_a_run_keeps(
-    form: str, cfg: float, causal_models: dict[str, Any], estimates: list[float], most_held: list[int]
+    form: str, cfg: float, causal_models: dict[str, Any], estimates: list[float], cached_at_end: list[int]
 ) -> None:
     """References once, though both conditionings bring them; texts of the conditionings that are evaluated."""
     run(causal_models[form], cfg=cfg, batch=2)
     texts = 0 if form == "reference_causal" else 9 if cfg == 1 else 9 + 4
     config = causal_models[form].model.diffusion_model.config
-    assert most_held == [condition_bytes(15 + 12 + texts, config.num_layers, config.width, 4)]
-    assert estimates == pytest.approx(most_held)
+    assert cached_at_end == [condition_bytes(15 + 12 + texts, config.num_layers, config.width, 4)]
+    assert estimates == pytest.approx(cached_at_end)
 
 
 @pytest.mark.parametrize("form", CAUSAL)
 def test_the_estimate_counts_other_references_of_the_negative(
-    form: str, causal_models: dict[str, Any], estimates: list[float], most_held: list[int]
+    form: str, causal_models: dict[str, Any], estimates: list[float], cached_at_end: list[int]
 ) -> None:
     """Two sets are kept where positive and negative differ, one where they are copies of the same."""
     _, _, references = random_inputs()
@@ -85,45 +85,45 @@ def test_the_estimate_counts_other_references_of_the_negative(
     run(causal_models[form], cfg=1, references=references, negative_references=references[:1])
     config = causal_models[form].model.diffusion_model.config
     more = condition_bytes(15, config.num_layers, config.width, 4)
-    assert most_held[0] - most_held[1] == more
-    assert most_held[2] <= most_held[1]
-    assert estimates == pytest.approx(most_held)
+    assert cached_at_end[0] - cached_at_end[1] == more
+    assert cached_at_end[2] <= cached_at_end[1]
+    assert estimates == pytest.approx(cached_at_end)
 
 
 def test_the_estimate_counts_no_more_sets_than_are_kept(causal_models: dict[str, Any]) -> None:
     model = causal_models["reference_causal"].model
     config = model.diffusion_model.config
 
-    def held(*sets: int) -> float:
-        shapes = {ONCE: [[1, tokens] for tokens in sets]}
+    def cached_bytes(*sets: int) -> float:
+        shapes = {SHARED: [[1, tokens] for tokens in sets]}
         return model.memory_required([1, 16, 1, 8, 8], shapes) - model.memory_required([1, 16, 1, 8, 8], {})
 
     for sets, tokens in (((), 0), ((5,), 5), ((5, 9), 14), ((5, 9, 7), 16)):
-        assert held(*sets) == pytest.approx(condition_bytes(tokens, config.num_layers, config.width, 4))
+        assert cached_bytes(*sets) == pytest.approx(condition_bytes(tokens, config.num_layers, config.width, 4))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
 def test_the_estimate_counts_the_approximate_cache(
-    cfg: float, nano: Path, estimates: list[float], most_held: list[int]
+    cfg: float, nano: Path, estimates: list[float], cached_at_end: list[int]
 ) -> None:
     """There the references' are each picture's and each conditioning's own."""
     run(load_model(nano), "approximate", cfg=cfg, batch=2)
-    assert most_held[0] > 0
-    assert estimates == pytest.approx(most_held)
+    assert cached_at_end[0] > 0
+    assert estimates == pytest.approx(cached_at_end)
 
 
 def test_the_estimate_counts_nothing_that_is_not_kept(
-    nano: Path, causal_models: dict[str, Any], estimates: list[float], most_held: list[int]
+    nano: Path, causal_models: dict[str, Any], estimates: list[float], cached_at_end: list[int]
 ) -> None:
     full = load_model(nano)
     run(full)
     run(causal_models["prefix_causal"], "off")
-    assert estimates == most_held == [0, 0]
+    assert estimates == cached_at_end == [0, 0]
     lora = build(lora_file("transformer.{}.lora_{}.weight"), Recipe(attention_form="reference_causal"))
     run(add_lora(full, lora, 1.0)[0])
     run(full)
-    assert estimates[2:] == pytest.approx(most_held[2:])
-    assert most_held[2] > most_held[3] == 0
+    assert estimates[2:] == pytest.approx(cached_at_end[2:])
+    assert cached_at_end[2] > cached_at_end[3] == 0
 
 
 def test_the_estimate_takes_the_negative_where_a_guider_may(
@@ -139,4 +139,4 @@ def test_the_estimate_takes_the_negative_where_a_guider_may(
 
 def test_odd_references_are_counted_in_whole_tokens() -> None:
     cond = {"cross_attn": torch.zeros(1, 7, 8), "reference_latents": [torch.zeros(1, 16, 1, 5, 7)]}
-    assert conditions.held_shapes(cond, "prefix_causal", "auto", 1) == {ONCE: [1, 3 * 4], EACH: [1, 7]}
+    assert kv_cache.cached_token_shapes(cond, "prefix_causal", "auto", 1) == {SHARED: [1, 3 * 4], SEPARATE: [1, 7]}

@@ -151,13 +151,13 @@ def test_ksampler_is_what_the_core_computes(nano: Path, nano_model: Any) -> None
 
 
 def test_default_shift_is_that_of_the_recipes_output(nano: Path, nano_model: Any) -> None:
-    facts = facts_of(nano_model)
-    assert facts.recipe.output_budget == json.loads((nano / "recipe.json").read_text())["output_budget"]
-    tokens = (facts.recipe.output_budget // 16) ** 2
-    k = resolution_shift(tokens, facts.shift)
+    attached = facts_of(nano_model)
+    assert attached.recipe.output_budget == json.loads((nano / "recipe.json").read_text())["output_budget"]
+    tokens = (attached.recipe.output_budget // 16) ** 2
+    k = resolution_shift(tokens, attached.shift)
     middle = float(nano_model.model.model_sampling.sigma(torch.tensor(0.5)))
     assert middle == pytest.approx(k / (1 + k), abs=1e-6)
-    assert facts_of(nano_model.clone()) == facts
+    assert facts_of(nano_model.clone()) == attached
 
 
 def test_references_count_in_the_memory_estimate(golden: Path, tiny: Any, nano_model: Any) -> None:
@@ -171,11 +171,11 @@ def test_references_count_in_the_memory_estimate(golden: Path, tiny: Any, nano_m
 
 def test_conditioning_of_another_model(nano_model: Any) -> None:
     x, text, references = random_inputs()
-    with pytest.raises(UniPicError, match=r"text of width 128 and was given 3584; use the CLIP that Load UniPic"):
+    with pytest.raises(UniPicError, match=r"text of width 128, got 3584; use the CLIP of the same Load UniPic"):
         velocity(nano_model, x, 0.5, torch.zeros(1, 4, 3584), references)
-    with pytest.raises(UniPicError, match="latents of 16 channels and was given 4"):
+    with pytest.raises(UniPicError, match="latents of 16 channels, got 4"):
         velocity(nano_model, x, 0.5, text, [torch.zeros(1, 4, 1, 4, 4)])
-    with pytest.raises(UniPicError, match="single pictures and was given a latent of 5 frames"):
+    with pytest.raises(UniPicError, match="one frame, got 5"):
         velocity(nano_model, torch.zeros(1, 16, 5, 4, 4), 0.5, text, references)
 
 
@@ -188,7 +188,7 @@ def test_files_that_are_no_model(nano: Path, tmp_path: Path) -> None:
         return tmp_path / name
 
     broken = {**weights, "txt_norm.weight": weights["txt_norm.weight"] * float("nan")}
-    with pytest.raises(CheckpointError, match="no numbers.*first in txt_norm.weight"):
+    with pytest.raises(CheckpointError, match="NaN or infinity, first in txt_norm.weight"):
         load_model(written("nan.safetensors", broken))
     less = {n: w for n, w in weights.items() if n != "proj_out.bias"}
     with pytest.raises(CheckpointError, match="1 missing: proj_out.bias"):
@@ -199,7 +199,7 @@ def test_files_that_are_no_model(nano: Path, tmp_path: Path) -> None:
     cut.write_bytes((nano / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
         load_model(cut)
-    with pytest.raises(CheckpointError, match="latents of 16 channels, its VAE has 4"):
+    with pytest.raises(CheckpointError, match="latents of 16 channels, its VAE makes 4"):
         load_model(written("whole.safetensors", weights), latents=PictureLatents(four_channels()))
 
 

@@ -213,7 +213,7 @@ def test_reference_methods(nano_model: Any) -> None:
     torch.testing.assert_close(results["index"], plain)
     assert relative(results["index_timestep_zero"], plain) > 1e-3
     assert relative(results["negative_index"], plain) > 1e-3
-    with pytest.raises(UniPicError, match="asks for 'offset': remove the node that set it"):
+    with pytest.raises(UniPicError, match="got 'offset'; choose index in the node that sets it"):
         velocity(nano_model, x, 0.5, text, references, ref_latents_method="offset")
 
 

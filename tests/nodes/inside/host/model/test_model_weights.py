@@ -45,7 +45,7 @@ def test_weight_dtypes(weight_dtype: str, stored: torch.dtype, most: float, nano
     difference = relative(velocity(patcher, x, 0.5, text, references), velocity(nano_model, x, 0.5, text, references))
     print(weight_dtype, difference)
     assert difference < most
-    with pytest.raises(UniPicError, match="weight_dtype is one of as stored, bf16, fp8"):
+    with pytest.raises(UniPicError, match="weight_dtype must be one of as stored, bf16, fp8"):
         load_model(nano, "fp4")
 
 

@@ -98,7 +98,7 @@ def test_models_of_two_forms_do_not_merge(node: Any, nano_model: Any, causal: An
         ((nano_model, causal), "full and prefix_causal"),
         ((causal, nano_model), "prefix_causal and full"),
     ):
-        with pytest.raises(UniPicError, match=f"attend in different forms .{forms}."):
+        with pytest.raises(UniPicError, match=f"different attention forms .{forms}."):
             function(*pair, 0.5)
 
 
@@ -112,7 +112,7 @@ def test_models_of_one_form_merge(nano_model: Any, causal: Any, caplog: pytest.L
     attach(other, Facts(Recipe(steps=3)))
     with caplog.at_level(logging.WARNING):
         ModelMergeSimple().merge(nano_model, other, 0.0)
-    assert caplog.text.count("different recipes; the first model's is kept") == 1
+    assert caplog.text.count("different recipes; the first model's is used") == 1
 
 
 def test_a_clone_is_freed_with_its_last_name(nano_model: Any) -> None:

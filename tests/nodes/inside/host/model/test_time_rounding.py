@@ -11,7 +11,7 @@ import pytest
 import torch
 from model_tools import Case, relative
 from safetensors.torch import load_file
-from unipic_pack.nodes.host.model.kv_cache import ROUNDING
+from unipic_pack.nodes.host.model.kv_cache import TIME_ROUNDING
 from unipic_pack.nodes.host.model.loading import load_model, round_times
 from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT, network_options
 from unipic_pack.nodes.host.recipe_attachment import attach, facts_of
@@ -54,7 +54,7 @@ def test_velocities_are_the_releases(name: str, golden: Path, bf16: ComfyMMDiT) 
     rounding = "bf16_thousandths" if "base" in name else "bf16"
     for number in range(1, len(wanted) + 1):
         want = wanted[f"velocity_{number}"]
-        assert relative(step(bf16, case, number, torch.bfloat16, **{ROUNDING: rounding}), want) < CLOSE
+        assert relative(step(bf16, case, number, torch.bfloat16, **{TIME_ROUNDING: rounding}), want) < CLOSE
         if "base" not in name and number > 1:
             assert relative(step(bf16, case, number, torch.bfloat16), want) > CLOSE, "exact times give other numbers"
 
@@ -62,12 +62,12 @@ def test_velocities_are_the_releases(name: str, golden: Path, bf16: ComfyMMDiT) 
 def test_float32_is_the_same_to_the_bit(golden: Path, tiny: Any) -> None:
     case, network = Case(golden / "cases" / "two_references_8_steps_cfg4"), tiny.model.diffusion_model
     plain = step(network, case, 3, torch.float32)
-    assert torch.equal(plain, step(network, case, 3, torch.float32, **{ROUNDING: "bf16"}))
+    assert torch.equal(plain, step(network, case, 3, torch.float32, **{TIME_ROUNDING: "bf16"}))
 
 
 def test_the_recipe_decides(golden: Path, tiny: Any, tmp_path: Path) -> None:
     def rounding(model: Any) -> str:
-        chosen: str = model.model_options["transformer_options"][ROUNDING]
+        chosen: str = model.model_options["transformer_options"][TIME_ROUNDING]
         return chosen
 
     assert rounding(tiny) == "bf16_thousandths", "of weights without a recipe, which run as the base"

@@ -135,7 +135,7 @@ def test_marks_are_refused_by_a_clip_that_reads_them(small):
     class Other:
         tokenizer = None
 
-    with pytest.raises(UniPicError, match=r"contains <tool_call>, a mark of the template to this text encoder; remove"):
+    with pytest.raises(UniPicError, match=r"contains <tool_call>, a special token for this text encoder; remove"):
         encode_prompt(Other(), "a <tool_call> b", [])
 
 
@@ -369,7 +369,7 @@ def test_another_kind_of_clip(small):
         def tokenize(self, text, **_):
             return {"l": [], "g": []}
 
-    with pytest.raises(UniPicError, match=r"must be a Qwen2\.5-VL, got one that makes g, l"):
+    with pytest.raises(UniPicError, match=r"must be a Qwen2\.5-VL, got one with tokens for g, l"):
         encode_prompt(Other(), "x", [])
 
 
