@@ -1,4 +1,4 @@
-"""MultiImageCompose: up to six pictures and a prompt to the conditioning that UniPic 3 was trained on."""
+"""MultiImageCompose: the conditioning that UniPic 3 was trained on, from up to six pictures and a prompt."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ _texts: LRU[Conditioning] = LRU(CACHED_TEXTS)
 
 
 def clear_caches() -> None:
-    """Forget all encodings; changed weights are noticed without it."""
+    """Empty the caches of encodings; changed weights do not need it."""
     _references.clear()
     _texts.clear()
     vision.clear_cache()
 
 
 class MultiImageCompose(io.ComfyNode):
-    """Pictures and a prompt to positive, negative and an empty latent.
+    """Positive and negative conditioning, and an empty latent, from pictures and a prompt.
 
-    The negative is encoded whatever the guidance, since the sampler comes later and may want it. It costs one pass of
-    the language model per set of pictures: it is kept, so a new prompt does not encode it again, and the vision tower
-    runs once per picture for all texts.
+    The negative is always encoded, since only the sampler knows the guidance. It costs one pass of the language model
+    for each set of pictures: it is cached, so a new prompt does not encode it again, and the vision tower runs once per
+    picture for all texts.
     """
 
     @classmethod
@@ -62,12 +62,13 @@ class MultiImageCompose(io.ComfyNode):
             node_id="MultiImageCompose",
             display_name="Multi-Image Compose (UniPic)",
             category=CATEGORY,
-            description="Composes one to six pictures by a prompt: exact sizes, template and vision input of UniPic 3.",
+            description="Composes one to six pictures into a new one by a prompt, with the sizes and the template of "
+            "UniPic 3.",
             search_aliases=["unipic", "multi image edit", "text encode qwen image edit", "reference images", "compose"],
             inputs=_inputs(),
             outputs=[
-                io.Conditioning.Output(display_name="positive", tooltip="The prompt with the pictures."),
-                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt with the same pictures."),
+                io.Conditioning.Output(display_name="positive", tooltip="Conditioning: prompt and pictures."),
+                io.Conditioning.Output(display_name="negative", tooltip="Conditioning: negative prompt and pictures."),
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of the output's size."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -113,31 +114,32 @@ class MultiImageCompose(io.ComfyNode):
 def _inputs() -> list[Any]:
     side = {"default": 0, "min": 0, "max": LIMITS["output_budget"][1], "step": 16}
     return [
-        io.Clip.Input("clip", tooltip="From Load UniPic; any Qwen2.5-VL 7B of type qwen_image works."),
-        io.Vae.Input("vae", tooltip="From Load UniPic; any Qwen-Image VAE works."),
+        io.Clip.Input("clip", tooltip="From Load UniPic, or Load CLIP with a Qwen2.5-VL 7B and type qwen_image."),
+        io.Vae.Input("vae", tooltip="From Load UniPic, or Load VAE with a Qwen-Image VAE."),
         *_growing_inputs(),
         io.String.Input(
             "prompt",
             multiline=True,
             dynamic_prompts=True,
-            tooltip="What to make of the pictures, for example: put the guitar from image 2 in the hands of the "
-            "astronaut from image 1.",
+            tooltip="Instruction for the new picture. The inputs are image 1 to image 6, for example: put the guitar "
+            "from image 2 in the hands of the astronaut from image 1.",
         ),
         io.String.Input(
             "negative_prompt",
             default=" ",
-            tooltip="What to move away from where guidance is above 1. One space, as in the release, is a good choice.",
+            tooltip="Content to avoid, if guidance is above 1. The default, one space, is the release's.",
         ),
-        io.Int.Input("width", **side, tooltip="Width of the output in pixels. 0: by the first image's aspect."),
-        io.Int.Input("height", **side, tooltip="Height of the output in pixels. 0: by the first image's aspect."),
-        io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="How many pictures to make at once."),
+        io.Int.Input("width", **side, tooltip="Width of the new picture in pixels. 0 = the first picture's aspect."),
+        io.Int.Input("height", **side, tooltip="Height of the new picture in pixels. 0 = the first picture's aspect."),
+        io.Int.Input("batch_size", default=1, min=1, max=64, tooltip="Number of pictures to make at once."),
         io.Int.Input(
             "reference_budget",
             default=0,
             min=0,
             max=LIMITS["reference_budget"][1],
             step=32,
-            tooltip="Side of the square whose pixels all references share. 0: what the model was trained with.",
+            tooltip="Pixels that all references share, as the side of a square. More = more detail, time and memory; "
+            "0 = as the model was trained.",
         ),
         io.Combo.Input(
             "batches",
@@ -151,18 +153,18 @@ def _inputs() -> list[Any]:
 
 
 def _growing_inputs() -> list[Any]:
-    image = io.Image.Input("image", tooltip="A picture. Of a batch or an animation, see batches.")
-    mask = io.Mask.Input("mask", tooltip="What to leave out of the picture: Load Image's MASK, stretched to its size.")
+    image = io.Image.Input("image", tooltip="A picture. For a batch or an animation see batches.")
+    mask = io.Mask.Input("mask", tooltip="Parts to leave out, for example Load Image's MASK. They become white.")
     return [
         io.Autogrow.Input(
             "images",
             template=io.Autogrow.TemplateNames(image, names=list(IMAGES), min=0),
-            tooltip="Up to six pictures, which the prompt may call image 1 to image 6, in this order.",
+            tooltip="Up to six pictures, in the prompt image 1 to image 6, in this order.",
         ),
         io.Autogrow.Input(
             "masks",
             template=io.Autogrow.TemplateNames(mask, names=list(MASKS), min=0),
-            tooltip="Optional: mask_1 belongs to image_1, and so on. Masked parts become white.",
+            tooltip="Optional. mask_1 belongs to image_1, and so on. Masked parts are left out and become white.",
         ),
     ]
 
@@ -179,8 +181,8 @@ def _check_sockets(others: Mapping[str, object]) -> None:
 def _check_vae(vae: VAE) -> None:
     if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
-            "vae must be the Qwen-Image VAE, got one with other latents; take it from Load UniPic, or load "
-            "qwen_image_vae.safetensors with Load VAE"
+            "vae must be the Qwen-Image VAE, got one with other latents; use the VAE of Load UniPic, or Load VAE with "
+            "qwen_image_vae.safetensors"
         )
 
 
@@ -209,14 +211,14 @@ def _plan(
 
 
 def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tensor]:
-    """[1, C, 1, h, w] of each picture, not normalised: the MODEL does that. Encodings are reused.
+    """Latents [1, C, 1, h, w] of each picture, not normalised, since the MODEL does that. Encodings are cached.
 
-    Our VAE takes pictures of one size together; a stock VAE would read them as a video.
+    Load UniPic's VAE encodes pictures of one size together; a stock VAE would take them for a video.
     """
 
     def encode(pictures: list[Image.Image]) -> list[Tensor]:
         latents = vae.encode(torch.cat([to_image(picture) for picture in pictures])).cpu()
-        return [latent[None].clone() for latent in latents]  # copied: a view would hold all of its batch
+        return [latent[None].clone() for latent in latents]  # copied, since a view would hold the whole batch
 
     weights = (WeightsKey(vae.first_stage_model), vae.patcher.patches_uuid, vae.vae_dtype)
     latents = _references.encode(references, weights, encode, together=isinstance(vae, UniPicVAE))
@@ -224,13 +226,13 @@ def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tens
 
 
 def _text(clip: CLIP, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:
-    """The conditioning of a text, with the references' latents. Kept unless hooks change weights as it is made."""
+    """Conditioning of a text with the references' latents. Cached, unless hooks change the weights meanwhile."""
 
     def encode() -> Conditioning:
         return encode_prompt(clip, text, references)
 
-    made = encode() if changes_weights(clip) else _texts.get(_text_key(clip, text, references), encode)
-    return node_helpers.conditioning_set_values(made, {"reference_latents": latents} if latents else {})
+    conditioning = encode() if changes_weights(clip) else _texts.get(_text_key(clip, text, references), encode)
+    return node_helpers.conditioning_set_values(conditioning, {"reference_latents": latents} if latents else {})
 
 
 def _text_key(clip: CLIP, text: str, references: list[Image.Image]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""FewStepSampler, and its schedule and samplers for people who wire SamplerCustomAdvanced."""
+"""FewStepSampler, and its schedule and samplers as nodes for SamplerCustomAdvanced."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def steps_input() -> io.Int.Input:
         default=0,
         min=0,
         max=LIMITS["steps"][1],
-        tooltip="Number of steps. 0 = as the weights or the LoRA were made for, 50 where they say nothing.",
+        tooltip="Number of steps. 0 = from the recipe of the weights or the LoRA; 50 without a recipe.",
     )
 
 
@@ -40,8 +40,8 @@ def denoise_input() -> io.Float.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="1 = from noise. Less keeps something of the latent that comes in: only the last steps of a longer "
-        "schedule are run, as KSampler does it. 0 = the latent as it is.",
+        tooltip="1 = start from noise. Less = keep more of the incoming latent: only the last steps of a longer "
+        "schedule run, as in KSampler. 0 = no change.",
     )
 
 
@@ -51,10 +51,10 @@ def cache_input() -> io.Combo.Input:
         options=list(KV_CACHE_MODES),
         default=AUTO,
         optional=True,
-        tooltip="For weights of a causal attention form: auto = the pictures (and the text) are read once and kept for "
-        "the run; off = again in every step, slower and with less memory. The picture is the same. Other weights have "
-        "nothing to keep exactly; for them approximate = what was read of the pictures serves further steps while t "
-        f"moves by at most {REUSE_WITHIN:g}: faster, and slightly another picture ({REUSE_ERROR}).",
+        tooltip="For causal weights: auto = compute the references (and the text) once and cache them for the run; off "
+        "= compute them in every step, slower, with less memory. The picture is the same. For other weights: "
+        f"approximate = reuse the references while t changes by at most {REUSE_WITHIN:g}: faster, with a slightly "
+        f"different picture ({REUSE_ERROR}).",
     )
 
 
@@ -65,10 +65,10 @@ class FewStepSampler(io.ComfyNode):
             node_id="FewStepSampler",
             display_name="Few-Step Sampler (UniPic)",
             category=CATEGORY,
-            description="Samples as the weights want it: steps, guidance and method come with them, or with a LoRA.",
+            description="Samples with the steps, the guidance and the sampler of the model's recipe, or of a LoRA's.",
             search_aliases=["unipic sampler", "consistency", "dmd", "lcm"],
             inputs=[*_sockets(), *_choices()],
-            outputs=[io.Latent.Output(display_name="latent", tooltip="Decode it with the VAE of Load UniPic.")],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode, with the VAE of Load UniPic.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -100,10 +100,10 @@ class FewStepSampler(io.ComfyNode):
 
 def _sockets() -> list[Any]:
     return [
-        io.Model.Input("model", tooltip="From Load UniPic or Distill LoRA; any Qwen-Image-Edit model works."),
+        io.Model.Input("model", tooltip="From Load UniPic or Distill LoRA. Other Qwen-Image-Edit models work too."),
         io.Conditioning.Input("positive", tooltip="Prompt and pictures, from Multi-Image Compose."),
-        io.Conditioning.Input("negative", tooltip="What to move away from. Not computed at guidance 1."),
-        io.Latent.Input("latent", tooltip="Its size is the size of the picture; a mask on it is respected."),
+        io.Conditioning.Input("negative", tooltip="Negative prompt and pictures. Not used at guidance 1."),
+        io.Latent.Input("latent", tooltip="Sets the picture's size. With a noise mask only the masked part changes."),
     ]
 
 
@@ -115,7 +115,7 @@ def _choices() -> list[Any]:
             min=0,
             max=0xFFFFFFFFFFFFFFFF,
             control_after_generate=True,
-            tooltip="One seed gives one picture: it also decides the noise that is added between the steps.",
+            tooltip="The same seed gives the same picture. It also sets the noise that is added between the steps.",
         ),
         steps_input(),
         io.Float.Input(
@@ -124,15 +124,15 @@ def _choices() -> list[Any]:
             min=0.0,
             max=100.0,
             step=0.1,
-            tooltip="Guidance as in the release, per token. 0 = what the weights or the LoRA were made for; 1 = none, "
-            "which halves the time.",
+            tooltip="Guidance, per token as in the release. 0 = from the recipe of the weights or the LoRA; 1 = no "
+            "guidance, half the time.",
         ),
         io.Combo.Input(
             "sampler",
             options=["auto", *SAMPLERS],
             default="auto",
-            tooltip="auto = what the weights or the LoRA were made for. consistency predicts the picture and adds "
-            "fresh noise; euler follows the flow.",
+            tooltip="auto = from the recipe of the weights or the LoRA. consistency = predict the picture and add new "
+            "noise in every step, for few-step weights. euler = follow the flow, for base weights.",
         ),
         denoise_input(),
         cache_input(),
@@ -152,15 +152,15 @@ class UniPicSigmas(io.ComfyNode):
             node_id="UniPicSigmas",
             display_name="UniPic Sigmas",
             category=CATEGORY,
-            description="The time schedule that the weights want at this size, for SamplerCustomAdvanced. With it, the "
-            "stock lcm sampler at guidance 1 gives the picture of the consistency sampler.",
+            description="The schedule of the model's recipe at the latent's size, for SamplerCustomAdvanced. At "
+            "guidance 1 the stock sampler lcm with these sigmas gives the picture of the consistency sampler.",
             inputs=[
-                io.Model.Input("model", tooltip="Its recipe names the schedule; from Load UniPic or Distill LoRA."),
-                io.Latent.Input("latent", tooltip="The latent to be sampled: the schedule depends on its size."),
+                io.Model.Input("model", tooltip="From Load UniPic or Distill LoRA. Its recipe sets the schedule."),
+                io.Latent.Input("latent", tooltip="The latent to sample. The schedule depends on its size."),
                 steps_input(),
                 denoise_input(),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="From 1 to 0, steps + 1 values.")],
+            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 values, from 1 to 0.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -180,15 +180,15 @@ class UniPicSamplerSelect(io.ComfyNode):
             node_id="UniPicSamplerSelect",
             display_name="UniPic Sampler Select",
             category=CATEGORY,
-            description="The pack's samplers for SamplerCustomAdvanced. The seed of the noise node decides the noise "
-            "between the steps too.",
+            description="The pack's samplers for SamplerCustomAdvanced. The seed of the noise node also sets the noise "
+            "between the steps.",
             inputs=[
                 io.Combo.Input(
                     "sampler",
                     options=list(SAMPLERS),
                     default="euler",
-                    tooltip="consistency predicts the picture and adds fresh noise (few-step weights); euler follows "
-                    "the flow (base weights).",
+                    tooltip="consistency = predict the picture and add new noise in every step, for few-step weights. "
+                    "euler = follow the flow, for base weights.",
                 )
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
