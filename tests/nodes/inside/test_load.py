@@ -194,7 +194,7 @@ def test_a_vae_of_other_channels(models_folder: Path, golden: Path) -> None:
     import unipic_pack.nodes.host.pictures.vae as own
     from unipic_pack.nodes.host.model.latent_format import PictureLatents
 
-    with pytest.raises(UniPicError, match="latents of 16 channels, and the VAE tiny makes 4"):
+    with pytest.raises(UniPicError, match="latents of 16 channels, got 4 from the VAE tiny"):
         load.check_vae(own.load_vae(golden / "tiny"), PictureLatents(), golden / "tiny")
 
 

@@ -261,7 +261,7 @@ def test_partly_matched_is_a_warning(file: Path, tiny: Any, pairs: Pairs, caplog
     save_lora(file, {**pairs, **strange})
     text = line(tiny)
     assert text.startswith("4 of 8 layers of test.safetensors matched; not in this model: transformer_blocks.9")
-    assert ", ...; it brings" in text
+    assert ", ...; the LoRA has" in text
     assert [r.levelname for r in caplog.records if text in r.getMessage()] == ["WARNING"]
 
 
@@ -337,7 +337,7 @@ def test_bundled_loras_are_listed_and_found(
         tiny,
         {n: (d.bfloat16().float(), u.bfloat16().float()) for n, (d, u) in pairs.items()},
     )
-    with pytest.raises(LoRAError, match=r"the pack holds no LoRA 'nano/gone\.safetensors'; choose another"):
+    with pytest.raises(LoRAError, match=r"the pack has no LoRA 'nano/gone\.safetensors'; choose another"):
         apply(tiny, name="bundled: nano/gone.safetensors")
 
 

@@ -446,7 +446,7 @@ def test_an_empty_latent_of_comfyuis_gets_the_models_channels() -> None:
 
 @pytest.mark.parametrize("samples", [torch.ones(1, 16, 1, 8, 8), torch.ones(1, 4, 3, 8, 8)])
 def test_latents_of_another_kind(samples: Tensor) -> None:
-    with pytest.raises(UniPicError, match=r"wants latents \[batch, 4, 1, height, width\], got \[1, "):
+    with pytest.raises(UniPicError, match=r"expects a latent \[batch, 4, 1, height, width\], got \[1, "):
         few_step(with_recipe(toy.model()), {"samples": samples})
 
 
