@@ -96,7 +96,7 @@ def text_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
     references = [Image.new("RGB", pixels) for pixels in reference_pixels(size, MAX_REFERENCES)]
     prepared = encoder.prepare([references], [PROMPT])
     with torch.no_grad():
-        seen = encoder.see(prepared)
+        seen = encoder.vision_of(prepared)
     return {
         "text encoder, vision tower": partial(_without_gradient, encoder.see, prepared),
         "text encoder, language model": partial(_without_gradient, encoder.forward, prepared, seen),

@@ -15,7 +15,7 @@ from PIL import Image
 
 from unipic_core.conditioning.images import load_image, resize_for_vision, resize_references
 from unipic_core.conditioning.picture_files import MAX_PIXELS, open_picture
-from unipic_core.conditioning.prompt import mark_in
+from unipic_core.conditioning.prompt import special_token_in
 from unipic_core.conditioning.reference_sizes import MAX_REFERENCES, REFERENCE_MULTIPLE, Size
 from unipic_core.conditioning.sequence import nearest_multiple
 from unipic_core.errors import UniPicError
@@ -76,7 +76,7 @@ def check_prompt(prompt: object, num_references: int) -> None:
             raise BadRow(f"the instruction is longer than {LONGEST_INSTRUCTION} bytes")
     except UnicodeEncodeError:
         raise BadRow("the instruction is not valid Unicode") from None
-    if mark := mark_in(prompt):
+    if mark := special_token_in(prompt):
         raise BadRow(f"the instruction contains {mark}, a mark of the template")
 
 

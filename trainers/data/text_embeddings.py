@@ -170,7 +170,7 @@ def _encode(
     for at in range(0, len(prompts), size):
         pictures, words = [v[at : at + size] for v in vision], prompts[at : at + size]
         inputs = _inputs(text, pictures, words)
-        seen, ids = text.see(inputs), blank.expand(len(words), -1)
+        seen, ids = text.vision_of(inputs), blank.expand(len(words), -1)
         cond = text.forward(inputs, seen)
         uncond = text.forward({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, seen)
         masks = torch.ones(cond.embeds.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask.cpu()

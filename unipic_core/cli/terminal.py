@@ -1,4 +1,4 @@
-"""The terminal's side of the command line: progress bars, warnings in one line, the names of number types."""
+"""Terminal output of the command line: progress bars, one-line warnings; names of dtypes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .. import MODELS
 from ..errors import printable as printable
 
 DEFAULT_MODEL = MODELS / "unipic-nano"
-"""What the command line composes with unless `--model` says otherwise."""
+"""Default of `--model`: the bundled unipic-nano."""
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-"""Number types by the names that the command line has for them."""
+"""Name on the command line -> name of the torch dtype."""
 
 
 def layers_added(path: Path, strength: float, report: Any) -> str:
@@ -24,8 +24,8 @@ def layers_added(path: Path, strength: float, report: Any) -> str:
 
 
 @contextmanager
-def progress_bar(what: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
-    """advance(done, total) on a bar that appears at the first call."""
+def progress_bar(label: str, unit: str = "step") -> Iterator[Callable[[int, int], None]]:
+    """Yield advance(done, total), which draws a progress bar; the bar appears at the first call."""
     from tqdm import tqdm
 
     bar: Any = None
@@ -33,7 +33,7 @@ def progress_bar(what: str, unit: str = "step") -> Iterator[Callable[[int, int],
     def advance(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(desc=what, unit=unit, unit_scale=unit == "B", total=total, file=sys.stderr)
+            bar = tqdm(desc=label, unit=unit, unit_scale=unit == "B", total=total, file=sys.stderr)
         bar.update(done - bar.n)
 
     try:
@@ -45,7 +45,7 @@ def progress_bar(what: str, unit: str = "step") -> Iterator[Callable[[int, int],
 
 @contextmanager
 def readable_warnings(debug: bool) -> Iterator[None]:
-    """Warnings for users in one line each; other libraries' deprecations only with --debug."""
+    """Print warnings for users in one line each; other libraries' deprecations only with --debug."""
     with warnings.catch_warnings():
         if not debug:
             warnings.simplefilter("ignore")

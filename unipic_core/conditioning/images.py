@@ -1,4 +1,4 @@
-"""Pictures in and out: opening files safely, the reference sizes of the release, and tensors."""
+"""Pictures as 8-bit RGB, resized as in the release, and as tensors."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .reference_sizes import (
 from .sequence import PIXELS_PER_TOKEN, nearest_multiple
 
 MAX_ASPECT = 8.0
-"""The default output is at most this many times as long as it is wide, whatever the first reference."""
+"""Largest aspect ratio of the default output, whatever the first reference's."""
 
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _SIXTEEN_BITS = ("PNG", "PPM", "JPEG2000")
-"""Formats whose integers of Pillow's mode I are 16-bit ones."""
+"""Formats whose pictures of Pillow's mode I have 16 bits."""
 _BRIGHTER_THAN_WHITE = 16.0
-"""Floats up to this have white at 1 (high dynamic range); others count to 255 or 65535."""
+"""Largest value of a float picture whose white is 1 (high dynamic range); in others white is 255 or 65535."""
 _BAND = 4_000_000
-"""Pixels that are converted at a time."""
+"""Pixels converted at a time."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -47,19 +47,19 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> how to turn a picture upright (CIPA DC-008, section 4.6.4)."""
+"""EXIF orientation -> transposition that turns a picture upright (CIPA DC-008, section 4.6.4)."""
 _EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
-"""Where Pillow looks for an orientation; removed once it is applied."""
+"""Places in which Pillow looks for an orientation; removed once it is applied."""
 
 
 # --- opening -------------------------------------------------------------------------------------------------------
 
 
 def load_image(source: Source) -> Image.Image:
-    """Open any picture as 8-bit RGB: upright (EXIF), alpha composited on white, the first frame of an animation.
+    """Open any picture as 8-bit RGB: upright (EXIF), alpha composited on white, first frame of an animation.
 
-    Raises UniPicError in one line when the file is missing, truncated, not a picture, or has more than MAX_PIXELS.
-    Takes at most BYTES_PER_PIXEL of memory for each pixel.
+    Raises UniPicError if the file is missing, truncated, not a picture, or larger than MAX_PIXELS. Needs at most
+    BYTES_PER_PIXEL of memory per pixel.
     """
     image, name = open_picture(source), name_of(source)
     with picture_errors(name), image:
@@ -72,7 +72,7 @@ def load_image(source: Source) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of any Pillow picture: EXIF rotation applied, 16-bit scaled, transparency composited on white."""
+    """Convert any Pillow picture to 8-bit RGB: EXIF rotation applied, 16 bits scaled, alpha composited on white."""
     image = _upright(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -82,16 +82,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF says, which a picture without EXIF's other tags needs no more.
-
-    Damaged EXIF does not make a picture unreadable: it is taken as it is stored, with a warning.
-    """
+    """Apply the EXIF orientation and remove the tag. A picture with damaged EXIF is returned as stored, with a warning."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except MemoryError:
         raise
     except Exception:  # Pillow raises nearly anything on damaged EXIF
-        warnings.warn("the EXIF of a picture is damaged; the picture is taken as it is stored", stacklevel=3)
+        warnings.warn("the EXIF of a picture is damaged; its orientation is ignored", stacklevel=3)
         return image
     turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
     if turn is None:
@@ -108,15 +105,15 @@ def _has_transparency(image: Image.Image) -> bool:
 
 
 def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """The RGB of a picture, a band of rows at a time, so that no copy of the whole in a wider type is made."""
-    made = Image.new("RGB", image.size)
+    """Convert a picture to RGB in bands of rows, so that no copy of the whole in a wider type is needed."""
+    rgb = Image.new("RGB", image.size)
     for box in _bands(image.size):
-        made.paste(convert(image.crop(box)), box[:2])
-    return made
+        rgb.paste(convert(image.crop(box)), box[:2])
+    return rgb
 
 
 def _bands(size: Size) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of whole rows that together are the picture."""
+    """Divide a picture into boxes of whole rows."""
     width, height = size
     rows = max(_BAND // width, 1)
     for top in range(0, height, rows):
@@ -129,7 +126,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _deep_white(image: Image.Image) -> float:
-    """The value that is white in a greyscale picture of more than 8 bits."""
+    """Value of white in a greyscale picture of more than 8 bits."""
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _SIXTEEN_BITS):
         return 65535.0
     most = 0.0
@@ -142,9 +139,9 @@ def _deep_white(image: Image.Image) -> float:
 
 
 def _from_deep_grey(image: Image.Image, top: float, clear: object = None) -> Image.Image:
-    """Greyscale of more than 8 bits -> "L". Pillow's own conversion clips at 255 instead of scaling.
+    """Scale greyscale of more than 8 bits to "L"; Pillow's conversion clips at 255 instead.
 
-    clear: the value that means transparent, which becomes white.
+    top: value of white. clear: value of transparent pixels, which become white.
     """
     values = np.asarray(image).astype(np.float64)
     hidden = values == clear if isinstance(clear, int) else None
@@ -163,10 +160,7 @@ def resize_references(
     share: str = RELEASE,
     weights: Sequence[float] | None = None,
 ) -> list[Image.Image]:
-    """The pictures as the VAE sees them: RGB, resized twice by bicubic interpolation as in the release.
-
-    share, weights: as for `reference_sizes`.
-    """
+    """Resize references for the VAE: RGB, twice bicubic as in the release. share, weights: as for `reference_sizes`."""
     images = [to_rgb(image) for image in images]
     scaled = scaled_sizes([image.size for image in images], budget, share, weights)
     once = [
@@ -176,7 +170,7 @@ def resize_references(
 
 
 def resize_for_vision(image: Image.Image) -> Image.Image:
-    """A twice-resized reference as the vision encoder sees it (the third bicubic resize)."""
+    """Resize a reference from `resize_references` for the vision encoder (the release's third bicubic resize)."""
     return _bicubic(image, vision_size(image.size))
 
 
@@ -187,12 +181,12 @@ def _bicubic(image: Image.Image, size: Size) -> Image.Image:
 def output_size(
     first_reference: Size | None, budget: int = DEFAULT_BUDGET, width: int | None = None, height: int | None = None
 ) -> Size:
-    """(width, height) of the output: as asked, checked; by default the first reference's aspect at the budget.
+    """Size (width, height) of the output in pixels: as requested, or the first reference's aspect at the budget.
 
-    first_reference: (w, h) of the first picture as given, or None for a square; its aspect is taken up to MAX_ASPECT.
-    budget: side of the largest square. A default side is rounded to 32, so a default may be a little over the budget;
-    such sizes are accepted when asked for. One side given alone takes the other from the aspect.
-    Raises UniPicError naming a size to use.
+    first_reference: (w, h) of the first picture before resizing, None for a square; its aspect counts up to MAX_ASPECT.
+    budget: side of the largest square. Default sides are rounded to 32, so a default may slightly exceed the budget;
+    such sizes are accepted when requested. With one side given, the other follows from the aspect. Raises UniPicError
+    with a size to use.
     """
     width, height = _whole_side("width", width, budget), _whole_side("height", height, budget)
     widest = _widest(budget)
@@ -210,7 +204,7 @@ def output_size(
 
 
 def _whole_side(name: str, side: object, budget: int) -> int | None:
-    """A side that was asked for, as a whole number; None where none was."""
+    """Check a requested side and return it as an int; None if it was not requested."""
     pixels = whole(side)
     if side is not None and (pixels is None or pixels < 1):
         raise UniPicError(
@@ -221,20 +215,20 @@ def _whole_side(name: str, side: object, budget: int) -> int | None:
 
 def _checked_size(width: int, height: int, budget: int) -> Size:
     multiple = PIXELS_PER_TOKEN
-    asked = f"{width}x{height}"
+    requested = f"{width}x{height}"
     if not _within_budget(width, height, budget):
         fitting = _shrunk(width, height, budget)
-        raise UniPicError(f"the output size {asked} is over this model's {budget}x{budget} pixels; use {fitting}")
+        raise UniPicError(f"the output size {requested} is over this model's {budget}x{budget} pixels; use {fitting}")
     if width % multiple or height % multiple:
         near = [nearest_multiple(side, multiple) for side in (width, height)]
         if not _within_budget(near[0], near[1], budget):
             near = [max(side // multiple, 1) * multiple for side in (width, height)]
-        raise UniPicError(f"the output size must be multiples of {multiple}, got {asked}; use {near[0]}x{near[1]}")
+        raise UniPicError(f"the output size must be multiples of {multiple}, got {requested}; use {near[0]}x{near[1]}")
     return width, height
 
 
 def _shrunk(width: int, height: int, budget: int) -> str:
-    """The largest size of about this aspect, in multiples of 16, that is within the budget."""
+    """Largest size within the budget, in multiples of 16, of about this aspect."""
     multiple = PIXELS_PER_TOKEN
     shrink = budget / math.sqrt(width * height)
     short = max(int(min(width, height) * shrink) // multiple, 1) * multiple
@@ -243,7 +237,7 @@ def _shrunk(width: int, height: int, budget: int) -> str:
 
 
 def _within_budget(width: int, height: int, budget: int) -> bool:
-    """At most budget^2 pixels, or a size that rounding an aspect at the budget to 32 can give."""
+    """True for at most budget^2 pixels, and for a default size that rounding to 32 lifted above the budget."""
     if width * height <= budget**2:
         return True
     if width % REFERENCE_MULTIPLE or height % REFERENCE_MULTIPLE:
@@ -256,7 +250,7 @@ def _within_budget(width: int, height: int, budget: int) -> bool:
 
 
 def _widest(budget: int) -> float:
-    """The largest aspect of a default output: MAX_ASPECT, or where the short side would fall below 32."""
+    """Largest aspect of a default output: MAX_ASPECT, or less if the short side would fall below 32."""
     return max(min(MAX_ASPECT, (budget / REFERENCE_MULTIPLE) ** 2), 1.0)
 
 
@@ -264,12 +258,12 @@ def _widest(budget: int) -> float:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """[3, H, W] float32 in [-1, 1]."""
+    """Convert a picture to a tensor [3, H, W] float32 in [-1, 1]."""
     values = torch.from_numpy(np.array(to_rgb(image), dtype=np.uint8))
     return values.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_images(pictures: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in [-1, 1] (clamped, rounded) -> pictures."""
+    """Convert tensors [B, 3, H, W] in [-1, 1] to pictures; values are clamped and rounded."""
     values = ((pictures.detach().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(row) for row in values.permute(0, 2, 3, 1).contiguous().cpu().numpy()]

@@ -1,4 +1,4 @@
-"""Open picture files from anyone: the formats that are meant, regular files, and a size that fits into memory."""
+"""Open untrusted picture files: known formats and regular files only, of a size that fits into memory."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import UniPicError, one_line
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
-"""Pillow's names of the formats that are opened; HEIF where the package pillow-heif is installed.
+"""Pillow's names of the accepted formats; HEIF needs the package pillow-heif.
 
-Its other readers, such as EPS, which starts Ghostscript, or SPIDER, which takes nearly any file, are never tried.
+Pillow's other readers, such as EPS, which starts Ghostscript, or SPIDER, which takes nearly any file, are never tried.
 """
 
 MAX_PIXELS = 178_956_970
-"""Pictures of more pixels are refused (Pillow's own limit against decompression bombs)."""
+"""Most pixels of an accepted picture (Pillow's limit against decompression bombs)."""
 
 BYTES_PER_PIXEL = 16
-"""Most main memory that decoding a picture to RGB takes, 2.9 GB at MAX_PIXELS."""
+"""Upper bound of the main memory for decoding a picture to RGB, in bytes per pixel: 2.9 GB at MAX_PIXELS."""
 
 Source = str | PathLike[str] | IO[bytes]
-"""A file's path, or a file open for reading."""
+"""Path of a file, or a file open for reading."""
 
 
 def open_picture(source: Source) -> Image.Image:
-    """A picture's header, read without decoding; `load_image` decodes.
+    """Read a picture's header without decoding it; `load_image` decodes.
 
-    Raises UniPicError in one line when the file is missing, a folder, a device or a pipe, not one of FORMATS, damaged,
-    or has more than MAX_PIXELS.
+    Raises UniPicError if the file is missing, a folder, a device or a pipe, not one of FORMATS, damaged, or larger than
+    MAX_PIXELS.
     """
     name = name_of(source)
     with picture_errors(name):
@@ -52,13 +52,13 @@ def open_picture(source: Source) -> Image.Image:
 
 
 def name_of(source: Source) -> str:
-    """The file's name for messages."""
+    """Name of the file for messages."""
     return str(source if isinstance(source, (str, PathLike)) else getattr(source, "name", "the picture"))
 
 
 @lru_cache(maxsize=1)
 def formats() -> tuple[str, ...]:
-    """Those of FORMATS that this installation of Pillow reads."""
+    """Formats of FORMATS that this installation of Pillow reads."""
     with suppress(ImportError):
         importlib.import_module("pillow_heif").register_heif_opener()
     Image.init()
@@ -67,7 +67,7 @@ def formats() -> tuple[str, ...]:
 
 @contextmanager
 def picture_errors(name: str) -> Iterator[None]:
-    """Whatever Pillow raises inside becomes a UniPicError of one line."""
+    """Turn any error of Pillow into a UniPicError of one line."""
     try:
         yield
     except UniPicError:
@@ -77,7 +77,7 @@ def picture_errors(name: str) -> Iterator[None]:
     except Image.DecompressionBombError:
         raise UniPicError(f"{name} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first") from None
     except FileNotFoundError:
-        raise UniPicError(f"no such picture: {name}") from None
+        raise UniPicError(f"no such picture: {name}; check the path") from None
     except IsADirectoryError:
         raise UniPicError(f"{name} is a folder, not a picture; name the picture inside it") from None
     except PermissionError:
@@ -89,19 +89,19 @@ def picture_errors(name: str) -> Iterator[None]:
 
 
 def _check_regular(path: Path) -> None:
-    """UniPicError for what would block or never end: pipes, sockets, devices. Folders raise IsADirectoryError."""
+    """Raise UniPicError for pipes, sockets and devices, on which reading may block, IsADirectoryError for folders."""
     try:
         mode = path.stat().st_mode
     except ValueError:  # a name with a null character
-        raise UniPicError(f"no such picture: {str(path)!r}") from None
+        raise UniPicError(f"no such picture: {str(path)!r}; check the path") from None
     if stat.S_ISDIR(mode):
         raise IsADirectoryError
     if not stat.S_ISREG(mode):
-        raise UniPicError(f"{path} is a device or a pipe, expected a picture file; save the picture first")
+        raise UniPicError(f"expected a picture file, {path} is a device or a pipe; save the picture first")
 
 
 def _unreadable(name: str) -> str:
-    """What to do about a file in none of FORMATS."""
+    """Message for a file in none of FORMATS."""
     kind = _iso_brand(name)
     if kind == "HEIC" and "HEIF" not in formats():
         return f'{name} is a HEIC picture; pip install "pillow-heif", or save it as JPEG or PNG'
@@ -111,7 +111,7 @@ def _unreadable(name: str) -> str:
 
 
 def _iso_brand(name: str) -> str | None:
-    """AVIF or HEIC by the first bytes of a file, None for any other."""
+    """Recognise AVIF or HEIC by the first bytes of a file; None for any other."""
     try:
         with open(name, "rb") as f:
             start = f.read(32)

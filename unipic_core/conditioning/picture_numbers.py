@@ -1,4 +1,4 @@
-"""The pictures that a prompt names, "image 2" or "the second photo", beside those that are there."""
+"""Picture numbers in a prompt, such as "image 2" or "the second photo", compared with the references given."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _JOIN = r"\s*(?:,\s*and|,\s*or|,|&|\+|and|or|with|to|through|[-–])\s*"
 _AFTER = r"(?=\s*(?:[.,;:!?)\"']|$))"
 
 _NUMBERED = re.compile(rf"\b{_ONE}[\s_#-]*(?:no\.?\s*)?(\d+(?:{_JOIN}\d+{_AFTER})?)\b", re.IGNORECASE)
-"""image 1, Image_2, photo #3; "image 1 and 2" only where no noun follows, as in "image 1 and 2 dogs"."""
+"""image 1, Image_2, photo #3; "image 1 and 2", except before a noun as in "image 1 and 2 dogs"."""
 _LISTED = re.compile(rf"\b{_ONE}s[\s_#-]*(\d+(?:{_JOIN}\d+)*)\b", re.IGNORECASE)
 """images 1, 2 and 3; pictures 1-3."""
 _RANGE = re.compile(r"(\d+)\s*(?:to|through|[-–])\s*(\d+)", re.IGNORECASE)
@@ -23,16 +23,16 @@ _DIGITS = "零一二三四五六七八九"
 _CHINESE = re.compile(rf"(?:图片|图像|照片|图)\s*(\d+|[{_DIGITS}])|第\s*(\d+|[{_DIGITS}])\s*[张幅个]")
 _CHINESE_ALL = re.compile(r"(?:所有|全部|两|每)张?(?:的)?(?:图|照片)")
 _MOST = 99
-"""Larger numbers are years or sizes."""
+"""Largest picture number; larger ones are years or sizes."""
 
 
 def named_pictures(prompt: str, count: int) -> set[int]:
-    """Numbers of the pictures that an English or Chinese prompt names; count: how many there are."""
+    """Extract the picture numbers from an English or Chinese prompt. count: number of references."""
     named: set[int] = set()
-    for found in (*_NUMBERED.findall(prompt), *_LISTED.findall(prompt)):
-        for first, last in _RANGE.findall(found):
+    for numbers in (*_NUMBERED.findall(prompt), *_LISTED.findall(prompt)):
+        for first, last in _RANGE.findall(numbers):
             named |= set(range(int(first), min(int(last), _MOST) + 1))
-        named |= {int(number) for number in re.findall(r"\d+", found)}
+        named |= {int(number) for number in re.findall(r"\d+", numbers)}
     for word in map(str.lower, _ORDINAL.findall(prompt)):
         named.add(count if word == "last" else _ordinal(word))
     for digits in ("".join(groups) for groups in _CHINESE.findall(prompt)):
@@ -47,16 +47,18 @@ def _ordinal(word: str) -> int:
 
 
 def number_cautions(prompt: str, count: int) -> Iterator[str]:
-    """What to warn of: a picture that the prompt names and that is not there; and one that is there and is not named,
-    though others are. count: pictures that there are."""
+    """Warn of numbers in the prompt without a reference, and of references that a prompt with numbers leaves out.
+
+    count: number of references.
+    """
     named = named_pictures(prompt, count)
     absent = sorted(named - set(range(1, count + 1)))
     if absent:
-        there = {0: "there is no picture", 1: "there is one picture"}.get(count, f"there are {count} pictures")
-        yield f"the prompt names {_listed(absent)}, and {there}"
-    silent = sorted(set(range(1, count + 1)) - named)
-    if named and silent:
-        yield f"the prompt never names {_listed(silent)}"
+        present = {0: "there is no picture", 1: "there is one picture"}.get(count, f"there are {count} pictures")
+        yield f"the prompt names {_listed(absent)}, and {present}"
+    unnamed = sorted(set(range(1, count + 1)) - named)
+    if named and unnamed:
+        yield f"the prompt never names {_listed(unnamed)}"
 
 
 def _listed(numbers: list[int]) -> str:

@@ -1,4 +1,4 @@
-"""Sizes at which the model sees the references: one pixel budget, shared by area as in the release, or equally."""
+"""Sizes of the references in the model: one pixel budget, divided by area as in the release, or equally."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ Size = tuple[int, int]
 """(width, height) in pixels, in Pillow's order."""
 
 MAX_REFERENCES = 6
-"""References that the release takes."""
+"""Most references, as in the release."""
 
 REFERENCE_MULTIPLE = 32
-"""Sides of the resized references, and of the default output, are multiples of this."""
+"""Divisor of the sides of resized references and of the default output, in pixels."""
 
 DEFAULT_BUDGET = 1024
-"""Side of the square whose pixels all references share."""
+"""Side in pixels of the square that all references together may fill."""
 
 RELEASE, EQUAL = "release", "equal"
 SHARES = (RELEASE, EQUAL)
-"""How references share the budget: one scale for all, so relative areas are kept, as in the release; or equal areas."""
+"""Division of the budget: one scale for all references, preserving their relative areas, as in the release; or equal
+areas."""
 
 WEIGHT_LIMITS = (0.01, 100.0)
-"""Least and most of a reference's weight, which multiplies its share of the budget's pixels."""
+"""Least and greatest weight of a reference, a factor on its share of the budget."""
 
 SMALL_PART = 4
-"""A reference is small where the square of its pixels has less than a quarter of the budget's side."""
+"""A reference is small if it has fewer pixels than a square of a quarter of the budget's side."""
 
 
 def reference_sizes(
@@ -38,7 +39,7 @@ def reference_sizes(
     share: str = RELEASE,
     weights: Sequence[float] | None = None,
 ) -> list[Size]:
-    """Sizes (w, h) for the VAE: multiples of 32, at least 32, that together hold about budget^2 pixels.
+    """Sizes (w, h) of the references for the VAE: multiples of 32, at least 32, with about budget^2 pixels in all.
 
     share, weights (one per picture, None = 1 for all): see `scaled_sizes`. Raises UniPicError.
     """
@@ -71,22 +72,22 @@ def scaled_sizes(
 
 
 def vision_size(size: Size) -> Size:
-    """Size for the vision encoder, of an already twice-resized picture: round(28/32 of each side), a multiple of 28."""
+    """Size of a twice-resized picture for the vision encoder: 28/32 of each side, a multiple of 28."""
     width, height = size
     return round(28 / 32 * width), round(28 / 32 * height)
 
 
 def to_multiple(size: Size) -> Size:
-    """The nearest sides that are multiples of 32, at least 32."""
+    """Round both sides to multiples of 32, at least 32."""
     return nearest_multiple(size[0], REFERENCE_MULTIPLE), nearest_multiple(size[1], REFERENCE_MULTIPLE)
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    """One weight per picture; 1 each where none are given. UniPicError for another number of them or wrong values."""
+    """Return one weight per picture, 1 for each by default. Raises UniPicError for a wrong number of them or value."""
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
-        raise UniPicError(f"there should be one weight for each of {count} pictures, got {len(weights)}")
+        raise UniPicError(f"expected one weight for each of {count} pictures, got {len(weights)}")
     least, most = WEIGHT_LIMITS
     gains = [finite(weight) for weight in weights]
     for given, gain in zip(weights, gains, strict=True):
@@ -109,11 +110,11 @@ def _check(sizes: Sequence[Size], budget: int, share: str) -> None:
         raise UniPicError(f"every picture must be at least 1x1 pixels, got {list(sizes)}")
 
 
-# --- what a user is told of them -------------------------------------------------------------------------------------
+# --- messages about sizes --------------------------------------------------------------------------------------------
 
 
 def described_sizes(sizes: Sequence[Size], seen: Sequence[Size]) -> str:
-    """Number, size and size seen of each reference: "image 1 6000x4000 seen at 1248x832, image 2 ..."."""
+    """List number, size and resized size of each reference: "image 1 6000x4000 seen at 1248x832, image 2 ..."."""
     rows = [
         f"image {number} {given[0]}x{given[1]} seen at {here[0]}x{here[1]}"
         for number, (given, here) in enumerate(zip(sizes, seen, strict=True), start=1)
@@ -122,7 +123,7 @@ def described_sizes(sizes: Sequence[Size], seen: Sequence[Size]) -> str:
 
 
 def small_references(sizes: Sequence[Size], seen: Sequence[Size], budget: int) -> Iterator[str]:
-    """A caution for each reference whose pixels are fewer than those of a quarter of the budget's side, squared."""
+    """Warn of each reference with fewer pixels than a square of a quarter of the budget's side."""
     least = budget / SMALL_PART
     for number, (given, here) in enumerate(zip(sizes, seen, strict=True), start=1):
         if here[0] * here[1] < least**2:

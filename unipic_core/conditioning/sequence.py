@@ -1,7 +1,7 @@
-"""Packing of latents into the one sequence that the network sees.
+"""Packing of latents into the network's token sequence.
 
 A picture's latent [B, C, 1, H', W'] becomes H'/2 * W'/2 tokens of 4C values (2x2 neighbourhoods). The sequence of a
-sample is [target | reference 1 | ... | reference K], and each piece keeps its shape in tokens.
+sample is [target | reference 1 | ... | reference K], stored with the shape in tokens of each piece.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 PATCH = 2
-"""Side of the neighbourhood that becomes one token, in latent pixels."""
+"""Side of the neighbourhood of one token, in latent pixels."""
 
 VAE_SCALE = 8
-"""Pixels per latent pixel, each way (Qwen-Image VAE)."""
+"""Pixels per latent pixel in each dimension (Qwen-Image VAE)."""
 
 PIXELS_PER_TOKEN = PATCH * VAE_SCALE
 
 
 @dataclass(frozen=True)
 class LatentShape:
-    """Size of one picture in tokens. Frames are always 1 for UniPic; the field keeps diffusers' (f, h, w) order."""
+    """Size of one picture in tokens. UniPic has one frame; the field gives diffusers' order (f, h, w)."""
 
     frames: int
     height: int
@@ -35,7 +35,7 @@ class LatentShape:
 
     @classmethod
     def of_pixels(cls, width: int, height: int) -> LatentShape:
-        """Shape of a picture of width x height pixels; both must be multiples of 16 (ValueError)."""
+        """Shape of a picture of width x height pixels. Raises ValueError unless both are multiples of 16."""
         if width <= 0 or height <= 0 or width % PIXELS_PER_TOKEN or height % PIXELS_PER_TOKEN:
             raise ValueError(
                 f"picture size must be positive multiples of {PIXELS_PER_TOKEN}, got {width}x{height}; "
@@ -50,16 +50,19 @@ class LatentShape:
 
 
 SampleShapes = tuple[LatentShape, ...]
-"""Shapes of one sample's pictures: the target first, then its references."""
+"""Shapes of one sample's pictures: target, reference 1, ..., reference K."""
 
 
 def nearest_multiple(value: float, multiple: int) -> int:
-    """The multiple nearest to value, ties to even as Python rounds; never less than one multiple."""
+    """Round to the nearest multiple, ties to even like Python's round; at least one multiple."""
     return max(round(value / multiple), 1) * multiple
 
 
 def pack_latents(latents: Tensor) -> Tensor:
-    """[B, C, 1, H, W] or [B, C, H, W] -> [B, H/2 * W/2, 4C]. The inverse of `unpack_latents`, exactly."""
+    """Pack latents [B, C, 1, H, W] or [B, C, H, W] to tokens [B, H/2 * W/2, 4C]; exact inverse of `unpack_latents`.
+
+    Raises ValueError for several frames and for odd H or W.
+    """
     if latents.ndim == 5:
         if latents.shape[2] != 1:
             raise ValueError(f"expected one frame, got latents of shape {tuple(latents.shape)}")
@@ -73,7 +76,7 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 def unpack_latents(tokens: Tensor, shape: LatentShape) -> Tensor:
-    """[B, h*w, 4C] -> [B, C, 1, 2h, 2w]."""
+    """Unpack tokens [B, h * w, 4C] to latents [B, C, 1, 2h, 2w]. Raises ValueError for another number of tokens."""
     b, n, values = tokens.shape
     if n != shape.num_tokens:
         raise ValueError(f"expected {shape.num_tokens} tokens for {shape.height}x{shape.width}, got {n}")
@@ -84,11 +87,11 @@ def unpack_latents(tokens: Tensor, shape: LatentShape) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedLatents:
-    """A batch of packed sequences, frozen: adding a reference returns a new one.
+    """Immutable batch of packed sequences.
 
     tokens: [B, S, 4C], the target's tokens first; rows shorter than S are padded at the end.
-    shapes: one tuple per sample; samples may have different references, but equally many target tokens.
-    num_target_tokens: N_O, the tokens that the velocity is read from.
+    shapes: one tuple per sample; the references may differ between samples, the number of target tokens may not.
+    num_target_tokens: N_O, the tokens whose velocity the network predicts.
     """
 
     tokens: Tensor
@@ -97,12 +100,12 @@ class PackedLatents:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sample without padding."""
+        """Number of tokens of each sample without padding."""
         return tuple(sum(s.num_tokens for s in shapes) for shapes in self.shapes)
 
     @property
     def mask(self) -> Tensor | None:
-        """[B, S] bool, True where there is a token; None if nothing is padded."""
+        """Padding mask [B, S] bool, True for a token; None if nothing is padded."""
         seq = self.tokens.shape[1]
         if all(n == seq for n in self.lengths):
             return None
@@ -111,15 +114,15 @@ class PackedLatents:
 
     @property
     def target(self) -> Tensor:
-        """[B, N_O, 4C]."""
+        """Tokens of the target [B, N_O, 4C]."""
         return self.tokens[:, : self.num_target_tokens]
 
     def row(self, i: int) -> PackedLatents:
-        """Sample i alone; its padding stays."""
+        """Return sample i as a batch of one, with its padding."""
         return replace(self, tokens=self.tokens[i : i + 1], shapes=self.shapes[i : i + 1])
 
     def with_target(self, x_t: Tensor) -> PackedLatents:
-        """The same references behind another target [B, N_O, 4C]; a sampler calls this every step."""
+        """Replace the target by x_t [B, N_O, 4C]; samplers call this in every step."""
         if x_t.shape[1] != self.num_target_tokens:
             raise ValueError(f"expected {self.num_target_tokens} target tokens, got {x_t.shape[1]}")
         return replace(self, tokens=torch.cat([x_t, self.tokens[:, self.num_target_tokens :].to(x_t)], dim=1))
@@ -128,10 +131,10 @@ class PackedLatents:
 def pack_with_references(
     x_t: Tensor, target: LatentShape | Sequence[LatentShape], references: Sequence[Sequence[Tensor]] = ()
 ) -> PackedLatents:
-    """Pack targets x_t [B, N_O, 4C] with each sample's reference latents.
+    """Pack targets x_t [B, N_O, 4C] with each sample's reference latents (UniPic 3, eq. 7 and 8).
 
-    references: for each sample the list of its latents [C, 1, H, W] or [1, C, 1, H, W]; empty = no references at all.
-    target: the targets' shape, or one per sample (all with N_O tokens).
+    target: the targets' shape, or one per sample, all with N_O tokens. references: one list per sample of latents
+    [C, 1, H, W] or [1, C, 1, H, W]; empty = no references. Raises ValueError if counts or shapes do not match.
     """
     batch = x_t.shape[0]
     targets = [target] * batch if isinstance(target, LatentShape) else list(target)
@@ -139,7 +142,7 @@ def pack_with_references(
     if len(samples) != batch or len(targets) != batch:
         raise ValueError(f"expected references and shapes for {batch} samples, got {len(samples)} and {len(targets)}")
     if any(s.num_tokens != x_t.shape[1] for s in targets):
-        raise ValueError(f"target shapes {targets} do not hold {x_t.shape[1]} tokens")
+        raise ValueError(f"expected target shapes of {x_t.shape[1]} tokens, got {targets}")
     rows, shapes = [], []
     for row, shape, latents in zip(x_t, targets, samples, strict=True):
         packed = [pack_latents(z if z.ndim == 5 else z[None])[0].to(row) for z in latents]
@@ -153,14 +156,15 @@ def pack_with_references(
 
 @dataclass(frozen=True)
 class TextCond:
-    """The condition encoder's output. embeds: [B, L, D]; mask: [B, L] bool, True = token; None = nothing is padded."""
+    """Text condition: output of the condition encoder. embeds: [B, L, D]; mask: [B, L] bool, True = token; None = no
+    padding."""
 
     embeds: Tensor
     mask: Tensor | None = None
 
     @classmethod
     def stack(cls, conds: Sequence[TextCond]) -> TextCond:
-        """Samples of different lengths in one batch, padded at the end."""
+        """Batch samples of different lengths, padded at the end."""
         rows = [e if c.mask is None else e[m] for c in conds for e, m in zip(c.embeds, _masks(c), strict=True)]
         lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
         embeds = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
@@ -172,11 +176,11 @@ class TextCond:
         return TextCond(self.embeds.to(device), None if self.mask is None else self.mask.to(device))
 
     def row(self, i: int) -> TextCond:
-        """The condition of sample i alone, [1, L, D]; its padding stays."""
+        """Return the condition of sample i, [1, L, D], with its padding."""
         return TextCond(self.embeds[i : i + 1], None if self.mask is None else self.mask[i : i + 1])
 
     def expand(self, batch: int) -> TextCond:
-        """One condition for a batch of pictures."""
+        """Repeat one condition for a batch, without copying."""
         mask = None if self.mask is None else self.mask.expand(batch, -1)
         return TextCond(self.embeds.expand(batch, -1, -1), mask)
 

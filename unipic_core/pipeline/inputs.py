@@ -1,4 +1,4 @@
-"""What a call of the pipeline is given, checked: pictures and noise; and what to lower when it was too much."""
+"""Checks of the pipeline's inputs, pictures and noise, and advice when a run needs too much memory."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from ..sampling.samplers import NoiseSource, seeded_noise
 
 
 def checked_images(images: Sequence[Image.Image] | Image.Image) -> list[Image.Image]:
-    """The pictures as RGB. UniPicError for anything else; an empty list is allowed, with a warning."""
-    given: Any = images
+    """Return the pictures as RGB. Raises UniPicError for other types; warns of an empty list, which is allowed."""
+    pictures: Any = images
     try:
-        given = [given] if isinstance(given, Image.Image) else list(given)
-    except TypeError:  # nothing that holds others
-        given = [given]
-    if wrong := [type(i).__name__ for i in given if not isinstance(i, Image.Image)]:
+        pictures = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+    except TypeError:  # not a sequence: the next check names its type
+        pictures = [pictures]
+    if wrong := [type(i).__name__ for i in pictures if not isinstance(i, Image.Image)]:
         raise UniPicError(
-            f"images must be Pillow pictures, got {wrong[0]}; open files with unipic_core.load_image, "
-            "and pass [] to go without"
+            f"images must be Pillow pictures, got {wrong[0]}; open files with unipic_core.load_image, and pass [] for "
+            "none"
         )
-    if not given:
-        warnings.warn("no pictures given: the model was tuned to compose pictures, not to make them", stacklevel=4)
-    return [to_rgb(image) for image in given]
+    if not pictures:
+        warnings.warn("no pictures given: the model was trained to compose from reference pictures", stacklevel=4)
+    return [to_rgb(picture) for picture in pictures]
 
 
-def noise_of(
+def noise_for(
     planned: Plan,
     token: tuple[int, int],
     device: torch.device,
     latents: Tensor | None = None,
     step_noise: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, NoiseSource]:
-    """Start noise [B, N_O, 4C] float32 on the device, and the source of the consistency sampler's noises.
+    """Start noise [B, N_O, 4C] float32 on the device, and the noise source of the consistency sampler.
 
-    token: (N_O, 4C). latents, step_noise: given ones in place of those of the seed; UniPicError if they do not fit.
+    token: (N_O, 4C). latents: start noise to use instead of the seed's; step_noise: step noises to use instead of the
+    seed's. Raises UniPicError if their shapes do not fit.
     """
     count = planned.num_images
     if latents is not None:
         fits = isinstance(latents, Tensor) and latents.ndim == 3 and tuple(latents.shape[1:]) == token
         if not fits or count not in (1, len(latents)):
             raise UniPicError(
-                f"latents must be a tensor of packed start noise {[count, *token]}, got {_described(latents)}"
+                f"latents must be a tensor of packed start noise {[count, *token]}, got {_shape_or_type(latents)}; "
+                "leave it out to use the seed"
             )
         count = len(latents)
     sources = [seeded_noise(token, planned.seed + i) for i in range(count)]
@@ -61,22 +63,25 @@ def noise_of(
     if step_noise is None:
         return start, noise
     needed, expected = planned.settings.steps - 1, str([count, *token])
-    given = [_described(n) for n in step_noise]
-    if len(given) < needed or any(one != expected for one in given):
-        raise UniPicError(f"step_noise must hold {needed} tensors of {expected}, got [{', '.join(given)}]")
+    shapes = [_shape_or_type(n) for n in step_noise]
+    if len(shapes) < needed or any(shape != expected for shape in shapes):
+        raise UniPicError(
+            f"step_noise must be {needed} tensors of {expected}, got [{', '.join(shapes)}]; leave it out to use the "
+            "seed"
+        )
     return start, lambda step: step_noise[step].to(device, torch.float32)
 
 
-def _described(given: object) -> str:
-    """The shape of a tensor, or what came in place of one."""
-    return str(list(given.shape)) if isinstance(given, Tensor) else type(given).__name__
+def _shape_or_type(value: object) -> str:
+    """Describe a value for a message: the shape of a tensor, the type of anything else."""
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def memory_advice(planned: Plan, references: int, batch: int) -> str:
-    """What to lower, given what this run asks for."""
-    steps = [f"lower the output size (now {planned.size[0]}x{planned.size[1]})"]
+    """List the arguments of this run that can be lowered to save memory."""
+    remedies = [f"lower the output size (now {planned.size[0]}x{planned.size[1]})"]
     if references:
-        steps.append(f"the reference budget (now {planned.settings.reference_budget})")
+        remedies.append(f"the reference budget (now {planned.settings.reference_budget})")
     if batch > 1:
-        steps.append(f"the number of images (now {batch})")
-    return ", or ".join(steps)
+        remedies.append(f"the number of images (now {batch})")
+    return ", or ".join(remedies)

@@ -1,4 +1,4 @@
-"""Which LoRAs are in a network's weights, and what they ask for."""
+"""Bookkeeping of the LoRAs merged into a network: their strengths and recipes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from ..errors import UniPicError
 from ..weights.recipe import Recipe
 
 NO_STRENGTH = 1e-6
-"""Strengths that add up to less than this leave the weights as they were: 0.3 + 0.4 - 0.7 is not quite 0."""
+"""Strengths that sum to less than this count as 0: in floating point 0.3 + 0.4 - 0.7 is not exactly 0."""
 
 
 @dataclass(frozen=True)
 class AddedLoRAs:
-    """File -> (its recipe, all its strengths added up), in the order they came; those that cancelled are not there."""
+    """LoRAs in a network's weights. table: file -> (recipe, sum of its strengths) in order; sums of 0 are left out."""
 
     table: Mapping[Path, tuple[Recipe | None, float]] = field(default_factory=dict)
 
     def add(self, path: str | Path, recipe: Recipe | None, strength: float) -> AddedLoRAs:
-        """With one more. UniPicError for a strength that is not a finite number."""
+        """Return the table with one more LoRA. Raises UniPicError for a strength that is not a finite number."""
         number = finite(strength)
         if number is None:
-            raise UniPicError(f"the strength of a LoRA must be a number, got {strength!r}")
+            raise UniPicError(f"the strength of a LoRA must be a finite number, got {strength!r}; 1 is usual")
         file = Path(path).resolve()
         total = self.table.get(file, (None, 0.0))[1] + number
         table = {**self.table, file: (recipe, total)}
         return AddedLoRAs({f: (r, s) for f, (r, s) in table.items() if abs(s) > NO_STRENGTH})
 
     def over(self, recipe: Recipe) -> Recipe:
-        """The checkpoint's recipe with those of the LoRAs over it."""
+        """Override the checkpoint's recipe with those of the LoRAs, in order."""
         for of_lora, _ in self.table.values():
             recipe = recipe.merge(of_lora)
         return recipe

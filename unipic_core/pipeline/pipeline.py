@@ -27,7 +27,7 @@ from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consiste
 from ..sampling.schedules import Shift, rounded_time
 from ..weights.lora import LoRA, MergeReport, merge_lora, read_lora
 from ..weights.recipe import Recipe
-from .inputs import checked_images, memory_advice, noise_of
+from .inputs import checked_images, memory_advice, noise_for
 from .loading import OpenedPipeline, load_parts, open_pipeline
 from .loras import AddedLoRAs
 from .offload import Placement, check_machine, readable_out_of_memory
@@ -227,7 +227,7 @@ class UniPicPipeline:
         planned = plan(self.recipe, [image.size for image in originals], request)
         settings, shape = planned.settings, LatentShape.of_pixels(*planned.size)
         token = shape.num_tokens, self.transformer.config.in_channels
-        start, noise = noise_of(planned, token, self.device, latents, step_noise)
+        start, noise = noise_for(planned, token, self.device, latents, step_noise)
         with readable_out_of_memory(memory_advice(planned, len(originals), len(start))):
             references, cond, uncond = self._encode(originals, planned)
             packed = pack_with_references(start, shape, [references] * len(start))

@@ -1,4 +1,4 @@
-"""The condition encoder: transformers' Qwen2.5-VL reads references and prompt; its last hidden state is the text."""
+"""Condition encoder: the last hidden states of transformers' Qwen2.5-VL, given references and prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from PIL import Image
 from torch import Tensor
 
 from ..conditioning.images import resize_for_vision
-from ..conditioning.prompt import IMAGE, IMAGE_PAD, PREFIX, SUFFIX, body_text, check_length, mark_in, plain_ids
+from ..conditioning.prompt import (
+    IMAGE,
+    IMAGE_PAD,
+    PREFIX,
+    SUFFIX,
+    body_text,
+    check_image_token,
+    check_length,
+    plain_ids,
+    special_token_in,
+)
 from ..conditioning.reference_sizes import REFERENCE_MULTIPLE, vision_size
 from ..conditioning.sequence import TextCond
 from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
@@ -25,14 +35,14 @@ EncoderInputs = dict[str, Tensor]
 patches of all images; image_grid_thw [images, 3] long. Without images the last two have no rows."""
 
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""Arguments of every `from_pretrained`: nothing is downloaded and no code of a folder runs."""
+"""Arguments of every `from_pretrained` call: no downloads, no code from the folder."""
 
 
 class TextEncoder:
-    """References and prompts -> TextCond. Differentiable: callers decide about torch.no_grad.
+    """Encodes references and prompts to a TextCond. Differentiable: callers choose torch.no_grad.
 
-    positions: one of POSITIONS; None takes the model config's `unipic_positions`, else what the version of transformers
-    that wrote the config did (the released weights: multimodal).
+    positions: one of POSITIONS; None = the model config's `unipic_positions`, else the numbering of the version of
+    transformers that wrote the config (multimodal for the released weights).
     """
 
     def __init__(self, model: Any, tokenizer: Any, image_processor: Any = None, positions: str | None = None) -> None:
@@ -43,19 +53,14 @@ class TextEncoder:
         if self.positions not in POSITIONS:
             raise UniPicError(f"the encoder's positions must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         self.image_token = int(model.config.image_token_id)
-        known = tokenizer.convert_tokens_to_ids(IMAGE_PAD)
-        if known != self.image_token:
-            raise CheckpointError(
-                f"the tokenizer's {IMAGE_PAD} is {known} but the encoder's config says {self.image_token}; "
-                "take tokenizer and text_encoder from the same folder"
-            )
+        check_image_token(tokenizer.convert_tokens_to_ids(IMAGE_PAD), self.image_token)
         self.prefix_ids: list[int] = self._token_ids(PREFIX)
 
     @classmethod
     def from_pretrained(
         cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """From a pipeline folder's text_encoder/, tokenizer/ and processor/ (CheckpointError names what is missing)."""
+        """Load from a pipeline folder's text_encoder/, tokenizer/ and processor/. Raises CheckpointError."""
         folder = Path(folder)
         for part in ("text_encoder", "tokenizer"):
             if not (folder / part).is_dir():
@@ -69,7 +74,7 @@ class TextEncoder:
     def from_checked(
         cls, folder: Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> TextEncoder:
-        """`from_pretrained` of a folder that `open_encoder` has checked."""
+        """Load like `from_pretrained`, from a folder that `open_encoder` has already checked."""
         with readable_encoder_errors(f"the encoder in {folder} cannot be loaded"):
             tokenizer = load_tokenizer(folder / "tokenizer")
             model = _load_model(folder / "text_encoder", dtype, torch.device(device))
@@ -78,7 +83,7 @@ class TextEncoder:
 
     @property
     def network(self) -> Any:
-        """The part that makes hidden states, without the head over the vocabulary."""
+        """The encoder without its language-model head."""
         return getattr(self.model, "model", self.model)
 
     @property
@@ -86,13 +91,13 @@ class TextEncoder:
         return self.network.get_input_embeddings().weight.device
 
     def to(self, device: torch.device | str) -> TextEncoder:
-        """Move what computes hidden states; the unused head stays where it is."""
+        """Move the encoder to a device; the unused language-model head stays where it is."""
         self.network.to(device)
         return self
 
     @property
     def dropped(self) -> int:
-        """Tokens of PREFIX, whose hidden states are dropped: 64 with the released tokenizer."""
+        """Number of tokens of PREFIX, whose hidden states are dropped: 64 with the released tokenizer."""
         return len(self.prefix_ids)
 
     @property
@@ -103,29 +108,29 @@ class TextEncoder:
     def encode(
         self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str], vision: Tensor | None = None
     ) -> TextCond:
-        """embeds [B, L, D] and mask of B samples. images: each sample's references of `resize_references`.
+        """Encode B samples to embeds [B, L, D] and mask. images: each sample's references from `resize_references`.
 
-        vision: what `vision` gave for the same images, for another prompt on them; None: the tower runs.
+        vision: result of `vision` for the same images, to encode another prompt without running the vision tower again.
         """
         words = self._words(images, prompts)
         return self.forward(words, self.vision(images) if vision is None else vision)
 
     def vision(self, images: Sequence[Sequence[Image.Image]]) -> Tensor:
-        """[N, D]: what the vision tower makes of the references, the N image tokens of all samples in order."""
-        return self.see(self._pixels(images))
+        """Run the vision tower on the references: [N, D], the N image tokens of all samples in order."""
+        return self.vision_of(self._pixels(images))
 
     def prepare(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
-        """What `forward` takes, on the CPU; can be cached, and put together by `collate`."""
+        """Prepare the inputs of `forward` on the CPU; they can be cached, and batched by `collate`."""
         return {**self._words(images, prompts), **self._pixels(images)}
 
     def collate(self, samples: Sequence[EncoderInputs]) -> EncoderInputs:
-        """Prepared inputs of several batches as one, padded right."""
+        """Join prepared inputs of several batches, padded right."""
         rows = [r[m.bool()] for s in samples for r, m in zip(s["input_ids"], s["attention_mask"], strict=True)]
         pictures = {k: torch.cat([s[k] for s in samples]) for k in ("pixel_values", "image_grid_thw")}
         return {**self._padded(rows), **pictures}
 
-    def see(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """[N, D]: the vision tower on the pixel_values and the image_grid_thw of prepared inputs; N image tokens."""
+    def vision_of(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Run the vision tower on the pixel_values and image_grid_thw of prepared inputs: [N, D] for N image tokens."""
         grid, width = inputs["image_grid_thw"], self.network.get_input_embeddings().weight.shape[1]
         if not len(grid):
             return torch.empty(0, width, device=self.device)
@@ -133,16 +138,16 @@ class TextEncoder:
         return torch.cat(self.network.get_image_features(pixels, grid.to(self.device), return_dict=True).pooler_output)
 
     def forward(self, inputs: EncoderInputs, vision: Tensor | None = None) -> TextCond:
-        """Hidden states of prepared inputs after the dropped prefix; mask None if nothing is padded.
+        """Hidden states of prepared inputs without those of the prefix; mask None if nothing is padded.
 
-        vision: what `see` gave for inputs with the same pictures, whose pixel_values are then not needed.
+        vision: result of `vision_of` for the same pictures; pixel_values are then not needed.
         """
         ids, mask, device = inputs["input_ids"], inputs["attention_mask"], self.device
         embeds = self.network.get_input_embeddings()(ids.to(device))
-        seen = self.see(inputs) if vision is None else vision
-        if len(seen):
+        vision = self.vision_of(inputs) if vision is None else vision
+        if len(vision):
             images = (ids == self.image_token).to(device)[..., None]
-            embeds = embeds.masked_scatter(images, seen.to(embeds))
+            embeds = embeds.masked_scatter(images, vision.to(embeds))
         padded = not bool(mask.all())
         hidden = self.network(
             inputs_embeds=embeds,
@@ -150,14 +155,14 @@ class TextEncoder:
             position_ids=self.position_ids(ids, inputs["image_grid_thw"]).to(device),
             use_cache=False,
         ).last_hidden_state
-        kept = mask[:, self.dropped :].bool().to(device) if padded else None
-        return TextCond(hidden[:, self.dropped :], kept)
+        text_mask = mask[:, self.dropped :].bool().to(device) if padded else None
+        return TextCond(hidden[:, self.dropped :], text_mask)
 
     def position_ids(self, ids: Tensor, grid: Tensor) -> Tensor:
-        """[3, B, L] RoPE positions of right-padded ids [B, L]; padding goes on counting.
+        """RoPE positions [3, B, L] of right-padded ids [B, L]; the padding continues the count.
 
-        multimodal: text counts one by one on all three axes; an image of h x w tokens starting at p has (p, p + row,
-        p + column), and what follows starts at p + max(h, w) (Qwen2.5-VL, section 2.1.2).
+        multimodal: text advances by one on all three axes; an image of h x w tokens starting at p has (p, p + row,
+        p + column), and the text after it starts at p + max(h, w) (Qwen2.5-VL, section 2.1.2).
         """
         batch, length = ids.shape
         if self.positions == "sequential" or not len(grid):
@@ -183,16 +188,18 @@ class TextEncoder:
         return torch.cat(pieces, dim=1)
 
     def _words(self, images: Sequence[Sequence[Image.Image]], prompts: Sequence[str]) -> EncoderInputs:
-        """The part of prepared inputs that needs only the pictures' sizes: all but pixel_values."""
+        """Prepared inputs that depend only on prompts and picture sizes: all but pixel_values."""
         if len(images) != len(prompts):
-            raise UniPicError(f"expected as many lists of images as prompts, got {len(images)} and {len(prompts)}")
+            raise UniPicError(
+                f"expected one list of images for each of {len(prompts)} prompts, got {len(images)}; pass [] for none"
+            )
         grids = [_grids(some) for some in images]
         counts = [(grid.prod(-1) // MERGE**2).tolist() for grid in grids]
         rows = [torch.tensor(self.prompt_ids(p, c)) for p, c in zip(prompts, counts, strict=True)]
         return {**self._padded(rows), "image_grid_thw": torch.cat(grids)}
 
     def _pixels(self, images: Sequence[Sequence[Image.Image]]) -> EncoderInputs:
-        """The part of prepared inputs that is the same for every prompt: pixel_values and image_grid_thw."""
+        """Prepared inputs that do not depend on the prompt: pixel_values and image_grid_thw."""
         references = [image for some in images for image in some]
         grids = _grids(references)
         values = torch.empty(0, 3 * FRAMES * PATCH**2)
@@ -202,15 +209,16 @@ class TextEncoder:
         return {"pixel_values": values, "image_grid_thw": grids}
 
     def _padded(self, rows: Sequence[Tensor]) -> EncoderInputs:
-        """input_ids and attention_mask of rows of ids, padded right."""
+        """Pad rows of ids on the right: input_ids and attention_mask."""
         ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=self.pad_id)
         lengths = torch.tensor([len(r) for r in rows])
         return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
     def prompt_ids(self, prompt: str, image_tokens: list[int]) -> list[int]:
-        """Prefix and body are tokenized apart: no token spans the cut. IMAGE_PAD is repeated for every image token.
+        """Tokenize a prompt; IMAGE_PAD is repeated image_tokens[i] times for reference i.
 
-        Marks of the tokenizer in the prompt are ordinary text.
+        Prefix and body are tokenized separately, so no token spans the cut. Special tokens of the tokenizer in the
+        prompt are ordinary text.
         """
         counts = iter(image_tokens)
         body: list[int] = []
@@ -221,7 +229,7 @@ class TextEncoder:
 
     def _body_ids(self, prompt: str, images: int) -> list[int]:
         text = body_text(prompt, images)
-        if mark_in(prompt, self.tokenizer.get_added_vocab()) is None:
+        if special_token_in(prompt, self.tokenizer.get_added_vocab()) is None:
             return self._token_ids(text)
         with readable_encoder_errors("the tokenizer cannot read this text; its files are damaged"):
             words = plain_ids(self.tokenizer.backend_tokenizer, prompt)
@@ -239,22 +247,25 @@ class TextEncoder:
 
 
 def _grids(references: Sequence[Image.Image]) -> Tensor:
-    """[images, 3]: the patches that each will have over (time, height, width)."""
+    """Patches of each picture over (time, height, width): [images, 3]."""
     wrong = next((i.size for i in references if any(side % REFERENCE_MULTIPLE for side in i.size)), None)
     if wrong:
-        raise UniPicError(f"the encoder takes pictures from `resize_references`, got one of {wrong[0]}x{wrong[1]}")
+        raise UniPicError(
+            f"the encoder's pictures must have sides of multiples of {REFERENCE_MULTIPLE}, got {wrong[0]}x{wrong[1]}; "
+            "resize them with resize_references"
+        )
     sizes = [vision_size(image.size) for image in references]
     return torch.tensor([grid_thw(height, width) for width, height in sizes], dtype=torch.long).reshape(-1, 3)
 
 
 def positions_of(config: object) -> str:
-    """Which of POSITIONS an encoder's config asks for."""
+    """Read an encoder's positions, one of POSITIONS, from its config."""
     version = getattr(config, "transformers_version", None)
     return encoder_positions(getattr(config, "unipic_positions", None), version and str(version))
 
 
 def image_processor_class() -> Any:
-    """transformers' Qwen2-VL image processor in the form that needs no torchvision, wherever this version keeps it."""
+    """Import transformers' Qwen2-VL image processor that needs no torchvision; its module depends on the version."""
     package = "transformers.models.qwen2_vl"
     for module, name in (
         (f"{package}.image_processing_pil_qwen2_vl", "Qwen2VLImageProcessorPil"),
@@ -268,14 +279,14 @@ def image_processor_class() -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """transformers' tokenizer of a tokenizer/ folder: one of two named classes, no code of the folder's own."""
+    """Load a tokenizer/ folder with one of two known classes of transformers; no code from the folder runs."""
     import transformers
 
     return getattr(transformers, tokenizer_class(folder)).from_pretrained(folder, **LOCAL)
 
 
 def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model on the device, or CheckpointError naming weights that transformers would have made up."""
+    """Load the model to the device. Raises CheckpointError for missing weights, which transformers would randomise."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
@@ -286,8 +297,8 @@ def _load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
         attn_implementation="sdpa",
         output_loading_info=True,
     )
-    model, found = loaded
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(HEAD))
+    model, info = loaded
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith(HEAD))
     if missing:
         raise CheckpointError(
             f"{folder} does not fit Qwen2.5-VL: {len(missing)} missing ({', '.join(missing[:3])}); download it again"

@@ -1,4 +1,4 @@
-"""The VAE of the pipeline: pictures of any size, within bounded memory."""
+"""VAE of the pipeline: encodes and decodes pictures of any size in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..run.tiling import tiled
 from ..weights.vae import OpenedVAE, load_image_vae
 
 TILE_ABOVE = 1536 * 1536
-"""So many pixels are encoded or decoded at once; larger pictures in overlapping tiles."""
+"""Most pixels that are encoded or decoded in one pass; larger pictures are tiled."""
 
 TILE, OVERLAP = 1152, 192
-"""Longest side of a tile, and what neighbours share at least, in pixels."""
+"""Longest side of a tile and least overlap of neighbours, in pixels."""
 
 
 class VAE:
     """Pictures <-> normalised latents (z - latents_mean) / latents_std.
 
-    Tiles are cross-faded. What they change: the attention in the middle of the VAE sees its own tile instead of the
-    whole picture, and the convolutions see zeros beyond a tile's edge, where its weight is small. The norms are per
-    position, so tiles do not change them.
+    Pictures above TILE_ABOVE are tiled and cross-faded. Tiling changes the mid-block attention, which covers one tile
+    instead of the whole picture, and the convolutions, which see zeros beyond a tile's edge, where the cross-fade
+    weight is small. The norms are per position and do not change.
     """
 
     def __init__(self, model: ImageVAE) -> None:
@@ -36,7 +36,7 @@ class VAE:
     def from_pretrained(
         cls, folder: str | Path | OpenedVAE, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
     ) -> VAE:
-        """From a vae/ folder of diffusers' layout, or an opened one. Raises CheckpointError."""
+        """Load a vae/ folder in diffusers' layout, or an OpenedVAE. Raises CheckpointError."""
         return cls(load_image_vae(folder, dtype, device))
 
     @property
@@ -48,17 +48,17 @@ class VAE:
         return self
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, C, 1, H/8, W/8] float32: the posterior's mode, normalised."""
+        """Encode pictures [B, 3, H, W] in [-1, 1] to the normalised posterior mode [B, C, 1, H/8, W/8] float32."""
         rows = pictures.split(self._at_once(pictures.shape[-2] * pictures.shape[-1]))
         return torch.cat([self._encode(row) for row in rows])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, C, 1, h, w] normalised -> [B, 3, 8h, 8w] float32 in [-1, 1]."""
+        """Decode normalised latents [B, C, 1, h, w] to pictures [B, 3, 8h, 8w] float32 in [-1, 1]."""
         rows = latents.split(self._at_once(VAE_SCALE**2 * latents.shape[-2] * latents.shape[-1]))
         return torch.cat([self._decode(row) for row in rows])
 
     def _at_once(self, pixels: int) -> int:
-        """How many pictures of so many pixels."""
+        """Number of pictures of this many pixels that are processed in one pass."""
         return max(self.tile_above // pixels, 1)
 
     def _encode(self, pictures: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Explicit arguments override the recipe, which overrides the defaults; every value is checked."""
+"""Plan of a run: explicit arguments override the recipe, which overrides the defaults; every value is checked."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from ..weights.recipe import (
 )
 
 RELEASED_ROUNDING = {"consistency": "bf16", "euler": "bf16_thousandths"}
-"""How the release's pipeline of each sampler rounds times in bfloat16, one of ROUNDINGS."""
+"""Sampler -> rounding of times in bfloat16 in the release's pipeline with that sampler, one of ROUNDINGS."""
 
 DEFAULT_SHIFT = 3.0
-"""Of the schedule "fixed_shift" where a recipe names none."""
+"""Time shift of the schedule "fixed_shift" if neither the request nor the recipe sets one."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every choice of a run. Budgets are sides in pixels; guidance 1 means no unconditional pass.
+    """Settings of a run, all resolved. Budgets are sides in pixels; guidance 1 = no unconditional pass.
 
-    fixed_shift: of the schedule of that name; None for the others. time_rounding: one of ROUNDINGS.
+    fixed_shift: time shift of the schedule "fixed_shift"; None for the others. time_rounding: one of ROUNDINGS.
     """
 
     steps: int
@@ -58,16 +58,16 @@ class Settings:
 
     @property
     def remark(self) -> str:
-        """What to tell of Euler on few-step weights; empty for other choices.
+        """Note about Euler on few-step weights; empty for other settings.
 
-        The release's training re-noises, a demo of it follows the flow at the times of the base weights.
+        The release trains few-step weights with re-noising; its Euler demo uses the times of the base weights.
         """
         if (self.sampler, self.schedule) != ("euler", "few_step"):
             return ""
         return "the release's demo of few-step weights with euler has the times of schedule base"
 
     def times(self, num_target_tokens: int, shift: Shift) -> Tensor:
-        """[steps + 1] float64 from 1 to 0."""
+        """Times of the sampler, [steps + 1] float64 from 1 to 0."""
         if self.schedule == "fixed_shift":
             return fixed_shift_times(self.steps, self.fixed_shift or DEFAULT_SHIFT)
         make = base_times if self.schedule == "base" else few_step_times
@@ -83,9 +83,10 @@ def resolve(
     schedule: str | None = None,
     shift: float | None = None,
 ) -> Settings:
-    """None: from the recipe, else the sampler's defaults (docs/recipes.md). UniPicError for impossible values.
+    """Resolve the settings of a run: arguments that are None come from the recipe, else from the sampler's defaults
+    (docs/recipes.md).
 
-    schedule: a name in SCHEDULES; shift: k of the schedule "fixed_shift".
+    schedule: a name in SCHEDULES. shift: k of the schedule "fixed_shift". Raises UniPicError for values out of range.
     """
     _check_name("sampler", sampler, SAMPLERS)
     _check_name("schedule", schedule, SCHEDULES)
@@ -108,22 +109,22 @@ def resolve(
 
 
 def _defaults_of(sampler: str) -> Recipe:
-    """The released recipe that a sampler belongs to."""
+    """Recipe of the released weights that use this sampler."""
     return RELEASED_BASE if sampler == "euler" else RELEASED_FEW_STEP
 
 
-def _check_name(what: str, name: str | None, names: tuple[str, ...]) -> None:
+def _check_name(setting: str, name: str | None, names: tuple[str, ...]) -> None:
     if name is not None and name not in names:
-        raise UniPicError(f"the {what} must be one of {', '.join(names)}, got {name!r}")
+        raise UniPicError(f"the {setting} must be one of {', '.join(names)}, got {name!r}")
 
 
 def _fixed_shift(schedule: str, shift: object, recipe: Recipe) -> float | None:
-    """k of the schedule "fixed_shift", None for the others; UniPicError for a shift of another schedule."""
+    """Return k for the schedule "fixed_shift", None for the others; raise UniPicError for a shift without it."""
     if schedule != "fixed_shift":
         if shift is not None:
             raise UniPicError(
-                f"a shift belongs to the schedule fixed_shift, and this run has the schedule {schedule}; choose "
-                "fixed_shift, or leave the shift out"
+                f"a shift needs the schedule fixed_shift, got the schedule {schedule}; choose fixed_shift, or leave "
+                "the shift out"
             )
         return None
     number = finite(_first(shift, recipe.shift, DEFAULT_SHIFT))
@@ -134,10 +135,10 @@ def _fixed_shift(schedule: str, shift: object, recipe: Recipe) -> float | None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks of one run; None = as the recipe of the weights says.
+    """Arguments of one run; None = from the recipe of the weights.
 
-    width, height: of the output, multiples of 16. seed: of the first of `num_images`; image i has seed + i. share,
-    reference_weights: how the references share their budget (conditioning/reference_sizes.py).
+    width, height: of the output in pixels, multiples of 16. seed: of the first of `num_images`; image i has seed + i.
+    share, reference_weights: division of the pixel budget among the references (conditioning/reference_sizes.py).
     """
 
     prompt: str = ""
@@ -158,9 +159,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked request with every choice made, before weights are loaded.
+    """A checked request with resolved settings, planned before any weights are loaded.
 
-    size: (width, height) of the output. seen: of the references, as the model sees them.
+    size: (width, height) of the output in pixels. seen: sizes of the references after resizing.
     """
 
     request: Request
@@ -172,7 +173,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
-    """Check a request against the recipe of the weights. references: (w, h) of the pictures. Raises UniPicError."""
+    """Check a request against the recipe of the weights. references: their sizes (w, h). Raises UniPicError."""
     for name in ("prompt", "negative_prompt"):
         if not isinstance(text := getattr(request, name), str):
             raise UniPicError(f"{name} must be a text, got {type(text).__name__}; call once per prompt")
@@ -199,12 +200,12 @@ def _first(*values: object) -> Any:
     return next(v for v in values if v is not None)
 
 
-def _whole(what: str, value: object, least: int, most: int) -> int:
+def _whole(setting: str, value: object, least: int, most: int) -> int:
     number = whole(value)
     if number is None:
-        raise UniPicError(f"{what} must be a whole number, got {value!r}")
+        raise UniPicError(f"{setting} must be a whole number, got {value!r}")
     if not least <= number <= most:
-        raise UniPicError(f"{what} must be from {least} to {most}, got {value}")
+        raise UniPicError(f"{setting} must be from {least} to {most}, got {value}")
     return number
 
 
@@ -219,7 +220,7 @@ def _guidance(value: object) -> float:
 
 
 def checked_seed(seed: object, num_images: object) -> tuple[int, int]:
-    """(seed, num_images) as whole numbers, or UniPicError."""
+    """Return (seed, num_images) as ints; raise UniPicError if either is no whole number or out of range."""
     number = whole(seed)
     if number is None:
         raise UniPicError(f"the seed must be a whole number, got {seed!r}")

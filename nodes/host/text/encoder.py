@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ....unipic_core.conditioning.images import resize_for_vision
-from ....unipic_core.conditioning.prompt import mark_in, prompt_text
+from ....unipic_core.conditioning.prompt import prompt_text, special_token_in
 from ....unipic_core.errors import CheckpointError, UniPicError
 from ....unipic_core.weights.files import open_weights
 from ....unipic_core.weights.text_encoder import HEAD
@@ -118,7 +118,7 @@ def changes_weights(clip: CLIP) -> bool:
 
 def _check_marks(prompt: str) -> None:
     """UniPicError for a special token in the prompt, which ComfyUI's own tokenizers would not read as text."""
-    if mark := mark_in(prompt):
+    if mark := special_token_in(prompt):
         raise UniPicError(
             f"the prompt contains {mark}, a special token for this text encoder; remove it, or use the CLIP of Load "
             "UniPic, which reads it as text"

@@ -18,13 +18,13 @@ from ....unipic_core.conditioning.prompt import (
     IMAGE_PAD,
     PREFIX,
     SUFFIX,
+    check_image_token,
     check_length,
     check_unicode,
-    mark_in,
     plain_ids,
+    special_token_in,
 )
 from ....unipic_core.conditioning.vision import vision_tokens
-from ....unipic_core.errors import CheckpointError
 from ....unipic_core.weights.text_encoder import readable_encoder_errors, tokenizer_class
 
 KEY = "qwen25_7b"
@@ -100,12 +100,7 @@ class Tokenizer:
         self.vocabulary = vocabulary
         self.image_token = image_token
         self.max_length = max_length
-        image_pad = vocabulary.id_of(IMAGE_PAD)
-        if image_pad != image_token:
-            raise CheckpointError(
-                f"the text encoder expects {IMAGE_PAD} as token {image_token}, got {image_pad} from the tokenizer; "
-                "take tokenizer and text_encoder from the same folder"
-            )
+        check_image_token(vocabulary.id_of(IMAGE_PAD), image_token)
         self.turn = vocabulary.id_of(_TURN)
         self.user = list(vocabulary.ids(_USER))
         self.pad = vocabulary.id_of(_PAD)
@@ -162,7 +157,7 @@ class Tokenizer:
     def _split_ids(self, text: str, prompt: str) -> list[int]:
         """Ids, with the prefix tokenized apart, so that no token spans the cut; so is a prompt with special tokens."""
         ids = self.vocabulary.ids
-        if mark_in(prompt, self.vocabulary.marks) and text.endswith(prompt + SUFFIX):
+        if special_token_in(prompt, self.vocabulary.marks) and text.endswith(prompt + SUFFIX):
             before = text[: -len(prompt + SUFFIX)]
             return [*self._split_ids(before, ""), *self.vocabulary.plain_ids(prompt), *ids(SUFFIX)]
         return [*ids(PREFIX), *ids(text[len(PREFIX) :])] if text.startswith(PREFIX) else list(ids(text))

@@ -159,8 +159,8 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: Any) 
         (["--steps", "0"], "steps must be from 1"),
         (["--num-images", "0"], "number of images must be from 1"),
         (["--cfg", "nan"], "guidance scale must be"),
-        (["--prompt", "bad \udcff bytes"], "not valid Unicode: character 5 is U+DCFF, half of a pair"),
-        (["--negative", "astronaut \ud83d"], "not valid Unicode: character 11 is U+D83D, half of a pair"),
+        (["--prompt", "bad \udcff bytes"], "not valid Unicode: character 5 is U+DCFF, half of a surrogate pair"),
+        (["--negative", "astronaut \ud83d"], "not valid Unicode: character 11 is U+D83D, half of a surrogate pair"),
         (["--sampler", "heun"], "sampler must be one of consistency, euler, got 'heun'"),
         (["--reference-budget", "8"], "reference budget must be from 32"),
         (["--device", "gpu"], "no device 'gpu'"),
@@ -308,7 +308,7 @@ def test_a_schedule_may_be_chosen(golden: Path, picture: Path, monkeypatch: pyte
     assert told in said("--sampler", "euler")
     assert "8 steps, euler, no guidance\n" in said("--sampler", "euler", "--schedule", "base")
     assert "no guidance, schedule fixed_shift 5\n" in said("--schedule", "fixed_shift", "--shift", "5")
-    assert "a shift belongs to the schedule fixed_shift, and this run has the schedule few_step" in said("--shift", "5")
+    assert "a shift needs the schedule fixed_shift, got the schedule few_step" in said("--shift", "5")
     assert "the schedule must be one of few_step, base, fixed_shift, got 'karras'" in said("--schedule", "karras")
 
 

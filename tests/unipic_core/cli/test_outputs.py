@@ -69,7 +69,7 @@ def test_an_input_is_never_written_over(golden: Path, picture: Path, unloaded: N
         out, more = picture, ["--num-images", "2"]
         picture = picture.rename(picture.with_name("cat-1.png"))
     assert run(golden, picture, out, "--overwrite", *more) == 2
-    assert "is read by this command and would be lost" in capsys.readouterr().err
+    assert "is an input of this command and would be lost" in capsys.readouterr().err
     assert picture.read_bytes() == before
 
 

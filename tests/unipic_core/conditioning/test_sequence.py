@@ -73,7 +73,7 @@ def test_sequence_errors() -> None:
     target = LatentShape(1, 2, 3)
     with pytest.raises(ValueError, match="for 2 samples, got 1 and 2"):
         pack_with_references(torch.zeros(2, 6, 8), target, [[]])
-    with pytest.raises(ValueError, match="do not hold 5 tokens"):
+    with pytest.raises(ValueError, match="expected target shapes of 5 tokens"):
         pack_with_references(torch.zeros(1, 5, 8), target)
 
 

@@ -174,7 +174,7 @@ def test_long_prompts(encoder: TextEncoder) -> None:
 
 
 def test_wrong_use(encoder: TextEncoder) -> None:
-    with pytest.raises(UniPicError, match="as many lists of images as prompts, got 1 and 2"):
+    with pytest.raises(UniPicError, match="one list of images for each of 2 prompts, got 1"):
         encoder.prepare([[]], ["a", "b"])
     with pytest.raises(UniPicError, match="pictures from `resize_references`, got one of 33x32"):
         encoder.prepare([[picture(33, 32)]], ["a"])

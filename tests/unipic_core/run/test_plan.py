@@ -57,7 +57,7 @@ def test_what_is_unusual_of_a_schedule_is_told() -> None:
 def test_wrong_schedules_are_refused() -> None:
     with pytest.raises(UniPicError, match="the schedule must be one of few_step, base, fixed_shift, got 'karras'"):
         resolve(Recipe(), schedule="karras")
-    with pytest.raises(UniPicError, match="a shift belongs to the schedule fixed_shift, and this run has .* base"):
+    with pytest.raises(UniPicError, match="a shift needs the schedule fixed_shift, got .* base"):
         resolve(Recipe(), shift=3.0)
     for shift in (0, -1, float("nan"), 1000):
         with pytest.raises(UniPicError, match="the shift must be a number above 0, up to 100, got"):
