@@ -82,7 +82,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation and remove the tag. A picture with damaged EXIF is returned as stored, with a warning."""
+    """Apply the EXIF orientation and remove the tag. With damaged EXIF, warn and return the picture as stored."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
     except MemoryError:

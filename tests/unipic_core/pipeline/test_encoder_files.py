@@ -72,7 +72,7 @@ def test_code_nested_in_a_config_is_refused(folder: Path) -> None:
         ({"_attn_implementation_internal": {"text_config": "someone/kernels"}}, "code from the Hugging Face hub"),
         ({"text_config": {"attn_implementation": "kernels-community/flash-attn2"}}, "code from the Hugging Face hub"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized in a form|quantised in a form"),
-        ({"transformers_weights": "../other.safetensors"}, "names a file to read"),
+        ({"transformers_weights": "../other.safetensors"}, "names a file outside the folder"),
     ],
 )
 def test_kernels_and_files_from_elsewhere_are_refused(folder: Path, values: dict[str, Any], message: str) -> None:

@@ -19,7 +19,7 @@ from unipic_core.pipeline import UniPicPipeline
     [
         ({"images": [picture()] * 7}, "at most 6 pictures can be composed, got 7"),
         ({"images": ["a.png"]}, "images must be Pillow pictures, got str"),
-        ({"images": None}, r"images must be Pillow pictures, got NoneType; .* pass \[\] to go without"),
+        ({"images": None}, r"images must be Pillow pictures, got NoneType; .* pass \[\] for none"),
         ({"images": [picture(), None]}, "images must be Pillow pictures, got NoneType"),
         ({"images": Path("a.png")}, "images must be Pillow pictures, got PosixPath|WindowsPath"),
         ({"images": np.zeros((1, 8, 8, 3), np.uint8)}, "images must be Pillow pictures, got ndarray"),
@@ -49,10 +49,10 @@ from unipic_core.pipeline import UniPicPipeline
             {"latents": np.zeros((1, 12, 16))},
             r"packed start noise \[1, 12, 16\], got ndarray",
         ),
-        ({"step_noise": []}, r"must hold 1 tensors of \[1, 12, 16\], got \[\]"),
+        ({"step_noise": []}, r"must be 1 tensors of \[1, 12, 16\], got \[\]"),
         (
             {"step_noise": np.zeros((1, 1, 12, 16))},
-            r"must hold 1 tensors of \[1, 12, 16\], got \[ndarray\]",
+            r"must be 1 tensors of \[1, 12, 16\], got \[ndarray\]",
         ),
     ],
 )
@@ -79,7 +79,7 @@ def test_a_huge_seed(tiny: UniPicPipeline) -> None:
 
 def test_empty_and_long_prompts(tiny: UniPicPipeline) -> None:
     assert tiny([picture()], "", **SMALL).images.isfinite().all()
-    with pytest.raises(UniPicError, match=r"too long.*of at most 32768; shorten it"):
+    with pytest.raises(UniPicError, match=r"too long.*at most 32768; shorten it"):
         tiny([picture()], "word " * 8000, **SMALL)
 
 

@@ -56,7 +56,7 @@ def test_a_fade_is_linear_over_the_middle_half() -> None:
 
 @pytest.mark.parametrize("sizes", [(100, 64, 8, 8), (96, 60, 8, 8), (96, 64, 4, 8), (96, 64, 64, 8), (96, 64, -8, 8)])
 def test_sizes_that_cannot_be(sizes: tuple[int, int, int, int]) -> None:
-    with pytest.raises(ValueError, match=r"multiples of 8, the overlap the smaller, got"):
+    with pytest.raises(ValueError, match=r"multiples of 8, the overlap smaller than the tile, got"):
         spans(*sizes)
 
 
