@@ -1,4 +1,4 @@
-"""Writes the workflows beside this file, from their descriptions below: python -m workflows.build
+"""Write the workflows beside this file, from their descriptions below: python -m workflows.build
 
 The JSON files are what ComfyUI's template browser lists; edit here, not there.
 """
@@ -19,17 +19,17 @@ LORA = "bundled: unipic-nano/unipic-nano-few-step_prefix_causal.safetensors"
 
 SEED = 2
 STOCK_SEED = 178
-"""Of the workflow whose prompt node the nano was not trained with: most other seeds smear."""
+"""Seed of the workflow with the stock prompt node, which the nano was not trained with: most other seeds smear."""
 MODEL, PICTURES, PROMPT, SAMPLING, RESULT = "1 Model", "2 Pictures", "3 Prompt", "4 Sampling", "5 Result"
 GREEN, BLUE, PURPLE, BROWN, GREY = "#8A8", "#3f789e", "#a1309b", "#b06634", "#88A"
 
 OWN_PICTURES = (
     "**Your own pictures:** replace *Sample Images* by *Load Image*. "
-    "A connected picture opens the next socket, up to six."
+    "Connecting a picture opens the next socket, up to six."
 )
 OWN_MODEL = (
-    "**Your own model:** put `Skywork/Unipic3-DMD` or another folder into `models/unipic/` and choose it in "
-    "*Load UniPic*. Steps, guidance and sampler follow the weights by themselves."
+    "**Your own model:** put `Skywork/Unipic3-DMD` or another released folder into `models/unipic/` and choose it in "
+    "*Load UniPic*. Steps, guidance and sampler come from its recipe."
 )
 
 
@@ -56,8 +56,8 @@ def _compose(w: Workflow, model: Node, pictures: Sequence[Node], prompt: str, ba
     return w.add("MultiImageCompose", wires, {**texts, **others}, height=420 + 20 * len(pictures))
 
 
-def _few_steps(w: Workflow, model: tuple[Node, str], made: Node, title: str = "") -> Node:
-    wires = {"model": model, **{name: made[name] for name in ("positive", "negative", "latent")}}
+def _few_steps(w: Workflow, model: tuple[Node, str], composed: Node, title: str = "") -> Node:
+    wires = {"model": model, **{name: composed[name] for name in ("positive", "negative", "latent")}}
     settings = {"seed": SEED, CONTROL: "fixed", "steps": 0, "cfg": 0, "sampler": "auto", "denoise": 1}
     return w.add("FewStepSampler", wires, {**settings, "condition_cache": "auto"}, title=title)
 
@@ -71,23 +71,23 @@ def _save(w: Workflow, image: Node) -> Node:
 
 
 def _composition(name: str, names: Sequence[str], prompt: str, note: str, weight_dtype: str = "as stored") -> Workflow:
-    """The pack's own four nodes, from pictures and a prompt to a saved picture."""
+    """Workflow of the pack's four main nodes, from pictures and a prompt to a saved picture."""
     w = Workflow(name, KINDS, note)
     model = _load(w, weight_dtype)
     pictures = _pictures(w, names)
-    made = _compose(w, model, pictures, prompt)
-    sampled = _few_steps(w, model["MODEL"], made)
-    _arrange(w, model, pictures, made, sampled, sampled["latent"])
+    composed = _compose(w, model, pictures, prompt)
+    sampled = _few_steps(w, model["MODEL"], composed)
+    _arrange(w, model, pictures, composed, sampled, sampled["latent"])
     return w
 
 
 def _arrange(
-    w: Workflow, model: Node, pictures: list[Node], made: Node, sampled: Node, latent: tuple[Node, str]
+    w: Workflow, model: Node, pictures: list[Node], composed: Node, sampled: Node, latent: tuple[Node, str]
 ) -> None:
-    """Decode, save, and the common layout of four columns."""
+    """Decode and save, and lay the nodes out in four columns."""
     decoded = _decode(w, latent, model)
     w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
-    w.column(Group(PROMPT, [made], BROWN))
+    w.column(Group(PROMPT, [composed], BROWN))
     w.column(Group(SAMPLING, [sampled], PURPLE))
     w.column(Group(RESULT, [decoded, _save(w, decoded)], GREY))
 
@@ -99,8 +99,8 @@ def two_references() -> Workflow:
         "Show the panda from image 1 in the middle, on the beach of image 2.",
         _note(
             "Compose two pictures",
-            "Press *Run*: it works as it is, with the small bundled model.",
-            "The prompt calls the pictures *image 1*, *image 2*, in the order of the sockets.",
+            "Press *Run*: the workflow runs as it is, with the small bundled model.",
+            "In the prompt the pictures are *image 1*, *image 2*, in the order of the sockets.",
             OWN_PICTURES,
             OWN_MODEL,
         ),
@@ -114,8 +114,8 @@ def three_references() -> Workflow:
         "Put the horse face from image 2 to the right of the office worker from image 1, on the beach of image 3.",
         _note(
             "Compose three pictures",
-            "A person, a thing and a place. All pictures share one budget of pixels, so three cost what one costs.",
-            "`width` and `height` at 0: the output has the first picture's shape.",
+            "A person, a thing and a place. All pictures share one budget of pixels, so three take as long as one.",
+            "`width` and `height` at 0: the new picture has the first picture's shape.",
             OWN_PICTURES,
             OWN_MODEL,
         ),
@@ -130,12 +130,13 @@ def six_references() -> Workflow:
         "front, the carrot from image 4 to the left and the carrot from image 5 to the right, in the field of image 6.",
         _note(
             "Compose six pictures",
-            "Six is the most. They share one budget of pixels, so each is seen smaller than it would be alone. A "
-            "higher `reference_budget` shows more of each, and costs time and memory.",
-            "Say where everything goes: who wears what, what is left and right, which picture is the place.",
-            "The bundled nano is young: of six pictures it gets the person, the hat and the place right, and smears "
-            "the rest. It mistakes one thing for another, which three carrots hide, and a higher budget confuses it. "
-            "The released weights are for six.",
+            "Six pictures at most. They share one budget of pixels, so the model sees each smaller than it would see "
+            "it alone. A higher `reference_budget` gives more detail, and takes more time and memory.",
+            "Say in the prompt where everything goes: who wears what, what is left and right, which picture is the "
+            "place.",
+            "Of six pictures the bundled nano gets the person, the hat and the place right, and smears the rest. It "
+            "mixes things up, which three equal carrots hide, and a higher budget makes that worse. Use the released "
+            "weights for six pictures.",
             OWN_MODEL,
         ),
     )
@@ -149,8 +150,9 @@ def single_edit() -> Workflow:
         _note(
             "Edit one picture",
             "One picture and an instruction: *make it blue*, *remove the hat*, *show it in the snow*. The bundled "
-            "nano removes and moves things; new colours and new backgrounds need the released weights.",
-            "The output has the picture's shape. To keep its size too, set `width` and `height` (multiples of 16).",
+            "nano removes and moves things; new colours and backgrounds need the released weights.",
+            "The new picture has the shape of image 1. To keep its size too, set `width` and `height` (multiples of "
+            "16).",
             OWN_PICTURES,
             OWN_MODEL,
         ),
@@ -164,10 +166,10 @@ def low_memory() -> Workflow:
         "Put the pizza from image 2 to the left of the office worker from image 1, in the room of image 3.",
         _note(
             "Low memory",
-            "`weight_dtype` is *fp8*: the network takes half the memory of bf16 (20 GB for the released weights) and "
-            "is a little less exact. ComfyUI moves parts between main and graphics memory by itself, so smaller cards "
-            "work too, more slowly.",
-            "Also helps: the text encoder `qwen_2.5_vl_7b_fp8_scaled`, *VAE Decode (Tiled)* in the place of *VAE "
+            "`weight_dtype` is *fp8*: the model takes half the memory of bf16 (20 GB for the released weights) and "
+            "is a little less exact. ComfyUI moves parts between main and graphics memory by itself, so smaller "
+            "cards work too, more slowly.",
+            "To save more: the text encoder `qwen_2.5_vl_7b_fp8_scaled`, *VAE Decode (Tiled)* in place of *VAE "
             "Decode*, a smaller `width` and `height`, a smaller `reference_budget`.",
         ),
         weight_dtype="fp8",
@@ -177,33 +179,34 @@ def low_memory() -> Workflow:
 def stock_ksampler() -> Workflow:
     note = _note(
         "ComfyUI's own KSampler",
-        "*Multi-Image Compose* gives ordinary conditioning: any sampler of ComfyUI takes it, and so does a "
+        "*Multi-Image Compose* gives ordinary conditioning, so every ComfyUI sampler takes it, also with a "
         "Qwen-Image-Edit model from *Load Diffusion Model*.",
-        "Steps and cfg are set by hand here: 50 and 4 for the base weights, 8 and 1 for few-step weights, 20 and 1 for "
-        "the bundled model. *Few-Step Sampler* knows these by itself, guides as the release does, and re-noises as "
-        "few-step weights want it.",
+        "Set steps and cfg by hand: 50 and 4 for the base weights, 8 and 1 for few-step weights, 20 and 1 for the "
+        "bundled model. *Few-Step Sampler* takes them from the recipe, guides per token as the release does, and adds "
+        "the noise that few-step weights need.",
     )
     w = Workflow("05-stock-ksampler", KINDS, note)
     model = _load(w)
     pictures = _pictures(w, ("man-office-worker", "crown", "room"))
     prompt = "Let the man office worker from image 1 wear the crown from image 2, in the room of image 3."
-    made = _compose(w, model, pictures, prompt)
-    conditions = {"positive": made["positive"], "negative": made["negative"]}
-    wires = {"model": model["MODEL"], **conditions, "latent_image": made["latent"]}
+    composed = _compose(w, model, pictures, prompt)
+    conditioning = {"positive": composed["positive"], "negative": composed["negative"]}
+    wires = {"model": model["MODEL"], **conditioning, "latent_image": composed["latent"]}
     numbers = {"seed": SEED, CONTROL: "fixed", "steps": 20, "cfg": 1}
     sampled = w.add("KSampler", wires, {**numbers, "sampler_name": "euler", "scheduler": "simple", "denoise": 1})
-    _arrange(w, model, pictures, made, sampled, sampled["LATENT"])
+    _arrange(w, model, pictures, composed, sampled, sampled["LATENT"])
     return w
 
 
 def stock_nodes() -> Workflow:
     note = _note(
         "ComfyUI's own nodes",
-        "The model of *Load UniPic* with stock nodes for prompt and sampling. The schedule comes from *UniPic Sigmas*, "
-        "which knows what the weights want; few-step weights take the sampler *consistency*, or the stock *lcm*.",
+        "The model of *Load UniPic* with stock nodes for prompt and sampling. *UniPic Sigmas* gives the schedule of "
+        "the weights. For few-step weights choose the sampler *consistency*, or the stock *lcm*.",
         "The size is set in *Upscale Image*: 160 here, 1024 for the released weights.",
-        "The stock prompt node labels pictures and resizes them in a way that UniPic 3 was not trained on. The bundled "
-        "nano bears that badly: most seeds smear, and this one was chosen. *Multi-Image Compose* is exact.",
+        "The stock prompt node labels and resizes pictures in another way than in UniPic 3's training. With the "
+        "bundled nano most seeds smear then, and this one was chosen. *Multi-Image Compose* prepares them as in "
+        "training.",
     )
     w = Workflow("06-stock-nodes", KINDS, note)
     model = _load(w)
@@ -233,25 +236,25 @@ def stock_nodes() -> Workflow:
 def base_beside_few_step() -> Workflow:
     note = _note(
         "Base beside few steps",
-        "The same pictures, prompt and seeds twice: on the left the model as it is, on the right with a distillation "
-        "LoRA. Both start from the same noise; each saved picture is such a pair.",
-        "The LoRA brings its own steps, guidance and sampler, and *Few-Step Sampler* takes them: nothing to set. The "
-        "line under each sampler says what it did.",
-        "The LoRA here comes with the nano. **Your own:** put it into `models/loras/` and choose it in *Distill LoRA*.",
+        "The same pictures, prompt and seeds twice: on the left the model alone, on the right with a few-step LoRA. "
+        "Both start from the same noise; each saved picture shows such a pair.",
+        "*Few-Step Sampler* takes steps, guidance and sampler from the LoRA's recipe, so there is nothing to set. The "
+        "line on each sampler shows them.",
+        "This LoRA comes with the nano. **Your own:** put it into `models/loras/` and choose it in *Distill LoRA*.",
     )
     w = Workflow("08-base-beside-few-step", KINDS, note)
     model = _load(w)
     lora = w.add("DistillLoRA", {"model": model["MODEL"]}, {"lora": LORA, "strength": 1})
     pictures = _pictures(w, ("man-office-worker", "tent", "desert"))
     prompt = "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3."
-    made = _compose(w, model, pictures, prompt, batch_size=2)
-    base = _few_steps(w, model["MODEL"], made, title="As the model is: many steps")
-    few = _few_steps(w, lora["model"], made, title="With the LoRA: few steps")
+    composed = _compose(w, model, pictures, prompt, batch_size=2)
+    base = _few_steps(w, model["MODEL"], composed, title="Model alone: many steps")
+    few = _few_steps(w, lora["model"], composed, title="With the LoRA: few steps")
     left, right = _decode(w, base["latent"], model), _decode(w, few["latent"], model)
     side = {"direction": "right", "match_image_size": True, "spacing_width": 4, "spacing_color": "white"}
     pair = w.add("ImageStitch", {"image1": left["IMAGE"], "image2": right["IMAGE"]}, side)
     w.column(Group(MODEL, [model, lora], BLUE), Group(PICTURES, pictures, GREEN))
-    w.column(Group(PROMPT, [made], BROWN))
+    w.column(Group(PROMPT, [composed], BROWN))
     w.column(Group("4a Base", [base], PURPLE), Group("4b Few steps", [few], PURPLE))
     w.column(Group(RESULT, [left, right, pair, _save(w, pair)], GREY))
     return w
@@ -270,7 +273,7 @@ ALL: tuple[Callable[[], Workflow], ...] = (
 
 
 def text_of(workflow: Workflow) -> str:
-    """The file of a workflow."""
+    """Text of a workflow's file."""
     return json.dumps(workflow.ui(), indent=1, ensure_ascii=False) + "\n"
 
 
