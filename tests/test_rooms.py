@@ -101,6 +101,14 @@ def test_no_room_is_crowded(package: str) -> None:
         assert len(files) <= MOST_FILES, f"{folder.relative_to(ROOT)} holds {len(files)} files; split it: {files}"
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_room_stands_in_the_drawing(package: str) -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Rooms")[2]
+    rooms = {path.parent for path in sources(package)} - {ROOT / package}
+    absent = sorted(room.relative_to(ROOT).as_posix() for room in rooms if f" {room.name}/ " not in tree)
+    assert not absent, f"docs/architecture.md does not name {absent}"
+
+
 @pytest.mark.parametrize("path", sources("unipic_core"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_core_imports(path: Path) -> None:
     room = path.relative_to(CORE).parts[0]
