@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.paths import PICTURES
 from trainers.cache import build, load_image_vae
-from trainers.config.run import SECTIONS, RunConfig, given, parse_run, to_dict
+from trainers.config.run import SECTIONS, RunConfig, parse_run, required, to_dict
 from trainers.loop.loop import train
 from trainers.methods.vae import save_vae
 from trainers.nano.emoji import SUBSET
@@ -74,7 +74,7 @@ def run(tmp_path_factory, subset_only) -> RunConfig:
         }
     )
     text = TextEncoder.from_pretrained(model, dtype=torch.float32)
-    build(given(config.data), load_image_vae(model / "vae"), text, config.preview)
+    build(required(config.data), load_image_vae(model / "vae"), text, config.preview)
     return config
 
 

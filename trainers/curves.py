@@ -1,4 +1,4 @@
-"""`python -m trainers.curves`: see tools/curves.py."""
+"""Command `python -m trainers.curves` (tools/curves.py)."""
 
 from .tools.curves import main
 

@@ -1,4 +1,4 @@
-"""`python -m trainers.extract`: see tools/extract.py."""
+"""Command `python -m trainers.extract` (tools/extract.py)."""
 
 import sys
 

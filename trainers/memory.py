@@ -1,4 +1,4 @@
-"""`python -m trainers.memory`: see tools/memory.py."""
+"""Command `python -m trainers.memory` (tools/memory.py)."""
 
 import sys
 

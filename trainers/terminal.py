@@ -1,4 +1,4 @@
-"""The end of every command of the trainers: its exit code, and one line for what went wrong."""
+"""Exit codes and one-line errors of the trainers' commands."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from unipic_core.errors import printable
 
 
 def exit_code(run: Callable[[], object], interrupted: str) -> int:
-    """Run a command. 0: done; 2: bad input, told in one line on stderr; 130: interrupted.
+    """Run a command and return its exit code. 0: done; 2: bad input, one line on stderr; 130: interrupted.
 
-    interrupted: the sentence after Ctrl-C, which says how to go on.
+    interrupted: message after Ctrl-C that says how to continue.
     """
     try:
         run()

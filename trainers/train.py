@@ -1,4 +1,4 @@
-"""`python -m trainers.train CONFIG [key=value ...]`: start a run, or resume it where its last checkpoint stands."""
+"""`python -m trainers.train CONFIG [key=value ...]`: start a run, or resume it from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .loop.method import Method
 
 
 def make_method(config: RunConfig) -> Method:
-    """The method that the config names; imported when it is chosen, as each brings its own parts."""
+    """Create the method of a config; only its module is imported."""
     if config.method == "vae":
         from .methods.vae import VAETraining
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY",
-        help="a config key that may differ on resuming; may be repeated",
+        help="a config key that may differ when resuming; repeatable",
     )
     args = parser.parse_intermixed_args(argv)
     try:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         print(
-            f"error: could not read or write {what}; mend that and run the same command again: it resumes from the "
+            f"error: could not read or write {what}; fix that and run the same command again, it resumes from the "
             "last checkpoint",
             file=sys.stderr,
         )

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from trainers.cache import build, load_image_vae
-from trainers.config.run import RunConfig, given, parse_run
+from trainers.config.run import RunConfig, parse_run, required
 from trainers.loop.loop import make_parts, update_average
 from trainers.loop.method import MAIN
-from trainers.methods.inputs import joined
+from trainers.methods.inputs import padded_batch
 from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method
 from unipic_core.cli.commands import DEFAULT_MODEL
@@ -59,7 +59,7 @@ class Variant:
 def cache_samples(config: RunConfig) -> None:
     """Encode the samples that all variants train on, and those of the grid."""
     text = TextEncoder.from_pretrained(DEFAULT_MODEL, torch.float32)
-    build(given(config.data), load_image_vae(DEFAULT_MODEL / "vae"), text, config.preview)
+    build(required(config.data), load_image_vae(DEFAULT_MODEL / "vae"), text, config.preview)
 
 
 def step_of(variant: Variant, folder: str) -> tuple[Run, int]:
@@ -67,7 +67,7 @@ def step_of(variant: Variant, folder: str) -> tuple[Run, int]:
     config = variant.config(folder)
     method = make_method(config)
     parts, averaged, batch = make_parts(config, method), method.averaged(), method.batch(0)
-    batch = joined(batch.pieces)
+    batch = padded_batch(batch.micro_batches)
     updates = method.updates(0)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""The sections of a run config that say how something trains: the optimizer, and each method's own options."""
+"""Config sections of the optimizer and of each training method."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .parse import ConfigError, above, at_least, one_of, within
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay; the defaults are the paper's SFT values.
 
-    kind: "adamw", or "adamw8bit" (bitsandbytes). muon_lr: above 0, Muon trains the hidden matrices with this rate and
-    AdamW the rest. max_grad_norm: longer gradients are cut to it; 0: none are.
+    kind: "adamw" or "adamw8bit" (bitsandbytes). muon_lr: learning rate of Muon for the hidden matrices, AdamW training
+    the rest; 0: AdamW trains all. max_grad_norm: gradient clipping; 0: off.
     """
 
     kind: str = "adamw"
@@ -36,9 +36,9 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class VAEMethod:
-    """Train a Qwen-Image VAE from nothing: squared error + L1 + KL to a prior.
+    """Training of a Qwen-Image VAE from scratch: squared error + L1 + KL to a prior.
 
-    prior: "normal" is N(0, 1); "linear" is N(principal components of the patches, prior_std^2), see latents.py.
+    prior: "normal" is N(0, 1); "linear" is N(principal components of the patches, prior_std^2), see vae_prior.py.
     """
 
     base_dim: int = 16
@@ -60,11 +60,10 @@ class VAEMethod:
 
 
 @dataclass(frozen=True)
-class Times:
-    """Training times: sigmoid(N(mean, std)), shifted as the sampler's, and kept within least .. most.
+class TrainingTimes:
+    """Distribution of training times: sigmoid(N(mean, std)), shifted like the sampler's, clamped to least .. most.
 
-    uniform_share: share of the samples whose time is uniform in uniform_least .. 1 instead, where the places of things
-    are decided.
+    uniform_share: share of samples with a time uniform in uniform_least .. 1 instead, where the layout is decided.
     """
 
     mean: float = 0.0
@@ -83,10 +82,10 @@ class Times:
 
 @dataclass(frozen=True)
 class Correspondence:
-    """A loss beside flow matching, for data that bring masks: which reference is drawn at each target token.
+    """Auxiliary loss for data with masks: predict which reference each target token shows.
 
-    weight: of the loss. blocks: after which blocks (from 0; not the last) a pointer head reads the tokens. background:
-    weight of the tokens that show the background's reference, beside 1 for the others.
+    weight: of the loss. blocks: a pointer head reads the tokens after each of these blocks (from 0, without the last).
+    background: weight of tokens that show the background's reference; the others have weight 1.
     """
 
     weight: float = 0.5
@@ -96,16 +95,16 @@ class Correspondence:
     def __post_init__(self) -> None:
         at_least(self, 0, "weight", "background")
         if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):
-            raise ConfigError(f"correspondence.blocks must be different numbers from 0, got {list(self.blocks)}")
+            raise ConfigError(f"correspondence.blocks must be distinct block numbers from 0, got {list(self.blocks)}")
 
 
 @dataclass(frozen=True)
 class SFTMethod:
-    """Flow matching of the network, with its text encoder frozen or training along."""
+    """Flow matching; the text encoder is frozen or trained jointly."""
 
     train_text_encoder: bool = False
     prompt_dropout: float = 0.1
-    times: Times = field(default_factory=Times)
+    times: TrainingTimes = field(default_factory=TrainingTimes)
     correspondence: Correspondence | None = None
 
     def __post_init__(self) -> None:
@@ -114,14 +113,14 @@ class SFTMethod:
 
 @dataclass(frozen=True)
 class ConsistencyMethod:
-    """Consistency tuning (losses.py). The defaults are ours; `released` in a comment marks the release's.
+    """Consistency tuning (UniPic 3, eq. 9-11; losses.py). "released" marks the values of the released code.
 
-    velocity: along which the student is made consistent: "teacher" (the frozen base's, guided by `guidance`) or "data"
-    (eps - x0; released). guidance: the scale to distil; with velocity "data" it adds (guidance - 1) (F(cond) -
-    F(uncond)) of the base, or of the student's own EMA (guidance_from "ema", released: 2.75).
-    tangent: "difference" (step e) or "jvp", along the "velocity" to be consistent with, or along the "data" (released:
-    with guidance that ends on another map). normalisation of the residual: "none", "rms", or "tangent" (released).
-    times: wider than the data's, because sampling begins at t = 1.
+    velocity: trajectory on which the student predicts one x0: "teacher" (the frozen base, with `guidance`) or "data"
+    (eps - x0; released). guidance: scale to distil; with velocity "data" it adds (guidance - 1) (F(cond) - F(uncond))
+    of the base, or of the student's EMA (guidance_from "ema", released: 2.75).
+    tangent: finite "difference" (step e) or "jvp". tangent_along: the "velocity" above, or "data" (released; with
+    guidance this converges to a different map). normalisation: of the residual, "none" or "rms", or of the "tangent"
+    (released). times: wider than for flow matching, because sampling starts at t = 1.
     """
 
     velocity: str = "teacher"
@@ -133,7 +132,7 @@ class ConsistencyMethod:
     normalisation: str = "rms"
     cosine: bool = False
     prompt_dropout: float = 0.0
-    times: Times = field(default_factory=lambda: Times(mean=-0.5, std=1.8))
+    times: TrainingTimes = field(default_factory=lambda: TrainingTimes(mean=-0.5, std=1.8))
 
     def __post_init__(self) -> None:
         at_least(self, 0, "guidance")
@@ -146,19 +145,21 @@ class ConsistencyMethod:
         if not 0 < self.e <= 0.1:
             raise ConfigError(f"consistency.e must be above 0 and at most 0.1, got {self.e}")
         if self.velocity == "teacher" and self.guidance_from == "ema":
-            raise ConfigError("guidance_from ema goes with velocity data; the teacher's velocity is guided by the base")
+            raise ConfigError(
+                "guidance_from ema needs velocity data, got velocity teacher, which is guided by the base"
+            )
 
     @property
-    def asks_teacher(self) -> bool:
+    def needs_teacher(self) -> bool:
         return self.velocity == "teacher" or (self.guidance != 1 and self.guidance_from == "base")
 
 
 @dataclass(frozen=True)
 class DMDMethod:
-    """Distribution matching (losses.py). max_steps: the student is rolled out in 1 .. max_steps steps of its sampler.
+    """Distribution matching (UniPic 3, eq. 12-14; losses.py). The student is rolled out in 1 .. max_steps steps.
 
-    fake_updates: of the fake score, per update of the student; fake_warmup_steps: so many steps train it alone.
-    weighting: "final", "first" or "released", see dmd_direction. optimizer: the fake score's own.
+    fake_updates: updates of the fake score per update of the student; fake_warmup_steps: initial steps that train only
+    the fake score. weighting: "final", "first" or "released", see dmd_direction. optimizer: of the fake score.
     """
 
     max_steps: int = 4
@@ -166,7 +167,7 @@ class DMDMethod:
     weighting: str = "first"
     fake_updates: int = 5
     fake_warmup_steps: int = 0
-    times: Times = field(default_factory=lambda: Times(least=0.02, most=0.98))
+    times: TrainingTimes = field(default_factory=lambda: TrainingTimes(least=0.02, most=0.98))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=4e-7))
 
     def __post_init__(self) -> None:
@@ -177,7 +178,7 @@ class DMDMethod:
 
 @dataclass(frozen=True)
 class JointMethod:
-    """L = consistency_weight L_CM + dmd_weight L_DMD, with the options of both sections."""
+    """L = consistency_weight L_CM + dmd_weight L_DMD; their options are in the sections consistency and dmd."""
 
     consistency_weight: float = 1.0
     dmd_weight: float = 1.0

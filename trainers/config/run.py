@@ -1,4 +1,4 @@
-"""Run configs: YAML into frozen dataclasses. An unknown key or a wrong type is an error that names it."""
+"""Run configs: YAML parsed into frozen dataclasses. An unknown key or a wrong type raises an error that names it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from unipic_core.model.config import ATTENTION_FORMS
 
 from .methods import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parse import ConfigError as ConfigError
-from .parse import above, at_least, one_of, override, parse, read_yaml, shown, within
+from .parse import above, at_least, displayed, one_of, override, parse, within
+from .yaml_reader import read_yaml_mapping
 
 Section = typing.TypeVar("Section")
 
 LARGEST_SEED = 2**63 - 1
 
 
-# --- what the network's methods share ---------------------------------------------------------------------------------
+# --- sections of the methods that train the network -------------------------------------------------------------------
 
 TARGETS = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     "mlp": ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2"),
     "modulation": ("img_mod.1", "txt_mod.1"),
 }
-"""Names of groups of layers -> the ends of their names."""
+"""Layer group -> suffixes of the layer names."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA adapters. targets: groups of layers that get one (TARGETS), or ends of their names, inside the blocks."""
+    """LoRA adapters. targets: layer groups (TARGETS) or suffixes of layer names, inside the blocks."""
 
     rank: int = 32
     alpha: float = 32.0
@@ -48,21 +49,21 @@ class AdapterConfig:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Ends of the names of the layers."""
-        return tuple(end for target in self.targets for end in TARGETS.get(target, (target,)))
+        """Suffixes of the names of the layers with an adapter."""
+        return tuple(suffix for target in self.targets for suffix in TARGETS.get(target, (target,)))
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What trains, and what it starts from.
+    """Trained network and its starting weights.
 
-    model: a pipeline folder (released, or from `python -m trainers.nano`). transformer: weights of the network from
-    elsewhere. adapter: LoRAs over one frozen base that carries every role; absent: all parameters, a network per role.
-    student: what the student starts from instead of the base: a LoRA, or without adapters weights of a network.
-    attention_form: which tokens the student lets see which; absent: as what it starts from. Its teacher
-    and its fake score keep the base's.
-    weights: how the base is held in memory; fp8 and nf4 only under adapters. block_swap: so many of the last blocks
-    stay in the main memory and visit the GPU when they are needed. shard: spread networks over all processes (FSDP2).
+    model: pipeline folder (the release, or from `python -m trainers.nano`). transformer: other network weights.
+    adapter: LoRAs over one frozen base shared by all roles; absent: full-parameter training, one network per role.
+    student: starting weights of the student instead of the base: a LoRA, or without adapters network weights.
+    attention_form: the student's attention form; absent: that of its starting weights. Teacher and fake score keep the
+    base's.
+    weights: storage type of the base in memory; fp8 and nf4 only with adapters. block_swap: number of last blocks that
+    stay in main memory and are copied to the GPU on use. shard: shard networks over all processes (FSDP2).
     """
 
     model: str
@@ -83,18 +84,18 @@ class NetworkConfig:
             one_of(self, "attention_form", ATTENTION_FORMS)
         at_least(self, 0, "block_swap")
         if self.adapter is None and (self.weights in ("fp8", "nf4") or self.block_swap):
-            raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base: add an adapter section")
+            raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base; add an adapter section")
         if self.adapter is not None and self.shard:
-            raise ConfigError("shard is for full-parameter training: remove the adapter section, or shard")
+            raise ConfigError("shard is for full-parameter training; remove the adapter section or shard")
 
 
 @dataclass(frozen=True)
 class ScenesConfig:
-    """The endless scenes of data.kind "scenes": drawn by worker processes as training goes.
+    """Endless scenes of data.kind "scenes", drawn by worker processes during training.
 
-    mixture: weight of each task (default: the composition set's). buffer: scenes that are mixed and cut into batches
-    together; uses: how often each is seen, every time with a new order of its references and new words.
-    shapes: weight of each ratio of width to height of the targets, as "3x4" (default: all square).
+    mixture: weight per task (default: the composition set's). buffer: number of scenes that are shuffled and batched
+    together. uses: passes over each scene, each with a new order of its references and new wording.
+    shapes: weight per aspect ratio of the targets, width x height, as "3x4" (default: all square).
     """
 
     mixture: dict[str, float] = field(default_factory=dict)
@@ -116,14 +117,14 @@ class ScenesConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from, and the folder that keeps them encoded (`python -m trainers.cache`).
+    """Data source, and the folder of its cache (`python -m trainers.cache`).
 
-    kind: "nano" (the composition set: samples 0 .. `samples` of (seed, index)), "scenes" (the same without end, drawn
-    as training goes: no folder, no cache), "jsonl" (the release's rows), "folder" (numbered images with caption files)
-    or "datasets" (a Hugging Face data set saved on disk).
-    path: the JSONL file or the folder; images: where relative image paths begin (default: beside path).
-    samples: 0 = all. size: side in pixels of the square that a target may fill; reference_budget: of the one that all
-    references together may fill.
+    kind: "nano" (composition set, scenes 0 .. samples - 1 of `seed`), "scenes" (the same without end, drawn during
+    training: no folder, no cache), "jsonl" (rows of the release's format), "folder" (numbered images with caption
+    files) or "datasets" (a Hugging Face data set saved on disk).
+    path: JSONL file or folder; images: root of relative image paths (default: the folder of path).
+    samples: 0 = all. size: a target has at most size^2 pixels; reference_budget: all references of a row together have
+    at most reference_budget^2 pixels.
     """
 
     folder: str = ""
@@ -163,7 +164,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PreviewSample:
-    """A preview of the user's own: up to six pictures and a prompt."""
+    """User-defined preview: up to six pictures and a prompt."""
 
     images: tuple[str, ...]
     prompt: str
@@ -171,9 +172,9 @@ class PreviewSample:
 
 @dataclass(frozen=True)
 class PreviewConfig:
-    """The sample grid: always the same seeds. own: the user's pictures and prompts; otherwise `samples` of the data.
+    """Sample grid, drawn with fixed seeds. own: user-defined previews; otherwise `samples` samples of the data.
 
-    steps, guidance: of the sampler; absent: what the method's export recommends.
+    steps, guidance: of the sampler; absent: the exported recipe's.
     """
 
     samples: int = 6
@@ -188,12 +189,12 @@ class PreviewConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Rows held out of training. The method's loss on them goes into the metrics, and the previews show them.
+    """Held-out rows: their loss is logged, and the previews show them.
 
-    share: of the rows of `data`, from 0 (none) to 0.5. data: a set and a cache of their own instead of a share; the
-    keys that it lacks are those of `data`.
-    every: steps between two validations (there is one at the start and one at the end). rows: the loss is of at most
-    so many, spread over all held-out rows. draws: fixed pairs of time and noise for each row.
+    share: of the rows of `data`, from 0 (none) to 0.5. data: separate data set with its own cache instead of a share;
+    missing keys default to those of `data`.
+    every: steps between validations (plus one at the start and one at the end). rows: at most this many rows, evenly
+    spaced over all held-out rows. draws: fixed pairs of time and noise per row.
     """
 
     share: float = 0.0
@@ -206,9 +207,11 @@ class ValidationConfig:
         within(self, 0, 0.5, "share")
         at_least(self, 1, "every", "rows", "draws")
         if self.share and self.data is not None:
-            raise ConfigError("validation takes a share of the rows or data of its own, not both; remove one")
+            raise ConfigError("validation takes either share or data, got both; remove one")
         if self.data is not None and self.data.kind == "scenes":
-            raise ConfigError("validation.data needs rows that are cached; kind scenes has no end")
+            raise ConfigError(
+                "validation.data needs cached rows, got kind scenes, which is endless; choose another kind"
+            )
 
     @property
     def holds_out(self) -> bool:
@@ -216,7 +219,7 @@ class ValidationConfig:
 
 
 EXPORT_KINDS = ("lora", "merged", "folder")
-"""Forms of one student, in the order in which they are written: LoRA, one file, diffusers folder."""
+"""Export formats in the order in which they are written: LoRA, one file, diffusers folder."""
 
 NETWORK_SECTIONS = ("network", "data", "preview", "validation")
 SECTIONS: dict[str, tuple[str, ...]] = {
@@ -226,15 +229,14 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "dmd": (*NETWORK_SECTIONS, "dmd"),
     "joint": (*NETWORK_SECTIONS, "joint", "consistency", "dmd"),
 }
-"""Method -> the sections that its config may have."""
+"""Method -> sections that its config may have."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run. The sections that its method does not use are absent (None); the others are there, given or default.
+    """Config of one run. Sections that the method does not use are None; the others are present, with defaults.
 
-    export: what the run leaves of EXPORT_KINDS (without adapters there is no LoRA); with "raw" each also without the
-    moving average.
+    export: formats of EXPORT_KINDS to write (a LoRA only with adapters); "raw" adds each without the moving average.
     """
 
     method: str
@@ -273,83 +275,87 @@ class RunConfig:
         within(self, 0, 1, "ema_decay")
         if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:
             raise ConfigError(
-                f"dmd.fake_warmup_steps must be below steps, or no step trains the student; got "
+                f"dmd.fake_warmup_steps must be below steps, or no step trains the student, got "
                 f"{self.dmd.fake_warmup_steps} of {self.steps}"
             )
         if self.data is not None and self.data.kind == "scenes" and not (self.sft and self.sft.train_text_encoder):
-            raise ConfigError("data.kind scenes goes with method sft and sft.train_text_encoder: true")
+            raise ConfigError("data.kind scenes needs method sft with sft.train_text_encoder: true")
         self._check_validation()
         self._check_export()
         if self.network is not None and self.network.shard:
             for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
                 if options.muon_lr:
-                    raise ConfigError("muon_lr needs whole matrices, which shard spreads over processes; set it to 0")
+                    raise ConfigError(
+                        "muon_lr needs whole matrices, which network.shard splits over processes; set muon_lr to 0"
+                    )
                 if options.kind == "adamw8bit":
-                    raise ConfigError("adamw8bit does not know tensors that shard spreads over processes; take adamw")
+                    raise ConfigError(
+                        "adamw8bit does not support tensors that network.shard splits over processes; use adamw"
+                    )
 
     def _check_export(self) -> None:
         choices = (*EXPORT_KINDS, "raw")
         for kind in self.export:
             if kind not in choices:
-                raise ConfigError(f"export must be of {', '.join(choices)}, got {shown(kind)}")
+                raise ConfigError(f"export must be of {', '.join(choices)}, got {displayed(kind)}")
         if self.network is None:
             if set(self.export) != set(choices):
-                raise ConfigError("export is for methods that train the network; method vae leaves a VAE's folder")
+                raise ConfigError(
+                    "export is for methods that train the network, got method vae, which exports a VAE folder; remove "
+                    "export"
+                )
             return
         possible = EXPORT_KINDS if self.network.adapter is not None else EXPORT_KINDS[1:]
         if not set(self.export) & set(possible):
             raise ConfigError(f"export must name one of {', '.join(possible)} for this run, got {list(self.export)}")
         if self.sft is not None and self.sft.train_text_encoder and "folder" not in self.export:
-            raise ConfigError("export must name folder, which holds the text encoder that trains along")
+            raise ConfigError("export must name folder, which holds the text encoder that is trained jointly")
 
     def _check_validation(self) -> None:
         if self.validation is None or self.data is None:
             return
         if self.data.kind == "scenes" and self.validation.holds_out:
-            raise ConfigError("validation needs rows that are cached; data.kind scenes has no end, so remove it")
+            raise ConfigError("validation needs cached rows, got data.kind scenes, which is endless; remove validation")
         if self.validation.data is not None and Path(self.validation.data.folder) == Path(self.data.folder):
             raise ConfigError(
                 f"validation.data.folder must be another folder than data.folder, got {self.data.folder} for both"
             )
 
 
-def given(section: Section | None) -> Section:
-    """A section that the config has because its method asks for it."""
+def required(section: Section | None) -> Section:
+    """Narrow the type of a section that the config's method requires."""
     if section is None:
-        raise ConfigError("a section is missing that the method needs; make configs with parse_run")
+        raise ConfigError("a section that the method requires is missing; build configs with parse_run")
     return section
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a YAML config; overrides are `key=value` or `section.key=value`."""
-    try:
-        data = read_yaml(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read the config {path}: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys to values, got {type(data).__name__}")
+    """Read a YAML config and apply overrides, `key=value` or `section.key=value`. Raises ConfigError."""
+    data = read_yaml_mapping(Path(path))
     for change in overrides:
         override(data, change)
     return parse_run(data)
 
 
 def parse_run(data: dict[str, Any]) -> RunConfig:
+    """Check nested plain values as a run config. Raises ConfigError that names the key."""
     method = data.get("method")
     if not isinstance(method, str) or method not in SECTIONS:
-        raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {shown(method)}")
-    every = {name for sections in SECTIONS.values() for name in sections}
-    for name in sorted((every - set(SECTIONS[method])) & set(data)):
+        raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {displayed(method)}")
+    all_sections = {name for sections in SECTIONS.values() for name in sections}
+    for name in sorted((all_sections - set(SECTIONS[method])) & set(data)):
         raise ConfigError(f"the section {name} is not for method {method}, which has {', '.join(SECTIONS[method])}")
-    for name in sorted(every & set(data)):
+    for name in sorted(all_sections & set(data)):
         if not isinstance(data[name], dict):
-            raise ConfigError(f"the section {name} must hold keys and values, got {shown(data[name])}")
+            raise ConfigError(f"the section {name} must hold keys and values, got {displayed(data[name])}")
     sections = {**{name: {} for name in SECTIONS[method]}, **data}
-    own = sections.get("validation", {}).get("data")
-    if isinstance(own, dict):
-        sections["validation"] = {**sections["validation"], "data": {**sections["data"], **own}}
+    validation_data = sections.get("validation", {}).get("data")
+    if isinstance(validation_data, dict):
+        merged = {**sections["data"], **validation_data}
+        sections["validation"] = {**sections["validation"], "data": merged}
     return parse(RunConfig, sections, "config")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain values, for the record that travels with checkpoints."""
+    """Convert to plain values, as stored in checkpoints."""
     return {k: v for k, v in dataclasses.asdict(config).items() if v is not None}

@@ -1,1 +1,1 @@
-"""Pictures composed from known parts: the catalogue, drawn backgrounds, scenes, their rendering, and the controls."""
+"""Training data: sources, checks, encoding, cache shards and batches."""

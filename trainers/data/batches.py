@@ -1,7 +1,7 @@
-"""The rows of each batch, a pure function of (seed, step), and the pieces of near lengths in which they are computed.
+"""Batch composition: the rows of each batch, a pure function of (seed, step), and their split into micro-batches.
 
-An endless row of permutations is cut into updates: each epoch has every row exactly once, at any batch size, and an
-update that spans two epochs holds no row twice.
+One permutation of the rows per epoch; the concatenated permutations are cut into updates. Each epoch has every row
+exactly once, at any batch size, and an update that spans two epochs holds no row twice.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import numpy as np
 
 from ..config.run import ConfigError
 
-MOST_PADDING = 0.05
-"""Share of padding that a piece of a batch may have."""
+MAX_PADDING = 0.05
+"""Largest share of padding in a micro-batch."""
 
 
 class RowOrder:
-    """order[i] is batch i: int64 [batch_size] rows of 0 .. rows - 1.
+    """Sequence of batches: order[i] is batch i, int64 [batch_size], with values in 0 .. rows - 1.
 
-    accumulation: batches of one update. ConfigError if an update needs more rows than there are.
+    accumulation: batches per update. Raises ConfigError if an update needs more rows than there are.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int, accumulation: int = 1) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.update = batch_size * accumulation
+        self.rows_per_update = batch_size * accumulation
         if not rows:
-            raise ConfigError("the cache holds no sample; run python -m trainers.cache with the same config")
-        if self.update > rows:
+            raise ConfigError("the cache holds no samples; run python -m trainers.cache with the same config")
+        if self.rows_per_update > rows:
             raise ConfigError(
-                f"an update of batch_size {batch_size} x accumulation {accumulation} needs {self.update} different "
-                f"rows, but there are {rows}; lower batch_size or accumulation, or add rows"
+                f"an update of batch_size {batch_size} x accumulation {accumulation} needs {self.rows_per_update} "
+                f"different rows, got {rows}; lower batch_size or accumulation, or add rows"
             )
 
     def __getitem__(self, index: int) -> np.ndarray:
@@ -43,111 +43,115 @@ class RowOrder:
 
     @lru_cache(maxsize=3)  # noqa: B019 - there is one order, and it lives as long as the run
     def _epoch(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch, whose head avoids the rows that its first update took from the epoch before.
+        """Permutation of an epoch, without repeats in the update that it shares with the previous epoch.
 
-        The last update's worth of a large set stays as drawn, so one epoch depends on one other; small sets are
-        computed from the beginning.
+        In a large set the last update's worth of rows stays as drawn, so an epoch depends only on the one before it;
+        small sets are computed from epoch 0.
         """
-        drawn = self._drawn(epoch)
+        permutation = self._permutation(epoch)
         if not epoch:
-            return drawn
-        if self.rows >= 3 * self.update:
-            return self._apart(drawn, self._drawn(epoch - 1), epoch)
-        order = self._drawn(0)
+            return permutation
+        if self.rows >= 3 * self.rows_per_update:
+            return self._without_repeats(permutation, self._permutation(epoch - 1), epoch)
+        order = self._permutation(0)
         for e in range(1, epoch + 1):
-            order = self._apart(self._drawn(e), order, e)
+            order = self._without_repeats(self._permutation(e), order, e)
         return order
 
-    def _drawn(self, epoch: int) -> np.ndarray:
+    def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch]).permutation(self.rows)
 
-    def _apart(self, order: np.ndarray, before: np.ndarray, epoch: int) -> np.ndarray:
-        """`order` with the rows at its head that `before` has at its tail exchanged for later ones."""
-        tail = epoch * self.rows % self.update
+    def _without_repeats(self, order: np.ndarray, before: np.ndarray, epoch: int) -> np.ndarray:
+        """Swap rows at the head of `order` that the tail of `before` already holds with later rows."""
+        tail = epoch * self.rows % self.rows_per_update
         if not tail:
             return order
-        order, head = order.copy(), self.update - tail
-        taken = np.isin(order, before[len(before) - tail :])
-        twice = np.flatnonzero(taken[:head])
-        free = head + np.flatnonzero(~taken[head:])[: len(twice)]
-        order[twice], order[free] = order[free], order[twice]
+        order, head = order.copy(), self.rows_per_update - tail
+        in_tail = np.isin(order, before[len(before) - tail :])
+        repeated = np.flatnonzero(in_tail[:head])
+        free = head + np.flatnonzero(~in_tail[head:])[: len(repeated)]
+        order[repeated], order[free] = order[free], order[repeated]
         return order
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of every row, int64 [rows]: of the target, of all pictures, and of the text (0 where it is not known)."""
+    """Token counts per row, int64 [rows]: target, all pictures (target included), text (0 where unknown)."""
 
     target: np.ndarray
     pictures: np.ndarray
     text: np.ndarray
 
     @property
-    def whole(self) -> np.ndarray:
+    def total(self) -> np.ndarray:
         return self.pictures + self.text
 
-    def of(self, rows: np.ndarray) -> Lengths:
-        """Those of some rows alone, in their order."""
+    def select(self, rows: np.ndarray) -> Lengths:
+        """Lengths of the given rows, in that order."""
         return Lengths(self.target[rows], self.pictures[rows], self.text[rows])
 
-    def padded(self, rows: Sequence[int]) -> int:
-        """Tokens of these rows in one piece, padding included."""
+    def padded_tokens(self, rows: Sequence[int]) -> int:
+        """Tokens of these rows in one micro-batch, padding included."""
         chosen = list(rows)
         return len(chosen) * int(self.pictures[chosen].max() + self.text[chosen].max())
 
 
-def pieces_of(rows: np.ndarray, lengths: Lengths, max_tokens: int = 0) -> list[list[int]]:
-    """The rows in pieces of one number of target tokens, padded to at most MOST_PADDING and max_tokens (0: any).
+def micro_batches_of(rows: np.ndarray, lengths: Lengths, max_tokens: int = 0) -> list[list[int]]:
+    """Split rows into micro-batches: equal target sizes, at most MAX_PADDING padding and max_tokens (0: any).
 
-    A row longer than max_tokens is a piece of its own.
+    A row longer than max_tokens is a micro-batch by itself.
     """
-    places = np.lexsort((rows, lengths.text[rows], lengths.pictures[rows], lengths.target[rows]))
-    pieces: list[list[int]] = []
-    for row in rows[places].tolist():
-        if pieces and lengths.target[pieces[-1][0]] == lengths.target[row]:
-            longer = [*pieces[-1], row]
-            padded, full = lengths.padded(longer), int(lengths.whole[longer].sum())
-            if padded - full <= MOST_PADDING * padded and (not max_tokens or padded <= max_tokens):
-                pieces[-1] = longer
+    by_length = np.lexsort((rows, lengths.text[rows], lengths.pictures[rows], lengths.target[rows]))
+    micro_batches: list[list[int]] = []
+    for row in rows[by_length].tolist():
+        if micro_batches and lengths.target[micro_batches[-1][0]] == lengths.target[row]:
+            longer = [*micro_batches[-1], row]
+            padded, full = lengths.padded_tokens(longer), int(lengths.total[longer].sum())
+            if padded - full <= MAX_PADDING * padded and (not max_tokens or padded <= max_tokens):
+                micro_batches[-1] = longer
                 continue
-        pieces.append([row])
-    return pieces
+        micro_batches.append([row])
+    return micro_batches
 
 
-def shared_pieces(
+def micro_batches_of_process(
     rows: np.ndarray, lengths: Lengths, process: int, processes: int, max_tokens: int = 0
 ) -> list[tuple[list[int], bool]]:
-    """(rows, whether they count) of one process: equally many pieces in each, so that none waits for another.
+    """List (rows, counts) for one process; every process gets the same number of micro-batches, so none waits.
 
-    Rows of near lengths go round the processes; those that have fewer pieces repeat one that weighs nothing.
+    Rows of similar length are dealt round the processes. A process with fewer micro-batches is padded with repeats of
+    the shortest row, which have counts False and contribute no gradient.
     """
-    ordered = rows[np.lexsort((rows, lengths.whole[rows], lengths.target[rows]))]
+    ordered = rows[np.lexsort((rows, lengths.total[rows], lengths.target[rows]))]
     shares = [ordered[p::processes] for p in range(processes)]
-    pieces = [pieces_of(share, lengths, max_tokens) if len(share) else [] for share in shares]
-    own, most = pieces[process], max(map(len, pieces))
-    spare = [int(ordered[0])]
-    return [(piece, True) for piece in own] + [(spare, False)] * (most - len(own))
+    all_processes = [micro_batches_of(share, lengths, max_tokens) if len(share) else [] for share in shares]
+    this_process, count = all_processes[process], max(map(len, all_processes))
+    filler = [int(ordered[0])]
+    return [(rows, True) for rows in this_process] + [(filler, False)] * (count - len(this_process))
 
 
 def data_report(
-    order: RowOrder, lengths: Lengths, max_tokens: int = 0, validation_rows: int = 0, most: int = 1000
+    order: RowOrder, lengths: Lengths, max_tokens: int = 0, validation_rows: int = 0, max_batches: int = 1000
 ) -> dict[str, float]:
-    """RUN/data.json: counts of rows, micro-batches and tokens; padding and repeats over at most `most` batches.
+    """Contents of RUN/data.json: rows, micro-batches, tokens, and padding and repeats over at most max_batches batches.
 
-    lengths: of the rows that train.
+    lengths: of the training rows.
     """
     epoch = -(-order.rows // order.batch_size)
-    batches = [order[i] for i in range(min(epoch, most))]
-    pieces = [piece for rows in batches for piece in pieces_of(rows, lengths, max_tokens)]
-    padded, full = sum(map(lengths.padded, pieces)), sum(int(lengths.whole[p].sum()) for p in pieces)
-    per_update = order.update // order.batch_size
+    batches = [order[i] for i in range(min(epoch, max_batches))]
+    micro_batches = [m for rows in batches for m in micro_batches_of(rows, lengths, max_tokens)]
+    padded, full = (
+        sum(map(lengths.padded_tokens, micro_batches)),
+        sum(int(lengths.total[m].sum()) for m in micro_batches),
+    )
+    per_update = order.rows_per_update // order.batch_size
     updates = [np.concatenate(batches[at : at + per_update]) for at in range(0, len(batches), per_update)]
     return {
         "rows": order.rows + validation_rows,
         "validation_rows": validation_rows,
         "rows_per_epoch": order.rows,
-        "micro_batches_per_epoch": round(len(pieces) / len(batches) * epoch),
-        "largest_tokens": int(lengths.whole.max()),
+        "micro_batches_per_epoch": round(len(micro_batches) / len(batches) * epoch),
+        "largest_tokens": int(lengths.total.max()),
         "padding_share": round(1 - full / padded, 4),
         "repeated_in_step": sum(len(rows) - len(np.unique(rows)) for rows in updates),
     }

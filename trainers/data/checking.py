@@ -1,4 +1,4 @@
-"""Rows that cannot be used: found before anything is encoded where a header tells, left out, and listed in a report."""
+"""Check rows before encoding (headers only), skip unusable ones, and list them in report.json."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from .rows import BadRow, Row
 from .sources import Source, open_source
 
 ROWS_AT_ONCE = 64
-"""Decoded pictures of so many samples are in memory at a time."""
+"""Number of samples whose decoded pictures are in memory at a time."""
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A source whose rows have been looked at. digests: per row; bad: row -> reason."""
+class CheckedSource:
+    """Source with the result of checking its rows. digests: one per row; bad: row -> reason."""
 
     source: Source
     digests: list[str]
     bad: dict[int, str]
 
     def digest(self, indices: Sequence[int]) -> str:
-        """Of all that the rows of a shard are made from."""
+        """Digest of the source data of these rows, 16 hex digits."""
         return hashlib.sha256(json.dumps([self.digests[i] for i in indices]).encode()).hexdigest()[:16]
 
 
-def check_rows(data: DataConfig) -> Checked:
-    """Look at every row without decoding a picture. ConfigError if none is good."""
+def check_rows(data: DataConfig) -> CheckedSource:
+    """Check every row without decoding pictures. Raises ConfigError if none is usable."""
     source = open_source(data)
     print(source.note)
     digests, bad = [], {}
@@ -46,22 +46,22 @@ def check_rows(data: DataConfig) -> Checked:
         except BadRow as error:
             bad[i] = str(error)
             digests.append(f"bad: {error}")
-    checked = Checked(source, digests, bad)
+    checked = CheckedSource(source, digests, bad)
     Path(data.folder).mkdir(parents=True, exist_ok=True)
-    require_good(data, checked, bad)
+    require_usable(data, checked, bad)
     return checked
 
 
-def require_good(data: DataConfig, checked: Checked, bad: dict[int, str]) -> None:
-    """ConfigError, with the report written, if nothing is left."""
+def require_usable(data: DataConfig, checked: CheckedSource, bad: dict[int, str]) -> None:
+    """Write the report and raise ConfigError if no row is usable."""
     if len(bad) == len(checked.source):
         report = write_report(data, checked, bad)
-        why = f"{checked.source.name(0)}: {bad[0]}" if bad else "there is none"
-        raise ConfigError(printable(f"no row of {data.path} can be used; {why}; all in {report}"))
+        why = f"{checked.source.name(0)}: {bad[0]}" if bad else "it has no rows"
+        raise ConfigError(printable(f"no row of {data.path} can be used; {why}; all reasons: {report}"))
 
 
-def write_report(data: DataConfig, checked: Checked, bad: dict[int, str]) -> Path:
-    """report.json: every row that is left out (counted from 0), its name, and why."""
+def write_report(data: DataConfig, checked: CheckedSource, bad: dict[int, str]) -> Path:
+    """Write report.json: each skipped row (counted from 0), its name and the reason."""
     skipped = [{"row": i, "name": checked.source.name(i), "reason": bad[i]} for i in sorted(bad)]
     total = len(checked.source)
     path = Path(data.folder) / "report.json"
@@ -69,17 +69,17 @@ def write_report(data: DataConfig, checked: Checked, bad: dict[int, str]) -> Pat
     return path
 
 
-def report(data: DataConfig, checked: Checked, bad: dict[int, str]) -> None:
-    """The report, and one printed line if any row is left out."""
+def print_report(data: DataConfig, checked: CheckedSource, bad: dict[int, str]) -> None:
+    """Write the report; print one line if any row is skipped."""
     path = write_report(data, checked, bad)
     if bad:
         first = min(bad)
         where = f"first {checked.source.name(first)}: {bad[first]}"
-        print(printable(f"{len(bad)} of {len(checked.source)} rows are left out, {where}; all in {path}"))
+        print(printable(f"{len(bad)} of {len(checked.source)} rows are skipped, {where}; all reasons: {path}"))
 
 
-class Tried(Dataset):
-    """Some rows of a source for a loader: each with its number, and as a Row or the reason why there is none."""
+class DecodedRows(Dataset):
+    """Rows of a source for a DataLoader, each as (index, Row) or (index, reason for skipping it)."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source, self.indices = source, indices
@@ -95,11 +95,11 @@ class Tried(Dataset):
             return index, str(error)
 
 
-def load_rows(checked: Checked, indices: Sequence[int], workers: int) -> Iterator[list[tuple[int, Row | str]]]:
-    """The rows that the check let pass, decoded, a few at a time."""
+def load_rows(checked: CheckedSource, indices: Sequence[int], workers: int) -> Iterator[list[tuple[int, Row | str]]]:
+    """Decode the rows that passed the check, ROWS_AT_ONCE at a time."""
     good = [i for i in indices if i not in checked.bad]
     rows: list[tuple[int, Row | str]] = []
-    for row in DataLoader(Tried(checked.source, good), batch_size=None, num_workers=workers):
+    for row in DataLoader(DecodedRows(checked.source, good), batch_size=None, num_workers=workers):
         rows.append(row)
         if len(rows) == ROWS_AT_ONCE:
             yield rows

@@ -1,4 +1,4 @@
-"""`python -m trainers.data.emoji`, the older name of `python -m trainers.nano.emoji`."""
+"""Command `python -m trainers.data.emoji`, the older name of `python -m trainers.nano.emoji`."""
 
 from ..nano.emoji import main
 

@@ -1,4 +1,4 @@
-"""Rows through the VAE, and into the tensors of a shard."""
+"""Encode rows with the VAE into the tensors of a shard."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .rows import Row
 from .shards import text_digest, write_shard
 
 PIXELS_PER_BATCH = 2**20
-"""Pictures of one size go through the VAE together, up to so many pixels."""
+"""Pictures of one size are encoded together, up to this many pixels."""
 
 
-class Encoded:
-    """A shard of latents in the making; its layout is described in shards.py."""
+class ShardBuilder:
+    """Collects the tensors of one latent shard (layout: shards.py) and writes it."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, list[Tensor]] = defaultdict(list)
@@ -46,7 +46,7 @@ class Encoded:
 
 @torch.no_grad()
 def encode_pictures(vae: ImageVAE, pictures: Sequence[np.ndarray]) -> list[Tensor]:
-    """uint8 [H, W, 3] each -> normalised latents [C, h, w] each, bfloat16 on the CPU."""
+    """Encode uint8 pictures [H, W, 3] to normalised latents [C, h, w], bfloat16 on the CPU."""
     weight = vae.quant_conv.weight
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for i, picture in enumerate(pictures):
@@ -55,8 +55,8 @@ def encode_pictures(vae: ImageVAE, pictures: Sequence[np.ndarray]) -> list[Tenso
     for shape, members in groups.items():
         size = max(PIXELS_PER_BATCH // (shape[0] * shape[1]), 1)
         for at in range(0, len(members), size):
-            some = members[at : at + size]
-            batch = torch.stack([to_tensor(Image.fromarray(pictures[i])) for i in some]).to(weight)
-            made = vae.encode(batch)[:, :, 0]
-            latents.update(zip(some, made.bfloat16().cpu().contiguous(), strict=True))
+            chunk = members[at : at + size]
+            batch = torch.stack([to_tensor(Image.fromarray(pictures[i])) for i in chunk]).to(weight)
+            encoded = vae.encode(batch)[:, :, 0]
+            latents.update(zip(chunk, encoded.bfloat16().cpu().contiguous(), strict=True))
     return [latents[i] for i in range(len(pictures))]

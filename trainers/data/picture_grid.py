@@ -1,4 +1,4 @@
-"""Picture grids: rows of equally sized pictures with labels, for previews and sheets."""
+"""Picture grids with row labels and column captions, for previews and sheets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARGIN, LABEL = 4, 14
 def picture_grid(
     rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> Image.Image:
-    """Rows of pictures, each row under its label; `captions` stand under the columns."""
+    """Draw rows of pictures, each below its label; `captions` are drawn below the columns."""
     cell_w = max(p.width for row in rows for p in row) + MARGIN
     cell_h = max(p.height for row in rows for p in row) + MARGIN
     head = LABEL if labels else 0

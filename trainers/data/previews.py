@@ -1,4 +1,4 @@
-"""The samples of the preview grid, encoded once like the training samples, with what the grid shows of them."""
+"""Preview grid samples: encoded once, like training samples, together with the pictures that the grid shows."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from unipic_core.model.vae import ImageVAE
 
 from ..config.run import ConfigError, DataConfig, PreviewConfig
 from ..nano.catalogue import Split
-from .checking import Checked
-from .encoding import Encoded
+from .checking import CheckedSource
+from .encoding import ShardBuilder
 from .rows import BadRow, Row, check_prompt, make_row
-from .shards import Bucket, Rows, Shard, TextShard, has_text, parts_of, text_path
+from .shards import Bucket, Rows, Shard, TextShard, buckets_of, has_text, text_path
 from .sources import Compositions
 
 NANO_PREVIEWS: tuple[tuple[Split, int], ...] = (("train", 3), ("heldout", 4))
-"""Split and seed of the composition set's previews: one half each."""
+"""Split and seed of the composition set's previews; each gives half of them."""
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One column of the grid. rows: the sample, alone; shape: of its target in tokens.
+    """One column of the grid. rows: the sample as a batch of one; shape: of its target in tokens.
 
-    references: all of them in one square; truth: the target as the data have it, blank for the user's own samples.
+    references: all reference pictures in one square; truth: the target picture, blank for preview.own samples.
     """
 
     rows: Rows
@@ -47,19 +47,19 @@ class PreviewRow:
 
 
 def preview_path(data: DataConfig, preview: PreviewConfig, record: dict[str, Any] | None) -> Path:
-    """The file's name says what is shown and how the set was encoded (the record of its folder)."""
-    wanted: list[Any] = [asdict(sample) for sample in preview.own] or [data.kind, preview.samples]
-    text = json.dumps([wanted, data.size, data.reference_budget, record], sort_keys=True)
+    """Path of the encoded preview samples; its digest covers the selection and the cache's set.json (`record`)."""
+    selection: list[Any] = [asdict(sample) for sample in preview.own] or [data.kind, preview.samples]
+    text = json.dumps([selection, data.size, data.reference_budget, record], sort_keys=True)
     return Path(data.folder) / f"preview-{hashlib.sha256(text.encode()).hexdigest()[:12]}.safetensors"
 
 
-def preview_rows(data: DataConfig, preview: PreviewConfig | None, checked: Checked) -> list[Row]:
-    """The samples before encoding; ConfigError for a picture or prompt of the user's own that cannot be used."""
+def preview_rows(data: DataConfig, preview: PreviewConfig | None, checked: CheckedSource) -> list[Row]:
+    """Read the samples before encoding. Raises ConfigError for an unusable picture or prompt of preview.own."""
     if preview is None:
         return []
     source = checked.source
     if preview.own:
-        return [_own_row(data, sample.images, sample.prompt) for sample in preview.own]
+        return [_user_row(data, sample.images, sample.prompt) for sample in preview.own]
     if isinstance(source, Compositions):
         return [
             scenes[i]
@@ -70,14 +70,14 @@ def preview_rows(data: DataConfig, preview: PreviewConfig | None, checked: Check
     return list(islice(_good_rows(checked), preview.samples))
 
 
-def _good_rows(checked: Checked) -> Iterator[Row]:
+def _good_rows(checked: CheckedSource) -> Iterator[Row]:
     for i in range(len(checked.source)):
         if i not in checked.bad:
-            with suppress(BadRow):  # the report will say so
+            with suppress(BadRow):  # listed in the report
                 yield checked.source[i]
 
 
-def _own_row(data: DataConfig, images: tuple[str, ...], prompt: str) -> Row:
+def _user_row(data: DataConfig, images: tuple[str, ...], prompt: str) -> Row:
     try:
         check_prompt(prompt, len(images))
         pictures = [load_image(path) for path in images]
@@ -88,17 +88,17 @@ def _own_row(data: DataConfig, images: tuple[str, ...], prompt: str) -> Row:
 
 
 def write_preview(path: Path, vae: ImageVAE, rows: Sequence[Row]) -> None:
-    """Encode the samples of the grid, unless they are there."""
-    digest = digest_of(rows)
+    """Encode the samples of the grid unless the file already holds them."""
+    digest = rows_digest(rows)
     if path.exists() and Shard(path).metadata["rows"] == digest:
         return
-    made = Encoded()
-    made.add(vae, rows)
-    made.write(path, {"rows": digest, "order": order_of(rows)}, truths_of(rows))
+    shard = ShardBuilder()
+    shard.add(vae, rows)
+    shard.write(path, {"rows": digest, "order": bucket_positions(rows)}, truth_tensors(rows))
 
 
-def digest_of(rows: Sequence[Row]) -> str:
-    """Of the pictures and prompts themselves, so that changed ones are noticed under the same names."""
+def rows_digest(rows: Sequence[Row]) -> str:
+    """Digest of pixels and prompts, so that edited files are noticed under unchanged names."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.shapes, row.prompt]).encode())
@@ -108,37 +108,37 @@ def digest_of(rows: Sequence[Row]) -> str:
 
 
 def read_preview_file(path: Path, text: str | None) -> list[PreviewRow]:
-    """In the order in which they were asked for."""
+    """Read the samples of the grid in their configured order. text: encoder fingerprint, or None for no embeddings."""
     shard = Shard(path)
     if text is not None and not has_text(shard, text):
-        raise ConfigError(f"{path} has no text embeddings by this encoder; run python -m trainers.cache again")
+        raise ConfigError(f"{path} has no text embeddings of this encoder; run python -m trainers.cache again")
     embeddings = TextShard(text_path(path, text)) if text is not None else None
-    buckets = {shapes: Bucket([part]) for shapes, part in parts_of(shard, embeddings, vision=True)}
-    made = []
+    buckets = {shapes: Bucket([part]) for shapes, part in buckets_of(shard, embeddings, vision=True)}
+    columns = []
     for shapes, i in shard.metadata["order"]:
         rows = buckets[shapes].take([i])
         truth = Image.fromarray(shard.tensors[f"{shapes}/truth"][i].numpy().copy())
         shape = LatentShape.of_latents(rows.target)
         references = [v[0].numpy() for v in rows.vision]
-        made.append(PreviewRow(rows, shape, strip(references, max(truth.size)), truth))
-    return made
+        columns.append(PreviewRow(rows, shape, reference_cell(references, max(truth.size)), truth))
+    return columns
 
 
 @torch.no_grad()
-def decoded(vae: ImageVAE, latents: Tensor) -> Image.Image:
-    """The picture of normalised latents [1, C, 1, h, w]."""
+def decode_latents(vae: ImageVAE, latents: Tensor) -> Image.Image:
+    """Decode normalised latents [1, C, 1, h, w] to a picture."""
     return to_images(vae.decode(latents.to(vae.quant_conv.weight)).float().cpu())[0]
 
 
-def decoded_row(vae: ImageVAE, rows: Rows) -> PreviewRow:
-    """A column for one cached sample, whose pictures come from its latents."""
-    truth = decoded(vae, rows.target[:, :, None])
-    references = [np.asarray(decoded(vae, latents[:, :, None])) for latents in rows.references]
-    return PreviewRow(rows, LatentShape.of_latents(rows.target), strip(references, max(truth.size)), truth)
+def row_from_latents(vae: ImageVAE, rows: Rows) -> PreviewRow:
+    """Make the grid column of a cached sample by decoding its latents."""
+    truth = decode_latents(vae, rows.target[:, :, None])
+    references = [np.asarray(decode_latents(vae, latents[:, :, None])) for latents in rows.references]
+    return PreviewRow(rows, LatentShape.of_latents(rows.target), reference_cell(references, max(truth.size)), truth)
 
 
-def strip(pictures: list[np.ndarray], side: int) -> Image.Image:
-    """All references of a sample in one square cell, each as large as it fits."""
+def reference_cell(pictures: list[np.ndarray], side: int) -> Image.Image:
+    """Arrange the references of a sample in one square cell, each as large as fits."""
     columns = 1 if len(pictures) <= 1 else 2 if len(pictures) <= 4 else 3
     cell = side // columns
     sheet = Image.new("RGB", (side, side), "white")
@@ -150,18 +150,18 @@ def strip(pictures: list[np.ndarray], side: int) -> Image.Image:
     return sheet
 
 
-def order_of(rows: Sequence[Row]) -> list[tuple[str, int]]:
-    """(bucket, index in it) of every row, as encoding groups them."""
-    seen: dict[str, int] = {}
-    order = []
+def bucket_positions(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """List (bucket, index in the bucket) of every row, in the grouping that ShardBuilder uses."""
+    counts: dict[str, int] = {}
+    positions = []
     for row in rows:
-        order.append((row.shapes, seen.get(row.shapes, 0)))
-        seen[row.shapes] = order[-1][1] + 1
-    return order
+        positions.append((row.shapes, counts.get(row.shapes, 0)))
+        counts[row.shapes] = positions[-1][1] + 1
+    return positions
 
 
-def truths_of(rows: Sequence[Row]) -> dict[str, Tensor]:
-    """`{shapes}/truth` [n, H, W, 3] uint8."""
+def truth_tensors(rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Stack the target pictures per bucket: `{shapes}/truth`, uint8 [n, H, W, 3]."""
     groups: dict[str, list[np.ndarray]] = {}
     for row in rows:
         groups.setdefault(row.shapes, []).append(row.target)

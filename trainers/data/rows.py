@@ -1,4 +1,4 @@
-"""From a record (paths or bytes of pictures, and a text) to the uint8 arrays that are encoded, or to what is wrong."""
+"""Turn records (picture paths or bytes, and a prompt) into uint8 arrays for encoding, or a BadRow with the reason."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from unipic_core.conditioning.sequence import nearest_multiple
 from unipic_core.errors import UniPicError
 
 MAX_ASPECT = 10.0
-"""Pictures longer than this for their width are left out."""
+"""Rows with a picture of a larger aspect ratio are skipped."""
 
 LONGEST_INSTRUCTION = 8000
-"""Bytes; beyond this an instruction is more than the encoder's positions may hold."""
+"""Bytes; a longer instruction may exceed the encoder's positions."""
 
 Picture = Path | bytes
-"""A file, or a file's content."""
+"""Path of a picture file, or its content."""
 
 
 class BadRow(UniPicError):
-    """A sample that cannot be used; the message says why."""
+    """Unusable sample; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """What a data set says of one sample, with its pictures unread."""
+    """One sample as its data set lists it, with unread pictures."""
 
     target: Picture
     references: tuple[Picture, ...]
@@ -66,9 +66,9 @@ class Record:
 
 
 def check_prompt(prompt: object, num_references: int) -> None:
-    """BadRow if the encoder would not take it."""
+    """Raise BadRow for a prompt that the encoder rejects, or too many references."""
     if num_references > MAX_REFERENCES:
-        raise BadRow(f"{num_references} references, at most {MAX_REFERENCES} can be composed")
+        raise BadRow(f"expected at most {MAX_REFERENCES} references, got {num_references}")
     if not isinstance(prompt, str) or not prompt.strip():
         raise BadRow("no instruction")
     try:
@@ -81,24 +81,24 @@ def check_prompt(prompt: object, num_references: int) -> None:
 
 
 def check_pictures(record: Record) -> str:
-    """Digest of the prompt and of the pictures' bytes, of which only the headers are decoded; BadRow."""
+    """Digest the prompt and the pictures' bytes, decoding only headers. Raises BadRow."""
     parts = [record.prompt]
     for picture in record.pictures:
         check_size(header_size(picture), picture)
-        parts += identity_of(picture)
+        parts += picture_digest(picture)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def identity_of(picture: Picture) -> list[str]:
-    """The name, and a digest of the content: an edited picture may keep its name and byte count."""
+def picture_digest(picture: Picture) -> list[str]:
+    """Name and content digest: an edited picture may keep its name and size."""
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
     return [name_of(picture), hashlib.blake2b(content, digest_size=16).hexdigest()]
 
 
 def header_size(picture: Picture) -> Size:
-    """(width, height) without decoding; BadRow if the file is missing or no picture."""
+    """Read (width, height) from the header. Raises BadRow if the file is missing or not a picture."""
     if isinstance(picture, Path) and not picture.exists():
-        raise BadRow(f"there is no picture {name_of(picture)}")
+        raise BadRow(f"the picture {name_of(picture)} does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -110,11 +110,11 @@ def header_size(picture: Picture) -> Size:
 
 def check_size(size: Size, picture: Picture) -> None:
     width, height = size
-    asked = f"{name_of(picture)} is {width}x{height}"
+    described = f"{name_of(picture)} is {width}x{height}"
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadRow(f"{asked}, an aspect over {MAX_ASPECT:g}")
+        raise BadRow(f"{described}, an aspect ratio over {MAX_ASPECT:g}")
     if width * height > MAX_PIXELS:
-        raise BadRow(f"{asked}, over {MAX_PIXELS // 10**6} million pixels")
+        raise BadRow(f"{described}, over {MAX_PIXELS // 10**6} million pixels")
 
 
 def name_of(picture: Picture) -> str:
@@ -126,10 +126,10 @@ def _opened(picture: Picture) -> Path | io.BytesIO:
 
 
 def read_picture(picture: Picture) -> Image.Image:
-    """8-bit RGB, upright, on white; BadRow."""
+    """Decode to 8-bit RGB, upright, composited on white. Raises BadRow."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # animations: the first frame of each, without a word each
+            warnings.simplefilter("ignore")  # no warning for each animation: its first frame is used
             image = load_image(_opened(picture))
     except UniPicError as error:
         raise BadRow(str(error)) from None
@@ -138,10 +138,10 @@ def read_picture(picture: Picture) -> Image.Image:
 
 
 def target_size(size: Size, budget: int) -> Size:
-    """(width, height) for a target: its own, shrunk to budget^2 pixels if it has more, then to multiples of 32.
+    """(width, height) of a target: at most budget^2 pixels, rounded to multiples of 32.
 
-    32 is what the default output is rounded to; 16 would be possible, but gives four times as many shapes, and batches
-    are of one shape.
+    The default output size is rounded to 32 as well. 16 would be possible, but gives four times as many target sizes,
+    and a micro-batch has one target size.
     """
     width, height = size
     r = min(1.0, budget / (width * height) ** 0.5)
@@ -149,14 +149,14 @@ def target_size(size: Size, budget: int) -> Size:
 
 
 def read_record(record: Record, size: int, reference_budget: int) -> Row:
-    """Decode and resize; BadRow."""
+    """Decode and resize the pictures of a record. Raises BadRow."""
     target = read_picture(record.target)
     target = target.resize(target_size(target.size, size), Image.Resampling.BICUBIC)
     return make_row(target, [read_picture(r) for r in record.references], record.prompt, reference_budget)
 
 
 def make_row(target: Image.Image, references: Sequence[Image.Image], prompt: str, reference_budget: int) -> Row:
-    """The references at the sizes of the shared budget; the target stays as it is."""
+    """Resize the references to the shared budget; the target keeps its size."""
     resized = resize_references(references, reference_budget)
     return Row(
         np.asarray(target),

@@ -1,4 +1,4 @@
-"""Cached samples under one numbering, and which of them are held out for validation."""
+"""Numbering of cached samples, and the choice of held-out rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shards import Bucket, Rows
 
 
 class Samples:
-    """All samples of a cache: rows 0 .. len - 1, bucket after bucket."""
+    """All samples of a cache as rows 0 .. len - 1, bucket by bucket."""
 
     def __init__(self, buckets: Mapping[str, Bucket]) -> None:
         self.buckets = dict(buckets)
@@ -31,12 +31,12 @@ class Samples:
         return int(self.starts[-1])
 
     def take(self, row: int) -> Rows:
-        """One sample, as a batch of one."""
+        """Read one sample as a batch of one."""
         bucket = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self._order[bucket].take([row - int(self.starts[bucket])])
 
     def prompts(self) -> Iterator[tuple[str, str]]:
-        """(shapes, prompt) of every row."""
+        """Yield (shapes, prompt) of every row."""
         for shapes, bucket in self.buckets.items():
             for part in bucket.parts:
                 for prompt in part.prompts:
@@ -44,25 +44,25 @@ class Samples:
 
 
 def held_out_rows(samples: Samples, share: float) -> np.ndarray:
-    """The rows that validation takes, ascending, int64: at least one where share is above 0.
+    """Choose the validation rows: int64, ascending, at least one if share is above 0.
 
-    Those with the smallest digests of shapes and prompt: the same for every run on these data, and nearly the same
-    after rows were added.
+    They are the rows with the smallest digests of shapes and prompt: the same in every run on these data, and nearly
+    the same after rows are added.
     """
     if not share:
         return np.zeros(0, dtype=np.int64)
-    seen: Counter[tuple[str, str]] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     digests = np.empty(len(samples), dtype=np.uint64)
     for row, key in enumerate(samples.prompts()):
-        text = f"{key[0]}\0{seen[key]}\0{key[1]}"  # rows that look alike here are told apart by their order
+        text = f"{key[0]}\0{counts[key]}\0{key[1]}"  # the count tells rows of equal shapes and prompt apart
         digests[row] = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        seen[key] += 1
-    count = max(math.floor(share * len(samples)), 1)
-    return np.sort(np.argsort(digests, kind="stable")[:count])
+        counts[key] += 1
+    number = max(math.floor(share * len(samples)), 1)
+    return np.sort(np.argsort(digests, kind="stable")[:number])
 
 
-def spread(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the rows, at even distances: all buckets are among them."""
-    if len(rows) <= most:
+def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    """Pick at most `count` of the rows at even distances, so that all large buckets are represented."""
+    if len(rows) <= count:
         return rows
-    return rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(np.int64)]

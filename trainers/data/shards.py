@@ -1,15 +1,15 @@
-"""The files of a cache, and how samples are read from them: mapped into memory, and copied row by row.
+"""Cache files, memory-mapped and copied row by row when samples are read.
 
 A shard of latents holds samples in buckets of equal shapes, under names like `128x128_64x64/target` (target first, then
 the references, width x height): `target` [n, C, h, w]; per reference j `reference_j` [n, C, h, w] (normalised latents,
-bfloat16) and, where it is kept, `vision_j` [n, H, W, 3] (uint8, what the vision encoder sees). Metadata (JSON):
-`prompts` (bucket -> n texts), `text` (digest of prompts and pictures), `rows` (digest of what it was made from),
-`skipped` (rows that could not be decoded).
+bfloat16) and optionally `vision_j` [n, H, W, 3] (uint8, the vision encoder's input). Metadata (JSON): `prompts`
+(bucket -> n texts), `text` (digest of prompts and pictures), `rows` (digest of the source rows), `skipped` (rows that
+could not be decoded).
 
-Beside it lies a shard of text per encoder, `text-FINGERPRINT-...`: `embeds` [sum of lengths, D], the embeddings with
-the prompts, one sample after the other, and `uncond` [n, T, D], the end of the same with the prompt " ". The encoder is
-causal and the pictures come first, so the start is the same in both and is kept once: `shared` tokens. Metadata:
-`of` (the latents' `text`), `lengths`, `shared`.
+Each encoder has its own text shard beside it, `text-FINGERPRINT-...`: `embeds` [sum of lengths, D], the conditional
+embeddings, sample after sample, and `uncond` [n, T, D], the tail of the embeddings of the prompt " ". The encoder is
+causal and the pictures come first, so the first `shared` tokens are equal in both and stored once. Metadata: `of` (the
+latent shard's `text`), `lengths`, `shared`.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def text_path(latents: Path, fingerprint: str) -> Path:
-    """Where the embeddings of a shard (or of the previews) by one encoder are."""
+    """Path of one encoder's embeddings for a latent shard or a preview file."""
     return latents.with_name(f"text-{fingerprint}-{latents.name.removeprefix('shard-')}")
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
-    """Aside, then renamed; metadata values go in as JSON. CheckpointError when the disk is full."""
-    announced = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
-    write_safetensors(path, announced, tensors.items(), {k: json.dumps(v) for k, v in metadata.items()})
+    """Write a temporary file and rename it; metadata values are stored as JSON. Raises CheckpointError (full disk)."""
+    specs = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
+    write_safetensors(path, specs, tensors.items(), {k: json.dumps(v) for k, v in metadata.items()})
 
 
-class Mapped:
-    """The tensors of a file as views of it: pages are read when touched, and the system may drop them again.
+class MappedTensors:
+    """Tensors of a file as views of a memory map: pages are read on access and can be evicted by the system.
 
-    A file that is replaced while it is mapped goes on to give what it held. No file stays open.
+    A file that is replaced while mapped keeps its old contents here. No file handle stays open.
     """
 
     def __init__(self, path: Path, table: Table) -> None:
@@ -60,13 +60,13 @@ class Mapped:
 
     def __getitem__(self, name: str) -> Tensor:
         spec = self.table[name]
-        if spec.offset % spec.dtype.itemsize:  # other programs may write so
+        if spec.offset % spec.dtype.itemsize:  # unaligned: files of other programs
             return spec.read()
         return self.area[spec.offset : spec.offset + spec.nbytes].view(spec.dtype).reshape(spec.shape)
 
 
 class Shard:
-    """A shard of latents: its header. CheckpointError if the file is damaged."""
+    """Latent shard, opened by its header. Raises CheckpointError if the file is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -76,11 +76,11 @@ class Shard:
         self.prompts: dict[str, list[str]] = self.metadata["prompts"]
 
     @cached_property
-    def tensors(self) -> Mapped:
-        return Mapped(self.path, self.table)
+    def tensors(self) -> MappedTensors:
+        return MappedTensors(self.path, self.table)
 
     def pictures(self, shapes: str, kind: str) -> tuple[Tensor, ...]:
-        """`reference` or `vision` tensors of a bucket, in order."""
+        """The `reference` or `vision` tensors of a bucket (`kind`), in order."""
         return tuple(self.tensors[f"{shapes}/{kind}_{j}"] for j in range(shapes.count("_")))
 
     @property
@@ -89,18 +89,18 @@ class Shard:
 
     @cached_property
     def text_digest(self) -> str:
-        """Digest of all that the text encoder is given; read from the pictures in shards that do not say it."""
+        """Digest of the text encoder's input; computed from the pictures for shards that do not store it."""
         if "text" in self.metadata:
             return self.metadata["text"]
         return text_digest(self.prompts, {s: self.pictures(s, "vision") for s in self.prompts})
 
 
 def drop_vision(path: Path) -> None:
-    """Write a shard of latents again without the pictures, if it has any."""
+    """Rewrite a latent shard without vision pictures, if it has any."""
     shard = Shard(path)
-    kept = {name: shard.tensors[name] for name in shard.table if "/vision_" not in name}
-    if len(kept) < len(shard.table):
-        write_shard(path, kept, {**shard.metadata, "text": shard.text_digest})
+    others = {name: shard.tensors[name] for name in shard.table if "/vision_" not in name}
+    if len(others) < len(shard.table):
+        write_shard(path, others, {**shard.metadata, "text": shard.text_digest})
 
 
 def text_digest(prompts: Mapping[str, Sequence[str]], vision: Mapping[str, Sequence[Tensor]]) -> str:
@@ -113,28 +113,28 @@ def text_digest(prompts: Mapping[str, Sequence[str]], vision: Mapping[str, Seque
 
 
 class TextShard:
-    """A shard of text embeddings: its header. CheckpointError if the file is damaged."""
+    """Text shard, opened by its header. Raises CheckpointError if the file is damaged."""
 
     def __init__(self, path: Path) -> None:
         table, texts = read_safetensors(path)
         self.path, self.table = path, table
-        self.of: str = json.loads(texts["of"])
+        self.latents_digest: str = json.loads(texts["of"])
         self.lengths: dict[str, list[int]] = json.loads(texts["lengths"])
         self.shared: dict[str, int] = json.loads(texts["shared"])
 
     @cached_property
-    def tensors(self) -> Mapped:
-        return Mapped(self.path, self.table)
+    def tensors(self) -> MappedTensors:
+        return MappedTensors(self.path, self.table)
 
-    def part(self, shapes: str) -> TextPart:
+    def part(self, shapes: str) -> TextBucket:
         ends = np.cumsum([0, *self.lengths[shapes]]).tolist()
-        return TextPart(self.tensors[f"{shapes}/embeds"], self.tensors[f"{shapes}/uncond"], ends, self.shared[shapes])
+        return TextBucket(self.tensors[f"{shapes}/embeds"], self.tensors[f"{shapes}/uncond"], ends, self.shared[shapes])
 
 
 def has_text(shard: Shard, fingerprint: str) -> bool:
-    """Whether this encoder's embeddings of exactly these prompts and pictures are there."""
+    """True if this encoder's embeddings of exactly these prompts and pictures exist."""
     path = text_path(shard.path, fingerprint)
-    return path.exists() and TextShard(path).of == shard.text_digest
+    return path.exists() and TextShard(path).latents_digest == shard.text_digest
 
 
 # --- reading samples -------------------------------------------------------------------------------------------------
@@ -144,8 +144,8 @@ def has_text(shard: Shard, fingerprint: str) -> bool:
 class Rows:
     """n samples of one bucket, in memory.
 
-    target [n, C, h, w] and per reference [n, C, h, w], float32; vision: per reference uint8 [n, H, W, 3], () where the
-    cache keeps none; cond, uncond: the frozen encoder's embeddings with the prompt and with " ", float32, or None.
+    target: float32 [n, C, h, w]; references: float32 [n, C, h, w] each; vision: uint8 [n, H, W, 3] per reference, ()
+    if the cache stores none; cond, uncond: the frozen encoder's float32 embeddings of the prompt and of " ", or None.
     """
 
     target: Tensor
@@ -157,8 +157,8 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class TextPart:
-    """A bucket's embeddings in one shard, mapped. starts [n + 1]: each sample's first token in `embeds`."""
+class TextBucket:
+    """Embeddings of one bucket in one shard, memory-mapped. starts [n + 1]: first token of each sample in `embeds`."""
 
     embeds: Tensor
     uncond: Tensor
@@ -166,26 +166,26 @@ class TextPart:
     shared: int
 
     def take(self, i: int) -> tuple[Tensor, Tensor]:
-        """Embeddings [L, D] of sample i with its prompt and with " "."""
+        """Conditional and unconditional embeddings [L, D] of sample i."""
         cond = self.embeds[self.starts[i] : self.starts[i + 1]]
         return cond, torch.cat([cond[: self.shared], self.uncond[i]])
 
 
 @dataclass(frozen=True)
-class Part:
-    """A bucket's samples in one shard, mapped."""
+class ShardBucket:
+    """Samples of one bucket in one shard, memory-mapped."""
 
     target: Tensor
     references: tuple[Tensor, ...]
     vision: tuple[Tensor, ...]
     prompts: tuple[str, ...]
-    text: TextPart | None = None
+    text: TextBucket | None = None
 
 
 class Bucket:
-    """The samples of equal shapes, over all shards. Only their prompts and places are in memory."""
+    """Samples of equal shapes over all shards. Only prompts and offsets are in memory."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[ShardBucket]) -> None:
         self.parts = tuple(parts)
         self.starts = np.cumsum([0, *(len(p.prompts) for p in self.parts)])
 
@@ -198,19 +198,19 @@ class Bucket:
 
     @property
     def num_picture_tokens(self) -> int:
-        """Of the target and all references."""
+        """Image tokens of the target and all references."""
         first = self.parts[0]
         return sum(prod(z.shape[-2:]) // PATCH**2 for z in (first.target, *first.references))
 
     @property
     def text_lengths(self) -> np.ndarray:
-        """Tokens of each sample's text, int64; 0 where the cache holds no embeddings."""
+        """Text tokens per sample, int64; 0 if the cache has no embeddings."""
         return np.concatenate(
             [np.diff(p.text.starts) if p.text else np.zeros(len(p.prompts), dtype=np.int64) for p in self.parts]
         )
 
     def take(self, rows: Sequence[int] | np.ndarray) -> Rows:
-        """Copies of the samples with these indices in the bucket."""
+        """Copy the samples with these indices in the bucket."""
         places = [self._place(int(row)) for row in rows]
         first = self.parts[0]
 
@@ -230,9 +230,9 @@ class Bucket:
             _stack_text(uncond),
         )
 
-    def _place(self, row: int) -> tuple[Part, int]:
+    def _place(self, row: int) -> tuple[ShardBucket, int]:
         if not 0 <= row < len(self):
-            raise IndexError(f"the bucket has {len(self)} samples, asked for number {row}")
+            raise IndexError(f"expected a sample from 0 to {len(self) - 1} of the bucket, got {row}")
         at = int(np.searchsorted(self.starts, row, side="right")) - 1
         return self.parts[at], row - int(self.starts[at])
 
@@ -241,12 +241,12 @@ def _stack_text(samples: Sequence[Tensor]) -> TextCond | None:
     return TextCond.stack([TextCond(s[None].float()) for s in samples]) if samples else None
 
 
-def parts_of(shard: Shard, text: TextShard | None, vision: bool) -> Iterator[tuple[str, Part]]:
-    """(bucket, its samples in this shard)."""
+def buckets_of(shard: Shard, text: TextShard | None, vision: bool) -> Iterator[tuple[str, ShardBucket]]:
+    """Yield (bucket, its samples in this shard)."""
     for shapes, prompts in shard.prompts.items():
         yield (
             shapes,
-            Part(
+            ShardBucket(
                 shard.tensors[f"{shapes}/target"],
                 shard.pictures(shapes, "reference"),
                 shard.pictures(shapes, "vision") if vision else (),

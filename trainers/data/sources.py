@@ -1,7 +1,7 @@
-"""Where samples come from: the composition set, JSONL, a folder of captioned pictures, a saved Hugging Face data set.
+"""Data sources: the composition set, JSONL, a folder of captioned pictures, a saved Hugging Face data set.
 
-A source is a sequence of rows. `check(i)` looks at row i without decoding its pictures and gives a digest that changes
-with it; `source[i]` decodes it. Both raise BadRow, and `name(i)` says where row i stands for whoever made the data.
+A source is a sequence of rows. `check(i)` digests row i without decoding its pictures; `source[i]` decodes it. Both
+raise BadRow. `name(i)` identifies row i to the user: a line number, a file name.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .rows import BadRow, Picture, Record, Row, check_pictures, make_row, read_r
 
 
 class Source(Protocol):
-    """Rows 0 .. len - 1. record: what identifies them in a cache; note: a line to print."""
+    """Rows 0 .. len - 1. identity: the source's entries of the cache's set.json; note: a line to print."""
 
     @property
-    def record(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]: ...
 
     @property
     def note(self) -> str: ...
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 def open_source(data: DataConfig) -> Source:
-    """The source that a config names. ConfigError if it is not there."""
+    """Open the source of a config. Raises ConfigError if it does not exist."""
     if data.kind == "nano":
         return Compositions(data, 0, data.samples)
     kinds = {"jsonl": JsonLines, "folder": Folder, "datasets": SavedDataset}
@@ -50,7 +50,7 @@ def open_source(data: DataConfig) -> Source:
 
 
 class Compositions:
-    """Rows of the composition set, each a function of (seed, index) alone."""
+    """Rows of the composition set, each a pure function of (seed, index)."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Compositions:
         self.bank = bank or Bank.open()
 
     @property
-    def record(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return {"seed": self.seed, "assets": len(self.bank.by_key)}
 
     @property
@@ -82,32 +82,34 @@ class Compositions:
         return make_row(sample.target, list(sample.references), sample.instruction, self.data.reference_budget)
 
     def check(self, i: int) -> str:
-        return ""  # what the cache's record says is all there is to know
+        return ""  # set.json identifies these rows completely
 
     def name(self, i: int) -> str:
         return f"{self.split} scene {self.start + i}"
 
 
 class PictureRows:
-    """Base of the sources whose pictures are files or bytes; a source has `count` and `records(i)`."""
+    """Base of sources whose pictures are files or bytes; a subclass sets `count` and implements `read(i)`."""
 
     count: int
 
     def __init__(self, data: DataConfig) -> None:
-        assert data.path is not None  # DataConfig asks for it
+        assert data.path is not None  # checked by DataConfig
         self.data, self.path = data, Path(data.path)
         self.root = Path(data.images) if data.images else self.path if self.path.is_dir() else self.path.parent
         if not self.path.exists():
-            raise ConfigError(f"data.path is {self.path}, which does not exist; name the data set's file or folder")
+            raise ConfigError(
+                f"data.path: expected the data set's file or folder, got {self.path}, which does not exist"
+            )
         if not self.root.is_dir():
-            raise ConfigError(f"data.images must be the folder of the pictures, got {self.root}")
+            raise ConfigError(f"data.images: expected the folder of the pictures, got {self.root}")
 
     @property
     def note(self) -> str:
         return f"{len(self)} rows in {self.path}"
 
     @property
-    def record(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return {"kind": self.data.kind, "rows": len(self), "path": self.data.path, "samples": self.data.samples}
 
     def __len__(self) -> int:
@@ -127,7 +129,7 @@ class PictureRows:
 
 
 def record_of(values: object, root: Path) -> Record:
-    """A record of the release's keys: `input_images` (0 to 6), `instruction`, `output_image`; BadRow."""
+    """Parse a row with the release's keys `input_images` (0 to 6), `instruction`, `output_image`. Raises BadRow."""
     if not isinstance(values, dict):
         raise BadRow(f"expected an object with input_images, instruction and output_image, got {type(values).__name__}")
     references = values.get("input_images")
@@ -140,9 +142,9 @@ def record_of(values: object, root: Path) -> Record:
 
 
 def picture_of(value: object, root: Path) -> Picture:
-    """A path below `root`, bytes, or a stored Image feature ({"bytes", "path"}); BadRow.
+    """Resolve a path below `root`, bytes, or a stored Image feature ({"bytes", "path"}). Raises BadRow.
 
-    Paths come with the data, from anyone: one that leaves `root` is refused. Links in it are the owner's, and followed.
+    Paths are untrusted: one that leaves `root` is refused. Symbolic links are followed.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -153,29 +155,29 @@ def picture_of(value: object, root: Path) -> Picture:
     top = os.path.abspath(root)
     path = os.path.abspath(os.path.join(top, value))
     if "\0" in value or os.path.commonpath([top, path]) != top:
-        raise BadRow(f"the path {value!r} leads out of the folder of the pictures")
+        raise BadRow(f"the path {value!r} leaves the folder of the pictures")
     return Path(path)
 
 
 class JsonLines(PictureRows):
-    """The release's rows: one JSON object a line; empty lines do not count. Only the lines' places are in memory."""
+    """The release's rows: one JSON object per line, empty lines ignored. Only line offsets are in memory."""
 
     def __init__(self, data: DataConfig) -> None:
         super().__init__(data)
         if not self.path.is_file():
-            raise ConfigError(f"data.path must be a JSONL file for kind jsonl, got the folder {self.path}")
+            raise ConfigError(f"data.path: expected a JSONL file for data.kind jsonl, got the folder {self.path}")
         self.lines, self.starts = self._index()
         self.count = len(self.lines)
 
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Number (from 1) and first byte of every line that holds something."""
-        found, at = [], 0
+        """Number (from 1) and byte offset of every non-empty line."""
+        index, at = [], 0
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    found.append((number, at))
+                    index.append((number, at))
                 at += len(line)
-        table = np.array(found, dtype=np.int64).reshape(-1, 2)
+        table = np.array(index, dtype=np.int64).reshape(-1, 2)
         return table[:, 0], table[:, 1]
 
     def name(self, i: int) -> str:
@@ -188,20 +190,20 @@ class JsonLines(PictureRows):
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise BadRow(f"not JSON ({error})") from None
+            raise BadRow(f"the line is not valid JSON ({error})") from None
         return record_of(values, self.root)
 
 
 class Folder(PictureRows):
     """Captioned pictures in one folder, as LoRA trainers use them (subfolders are not read):
 
-        0001.png                 the target, in any format that is read
+        0001.png                 the target, in any supported format
         0001.txt                 its instruction (UTF-8)
-        0001_1.png, 0001_2.png   its references, in the order of their numbers; none is text to image
+        0001_1.png, 0001_2.png   its references, in numerical order; without any the row is text to image
 
-    Numbers may begin at 0, have zeros before them, and follow a hyphen. NAME_N is a reference only beside a picture or
-    a caption called NAME: a folder of shot_1.png + shot_1.txt, shot_2.png + shot_2.txt holds two targets. With both a
-    NAME and a caption of its own it could be either, and NAME is left out with that reason.
+    Numbers may start at 0, have leading zeros, and follow a hyphen. NAME_N is a reference only if a picture or caption
+    NAME exists: a folder of shot_1.png + shot_1.txt, shot_2.png + shot_2.txt holds two targets. If NAME exists and
+    NAME_N has a caption, NAME_N could be a reference or a target, and NAME is skipped with that reason.
     """
 
     ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -209,7 +211,7 @@ class Folder(PictureRows):
     def __init__(self, data: DataConfig) -> None:
         super().__init__(data)
         if not self.path.is_dir():
-            raise ConfigError(f"data.path must be a folder for kind folder, got the file {self.path}")
+            raise ConfigError(f"data.path: expected a folder for data.kind folder, got the file {self.path}")
         self.root = self.path
         self.captions: dict[str, Path] = {}
         self.pictures: dict[str, list[Path]] = {}
@@ -219,21 +221,21 @@ class Folder(PictureRows):
             elif path.suffix.lower() in self.ENDINGS:
                 self.pictures.setdefault(path.stem, []).append(path)
         self.references = self._references()
-        owned = {name for names in self.references.values() for _, name in names}
-        self.targets = sorted((self.captions.keys() | self.pictures.keys()) - owned, key=natural)
+        reference_names = {name for names in self.references.values() for _, name in names}
+        self.targets = sorted((self.captions.keys() | self.pictures.keys()) - reference_names, key=natural)
         self.count = len(self.targets)
 
     def _references(self) -> dict[str, list[tuple[int, str]]]:
-        """Target -> (number, the reference's own name), in order."""
-        found: dict[str, list[tuple[int, str]]] = {}
+        """Map each target to its references as (number, name), in order."""
+        references: dict[str, list[tuple[int, str]]] = {}
         for name in self.pictures:
             parts = re.fullmatch(r"(.+)[_-]([0-9]{1,4})", name)
             if parts and (parts[1] in self.pictures or parts[1] in self.captions):
-                found.setdefault(parts[1], []).append((int(parts[2]), name))
-        return {target: sorted(names) for target, names in found.items()}
+                references.setdefault(parts[1], []).append((int(parts[2]), name))
+        return {target: sorted(names) for target, names in references.items()}
 
     def _check(self, numbered: Sequence[tuple[int, str]]) -> None:
-        """BadRow for references whose order or use is not certain."""
+        """Raise BadRow for references whose order or use is ambiguous."""
         numbers = [number for number, _ in numbered]
         for _, name in numbered:
             if name in self.captions:
@@ -241,8 +243,8 @@ class Folder(PictureRows):
         start = min(numbers, default=1)
         if start > 1 or numbers != list(range(start, start + len(numbers))):
             missing = sorted(set(range(min(start, 1), max(numbers) + 1)) - set(numbers))
-            why = f"number {missing[0]} is missing" if missing else "a number comes twice"
-            raise BadRow(f"its references are {numbers}: {why}")
+            why = f"number {missing[0]} is missing" if missing else "a number occurs twice"
+            raise BadRow(f"expected references numbered without gaps, got {numbers}: {why}")
 
     def name(self, i: int) -> str:
         return self.targets[i]
@@ -252,30 +254,30 @@ class Folder(PictureRows):
         numbered = self.references.get(name, [])
         self._check(numbered)
         if name not in self.captions:
-            raise BadRow(f"no instruction: there is no {name}.txt")
+            raise BadRow(f"no instruction: {name}.txt does not exist")
         try:
             prompt = self.captions[name].read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             raise BadRow(f"{name}.txt cannot be read ({error})") from None
-        references = tuple(self._only(own) for _, own in numbered)
-        return Record(self._only(name), references, prompt)
+        references = tuple(self._only_picture(reference) for _, reference in numbered)
+        return Record(self._only_picture(name), references, prompt)
 
-    def _only(self, name: str) -> Path:
+    def _only_picture(self, name: str) -> Path:
         paths = self.pictures.get(name, [])
         if len(paths) != 1:
-            raise BadRow(f"expected one picture called {name}, found {len(paths)}")
+            raise BadRow(f"expected one picture named {name}, got {len(paths)}")
         return paths[0]
 
 
 def natural(name: str) -> list[tuple[bool, int, str]]:
-    """Sorting key: 2 before 10."""
+    """Natural sorting key: 2 before 10."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"([0-9]+)", name)]
 
 
 class SavedDataset(PictureRows):
-    """A Hugging Face data set, from `save_to_disk`, with the columns input_images, instruction and output_image.
+    """Hugging Face data set from `save_to_disk` with the columns input_images, instruction and output_image.
 
-    Pictures are Image features, bytes, or paths below data.images. Of a data set of several splits `train` is taken.
+    Pictures are Image features, bytes, or paths below data.images. In a data set with splits, `train` is used.
     """
 
     def __init__(self, data: DataConfig) -> None:
@@ -283,20 +285,24 @@ class SavedDataset(PictureRows):
         try:
             from datasets import load_from_disk
         except ImportError:
-            raise ConfigError("data.kind datasets needs the package datasets: pip install datasets") from None
+            raise ConfigError("data.kind datasets needs the package datasets; run pip install datasets") from None
         try:
-            found: Any = load_from_disk(str(self.path))
+            loaded: Any = load_from_disk(str(self.path))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path} is not a saved data set: {' '.join(str(error).split())[:200]}") from None
-        if isinstance(found, dict):
-            if "train" not in found:
-                raise ConfigError(f"{self.path} has the splits {', '.join(found)}; name the folder of one in data.path")
-            found = found["train"]
-        lacking = {"input_images", "instruction", "output_image"} - set(found.column_names)
-        if lacking:
-            raise ConfigError(f"{self.path} has no column {', '.join(sorted(lacking))}; it has {found.column_names}")
-        self.table = found.with_format("arrow")  # pictures as they are stored, not decoded
-        self.count = len(found)
+        if isinstance(loaded, dict):
+            if "train" not in loaded:
+                raise ConfigError(
+                    f"{self.path} has the splits {', '.join(loaded)} and no train; set data.path to the folder of one"
+                )
+            loaded = loaded["train"]
+        missing_columns = {"input_images", "instruction", "output_image"} - set(loaded.column_names)
+        if missing_columns:
+            raise ConfigError(
+                f"{self.path} has no column {', '.join(sorted(missing_columns))}; its columns are {loaded.column_names}"
+            )
+        self.table = loaded.with_format("arrow")  # pictures as they are stored, not decoded
+        self.count = len(loaded)
 
     def read(self, i: int) -> Record:
         (values,) = self.table[i].to_pylist()

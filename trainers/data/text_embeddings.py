@@ -1,4 +1,4 @@
-"""The text side of cached samples: encoder inputs from cached pictures, and embeddings of a frozen encoder on disk."""
+"""Text encoder inputs from cached pictures, encoder fingerprints, and cached embeddings of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from unipic_core.weights.text_encoder import HEAD, open_encoder, readable_encode
 from .shards import Rows, Shard, drop_vision, text_path, write_shard
 
 UNCOND_PROMPT = " "
-"""The prompt of the unconditional branch (the released recipe's)."""
+"""Prompt of the unconditional branch, as in the released recipe."""
 
 TOKENS_PER_BATCH = 16384
-MOST_PER_BATCH = 64
+MAX_SAMPLES_PER_BATCH = 64
 
 
 def encoder_inputs(text: TextEncoder, rows: Rows, prompts: Sequence[str]) -> EncoderInputs:
-    """What `TextEncoder.prepare` gives for the same pictures and these prompts, from the cached uint8 arrays."""
+    """Encoder inputs from the cached uint8 pictures, equal to `TextEncoder.prepare` on the original pictures."""
     return _inputs(text, rows.vision, prompts)
 
 
 def _inputs(text: TextEncoder, vision: Sequence[Tensor], prompts: Sequence[str]) -> EncoderInputs:
-    """vision: per reference [n, H, W, 3] uint8, n prompts."""
+    """vision: uint8 [n, H, W, 3] per reference; n prompts."""
     pictures = [v.permute(0, 3, 1, 2).float() / 255 for v in vision]
     patches = [vision_patches(p) for p in pictures]
     counts = [vision_tokens(*p.shape[-2:]) for p in pictures]
     grid = torch.tensor([grid_thw(*p.shape[-2:]) for p in pictures], dtype=torch.long).reshape(-1, 3)
-    nothing = text.prepare([[]], [UNCOND_PROMPT])["pixel_values"]  # [0, 1176]
+    no_patches = text.prepare([[]], [UNCOND_PROMPT])["pixel_values"]  # [0, 1176]
     samples = []
     for i, prompt in enumerate(prompts):
         ids = torch.tensor([text.prompt_ids(prompt, counts)])
-        values = torch.cat([nothing, *(p[i] for p in patches)])
+        values = torch.cat([no_patches, *(p[i] for p in patches)])
         mask = torch.ones_like(ids)
         samples.append({"input_ids": ids, "attention_mask": mask, "pixel_values": values, "image_grid_thw": grid})
     return text.collate(samples)
@@ -53,9 +53,9 @@ def _inputs(text: TextEncoder, vision: Sequence[Tensor], prompts: Sequence[str])
 def mixed_encoder_inputs(
     text: TextEncoder, pictures: Sequence[Sequence[Tensor]], prompts: Sequence[str]
 ) -> EncoderInputs:
-    """The same of samples with different references: per sample uint8 [H, W, 3] each."""
+    """Encoder inputs of samples with different references. pictures: per sample uint8 [H, W, 3] each."""
     return text.collate(
-        [_inputs(text, [p[None] for p in some], [w]) for some, w in zip(pictures, prompts, strict=True)]
+        [_inputs(text, [p[None] for p in sample], [prompt]) for sample, prompt in zip(pictures, prompts, strict=True)]
     )
 
 
@@ -71,23 +71,23 @@ _SETTINGS = {
         *("patch_size", "spatial_merge_size", "temporal_patch_size"),
     ),
 }
-"""What an encoder's config says beyond the shapes of its weights."""
+"""Encoder settings that change embeddings and do not show in the shapes of the weights."""
 
 
 def text_fingerprint(folder: Path) -> str:
-    """Twelve hex digits of the encoder in a pipeline folder, read from its files without loading the model.
+    """Fingerprint of the encoder in a pipeline folder (12 hex digits), read from its files without loading the model.
 
-    They cover the weights (rounded to bfloat16, whatever they are stored in), the numbering of positions, the
-    tokenizer and the template: all that embeddings depend on besides prompts and pictures.
+    It covers all that embeddings depend on besides prompts and pictures: weights (rounded to bfloat16, whatever their
+    storage type), position numbering, tokenizer and template.
     """
-    places = [p for part in ("text_encoder", "tokenizer") for p in sorted((folder / part).glob("*"))]
-    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in places]
+    paths = [p for part in ("text_encoder", "tokenizer") for p in sorted((folder / part).glob("*"))]
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in paths]
     return _folder_fingerprint(folder, tuple(stats))
 
 
 @lru_cache(maxsize=4)
 def _folder_fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> str:
-    """stamp: names, sizes and times of the files, so that unchanged ones are read once in a process."""
+    """stamp: names, sizes and times of the files, so that unchanged files are read once per process."""
     from transformers import Qwen2_5_VLConfig
 
     open_encoder(folder)
@@ -99,7 +99,7 @@ def _folder_fingerprint(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -
 
 
 def encoder_fingerprint(text: TextEncoder) -> str:
-    """The same of an encoder in memory."""
+    """Fingerprint of an encoder in memory; equals `text_fingerprint` of its files."""
     weights = text.network.state_dict().items()
     return _fingerprint(weights, text.model.config, text.tokenizer, text.positions)
 
@@ -108,13 +108,13 @@ def _fingerprint(weights: Iterable[tuple[str, Tensor]], config: Any, tokenizer: 
     digests = {bare: _digest(w) for name, w in weights if (bare := _bare(name))}
     settings = {part: {k: _value(getattr(config, part), k) for k in keys} for part, keys in _SETTINGS.items()}
     probe = prompt_text("Put the 12 red apples of image 1, naïvely, über den Tisch. 把苹果放在桌上!", 2)
-    words = {"vocabulary": sorted(tokenizer.get_vocab().items()), "probe": tokenizer(probe)["input_ids"]}
-    all_of_it = json.dumps([sorted(digests.items()), settings, words, positions], default=str)
-    return hashlib.sha256(all_of_it.encode()).hexdigest()[:12]
+    tokenization = {"vocabulary": sorted(tokenizer.get_vocab().items()), "probe": tokenizer(probe)["input_ids"]}
+    content = json.dumps([sorted(digests.items()), settings, tokenization, positions], default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
 def _bare(name: str) -> str:
-    """A weight's name without the wrappers that differ between files and modules; "" for the unused head."""
+    """Weight name without the prefixes that differ between files and modules; "" for the unused head."""
     return "" if name.startswith(HEAD) else re.sub(r"\b(model|language_model)\.", "", name)
 
 
@@ -134,7 +134,7 @@ def _digest(w: Tensor) -> str:
 def encode_text(
     shards: Sequence[Shard], fingerprint: str, text: TextEncoder, keep_vision: Callable[[Shard], bool]
 ) -> None:
-    """Write each shard's embeddings, with a progress bar; a shard then gives up its pictures, unless they are kept."""
+    """Write the embeddings of each shard with a progress bar, then drop its pictures unless keep_vision(shard)."""
     total = sum(len(prompts) for shard in shards for prompts in shard.prompts.values())
     with tqdm(total=total, unit=" samples", desc="text") as bar:
         for shard in shards:
@@ -144,7 +144,7 @@ def encode_text(
 
 
 def encode_shard(text: TextEncoder, shard: Shard, fingerprint: str, bar: tqdm) -> None:
-    """The embeddings of one shard's samples, in the layout that shards.py describes."""
+    """Write the text shard of one latent shard (layout: shards.py)."""
     tensors: dict[str, Tensor] = {}
     lengths, shared = {}, {}
     for shapes, prompts in shard.prompts.items():
@@ -162,25 +162,25 @@ def encode_shard(text: TextEncoder, shard: Shard, fingerprint: str, bar: tqdm) -
 def _encode(
     text: TextEncoder, vision: Sequence[Tensor], prompts: Sequence[str], bar: tqdm
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Embeddings [L, D] of every sample with its prompt and with " ", bfloat16 on the CPU."""
+    """Yield conditional and unconditional embeddings [L, D] of every sample, bfloat16 on the CPU."""
     counts = [vision_tokens(*v.shape[1:3]) for v in vision]
     longest = max(len(text.prompt_ids(prompt, counts)) for prompt in prompts)
     blank = torch.tensor(text.prompt_ids(UNCOND_PROMPT, counts))
-    size = min(max(TOKENS_PER_BATCH // longest, 1), MOST_PER_BATCH)
+    size = min(max(TOKENS_PER_BATCH // longest, 1), MAX_SAMPLES_PER_BATCH)
     for at in range(0, len(prompts), size):
-        pictures, words = [v[at : at + size] for v in vision], prompts[at : at + size]
-        inputs = _inputs(text, pictures, words)
-        seen, ids = text.vision_of(inputs), blank.expand(len(words), -1)
-        cond = text.forward(inputs, seen)
-        uncond = text.forward({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, seen)
+        pictures, chunk = [v[at : at + size] for v in vision], prompts[at : at + size]
+        inputs = _inputs(text, pictures, chunk)
+        vision_states, ids = text.vision_of(inputs), blank.expand(len(chunk), -1)
+        cond = text.forward(inputs, vision_states)
+        uncond = text.forward({**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}, vision_states)
         masks = torch.ones(cond.embeds.shape[:2], dtype=torch.bool) if cond.mask is None else cond.mask.cpu()
         for e, m, u in zip(cond.embeds.bfloat16().cpu(), masks, uncond.embeds.bfloat16().cpu(), strict=True):
             yield e[m], u
-        bar.update(len(words))
+        bar.update(len(chunk))
 
 
 def shared_tokens(text: TextEncoder, vision: Sequence[Tensor]) -> int:
-    """How many embeddings at the start do not depend on the prompt: those of the references, with their marks."""
+    """Number of leading embeddings that do not depend on the prompt: references and their marks."""
     if not vision:
         return 0
     ids = text.prompt_ids(UNCOND_PROMPT, [vision_tokens(*v.shape[1:3]) for v in vision])

@@ -1,4 +1,4 @@
-"""Checkpoints and exports that are whole or not there, and resuming from the newest."""
+"""Atomic writing of checkpoints and exports, and resuming from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -22,89 +22,93 @@ from .state import State
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on; the message says what to do."""
+    """Fault that stops a run; the message says what to do."""
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """Folders that a run wrote, the oldest first: other names, links and folders without run.json are not."""
-    found = (output / "checkpoints").glob("step-*")
-    whole = [p for p in found if NAME.fullmatch(p.name) and not p.is_symlink() and (p / "run.json").is_file()]
+    """List the checkpoint folders, oldest first; other names, links and folders without run.json are ignored."""
+    folders = (output / "checkpoints").glob("step-*")
+    whole = [
+        p for p in folders if CHECKPOINT_NAME.fullmatch(p.name) and not p.is_symlink() and (p / "run.json").is_file()
+    ]
     return sorted(whole, key=step_of)
 
 
-NAME = re.compile("step-([0-9]{7,12})")
+CHECKPOINT_NAME = re.compile("step-([0-9]{7,12})")
 
 
 def step_of(path: Path) -> int:
+    """Step number in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """Checkpoints are renamed into place when whole; so the newest name is the newest whole one."""
-    found = checkpoints(output)
-    return found[-1] if found else None
+    """Return the newest checkpoint. All are whole, because they are renamed into place when complete."""
+    paths = checkpoints(output)
+    return paths[-1] if paths else None
 
 
-def unusable(what: str, part: str, where: str, step: int, output: Path) -> TrainingError:
+def non_finite(what: str, part: str, where: str, step: int, output: Path) -> TrainingError:
+    """Error for a value that became NaN or infinite, with the last good checkpoint and how to go on."""
     last = newest_checkpoint(output)
     return TrainingError(
         f"{what} in step {step + 1} ({where}); the last good checkpoint is {last or 'none'}. Lower the learning rate "
-        f"of the {part}, or set precision: no, and start again with --allow-config-change for that key: "
-        "the run resumes from there"
+        f"of the {part}, or set precision: no, and run again with --allow-config-change for that key; "
+        "the run resumes from that checkpoint"
     )
 
 
 def resume(
     accelerator: Accelerator, state: State, output: Path, config: RunConfig, allow_change: Sequence[str] = ()
 ) -> int:
-    """Load the newest whole checkpoint of this output folder, if any; returns the step to go on from.
+    """Load the newest undamaged checkpoint of the output folder, if any; returns its step, else 0.
 
-    A damaged one is named, and the one before it is taken. TrainingError if all are damaged.
+    A warning names each damaged checkpoint. Raises TrainingError if all are damaged or the config differs.
     """
     if accelerator.is_main_process:
         remove_leftovers(output)
-    found = checkpoints(output)
-    for path in reversed(found):
-        read = read_checkpoint(accelerator, state, path)
-        if read is not None:
-            run, stored = read
+    paths = checkpoints(output)
+    for path in reversed(paths):
+        contents = read_checkpoint(accelerator, state, path)
+        if contents is not None:
+            run, stored = contents
             check_run(accelerator, state, path, run, config, allow_change)
             break
     else:
-        if found:
+        if paths:
             raise TrainingError(f"all checkpoints in {output} are damaged; restore one, or choose another output")
         return 0
     try:
         state.restore(stored)
-    except (KeyError, ValueError, RuntimeError) as error:  # other parts, sizes or optimizers: allowed, but impossible
+    except (KeyError, ValueError, RuntimeError) as error:  # allowed changes of parts, sizes or optimizers
         raise TrainingError(
-            f"{path} does not fit what is trained now ({one_line(error)}); choose another output, or take back what "
-            f"was changed in {', '.join(allow_change) or 'the model'}"
+            f"{path} does not fit the parameters of this run ({one_line(error)}); choose another output, or undo the "
+            f"change of {', '.join(allow_change) or 'the model'}"
         ) from error
     if "order" not in run and run["config"].get("data"):
-        accelerator.print(f"note: {path} comes from a version whose batches were of one shape; rows now come anew")
+        accelerator.print(f"note: {path} was written by a version with other batches; the order of rows starts anew")
     accelerator.print(f"resuming {output} at step {run['step']} of {config.steps}")
     return run["step"]
 
 
 def read_checkpoint(accelerator: Accelerator, state: State, path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """run.json and this process's tensors, or None, in every process, if any of them cannot read its part."""
-    read, why = None, ""
+    """Read run.json and this process's tensors; None in every process if any process fails to read its part."""
+    contents, reason = None, ""
     try:
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if run["step"] != step_of(path) or not isinstance(run["config"], dict):
             raise ValueError(f"run.json is of step {run['step']}")
         if not state.sharded or run["processes"] == accelerator.num_processes:
-            read = run, state.read(path, accelerator.process_index)
+            contents = run, state.read(path, accelerator.process_index)
         else:
-            read = run, {}
-    except Exception as error:  # any: torch's readers raise many kinds on damaged files
-        why = one_line(error) or type(error).__name__
-    bad = accelerator.reduce(torch.tensor(float(read is None), device=accelerator.device), "sum")
+            contents = run, {}
+    except Exception as error:  # torch raises many types for damaged files
+        reason = one_line(error) or type(error).__name__
+    bad = accelerator.reduce(torch.tensor(float(contents is None), device=accelerator.device), "sum")
     if float(bad):
-        accelerator.print(f"warning: the checkpoint {path} is damaged ({why or 'in another process'}); not used")
+        accelerator.print(f"warning: the checkpoint {path} is damaged ({reason or 'in another process'}); skipped")
         return None
-    return read
+    return contents
 
 
 def check_run(
@@ -115,7 +119,7 @@ def check_run(
     config: RunConfig,
     allow_change: Sequence[str],
 ) -> None:
-    """TrainingError if this run cannot go on from there."""
+    """Raise TrainingError if this run cannot resume from the checkpoint."""
     output, now = path.parent.parent, with_defaults(json.loads(json.dumps(to_dict(config))))
     recorded = with_defaults(run["config"])
     changed = [key for key in changed_keys(recorded, now) if key not in (*NO_CHANGE, *allow_change)]
@@ -125,17 +129,19 @@ def check_run(
             f"{' '.join(f'--allow-config-change {key}' for key in changed)}"
         )
     if run["step"] > config.steps:
-        raise TrainingError(f"{output} has already trained {run['step']} steps, more than the {config.steps} asked for")
-    then, processes = run["processes"], accelerator.num_processes
-    if state.sharded and then != processes:
         raise TrainingError(
-            f"the networks in {path} are spread over {then} processes, and this run has {processes}; "
-            f"start it with {then}"
+            f"steps: expected at least {run['step']}, which {output} has already trained, got {config.steps}"
+        )
+    saved_by, processes = run["processes"], accelerator.num_processes
+    if state.sharded and saved_by != processes:
+        raise TrainingError(
+            f"expected {saved_by} processes, over which the networks in {path} are sharded, got {processes}; "
+            f"start the run with {saved_by}"
         )
 
 
 def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A recorded config with the defaults of keys that came later; as it is where keys of it are no longer known."""
+    """Add defaults of newer keys to a recorded config; unchanged if it has keys that no longer exist."""
     try:
         return json.loads(json.dumps(to_dict(parse_run(config))))
     except ConfigError:
@@ -143,7 +149,7 @@ def with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def remove_leftovers(output: Path) -> None:
-    """What a killed run left half-written or half-removed under names of its own."""
+    """Delete partial and half-removed checkpoints of a killed run."""
     for pattern in (".step-*.partial", ".step-*.removed"):
         for path in (output / "checkpoints").glob(pattern):
             if not path.is_symlink():
@@ -154,11 +160,11 @@ NO_CHANGE = (
     *("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens"),
     *("export", "validation.every", "validation.rows", "validation.draws"),
 )
-"""Config keys that change no number of a run (max_tokens: beyond rounding)."""
+"""Config keys that change no numbers of a run (max_tokens: only rounding)."""
 
 
 def changed_keys(before: object, now: object, where: str = "") -> list[str]:
-    """Dotted names of the values that differ between two nested tables."""
+    """Dotted keys of the values that differ between two nested mappings."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [where]
     keys = sorted({*before, *now})
@@ -174,30 +180,30 @@ def save(
     config: RunConfig,
     adapter: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a checkpoint aside and rename it; remove the oldest ones. adapter: writes the student's LoRA into it.
+    """Write a checkpoint atomically and remove the oldest ones. adapter: writes the student's LoRA into a folder.
 
-    The LoRA comes first; where the rest does not fit on the disk, it is written once more in a place of its own.
+    If the checkpoint does not fit on the disk, the LoRA alone is written beside the checkpoints. Raises TrainingError.
     """
     try:
         write_checkpoint(accelerator, state, output, step, config, adapter)
     except TrainingError as error:
-        places = output / "checkpoints"
-        text = f"{error}. A checkpoint needs {gigabytes(state.nbytes)}, and {free_space(places)} are free"
+        folder = output / "checkpoints"
+        text = f"{error}. A checkpoint needs {gigabytes(state.nbytes)}, and {free_space(folder)} are free"
         if adapter is not None and accelerator.is_main_process:
-            text += rescued(adapter, places / f"lora-of-step-{step:07d}")
+            text += save_lora_alone(adapter, folder / f"lora-of-step-{step:07d}")
         raise TrainingError(text) from error
     if accelerator.is_main_process:
-        ours = [path for path in checkpoints(output) if step_of(path) <= step]
-        for old in ours[: -config.keep_checkpoints]:
+        up_to_step = [path for path in checkpoints(output) if step_of(path) <= step]
+        for old in up_to_step[: -config.keep_checkpoints]:
             remove(old)
 
 
-def rescued(adapter: Callable[[Path], None], folder: Path) -> str:
-    """Write the LoRA alone; the end of a sentence that says where it is."""
+def save_lora_alone(adapter: Callable[[Path], None], folder: Path) -> str:
+    """Write only the LoRA; returns the end of the error message that names its folder, "" if that failed too."""
     try:
         folder.mkdir(exist_ok=True)
         adapter(folder)
-    except (OSError, UniPicError):  # not even that has room
+    except (OSError, UniPicError):  # no space for that either
         shutil.rmtree(folder, ignore_errors=True)
         return ""
     return f". The student's LoRA of this step is in {folder}"
@@ -211,8 +217,8 @@ def write_checkpoint(
     config: RunConfig,
     adapter: Callable[[Path], None] | None = None,
 ) -> None:
-    """One checkpoint, whole or not at all."""
-    with replaced(accelerator, output / "checkpoints" / f"step-{step:07d}") as folder:
+    """Write one checkpoint atomically."""
+    with whole_folder(accelerator, output / "checkpoints" / f"step-{step:07d}") as folder:
         if accelerator.is_main_process and adapter is not None:
             adapter(folder)
         state.save(folder, accelerator.process_index)
@@ -222,7 +228,7 @@ def write_checkpoint(
 
 
 def remove(path: Path) -> None:
-    """Remove a folder under another name, so that half of it is never taken for whole."""
+    """Rename a folder, then delete it, so that a half-deleted folder never has its name."""
     doomed = path.with_name(f".{path.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(path, doomed)
@@ -230,7 +236,7 @@ def remove(path: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Force the files of a folder to the disk, before a rename says that they are whole."""
+    """Sync the files of a folder to disk, before it is renamed into place."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
@@ -238,19 +244,19 @@ def flush(folder: Path) -> None:
 
 
 def put_in_place(aside: Path, path: Path) -> None:
-    """Rename a whole file or folder; an older folder goes first, an older file in the same moment."""
+    """Rename a complete file or folder into place; an older folder is removed first, an older file replaced."""
     if path.is_dir():
         remove(path)
     os.replace(aside, path)
 
 
 @contextmanager
-def replaced(accelerator: Accelerator, path: Path) -> Iterator[Path]:
-    """A folder for all processes to fill, renamed to `path` at the end: nothing half-written is ever under that name.
+def whole_folder(accelerator: Accelerator, path: Path) -> Iterator[Path]:
+    """Folder for all processes to fill, renamed to `path` when complete.
 
-    TrainingError if it cannot be written.
+    Raises TrainingError if it cannot be written.
     """
-    with unfinished(accelerator, path) as aside:
+    with partial_folder(accelerator, path) as aside:
         yield aside
     if accelerator.is_main_process:
         put_in_place(aside, path)
@@ -258,8 +264,8 @@ def replaced(accelerator: Accelerator, path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def unfinished(accelerator: Accelerator, path: Path) -> Iterator[Path]:
-    """An empty folder beside `path` for all processes to fill. It is removed, and TrainingError raised, on failure."""
+def partial_folder(accelerator: Accelerator, path: Path) -> Iterator[Path]:
+    """Empty folder beside `path` for all processes to fill. On failure it is removed and TrainingError raised."""
     aside = path.with_name(f".{path.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
@@ -267,9 +273,9 @@ def unfinished(accelerator: Accelerator, path: Path) -> Iterator[Path]:
     accelerator.wait_for_everyone()
     try:
         yield aside
-    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:  # what a full disk becomes
+    except (OSError, RuntimeError, SafetensorError, CheckpointError) as error:  # a full disk raises any of these
         shutil.rmtree(aside, ignore_errors=True)
-        raise TrainingError(f"could not write {path}: {error}; what was saved before is untouched") from error
+        raise TrainingError(f"could not write {path}: {error}; earlier files are untouched") from error
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         flush(aside)
@@ -280,5 +286,5 @@ def gigabytes(size: float) -> str:
 
 
 def free_space(folder: Path) -> str:
-    """Of the disk that a folder is on."""
+    """Free space on the disk of a folder."""
     return gigabytes(shutil.disk_usage(folder).free)

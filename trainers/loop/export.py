@@ -1,4 +1,4 @@
-"""Exports of a finished run: a LoRA, the same merged into its base as one file, and as a diffusers folder."""
+"""Exports of a finished run: a LoRA, the merged model as one file, and as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from unipic_core.weights.model_files import files_to_copy
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import check_keys, expected_shapes
 
-from .checkpointing import TrainingError, free_space, gigabytes, put_in_place, unfinished
+from .checkpointing import TrainingError, free_space, gigabytes, partial_folder, put_in_place
 
 
 @dataclass(frozen=True)
 class Export:
-    """One file or folder for RUN/export. size: its bytes, 0 where it is small.
+    """One file or folder of RUN/export. size: bytes, 0 if small.
 
-    write: writes `name` into a folder; where networks are spread over processes, all of them call it.
+    write: writes `name` into a folder; with sharded networks every process calls it.
     """
 
     name: str
@@ -37,21 +37,22 @@ class Export:
 
 
 def write_exports(accelerator: Accelerator, exports: Sequence[Export], folder: Path, together: bool) -> None:
-    """Write the exports one after the other, each whole or not at all. together: all processes write.
+    """Write the exports one by one, each atomically. together: every process takes part.
 
-    TrainingError names those that are there and the bytes that the others need.
+    Raises TrainingError that names the finished exports and the bytes that the others need.
     """
     for i, export in enumerate(exports):
         try:
-            with unfinished(accelerator, folder / export.name) as aside:
+            with partial_folder(accelerator, folder / export.name) as aside:
                 if accelerator.is_main_process or together:
                     export.write(aside)
         except TrainingError as error:
-            left = sum(other.size for other in exports[i:])
-            there = ", ".join(other.name for other in exports[:i]) or "nothing"
+            needed = sum(other.size for other in exports[i:])
+            finished = ", ".join(other.name for other in exports[:i]) or "nothing"
             raise TrainingError(
-                f"{error}. Exported so far: {there}. The others need {gigabytes(left)}, and {free_space(folder)} are "
-                "free: free some, or choose less with export: [lora], and run the same command again; it only exports"
+                f"{error}. Exported so far: {finished}. The others need {gigabytes(needed)}, and {free_space(folder)} "
+                "are "
+                "free: free some, or choose fewer with export: [lora], and run the same command again; it only exports"
             ) from error
         if accelerator.is_main_process:
             put_in_place(aside / export.name, folder / export.name)
@@ -60,7 +61,7 @@ def write_exports(accelerator: Accelerator, exports: Sequence[Export], folder: P
     if accelerator.is_main_process:
         names = {export.name for export in exports}
         if older := sorted(path.name for path in folder.iterdir() if path.name not in names):
-            accelerator.print(f"note: not of this export, and left as they are in {folder}: {', '.join(older)}")
+            accelerator.print(f"note: files of earlier exports are kept in {folder}: {', '.join(older)}")
 
 
 def check_space(accelerator: Accelerator, exports: Sequence[Export], output: Path) -> None:
@@ -69,12 +70,12 @@ def check_space(accelerator: Accelerator, exports: Sequence[Export], output: Pat
     if needed > shutil.disk_usage(output).free:
         accelerator.print(
             f"warning: the export will need {gigabytes(needed)} in {output}, where {free_space(output)} are free; "
-            "free some before the end, or choose less with export: [lora]"
+            "free some before the end, or choose fewer formats with export: [lora]"
         )
 
 
 STORAGE_DTYPE = "bf16"
-"""How trained weights are written."""
+"""Storage dtype of exported weights."""
 
 
 def export_adapter(
@@ -87,14 +88,12 @@ def export_adapter(
     parts_from: Path | None = None,
     kinds: Collection[str] = ("merged", "folder"),
 ) -> None:
-    """Write NAME.safetensors (the LoRA), and of NAME_merged.safetensors and the folder NAME/ (`base` with the LoRA)
-    those that `kinds` names.
+    """Write the LoRA NAME.safetensors and, as `kinds` names them, NAME_merged.safetensors and the folder NAME/.
 
-    base: any checkpoint that `merge` reads. parts_from: the pipeline folder of NAME/'s other parts, `base` unless it is
-    said. layers: bare module name -> (down [r, in], up [out, r]), on any device. recipe: the LoRA's own; the merged
-    ones have it over the base's. What an earlier export left is replaced, each of the three when its successor is
-    whole. Raises CheckpointError, as for a full disk or where a source itself would be replaced, and LoRAError for
-    layers that do not fit `base`.
+    base: any checkpoint that `merge` reads. parts_from: pipeline folder of NAME/'s other parts (default: base). layers:
+    bare module name -> (down [r, in], up [out, r]), on any device. recipe: of the LoRA; merged models have it merged
+    over the base's. Earlier exports are replaced, each when its successor is complete. Raises CheckpointError (full
+    disk, or a source would be replaced) and LoRAError (layers that do not fit `base`).
     """
     sources = [base, parts_from or base]
     lora, merged, model = _targets(folder, sources, f"{name}.safetensors", f"{name}_merged.safetensors", name)
@@ -113,11 +112,11 @@ def export_network(
     parts_from: Path | None = None,
     kinds: Collection[str] = ("merged", "folder"),
 ) -> None:
-    """Write NAME.safetensors ("merged") and the folder NAME/ with a network whose every weight was trained.
+    """Write a fully trained network as NAME.safetensors ("merged") and as the folder NAME/.
 
-    base: where the training started; its recipe goes under `recipe`. parts_from: the pipeline folder of NAME/'s other
-    parts, `base` unless it is said. network_state: bare parameter name -> tensor, on any device. Raises CheckpointError
-    for a state that does not fit `config`, for a full disk, and where a source itself would be replaced.
+    base: starting checkpoint, over whose recipe `recipe` is merged. parts_from: pipeline folder of NAME/'s other parts
+    (default: base). network_state: bare parameter name -> tensor, on any device. Raises CheckpointError for a state
+    that does not fit `config`, for a full disk, and if a source would be replaced.
     """
     report = check_keys(expected_shapes(config), {key: tuple(value.shape) for key, value in network_state.items()})
     if not report.fits:
@@ -131,7 +130,7 @@ def export_network(
 
 
 def export_bytes(kind: str, config: MMDiTConfig, parts_from: Path) -> int:
-    """Bytes of a merged file or a folder on disk; LoRAs are small and count as 0."""
+    """Size on disk of a merged file or a folder; 0 for a LoRA, which is small."""
     if kind == "lora":
         return 0
     network = STORAGE_DTYPES[STORAGE_DTYPE].itemsize * sum(prod(shape) for shape in expected_shapes(config).values())
@@ -143,11 +142,11 @@ def export_bytes(kind: str, config: MMDiTConfig, parts_from: Path) -> int:
 
 
 def _targets(folder: Path, sources: Sequence[Path], *names: str) -> list[Path]:
-    """What is going to be written, in a folder that is there; CheckpointError if a source is one of it or in it."""
+    """Create the folder and return the paths to write. Raises CheckpointError if one would replace a source."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+        raise CheckpointError(f"cannot create the folder {folder}: {error.strerror or error}") from error
     targets = [folder / name for name in names]
     for target in targets:
         protect_sources(target, sources)
@@ -155,5 +154,5 @@ def _targets(folder: Path, sources: Sequence[Path], *names: str) -> list[Path]:
 
 
 def _state_tensors(state: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """One parameter after the other, on the CPU."""
+    """Yield the parameters on the CPU."""
     return ((name, state[name].detach().cpu()) for name in names)

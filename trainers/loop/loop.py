@@ -1,7 +1,7 @@
-"""The one training loop. A method brings parts that train, a loss, previews and an export; the loop brings the rest.
+"""Training loop of all methods. A method supplies trained parts, a loss, previews and exports.
 
 Every process of a distributed run computes its share of each batch. Losses are sums over samples divided by the number
-of samples in the whole batch, and gradients are added over processes: so any number of processes gives the same run.
+of samples in the whole batch, and gradients are summed over processes, so any number of processes gives the same run.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from unipic_core.sampling.samplers import NonFiniteLatent
 from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig
 from ..roles.sharding import sum_gradients, whole
-from ..roles.types import Named
+from ..roles.types import NamedParameters
 from ..seeds import mixed_seed
-from .checkpointing import resume, save, unusable
+from .checkpointing import non_finite, resume, save
 from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
 from .metrics import MetricLog, Metrics
@@ -40,13 +40,13 @@ from .stopping import StopRequest
 from .watching import preview_path, samples_due, save_preview, validate, validation_due
 
 PATIENCE = timedelta(hours=6)
-"""How long processes wait for one that draws a preview or writes an export; torch's own is ten minutes."""
+"""Timeout of processes that wait for one that draws a preview or writes an export; torch's default is ten minutes."""
 
 
 class Part:
-    """What one set of optimizers trains."""
+    """Parameters that are updated together, with their optimizers and schedulers."""
 
-    def __init__(self, name: str, parameters: Named, config: OptimizerConfig, updates: int) -> None:
+    def __init__(self, name: str, parameters: NamedParameters, config: OptimizerConfig, updates: int) -> None:
         self.name, self.config = name, config
         self.parameters = [p for _, p in parameters]
         self.optimizers: list[Optimizer] = make_optimizers(parameters, config)
@@ -55,7 +55,7 @@ class Part:
         self.prefix = "" if name == MAIN else f"{name}/"
 
     def update(self) -> Metrics:
-        """One step of the optimizers with the gradients there are; returns their norm and the rate."""
+        """Step the optimizers; returns gradient norm and learning rate. FloatingPointError: the norm is not finite."""
         sum_gradients(self.parameters)
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if not bool(torch.isfinite(norm)):
@@ -69,9 +69,10 @@ class Part:
 
 
 def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -> Path:
-    """Run, or resume, a training; returns the folder of the export.
+    """Start or resume a run; returns the export folder.
 
-    A resumed run must have the config that it was started with, but for the keys named in `allow_change`.
+    A resumed run needs the config it was started with, except for the keys in `allow_change`. Raises TrainingError, and
+    KeyboardInterrupt after a stop signal (a checkpoint is saved).
     """
     output = Path(config.output)
     accelerator = make_accelerator(config, output)
@@ -89,7 +90,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     log = MetricLog(accelerator, output, start)
     if not start and config.validation is not None and config.validation.holds_out:
         log.record(0, validate(accelerator, config, method, 0))
-    if start and samples_due(config, start) and not preview_path(output, start).exists():  # stopped while it was drawn
+    if start and samples_due(config, start) and not preview_path(output, start).exists():  # interrupted while drawing
         save_preview(accelerator, method, output, start)
     saved = time.monotonic()
     with StopRequest() as request:
@@ -100,9 +101,9 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
                 state.updates += 1
             done = step + 1
             late = bool(config.save_minutes) and time.monotonic() - saved >= 60 * config.save_minutes
-            stop, due = agreed(accelerator, request.asked, late)
+            stop, due = any_process(accelerator, request.asked, late)
             due = due or stop or save_due(config, done)
-            if done % config.log_every == 0 or due:  # so a resumed run averages the same steps
+            if done % config.log_every == 0 or due:  # resumed runs then average the same steps
                 log.write(done)
             if validation_due(config, done):
                 log.record(done, validate(accelerator, config, method, done))
@@ -123,19 +124,19 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     return output / "export"
 
 
-def agreed(accelerator: Accelerator, *wishes: bool) -> list[bool]:
-    """Each wish, if any process has it: all processes save and stop after the same step."""
-    sums = accelerator.reduce(torch.tensor([float(w) for w in wishes], device=accelerator.device), "sum")
+def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """OR each flag over all processes, so that all save and stop after the same step."""
+    sums = accelerator.reduce(torch.tensor([float(flag) for flag in flags], device=accelerator.device), "sum")
     return [value > 0 for value in sums.tolist()]
 
 
 def save_due(config: RunConfig, done: int) -> bool:
-    """Whether a checkpoint follows this step."""
+    """True if a checkpoint is saved after this step."""
     return done % config.save_every == 0 or done == config.steps
 
 
 def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batch]:
-    """Those of all steps from `start` on, in order."""
+    """Iterate over the batches of all steps from `start` on."""
     steps = MicroSteps(method, start, config.steps, config.accumulation)
     return iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
 
@@ -149,7 +150,7 @@ def run_step(
     step: int,
     log: MetricLog,
 ) -> None:
-    """The updates of one step, each after `accumulation` batches."""
+    """Run the updates of one step, each after `accumulation` batches."""
     for name in method.updates(step):
         for _ in range(config.accumulation):
             batch = next(batches).to(accelerator.device)
@@ -158,23 +159,24 @@ def run_step(
             log.add(parts[name].update())
         except FloatingPointError as error:
             where = f"the update after {batch.name}"
-            raise unusable(str(error), name, where, step, Path(config.output)) from error
+            raise non_finite(str(error), name, where, step, Path(config.output)) from error
 
 
 def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
+    """Set up devices, processes, mixed precision and TensorBoard."""
     output.mkdir(parents=True, exist_ok=True)
     return Accelerator(
         mixed_precision=config.precision,
         log_with="tensorboard",
         project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
         step_scheduler_with_optimizer=False,
-        # a weight cast without gradient (a rollout, a tangent) must not be taken for one cast with it
+        # no cache: a weight cast without gradient (rollout, tangent) must not be reused where a gradient is needed
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
 
 
 def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
-    """The parts by name, each with a schedule over the updates that it will get."""
+    """Create the parts by name, each with a learning rate schedule over its number of updates."""
     counts: dict[str, int] = defaultdict(int)
     for step in range(config.steps):
         for name in method.updates(step):
@@ -185,37 +187,37 @@ def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
 def backward(
     accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
 ) -> Metrics:
-    """Add one micro batch's share of the gradient; returns the loss and the means of metrics over all processes."""
+    """Accumulate the gradient of one batch; returns loss and metrics, averaged over all processes."""
     total: dict[str, float] = defaultdict(float)
-    for number, piece in enumerate(getattr(batch, "pieces", (batch,))):
-        torch.manual_seed(mixed_seed(config.seed, piece.index, accelerator.process_index, number))  # for dropout
-        for name, value in backward_piece(accelerator, config, method, part, piece, step).items():
+    for number, micro_batch in enumerate(getattr(batch, "micro_batches", (batch,))):
+        torch.manual_seed(mixed_seed(config.seed, micro_batch.index, accelerator.process_index, number))  # for dropout
+        for name, value in backward_micro_batch(accelerator, config, method, part, micro_batch, step).items():
             total[name] += value
     return total
 
 
-def backward_piece(
+def backward_micro_batch(
     accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
 ) -> Metrics:
-    """The same of samples that are computed together; they count by their number in the whole batch."""
+    """`backward` of one micro-batch, weighted by its share of the samples in the whole batch."""
     try:
         with accelerator.autocast():
             losses, metrics = method.loss(part.name, batch)
-    except NonFiniteLatent as error:  # at once: others may wait for this process inside their networks
-        what = "a picture of the student's became NaN or infinite"
-        raise unusable(what, part.name, batch.name, step, Path(config.output)) from error
+    except NonFiniteLatent as error:  # at once: other processes may wait inside their networks
+        what = "a sample of the student became NaN or infinite"
+        raise non_finite(what, part.name, batch.name, step, Path(config.output)) from error
     check_losses(accelerator, losses, part.name, batch, step, Path(config.output))
-    weight = float(getattr(batch, "counts", True))  # 0: only keeps the processes in step
+    weight = float(getattr(batch, "counts", True))  # 0: filler that only keeps processes in step
     loss = losses.sum() * (weight / config.batch_size)
     (loss / config.accumulation).backward()
     share = weight * len(losses) / config.batch_size
     shares = torch.tensor([value * share for value in metrics.values()], device=loss.device)
-    sums = accelerator.reduce(torch.cat([shares, loss.detach()[None]]), "sum").tolist()  # the GPU is waited for once
+    sums = accelerator.reduce(torch.cat([shares, loss.detach()[None]]), "sum").tolist()  # one GPU synchronisation
     return {f"{part.prefix}{name}": value for name, value in zip((*metrics, "loss"), sums, strict=True)}
 
 
 def write_data_report(accelerator: Accelerator, method: Method, output: Path) -> None:
-    """RUN/data.json, and the same printed, for methods that train on rows."""
+    """Write RUN/data.json and print it, for methods that train on rows."""
     report = getattr(method, "data_report", None)
     values = report() if report is not None and accelerator.is_main_process else None
     if values:
@@ -224,7 +226,7 @@ def write_data_report(accelerator: Accelerator, method: Method, output: Path) ->
 
 
 def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:
-    """EMA whose decay grows as (1 + n) / (10 + n) up to `decay`, so that a short run is not dominated by its start."""
+    """Update the EMA; its decay grows as (1 + n) / (10 + n) up to `decay`, so short runs forget their start."""
     if averaged:
         averages, parameters = zip(*averaged, strict=True)
         with torch.no_grad():
@@ -232,9 +234,9 @@ def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: i
 
 
 def check_losses(accelerator: Accelerator, losses: Tensor, part: str, batch: Batch, step: int, output: Path) -> None:
-    """TrainingError, in every process, if the loss of any sample is not finite."""
-    bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    anywhere = accelerator.reduce(torch.tensor(float(len(bad)), device=losses.device), "sum")
+    """Raise TrainingError in every process if the loss of any sample is not finite."""
+    non_finite_samples = (~torch.isfinite(losses)).nonzero().flatten().tolist()
+    anywhere = accelerator.reduce(torch.tensor(float(len(non_finite_samples)), device=losses.device), "sum")
     if float(anywhere):
-        which = f"sample {bad[0]} of {batch.name}" if bad else "another process's batch"
-        raise unusable("a loss became NaN or infinite", part, which, step, output)
+        which = f"sample {non_finite_samples[0]} of {batch.name}" if non_finite_samples else "another process's batch"
+        raise non_finite("a loss became NaN or infinite", part, which, step, output)

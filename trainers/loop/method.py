@@ -1,4 +1,4 @@
-"""What a method brings to the training loop, and its batches in the order of their use."""
+"""Interface between a training method and the loop, and the order of a run's batches."""
 
 from __future__ import annotations
 
@@ -13,34 +13,33 @@ from torch.utils.data import Dataset
 
 from ..config.methods import OptimizerConfig
 from ..config.run import ConfigError
-from ..roles.types import Named
+from ..roles.types import NamedParameters
 from .export import Export
 from .metrics import Metrics
 
 MAIN = "student"
-"""The part whose update makes a step; its metrics carry no prefix."""
+"""Main part: its updates count for the EMA, and its metrics have no prefix."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every batch this process computes."""
+    """Share of every batch that this process computes."""
 
     process: int = 0
     processes: int = 1
 
     def part(self, count: int) -> slice:
-        """The samples of a batch of `count` that are this process's; ConfigError if it cannot be divided evenly."""
+        """Samples of this process in a batch of `count`. Raises ConfigError if it cannot be divided evenly."""
         if count % self.processes:
             raise ConfigError(
-                f"batch_size {count} cannot be shared evenly by {self.processes} processes; "
-                f"make it a multiple of {self.processes}"
+                f"batch_size: expected a multiple of {self.processes}, the number of processes, got {count}"
             )
         size = count // self.processes
         return slice(self.process * size, (self.process + 1) * size)
 
 
 class Batch(Protocol):
-    """What a method computes a loss on. index: of its micro step; name: for messages."""
+    """Input of a method's loss. index: of its micro step; name: for messages."""
 
     index: int
     name: str
@@ -49,49 +48,49 @@ class Batch(Protocol):
 
 
 class Method(Protocol):
-    """What a training method brings to the loop. A part is what one optimizer trains: "student", "fake_score"."""
+    """Training method as the loop sees it. A part is one set of trained parameters: "student" or "fake_score"."""
 
     loader_workers: int
     slots: int
-    """The most updates that a step can have."""
+    """Largest number of updates in a step."""
 
     sharded: bool
-    """Whether the networks are spread over the processes, which then all take part in previews and exports."""
+    """True for networks sharded over the processes, which then all take part in previews and exports."""
 
     def place(self, device: torch.device, share: Share) -> None:
-        """Move everything to the device; batches will be this process's share."""
+        """Move networks to the device and set this process's share of batches."""
 
     def updates(self, step: int) -> tuple[str, ...]:
-        """The parts that a step updates, in order."""
+        """Parts updated in a step, in order."""
 
-    def trained(self, part: str) -> Named: ...
+    def trained(self, part: str) -> NamedParameters: ...
 
     def averaged(self) -> list[tuple[Tensor, Tensor]]:
-        """(moving average, parameter) for all that has an EMA."""
+        """(moving average, parameter) of everything with an EMA."""
 
     def optimizer(self, part: str) -> OptimizerConfig: ...
 
     def batch(self, index: int) -> Any:
-        """The Batch of a micro step: a pure function of it, so that a resumed run sees what an unbroken one sees."""
+        """Batch of a micro step, a pure function of its index: resumed and uninterrupted runs see the same batches."""
 
     def loss(self, part: str, batch: Any) -> tuple[Tensor, Metrics]:
-        """One loss per sample of this process's share, [B]."""
+        """Loss per sample of this process's share, [B], and metrics."""
 
     def preview(self) -> Image.Image: ...
 
     def exports(self) -> list[Export]:
-        """The files and folders that the run leaves, LoRAs first."""
+        """Files and folders to export, LoRAs first."""
 
 
 class HoldsOut(Method, Protocol):
-    """A method whose data have rows that no step trains on."""
+    """Method with held-out rows."""
 
     def validation_batches(self) -> Iterator[Any]:
-        """This process's share of these rows, in batches that have `pieces`."""
+        """This process's share of the held-out rows, as batches of `micro_batches`."""
 
 
 class MicroSteps(Dataset):
-    """The batches of steps start .. stop in the order of their use, so that a DataLoader can prepare them ahead."""
+    """Batches of steps start .. stop - 1 in order of use, for a DataLoader to prepare ahead."""
 
     def __init__(self, method: Method, start: int, stop: int, accumulation: int) -> None:
         self.batch = method.batch

@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..config.methods import OptimizerConfig
 from ..config.parse import ConfigError
-from ..roles.types import Named
+from ..roles.types import NamedParameters
 
 NOT_HIDDEN = ("img_in", "txt_in", "proj_out", "conv_in", "conv_out", "embed", "quant_conv", "norm", "_mod.")
 """Layers whose inputs or outputs are data or modulations, not features: Muon's orthogonal updates do not suit them."""
@@ -40,9 +40,9 @@ class Muon(Optimizer):
                     p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum as a matrix."""
+        """Nesterov momentum, flattened to a matrix."""
         state = self.state[p]
-        assert p.grad is not None  # the caller chose those with a gradient
+        assert p.grad is not None  # filtered by `step`
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(p.grad, 1 - momentum)
@@ -50,7 +50,7 @@ class Muon(Optimizer):
 
 
 def _by_shape(params: Iterable[Tensor]) -> dict[torch.Size, list[Tensor]]:
-    """Equally shaped matrices are orthogonalised together, which is four times faster than one by one."""
+    """Group equally shaped matrices: orthogonalising them together is four times faster than one by one."""
     groups: dict[torch.Size, list[Tensor]] = {}
     for p in params:
         groups.setdefault(p.shape, []).append(p)
@@ -58,7 +58,7 @@ def _by_shape(params: Iterable[Tensor]) -> dict[torch.Size, list[Tensor]]:
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with singular values near 1, by quintic Newton-Schulz steps in bfloat16. x: [k, m, n]."""
+    """Orthogonalise matrices [k, m, n] (singular values near 1) by quintic Newton-Schulz steps in bfloat16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = x.shape[-2] <= x.shape[-1]
     y = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
@@ -70,29 +70,30 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    """True for a parameter that Muon trains."""
     return p.ndim > 1 and min(p.shape[0], p[0].numel()) > 1 and not any(part in name for part in NOT_HIDDEN)
 
 
-def make_optimizers(trainable: Named, config: OptimizerConfig) -> list[Optimizer]:
-    """AdamW alone, or with muon_lr > 0 Muon for the hidden matrices beside it; biases and norms are not decayed."""
+def make_optimizers(trainable: NamedParameters, config: OptimizerConfig) -> list[Optimizer]:
+    """Create AdamW, and with muon_lr > 0 Muon for the hidden matrices; biases and norms have no weight decay."""
     muon = [p for n, p in trainable if config.muon_lr and is_hidden_matrix(n, p)]
-    chosen = {id(p) for p in muon}
-    rest = [p for _, p in trainable if id(p) not in chosen]
+    muon_ids = {id(p) for p in muon}
+    rest = [p for _, p in trainable if id(p) not in muon_ids]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    made: list[Optimizer] = []
+    optimizers: list[Optimizer] = []
     if rest:
         filled = [g for g in groups if g["params"]]
-        made.append(adam_class(config.kind)(filled, lr=config.lr, betas=config.betas, eps=config.eps))
+        optimizers.append(adam_class(config.kind)(filled, lr=config.lr, betas=config.betas, eps=config.eps))
     if muon:
-        made.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
-    return made
+        optimizers.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
+    return optimizers
 
 
 def adam_class(kind: str) -> Any:
-    """AdamW, or bitsandbytes' with states in eight bits."""
+    """Return torch's AdamW or bitsandbytes' AdamW8bit. Raises ConfigError if that is not installed."""
     if kind == "adamw":
         return AdamW
     try:
@@ -105,7 +106,7 @@ def adam_class(kind: str) -> Any:
 
 
 def lr_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """Linear warm-up, then half a cosine down to final_lr_ratio."""
+    """Learning rate factor by step: linear warm-up, then cosine decay to final_lr_ratio."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:

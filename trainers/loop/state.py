@@ -1,4 +1,4 @@
-"""What a checkpoint keeps: trained tensors, their moving averages, optimizers and schedulers."""
+"""Checkpoint contents: trained parameters, their moving averages, optimizer and scheduler states."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from ..roles.sharding import is_sharded, local, locally
 
 
-class Trained(Protocol):
-    """A part of the loop."""
+class TrainedPart(Protocol):
+    """Part of the loop (loop.Part), as far as checkpoints need it."""
 
     name: str
     parameters: list[torch.nn.Parameter]
@@ -24,12 +24,12 @@ class Trained(Protocol):
 
 
 class State:
-    """Saved by the main process, or by every process its own share where parameters are spread over them.
+    """State of a run: written by the main process, or with sharded parameters by every process.
 
-    updates: of the main part so far, by which its moving average warms up.
+    updates: number of updates of the main part, which sets the decay of its moving average.
     """
 
-    def __init__(self, parts: Iterable[Trained], averages: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Iterable[TrainedPart], averages: Sequence[Tensor]) -> None:
         self.parts, self.averages = list(parts), list(averages)
         self.updates = 0
         self.sharded = any(is_sharded(p) for part in self.parts for p in part.parameters)
@@ -39,12 +39,13 @@ class State:
 
     @torch.no_grad()
     def save(self, folder: Path, process: int) -> None:
+        """Write this process's state file, if it has one."""
         if process and not self.sharded:
             return
         torch.save(self.tensors(), self.file(folder, process))
 
     def tensors(self) -> dict[str, Any]:
-        """All that is saved: this process's share."""
+        """Contents of this process's state file."""
         parts = {
             part.name: {
                 "parameters": [local(p.detach()) for p in part.parameters],
@@ -58,36 +59,36 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this process saves."""
+        """Size of this process's state file."""
         return bytes_in(self.tensors())
 
     def load(self, folder: Path, process: int) -> None:
-        """Read what `save` wrote; the run must have as many processes as then if its parameters are spread."""
+        """Read and restore; with sharded parameters the number of processes must be that of `save`."""
         self.restore(self.read(folder, process))
 
     def read(self, folder: Path, process: int) -> dict[str, Any]:
-        """The stored tensors, on the CPU; raises many kinds of errors for a damaged file."""
+        """Read the state file to the CPU; raises errors of many types for a damaged file."""
         stored = torch.load(self.file(folder, process), map_location="cpu", weights_only=True)
         return {"parts": stored["parts"], "averages": stored["averages"], "updates": stored["updates"]}
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any]) -> None:
-        """Put what `read` gave into the parts of this run."""
+        """Copy the result of `read` into the parts of this run."""
         self.updates = state["updates"]
-        for own, kept in zip(self.averages, state["averages"], strict=True):
-            local(own).copy_(kept)
+        for average, stored in zip(self.averages, state["averages"], strict=True):
+            local(average).copy_(stored)
         for part in self.parts:
-            found = state["parts"][part.name]
-            for p, kept in zip(part.parameters, found["parameters"], strict=True):
-                local(p.detach()).copy_(kept)
-            for optimizer, kept in zip(part.optimizers, found["optimizers"], strict=True):
-                load_optimizer(optimizer, kept)
-            for scheduler, kept in zip(part.schedulers, found["schedulers"], strict=True):
-                load_scheduler(scheduler, kept)
+            stored_part = state["parts"][part.name]
+            for p, stored in zip(part.parameters, stored_part["parameters"], strict=True):
+                local(p.detach()).copy_(stored)
+            for optimizer, stored in zip(part.optimizers, stored_part["optimizers"], strict=True):
+                load_optimizer(optimizer, stored)
+            for scheduler, stored in zip(part.schedulers, stored_part["schedulers"], strict=True):
+                load_scheduler(scheduler, stored)
 
 
 def bytes_in(tree: Any) -> int:
-    """Of all tensors in nested dicts and lists."""
+    """Bytes of all tensors in nested dicts and lists."""
     if isinstance(tree, Tensor):
         return tree.nbytes
     values = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
@@ -95,21 +96,23 @@ def bytes_in(tree: Any) -> int:
 
 
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """What the optimizer remembers of each parameter, each share put back where its parameter lies.
+    """Load the optimizer's state of each parameter; shards become distributed tensors like their parameters.
 
-    Rates, decays and the like stay this run's own: they may have been changed, and allowed to.
+    Learning rate, weight decay and other options stay those of this run, which may differ (--allow-config-change).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [i for group in state["param_groups"] for i in group["params"]]
-    places = dict(zip(order, parameters, strict=True))
-    back = {i: {k: put_back(places[i], v) for k, v in values.items()} for i, values in state["state"].items()}
+    by_index = dict(zip(order, parameters, strict=True))
+    restored = {
+        i: {k: like_parameter(by_index[i], v) for k, v in values.items()} for i, values in state["state"].items()
+    }
     groups = optimizer.state_dict()["param_groups"]
-    own = [{**group, "params": kept["params"]} for group, kept in zip(groups, state["param_groups"], strict=True)]
-    optimizer.load_state_dict({"state": back, "param_groups": own})
+    options = [{**group, "params": old["params"]} for group, old in zip(groups, state["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": restored, "param_groups": options})
 
 
 def load_scheduler(scheduler: LambdaLR, state: dict[str, Any]) -> None:
-    """Go to the update at which the schedule stood, with this run's own rates."""
+    """Continue the schedule at the stored update, with this run's learning rates."""
     factors = [factor(state["last_epoch"]) for factor in scheduler.lr_lambdas]
     rates = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
     scheduler.load_state_dict({**state, "base_lrs": scheduler.base_lrs, "_last_lr": rates})
@@ -117,10 +120,10 @@ def load_scheduler(scheduler: LambdaLR, state: dict[str, Any]) -> None:
         group["lr"] = rate
 
 
-def put_back(parameter: Tensor, value: object) -> Any:
-    """A share of a tensor like the parameter becomes one; everything else stays."""
+def like_parameter(parameter: Tensor, value: object) -> Any:
+    """Turn a shard of the parameter's shape into a distributed tensor; other values stay."""
     if not (isinstance(value, Tensor) and is_sharded(parameter)) or value.shape != local(parameter.detach()).shape:
         return value
-    whole = torch.zeros_like(parameter)
-    local(whole).copy_(value)
-    return whole
+    distributed = torch.zeros_like(parameter)
+    local(distributed).copy_(value)
+    return distributed

@@ -1,4 +1,4 @@
-"""Signals that end a run: the first asks for a checkpoint after the current step, a second one exits at once."""
+"""Stop signals: the first requests a checkpoint after the current step, the second exits at once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from types import FrameType, TracebackType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-"""Windows has no SIGHUP."""
+"""Signals that stop a run; Windows has no SIGHUP."""
 
 
 class StopRequest:
-    """Handlers for SIGNALS while it is entered, in the main thread of a process; asked: whether a signal came."""
+    """Context that handles SIGNALS in the main thread. asked: True after the first signal."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -31,7 +31,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader's worker: Ctrl-C reaches it too, and its parent still needs it
+        if os.getpid() != self._process:  # a loader worker: it receives Ctrl-C too, but is still needed
             if number != signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""What a run shows of itself beside its losses: previews, and the loss on held-out rows."""
+"""Preview grids, and the validation loss on held-out rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch import Tensor
 from unipic_core.replacing import replacing
 
 from ..config.run import RunConfig
-from .checkpointing import unusable
+from .checkpointing import non_finite
 from .method import MAIN, HoldsOut, Method
 from .metrics import Metrics
 
 
 def samples_due(config: RunConfig, done: int) -> bool:
-    """Whether a preview follows this step."""
+    """True if a preview is drawn after this step."""
     return done % config.sample_every == 0 or done == config.steps
 
 
 def validation_due(config: RunConfig, done: int) -> bool:
-    """Whether the loss on held-out rows follows this step."""
+    """True if a validation follows this step."""
     options = config.validation
     if options is None or not options.holds_out:
         return False
@@ -35,14 +35,14 @@ def validation_due(config: RunConfig, done: int) -> bool:
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, config: RunConfig, method: Method, done: int) -> Metrics:
-    """The student's mean loss and metrics on held-out rows, at the same times and noise after every step."""
+    """Mean loss and metrics of the student on held-out rows, always with the same times and noise."""
     total: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=accelerator.device))
-    held_out = cast(HoldsOut, method)  # the config's sections with rows to hold out belong to such methods
+    held_out = cast(HoldsOut, method)  # only such methods have a validation section
     for batch in held_out.validation_batches():
-        for piece in batch.to(accelerator.device).pieces:
+        for micro_batch in batch.to(accelerator.device).micro_batches:
             with accelerator.autocast():
-                losses, metrics = method.loss(MAIN, piece)
-            weight = len(losses) * float(piece.counts)
+                losses, metrics = method.loss(MAIN, micro_batch)
+            weight = len(losses) * float(micro_batch.counts)
             total["samples"] += weight
             total["loss"] += weight * losses.mean()
             for name, value in metrics.items():
@@ -51,7 +51,7 @@ def validate(accelerator: Accelerator, config: RunConfig, method: Method, done: 
     means = {f"validation/{name}": value / sums[0] for name, value in zip(total, sums, strict=True)}
     del means["validation/samples"]
     if not math.isfinite(means["validation/loss"]):
-        raise unusable("the loss of the validation", MAIN, "held-out rows", done, Path(config.output))
+        raise non_finite("the validation loss", MAIN, "held-out rows", done, Path(config.output))
     return means
 
 
@@ -60,7 +60,7 @@ def preview_path(output: Path, step: int) -> Path:
 
 
 def save_preview(accelerator: Accelerator, method: Method, output: Path, step: int) -> None:
-    """The sample grid; every process takes part where the network is spread over them."""
+    """Draw and save the sample grid; with sharded networks every process takes part."""
     if accelerator.is_main_process or method.sharded:
         with torch.no_grad():
             picture = method.preview()

@@ -1,4 +1,4 @@
-"""Method `consistency`: the student jumps to x0 in one step (UniPic 3, section 4.3; equations in losses.py)."""
+"""Method `consistency`: the student predicts x0 in one step (UniPic 3, section 4.3, eq. 9-11; losses.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unipic_core.sampling.flow import add_noise, velocity
 from unipic_core.weights.recipe import RELEASED_FEW_STEP
 
 from ..config.methods import ConsistencyMethod
-from ..config.run import RunConfig, given
+from ..config.run import RunConfig, required
 from ..loop.metrics import Metrics
 from ..roles.types import EMA, STUDENT, TEACHER, Roles
 from .base import NetworkTraining
@@ -30,18 +30,18 @@ from .losses import (
 )
 
 Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_t, t, eps - x0) -> the velocity that the student is to be consistent with, all [B, ...]."""
+"""(x_t, t, eps - x0) -> velocity of the trajectory that the student is made consistent on, all [B, ...]."""
 
 
 def consistency_terms(
     student: TimedVelocity, guide: Guide, x0: Tensor, eps: Tensor, t: Tensor, options: ConsistencyMethod
 ) -> tuple[Tensor, Metrics]:
-    """The loss [B] at x_t = (1 - t) x0 + t eps. `guide` and all evaluations but one are without gradient.
+    """Consistency loss [B] at x_t = (1 - t) x0 + t eps, with metrics. Only the prediction has a gradient.
 
-    The tangent is taken in float32 whatever the surrounding autocast: a difference of near numbers is divided by 2e.
+    The tangent is computed in float32 even under autocast: it divides a difference of close numbers by 2e.
     """
     x_t, data_v = add_noise(x0, eps, t), velocity(x0, eps)
-    # forward-mode differentiation goes through this kernel alone
+    # the only attention kernel with forward-mode differentiation
     kernel = sdpa_kernel(SDPBackend.MATH) if options.tangent == "jvp" else nullcontext()
     with torch.no_grad(), kernel:
         v = guide(x_t, t, data_v)
@@ -52,24 +52,24 @@ def consistency_terms(
             else:
                 tangent = difference_tangent(student, x_t, along, t, options.e)
     prediction = student(x_t, t)
-    tangent_used = scaled_tangent(tangent) if options.normalisation == "tangent" else tangent
+    used_tangent = scaled_tangent(tangent) if options.normalisation == "tangent" else tangent
     # UniPic 3, eq. 9; then eq. 10-11 in `consistency_loss`
-    residual = consistency_residual(prediction.detach(), v, tangent_used, t)
-    used = scaled_residual(residual, "rms" if options.normalisation == "rms" else "none")
+    residual = consistency_residual(prediction.detach(), v, used_tangent, t)
+    used_residual = scaled_residual(residual, "rms" if options.normalisation == "rms" else "none")
     metrics = {
         "residual": float(residual.square().mean().sqrt()),
         "tangent": float(tangent.square().mean().sqrt()),
     }
-    return consistency_loss(prediction, used, options.cosine), metrics
+    return consistency_loss(prediction, used_residual, options.cosine), metrics
 
 
 class ConsistencyTraining(NetworkTraining):
-    """The frozen base is the teacher: it gives the guided velocity along which the student must not change its mind."""
+    """The student learns to predict the same x0 from every point of the trajectory of the frozen, guided base."""
 
     recipe = replace(RELEASED_FEW_STEP, time_rounding="none")  # trained on exact times, in any precision
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
-        self.options = given(config.consistency)
+        self.options = required(config.consistency)
         self.prompt_dropout = self.options.prompt_dropout
         super().__init__(config, roles)
 
@@ -81,7 +81,7 @@ class ConsistencyTraining(NetworkTraining):
         return consistency_terms(self.role(STUDENT, batch), self.guide(batch), batch.x0, eps, t, self.options)
 
     def guide(self, batch: Inputs) -> Guide:
-        """The velocity to be consistent with, as the options choose it."""
+        """Velocity of the trajectory that the options choose."""
         options, scale = self.options, self.options.guidance
         if options.velocity == "teacher":
             return lambda x_t, t, data_v: self.guided(TEACHER, batch, x_t, t, scale)

@@ -1,4 +1,4 @@
-"""Method `dmd`: the student's own pictures move to where teacher and fake score agree (equations in losses.py)."""
+"""Method `dmd`: distribution matching distillation (UniPic 3, section 4.3, eq. 12-14; losses.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unipic_core.sampling.schedules import few_step_times
 from unipic_core.weights.recipe import RELEASED_FEW_STEP
 
 from ..config.methods import OptimizerConfig
-from ..config.run import RunConfig, given
+from ..config.run import RunConfig, required
 from ..loop.metrics import Metrics
 from ..roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
 from .base import NetworkTraining
@@ -24,7 +24,7 @@ from .losses import TimedVelocity, dmd_direction, dmd_loss, fake_score_loss
 
 
 def rollout(student: TimedVelocity, eps: Tensor, times: Sequence[float], noise: NoiseSource) -> Tensor:
-    """x0 as `sample_consistency` makes it from eps at times[0]; only the last step keeps its gradient."""
+    """Sample x0 from eps at times[0] like `sample_consistency`; only the last step has a gradient."""
     last = float(times[-2])
 
     def velocity(x_t: Tensor, t: float) -> Tensor:
@@ -37,9 +37,9 @@ def rollout(student: TimedVelocity, eps: Tensor, times: Sequence[float], noise: 
 def dmd_terms(
     x: Tensor, teacher: TimedVelocity, fake: TimedVelocity, eps: Tensor, t: Tensor, weighting: str
 ) -> tuple[Tensor, Metrics]:
-    """The student's loss [B]. x: its pictures, with gradient; teacher and fake score see them noised to t."""
+    """Loss of the student, [B], and metrics. x: its samples, with gradient; eps, t: noise added for both scores."""
     with torch.no_grad():
-        # UniPic 3, eq. 12-13, at x_t = (1 - t) x + t eps with eps drawn anew
+        # UniPic 3, eq. 12-13, at x_t = (1 - t) x + t eps with fresh eps
         x_t = add_noise(x.detach(), eps, t)
         v_teacher, v_fake = teacher(x_t, t), fake(x_t, t)
         direction = dmd_direction(x.detach(), eps, t, v_teacher, v_fake, weighting)
@@ -54,7 +54,7 @@ class DMDTraining(NetworkTraining):
     recipe = replace(RELEASED_FEW_STEP, time_rounding="none")  # trained on exact times, in any precision
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
-        self.dmd_options = given(config.dmd)
+        self.dmd_options = required(config.dmd)
         self.slots = self.dmd_options.fake_updates + 1
         super().__init__(config, roles)
 
@@ -64,7 +64,7 @@ class DMDTraining(NetworkTraining):
         return (FAKE_SCORE,) * options.fake_updates + student
 
     def position(self, index: int) -> int:
-        """The warm-up of the fake score has no batches of the student's."""
+        """Skip the student's micro steps during the warm-up of the fake score."""
         accumulation = self.config.accumulation
         step = index // (self.slots * accumulation)
         return index - min(step, self.dmd_options.fake_warmup_steps) * accumulation
@@ -77,14 +77,14 @@ class DMDTraining(NetworkTraining):
         return self.fake_score(batch, draws) if part == FAKE_SCORE else self.matching(batch, draws)
 
     def fake_score(self, batch: Inputs, draws: Draws) -> tuple[Tensor, Metrics]:
-        """Flow matching on what the student makes now."""
+        """Flow matching loss of the fake score on current samples of the student."""
         with torch.no_grad():
-            x = self.pictures(batch, draws)
+            x = self.student_samples(batch, draws)
         t, eps = self.times(draws, self.dmd_options.times), draws.noise()
         return fake_score_loss(self.role(FAKE_SCORE, batch)(add_noise(x, eps, t), t), x, eps), {}
 
     def matching(self, batch: Inputs, draws: Draws) -> tuple[Tensor, Metrics]:
-        x = self.pictures(batch, draws)
+        x = self.student_samples(batch, draws)
         t, eps = self.times(draws, self.dmd_options.times), draws.noise()
         scale = self.dmd_options.teacher_guidance
 
@@ -93,16 +93,16 @@ class DMDTraining(NetworkTraining):
 
         return dmd_terms(x, teacher, self.role(FAKE_SCORE, batch), eps, t, self.dmd_options.weighting)
 
-    def pictures(self, batch: Inputs, draws: Draws) -> Tensor:
-        """x0 [B, N, 4C] by the student's own sampler."""
+    def student_samples(self, batch: Inputs, draws: Draws) -> Tensor:
+        """Sample x0 [B, N, 4C] with the student's sampler."""
         times = few_step_times(self.rollout_steps(batch.index), batch.x0.shape[1], self.shift).tolist()
         return rollout(self.role(STUDENT, batch), draws.noise(), times, lambda step: draws.noise())
 
     def rollout_steps(self, index: int) -> int:
-        """1 .. max_steps, one number for all updates of a training step.
+        """Number of sampling steps in 1 .. max_steps, the same for all updates of a training step.
 
-        The fake score that a student of k steps meets has then just learned from pictures made in k steps; one that
-        learns from all numbers at once brings only their mean to the teacher, and single numbers drift apart.
+        So the fake score has just been updated on samples of as many steps as the student is now trained on. Trained on
+        a mix of step counts, it matches only their average to the teacher, and single step counts drift apart.
         """
         step = index // (self.slots * self.config.accumulation)
         rng = np.random.default_rng([self.config.seed, step, 2])

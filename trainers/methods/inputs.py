@@ -1,4 +1,4 @@
-"""Batches as the network takes them: samples padded into one sequence, in pieces of near lengths, and their noise."""
+"""Network inputs of a batch: padded sequences, micro-batches of similar length, and their random draws."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from .correspondence import Owners
 
 @dataclass(frozen=True)
 class Inputs:
-    """One batch as the network takes it, of micro step `index`.
+    """Network inputs of one micro-batch at micro step `index`.
 
-    x0 [B, N, 4C]; latents: the sequence, with x0 as its target; first: the place of its first sample in the whole
-    batch, from which its noise is drawn; name: bucket and rows, for messages. owners: the reference that each target
-    token shows, of data with masks, and dropped: bool [B], the samples that train without their prompt. rows: the
-    samples' numbers in the data, from which noise is drawn where they are given. counts: False for a piece that only
-    keeps this process in step with the others.
+    x0: [B, N, 4C]; latents: sequence with x0 as its target; first: index of its first sample in the batch, the noise
+    seed without `rows`; name: for messages; owners: reference of each target token, for data with masks; dropped: bool
+    [B], samples without their prompt; rows: numbers of the samples in the data, the noise seeds; counts: False for a
+    filler that only keeps processes in step.
     """
 
     x0: Tensor
@@ -55,7 +54,7 @@ class Inputs:
 
 
 def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:
-    """The batch of cached rows; their text embeddings must be there."""
+    """Make a batch from cached rows. Raises ValueError without text embeddings."""
     if rows.cond is None or rows.uncond is None:
         raise ValueError(f"the cached samples of {name or 'this batch'} have no text embeddings")
     x0 = pack_latents(rows.target)
@@ -64,8 +63,8 @@ def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> I
     return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
 
 
-def joined(batches: Sequence[Inputs]) -> Inputs:
-    """One batch of several with equally many target tokens; shorter sequences and texts are padded."""
+def padded_batch(batches: Sequence[Inputs]) -> Inputs:
+    """Join batches with equal numbers of target tokens; shorter sequences and texts are padded."""
     x0 = torch.cat([b.x0 for b in batches])
     tokens = [row[:n] for b in batches for row, n in zip(b.latents.tokens, b.latents.lengths, strict=True)]
     shapes = tuple(s for b in batches for s in b.latents.shapes)
@@ -76,25 +75,25 @@ def joined(batches: Sequence[Inputs]) -> Inputs:
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """A batch of mixed shapes, as Inputs of near lengths that are computed one after another."""
+class MicroBatches:
+    """Batch of mixed shapes, split into micro-batches of similar length that are computed one after another."""
 
-    pieces: tuple[Inputs, ...]
+    micro_batches: tuple[Inputs, ...]
     index: int
     name: str
 
-    def to(self, device: torch.device | str) -> Pieces:
-        return replace(self, pieces=tuple(piece.to(device) for piece in self.pieces))
+    def to(self, device: torch.device | str) -> MicroBatches:
+        return replace(self, micro_batches=tuple(one.to(device) for one in self.micro_batches))
 
 
-def choose(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
-    """Sample i of a where `first` says so, else of b."""
+def select_text(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
+    """Take sample i from `a` where first[i] is True, else from `b`."""
     rows = [(a if f else b).row(i) for i, f in enumerate(first)]
     return TextCond.stack(rows)
 
 
 class Draws:
-    """The random numbers of one micro step, from (seed, index, row) alone; drawn on the CPU."""
+    """Random numbers of one micro step: a pure function of (seed, index, row), drawn on the CPU."""
 
     def __init__(self, seed: int, batch: Inputs) -> None:
         self.like = batch.x0
@@ -102,6 +101,6 @@ class Draws:
         self.generators = [torch.Generator().manual_seed(mixed_seed(seed, batch.index, row)) for row in rows]
 
     def noise(self) -> Tensor:
-        """eps [B, N, 4C], fresh with every call."""
+        """Draw eps [B, N, 4C], new on every call."""
         shape = self.like.shape[1:]
         return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.like)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..config.run import RunConfig, given
+from ..config.run import RunConfig, required
 from ..loop.metrics import Metrics
 from ..roles.types import FAKE_SCORE, Roles
 from .consistency import ConsistencyTraining
@@ -13,18 +13,18 @@ from .inputs import Draws, Inputs
 
 
 class JointTraining(DMDTraining, ConsistencyTraining):
-    """The fake score trains as in `dmd`; the student's loss is the weighted sum."""
+    """The fake score is trained as in `dmd`; the student's loss is the weighted sum of both losses."""
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
-        self.weights = given(config.joint)
+        self.weights = required(config.joint)
         super().__init__(config, roles)
 
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
         draws = Draws(self.config.seed, batch)
         if part == FAKE_SCORE:
             return self.fake_score(batch, draws)
-        consistency, own = self.consistency(batch, draws)
-        matching, gap = self.matching(batch, draws)
-        metrics = {"consistency": float(consistency.detach().mean()), "matching": float(matching.detach().mean())}
+        consistency, consistency_metrics = self.consistency(batch, draws)
+        matching, matching_metrics = self.matching(batch, draws)
+        losses = {"consistency": float(consistency.detach().mean()), "matching": float(matching.detach().mean())}
         total = self.weights.consistency_weight * consistency + self.weights.dmd_weight * matching
-        return total, {**own, **gap, **metrics}
+        return total, {**consistency_metrics, **matching_metrics, **losses}

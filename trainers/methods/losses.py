@@ -1,7 +1,7 @@
-"""Losses: pure functions of tensors, each under its equation. All give one value per sample, [B], in float32.
+"""Losses as pure functions of tensors, each with its equation. All return one value per sample, [B], in float32.
 
-x0, eps, x_t, v: [B, N, 4C] (or any [B, ...]); t: [B]. A batch may then be split over processes in any way, and a value
-that is not finite can be traced to its sample.
+x0, eps, x_t, v: [B, N, 4C] (or any [B, ...]); t: [B]. With values per sample a batch can be split over processes in
+any way, and a non-finite value can be traced to its sample.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from unipic_core.conditioning.sequence import PATCH
 from unipic_core.sampling.flow import like, velocity
 
 TimedVelocity = Callable[[Tensor, Any], Tensor]
-"""(x_t [B, ...], t: [B] or a number) -> v [B, ...]: a network with everything else fixed."""
+"""(x_t [B, ...], t: [B] or a number) -> v [B, ...]: a network with its other inputs bound."""
 
 
 def per_sample(values: Tensor) -> Tensor:
-    """[B, ...] -> [B]: the mean over all but the batch."""
+    """Mean over all but the batch dimension, [B, ...] -> [B]."""
     return values.flatten(1).mean(1)
 
 
@@ -33,7 +33,7 @@ def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def full(x: Tensor) -> Tensor:
-    """x in float32; float64, in which tests compare, stays."""
+    """Convert to float32; float64 (used by tests) stays."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -43,7 +43,7 @@ def full(x: Tensor) -> Tensor:
 def difference_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor, e: float) -> Tensor:
     """dF/dt = (F(x_t + e v, t + e) - F(x_t - e v, t - e)) / 2e, the total derivative along dx/dt = v.
 
-    Near t = 0 and t = 1 the step that would leave [0, 1] is shortened and the quotient with it.
+    Near t = 0 and t = 1 steps are clipped to [0, 1], and the denominator with them.
     """
     after, before = (t + e).clamp(max=1), (t - e).clamp(min=0)
     x_t, v = full(x_t), full(v)
@@ -59,8 +59,8 @@ def jvp_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor) -> tu
     The network's attention must support forward-mode differentiation (two matrix products do).
     """
     x_t, v = full(x_t), full(v)
-    made: Any = torch.func.jvp(network, (x_t, t), (v.to(x_t), torch.ones_like(t)))
-    return made
+    value_and_tangent: Any = torch.func.jvp(network, (x_t, t), (v.to(x_t), torch.ones_like(t)))
+    return value_and_tangent
 
 
 def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor) ->
 
 
 def scaled_residual(residual: Tensor, normalisation: str) -> Tensor:
-    """The residual as it is ("none"), or divided by its root mean square per sample ("rms")."""
+    """Return the residual unchanged ("none") or divided by its root mean square per sample ("rms")."""
     if normalisation == "none":
         return residual
     rms = like(per_sample(residual.square()).sqrt(), residual)
@@ -78,28 +78,28 @@ def scaled_residual(residual: Tensor, normalisation: str) -> Tensor:
 
 
 RMS_FLOOR = 0.1
-"""Keeps what is nearly consistent from being scaled up to gradients of full size; chosen on the toy of the proofs."""
+"""Added to the root mean square so that small residuals are not scaled up to full gradients; tuned on a toy problem."""
 
 
 def scaled_tangent(tangent: Tensor) -> Tensor:
-    """dF/dt / (|dF/dt| + 0.1), the norm over a sample's whole latent: the release's option."""
+    """dF/dt / (|dF/dt| + 0.1), with the norm over a sample's whole latent (released code)."""
     return tangent / (like(tangent.flatten(1).norm(dim=1), tangent) + 0.1)
 
 
 def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False) -> Tensor:
-    """|F - sg(F - r)|^2, whose gradient is that of the residual r; with `cosine` the release's second term.
+    """|F - sg(F - r)|^2, whose gradient is the residual r; `cosine` adds the released code's second term.
 
     v: the student's F(x_t, t), with gradient. The cosine term is 1 - cos(F, F - r) over the channels of each latent
     pixel, [B, N, C, 2, 2] in packed order.
     """
     v = full(v)
     # UniPic 3, eq. 11: F - r = v - t dF/dt
-    wanted = v.detach() - residual
+    target = v.detach() - residual
     # its gradient is 2 r dF/dtheta: eq. 10 with w(t) = 1/t
-    loss = per_sample((v - wanted).square())
+    loss = per_sample((v - target).square())
     if cosine:
-        own, others = (x.unflatten(-1, (-1, PATCH * PATCH)) for x in (v, wanted))
-        loss = loss + per_sample(1 - F.cosine_similarity(own, others, dim=-2))
+        a, b = (x.unflatten(-1, (-1, PATCH * PATCH)) for x in (v, target))
+        loss = loss + per_sample(1 - F.cosine_similarity(a, b, dim=-2))
     return loss
 
 
@@ -107,7 +107,7 @@ def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False) -> Tenso
 
 
 def fake_score_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
-    """|F_fake(x_t, t) - (eps - x)|^2: flow matching on the student's own pictures x."""
+    """|F_fake(x_t, t) - (eps - x)|^2: flow matching on the student's samples x."""
     # UniPic 3, eq. 1 on the student's samples: the fake score that stands for the student's score in eq. 12
     return flow_matching_loss(v, x.detach(), eps)
 
@@ -115,10 +115,10 @@ def fake_score_loss(v: Tensor, x: Tensor, eps: Tensor) -> Tensor:
 def dmd_direction(
     x: Tensor, eps: Tensor, t: Tensor, v_teacher: Tensor, v_fake: Tensor, weighting: str = "first"
 ) -> Tensor:
-    """w g, where g = (1 - t)/t (F_teacher - F_fake): the direction that x moves against.
+    """Gradient w g with respect to x, where g = (1 - t)/t (F_teacher - F_fake).
 
-    weighting: "final": w = 1, the paper's. "first": w g = (F_teacher - F_fake) / mean|x - eps + F_fake|, its first
-    version's. "released": the same with the teacher's F in the mean, clipped below at 1e-5, the code's.
+    weighting: "final": w = 1 (paper). "first": w g = (F_teacher - F_fake) / mean|x - eps + F_fake| (the paper's first
+    version). "released": the same with F_teacher in the mean, clipped below at 1e-5 (released code).
     """
     x, eps, v_teacher, v_fake = full(x), full(eps), full(v_teacher), full(v_fake)
     # UniPic 3, eq. 12-13: the gradient of KL(student | teacher) as a difference of two velocities
@@ -130,7 +130,7 @@ def dmd_direction(
 
 
 def dmd_loss(x: Tensor, direction: Tensor) -> Tensor:
-    """1/2 |x - sg(x - w g)|^2, whose gradient with respect to x is w g. x: the student's pictures, with gradient."""
+    """1/2 |x - sg(x - w g)|^2, whose gradient with respect to x is w g. x: the student's samples, with gradient."""
     x = full(x)
     # UniPic 3, eq. 14
     return 0.5 * per_sample((x - (x - direction).detach()).square())
@@ -150,12 +150,12 @@ def vae_loss(
     l1_weight: float,
     kl_weight: float,
 ) -> tuple[Tensor, dict[str, float]]:
-    """(x - y)^2 + a |x - y| + b KL(N(mean, var) || N(prior_mean, prior_std^2)), each a mean per element."""
+    """(x - y)^2 + a |x - y| + b KL(N(mean, var) || N(prior_mean, prior_std^2)), averaged over elements."""
     difference = decoded.float() - picture.float()
     mse, l1 = per_sample(difference.square()), per_sample(difference.abs())
-    away = (mean.float() - prior_mean) / prior_std
+    z = (mean.float() - prior_mean) / prior_std
     log_ratio = log_var.float() - 2 * math.log(prior_std)
-    kl = 0.5 * per_sample(away.square() + log_ratio.exp() - 1 - log_ratio)
+    kl = 0.5 * per_sample(z.square() + log_ratio.exp() - 1 - log_ratio)
     psnr = -10 * float(torch.log10(mse.detach().mean() / 4))
     metrics = {"l1": float(l1.detach().mean()), "kl": float(kl.detach().mean()), "psnr": psnr}
     return mse + l1_weight * l1 + kl_weight * kl, metrics

@@ -1,4 +1,4 @@
-"""Method `sft`: flow matching of the network on cached latents, the text encoder frozen."""
+"""Method `sft`: flow matching on cached latents with a frozen text encoder (UniPic 3, eq. 1)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from unipic_core.sampling.schedules import rounded_time
 from unipic_core.weights.recipe import Recipe, recipe_of
 
 from ..config.methods import Correspondence
-from ..config.run import ConfigError, RunConfig, given
+from ..config.run import ConfigError, RunConfig, required
 from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.roles import AdapterRoles, FullRoles
-from ..roles.types import STUDENT, Named, Roles
+from ..roles.types import STUDENT, NamedParameters, Roles
 from .base import NetworkTraining
 from .correspondence import CorrespondenceLoss
 from .inputs import Draws, Inputs
@@ -23,12 +23,12 @@ from .losses import flow_matching_loss
 
 
 class SFTTraining(NetworkTraining):
-    """The student learns eps - x0; nobody teaches it."""
+    """The student learns the velocity eps - x0 of the data, without a teacher."""
 
     recipe = Recipe()  # sampled as its base is
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
-        self.options = given(config.sft)
+        self.options = required(config.sft)
         self.prompt_dropout = self.options.prompt_dropout
         super().__init__(config, roles)
         self.time_rounding = resolve(recipe_of(self.base)).time_rounding
@@ -38,14 +38,14 @@ class SFTTraining(NetworkTraining):
             self.correspondence = self.pointer_heads(self.options.correspondence)
 
     def pointer_heads(self, options: Correspondence) -> CorrespondenceLoss:
-        """The heads of the correspondence loss, on the student's network; ConfigError where it cannot be had."""
+        """Create the pointer heads on the student's network. Raises ConfigError if the config does not allow them."""
         if self.data.kind != "scenes":
-            raise ConfigError(f"sft.correspondence needs data with masks: data.kind scenes, got {self.data.kind}")
-        if self.network.shard:
-            raise ConfigError("sft.correspondence needs whole networks: set network.shard to false")
+            raise ConfigError(f"sft.correspondence needs data with masks, data.kind scenes, got {self.data.kind}")
+        if self.network_config.shard:
+            raise ConfigError("sft.correspondence needs whole networks, got network.shard true; set it to false")
         if isinstance(self.roles, FullRoles):
             return CorrespondenceLoss(options, self.roles.network(STUDENT), self.config.seed)
-        assert isinstance(self.roles, AdapterRoles)  # the only other kind
+        assert isinstance(self.roles, AdapterRoles)  # the only other class
         return CorrespondenceLoss(options, self.roles.network, self.config.seed)
 
     def place(self, device: torch.device, share: Share) -> None:
@@ -53,7 +53,7 @@ class SFTTraining(NetworkTraining):
         if self.correspondence is not None:
             self.correspondence.to(device)
 
-    def trained(self, part: str) -> Named:
+    def trained(self, part: str) -> NamedParameters:
         heads = [] if self.correspondence is None else self.correspondence.named_parameters()
         return super().trained(part) + [(f"correspondence.{name}", p) for name, p in heads]
 
@@ -65,10 +65,10 @@ class SFTTraining(NetworkTraining):
         x_t, t = add_noise(batch.x0, eps, t), rounded_time(t, self.time_rounding, self.activations)
         if self.correspondence is None:
             return flow_matching_loss(self.role(STUDENT, batch)(x_t, t), batch.x0, eps), {}
-        assert batch.owners is not None  # data with masks bring both
+        assert batch.owners is not None  # set for data with masks
         assert batch.dropped is not None
-        with self.correspondence.watching() as seen:
+        with self.correspondence.recording() as outputs:
             v = self.role(STUDENT, batch)(x_t, t)
         loss = flow_matching_loss(v, batch.x0, eps)
-        pointing, metrics = self.correspondence(seen, batch.latents, batch.owners, batch.dropped, t)
-        return loss + pointing, {"flow_matching": float(loss.detach().mean()), **metrics}
+        pointer_loss, metrics = self.correspondence(outputs, batch.latents, batch.owners, batch.dropped, t)
+        return loss + pointer_loss, {"flow_matching": float(loss.detach().mean()), **metrics}

@@ -1,4 +1,4 @@
-"""Method `sft` on endless scenes (`data.kind: scenes`): the text encoder trains along, and masks come with the data."""
+"""Method `sft` on endless scenes (`data.kind: scenes`), which have masks; the text encoder is trained as well."""
 
 from __future__ import annotations
 
@@ -17,60 +17,64 @@ from unipic_core.weights.recipe import Recipe
 from ..cache import Rows
 from ..data.encoding import encode_pictures
 from ..data.endless.drawing import AMBIGUOUS, open_bank
-from ..data.endless.stream import SceneStream, Use
-from ..data.previews import NANO_PREVIEWS, PreviewRow, strip
+from ..data.endless.stream import SceneStream, SceneUse
+from ..data.previews import NANO_PREVIEWS, PreviewRow, reference_cell
 from ..data.rows import Row
 from ..data.sources import Compositions
 from ..data.text_embeddings import UNCOND_PROMPT, mixed_encoder_inputs
 from .correspondence import NOBODY, Owners
 from .inputs import Inputs
-from .sft_text import LiveInputs, SFTWithText
+from .sft_text import SFTWithText, UnencodedInputs
 
 
 class SFTOnScenes(SFTWithText):
-    """As SFTWithText, on scenes that worker processes draw; a batch may mix numbers of references."""
+    """SFTWithText on scenes drawn by worker processes; a batch can mix numbers of references."""
 
     def open_data(self) -> None:
         self.stream = SceneStream(self.data, self.config.batch_size, self.config.seed, self.folder / "vae")
 
     def data_report(self) -> dict[str, float]:
-        """Nothing: endless scenes have no epochs."""
+        """No report: endless scenes have no epochs."""
         return {}
 
     def batch(self, index: int) -> Inputs:
-        whole = self.stream[index]
-        part = self.share.part(len(whole))
-        uses, dropped = whole[part], self.without_prompt(index, len(whole))[part]
+        batch = self.stream[index]
+        part = self.share.part(len(batch))
+        uses, dropped = batch[part], self.without_prompt(index, len(batch))[part]
         name = f"scenes {', '.join(str(use.index) for use in uses)}"
-        return self.live_inputs(uses, dropped, index, part.start, name)
+        return self.scene_inputs(uses, dropped, index, part.start, name)
 
-    def live_inputs(self, uses: Sequence[Use], dropped: np.ndarray, index: int, first: int, name: str) -> LiveInputs:
+    def scene_inputs(
+        self, uses: Sequence[SceneUse], dropped: np.ndarray, index: int, first: int, name: str
+    ) -> UnencodedInputs:
         targets = torch.stack([latents_of(use.encoded.target) for use in uses])
         shape, x0 = LatentShape.of_latents(targets), pack_latents(targets)
         references = [[latents_of(use.encoded.sources[s])[:, None] for s in use.places] for use in uses]
         pictures = [[torch.from_numpy(use.encoded.vision[s]) for s in use.places] for use in uses]
         prompts = [UNCOND_PROMPT if d else use.scene.instruction for d, use in zip(dropped, uses, strict=True)]
-        nothing = TextCond(torch.zeros(len(uses), 0, 0))
-        return LiveInputs(
+        no_text = TextCond(torch.zeros(len(uses), 0, 0))
+        return UnencodedInputs(
             x0,
             pack_with_references(x0, shape, references),
-            nothing,
-            nothing,
+            no_text,
+            no_text,
             index,
             first,
             name,
             owners_of(uses),
             torch.from_numpy(dropped),
-            words=mixed_encoder_inputs(self.text, pictures, prompts),
+            encoder_inputs=mixed_encoder_inputs(self.text, pictures, prompts),
         )
 
     @property
-    def own_recipe(self) -> Recipe:
-        """The base's may speak of smaller pictures: training may grow them."""
-        return replace(super().own_recipe, reference_budget=self.data.reference_budget, output_budget=self.data.size)
+    def student_recipe(self) -> Recipe:
+        """Recipe with the picture sizes of this training, which can be larger than the base's."""
+        return replace(
+            super().student_recipe, reference_budget=self.data.reference_budget, output_budget=self.data.size
+        )
 
     def preview_rows(self, vae: ImageVAE) -> list[PreviewRow]:
-        """The composition set's, one half of training assets and one of held-out ones; encoded once."""
+        """Preview samples of the composition set, half of training and half of held-out assets; encoded once."""
         if not hasattr(self, "_preview_rows"):
             bank, count = open_bank(self.data.size), self.preview_config.samples
             self._preview_rows = [
@@ -83,12 +87,12 @@ class SFTOnScenes(SFTWithText):
 
 
 def latents_of(stored: np.ndarray) -> Tensor:
-    """float32 latents of a worker's bfloat16."""
+    """Convert a worker's bfloat16 latents to float32."""
     return torch.from_numpy(stored).view(torch.bfloat16).float()
 
 
-def owners_of(uses: Sequence[Use]) -> Owners:
-    """Sources as references, in the order of this use."""
+def owners_of(uses: Sequence[SceneUse]) -> Owners:
+    """Convert owners from source order to the reference order of each use."""
     references, backgrounds = [], []
     for use in uses:
         place_of = torch.full((len(use.places) + 1,), NOBODY)  # the last: AMBIGUOUS
@@ -101,8 +105,9 @@ def owners_of(uses: Sequence[Use]) -> Owners:
 
 
 def preview_row(row: Row, latents: Sequence[Tensor]) -> PreviewRow:
+    """Make a preview column from a row and its latents [C, h, w], target first."""
     target, *references = (one[None].float() for one in latents)
     vision = tuple(torch.from_numpy(np.array(one))[None] for one in row.vision)
     rows = Rows(target, tuple(references), vision, (row.prompt,))
     truth = Image.fromarray(row.target)
-    return PreviewRow(rows, LatentShape.of_latents(target), strip(list(row.vision), max(truth.size)), truth)
+    return PreviewRow(rows, LatentShape.of_latents(target), reference_cell(list(row.vision), max(truth.size)), truth)

@@ -1,4 +1,4 @@
-"""Train a small Qwen-Image VAE on crops of collages; exported in diffusers' layout, with the release's statistics."""
+"""Method `vae`: train a small Qwen-Image VAE on crops of collages; exported with the release's latent statistics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from unipic_core.model.vae import ImageVAE, VAEConfig, channels_last
 from unipic_core.weights.vae import video_weights
 
 from ..config.methods import OptimizerConfig
-from ..config.run import RunConfig, given
+from ..config.run import RunConfig, required
 from ..data.picture_grid import picture_grid
 from ..loop.export import Export
 from ..loop.method import MAIN, Share
@@ -27,7 +27,7 @@ from ..loop.metrics import Metrics
 from ..nano.backgrounds import draw, sample_background
 from ..nano.catalogue import Split
 from ..nano.emoji import Bank
-from ..roles.types import Named
+from ..roles.types import NamedParameters
 from ..seeds import sample_generators
 from .losses import vae_loss
 from .vae_prior import PrincipalComponents, fold_statistics
@@ -38,7 +38,7 @@ STATISTICS_PICTURES = 512
 
 @dataclass(frozen=True)
 class Crops:
-    """A batch: pictures [B, 3, crop, crop] in [-1, 1], of micro step `index`."""
+    """Batch of pictures [B, 3, crop, crop] in [-1, 1] at micro step `index`."""
 
     pictures: Tensor
     index: int
@@ -49,13 +49,13 @@ class Crops:
 
 
 class VAETraining:
-    """Method `vae`. The network is the 2-D form, which is exact for single pictures; the export is the video layout."""
+    """Training of the 2-D VAE, which is exact for single pictures; exported in the video layout."""
 
     slots = 1
     sharded = False
 
     def __init__(self, config: RunConfig) -> None:
-        self.options, self.config = given(config.vae), config
+        self.options, self.config = required(config.vae), config
         self.loader_workers = self.options.loader_workers
         self.bank = Bank.open()
         print(self.bank.note)
@@ -73,7 +73,7 @@ class VAETraining:
     def updates(self, step: int) -> tuple[str, ...]:
         return (MAIN,)
 
-    def trained(self, part: str) -> Named:
+    def trained(self, part: str) -> NamedParameters:
         return list(self.vae.named_parameters())
 
     def averaged(self) -> list[tuple[Tensor, Tensor]]:
@@ -93,11 +93,11 @@ class VAETraining:
         return PrincipalComponents(self._pictures("train", STATISTICS_PICTURES, seed=2), VAEConfig.z_dim)
 
     def batch(self, index: int) -> Crops:
-        """Every process draws the whole batch and keeps its share."""
+        """Draw the whole batch and take this process's share."""
         rng = np.random.default_rng([self.config.seed, index])
         crops = [random_crop(self.collages.picture(rng), self.options.crop, rng) for _ in range(self.config.batch_size)]
-        mine = crops[self.share.part(len(crops))]
-        return Crops(torch.stack([to_tensor(crop) for crop in mine]), index, f"crops of micro step {index}")
+        share = crops[self.share.part(len(crops))]
+        return Crops(torch.stack([to_tensor(crop) for crop in share]), index, f"crops of micro step {index}")
 
     def loss(self, part: str, batch: Crops) -> tuple[Tensor, Metrics]:
         pictures = batch.pictures.contiguous(memory_format=torch.channels_last)
@@ -109,7 +109,7 @@ class VAETraining:
         return vae_loss(pictures, decoded, mean, log_var, *prior, **weights)
 
     def preview(self) -> Image.Image:
-        """Held-out pictures above their reconstructions."""
+        """Draw held-out pictures above their reconstructions."""
         pictures = self._pictures("heldout", 8, seed=0).to(self.ema.quant_conv.weight)
         decoded = self.ema.decode_raw(self.ema.posterior(pictures)[0])
         return picture_grid([to_images(pictures), to_images(decoded.clamp(-1, 1))], ["input", "decoded"])
@@ -127,7 +127,7 @@ class VAETraining:
 
 
 class Collages:
-    """Pictures of the composition set's kind: a few assets over a drawn background, or one on a plain colour."""
+    """Training pictures: a few assets over a drawn background, or one on a plain colour."""
 
     def __init__(self, bank: Bank, split: Split, backgrounds: int = 400) -> None:
         self.bank, self.assets = bank, (*bank.objects(split), *bank.persons(split))
@@ -135,7 +135,7 @@ class Collages:
         self.drawn: dict[int, Image.Image] = {}
 
     def picture(self, rng: np.random.Generator) -> Image.Image:
-        """RGB, 128 x 128."""
+        """Draw one collage, RGB, 128 x 128."""
         if rng.random() < 0.3:
             canvas = Image.new("RGB", (SIDE, SIDE), _pastel(rng) if rng.random() < 0.3 else (255, 255, 255))
             self._paste(canvas, rng, 0.85)
@@ -165,12 +165,13 @@ def _pastel(rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def random_crop(picture: Image.Image, side: int, rng: np.random.Generator) -> Image.Image:
+    """Crop a random square of `side` pixels."""
     left, top = int(rng.integers(picture.width - side + 1)), int(rng.integers(picture.height - side + 1))
     return picture.crop((left, top, left + side, top + side))
 
 
 def save_vae(vae: ImageVAE, pictures: Tensor, folder: Path) -> None:
-    """Write config.json and weights as diffusers reads them; `pictures` fold the statistics in (latents.py)."""
+    """Write config.json and weights in diffusers' layout. pictures: to measure latent statistics on (vae_prior.py)."""
     vae = copy.deepcopy(vae)
     fold_statistics(vae, pictures)
     weights = {k: w.to(torch.bfloat16).contiguous() for k, w in video_weights(vae).items()}

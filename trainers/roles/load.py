@@ -1,4 +1,4 @@
-"""From a config to the roles of a run: which weights are loaded, how often, and in which form they are held."""
+"""Load the roles of a run from its config."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from .types import EMA, STUDENT, TEACHER, Roles
 
 
 def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[str], seed: int) -> Roles:
-    """The roles that a method asks for; EMA always comes with the student.
+    """Load the roles that a method needs; the EMA is always added to the student.
 
-    In adapter mode one base carries them all, and the teacher costs nothing.
+    In adapter mode one base is shared by all roles, and the teacher needs no memory.
     """
-    check_form(config)
+    check_attention_form(config)
     if config.adapter is not None:
         base = load_frozen(config)
-        own = base.config.with_attention_form(student_form(config))
-        roles = AdapterRoles(base, config.adapter, trained, seed, {STUDENT: own, EMA: own})
+        student_config = base.config.with_attention_form(student_attention_form(config))
+        roles = AdapterRoles(base, config.adapter, trained, seed, {STUDENT: student_config, EMA: student_config})
         if config.student:
             roles.start_from(Path(config.student), (STUDENT, EMA))
         return roles
@@ -37,18 +37,19 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
     return FullRoles(networks, trained, config.shard)
 
 
-def check_form(config: NetworkConfig) -> None:
-    """ConfigError where a student in the full form could not say so: a recipe merged over a causal one stays causal."""
+def check_attention_form(config: NetworkConfig) -> None:
+    """Raise ConfigError for a full student of a causal base: its recipe, merged over the base's, would stay causal."""
     base = config.transformer or config.model
-    if config.attention_form == FULL and (form := recipe_of(base).causal_attention_form):
+    if config.attention_form == FULL and (base_form := recipe_of(base).causal_attention_form):
         raise ConfigError(
-            f"network.attention_form is {FULL}, but {base} is made for {form}, and so would be read what is exported; "
-            "leave the key out, or start from weights of the full form"
+            f"network.attention_form: expected {base_form}, the form of {base}, got {FULL}, which exported files could "
+            "not "
+            "declare; leave the key out, or start from weights of the full form"
         )
 
 
-def student_form(config: NetworkConfig) -> str | None:
-    """The attention form that the student is given: the config's, else that of the LoRA it starts from."""
+def student_attention_form(config: NetworkConfig) -> str | None:
+    """The student's attention form: the config's, else that of its starting LoRA, else None (the base's)."""
     if config.attention_form is None and config.adapter is not None and config.student:
         recipe = read_lora(config.student).recipe
         return None if recipe is None else recipe.causal_attention_form
@@ -56,12 +57,12 @@ def student_form(config: NetworkConfig) -> str | None:
 
 
 def load_network(config: NetworkConfig, role: str) -> MMDiT:
-    """A network of its own. Weights that train are kept in float32: bfloat16 would round small steps away."""
+    """Load the network of one role. Trained weights are float32: bfloat16 would round small updates away."""
     start = config.student if role in (STUDENT, EMA) else None
     dtype = torch.bfloat16 if config.weights == "bf16" and role == TEACHER else torch.float32
     path = start or config.transformer or config.model
     network = load_transformer(path, dtype=dtype, attention=attention_named(config.attention))
     network.gradient_checkpointing = config.gradient_checkpointing
     if role in (STUDENT, EMA):
-        network.config = network.config.with_attention_form(student_form(config))
+        network.config = network.config.with_attention_form(student_attention_form(config))
     return network

@@ -1,7 +1,7 @@
-"""The parts of a distillation, by role: student, teacher, fake score, EMA.
+"""Networks of a distillation by role: student, teacher, fake score, EMA.
 
-In adapter mode they are one frozen base with LoRA adapters (the teacher has none); in full mode each is a network of
-its own. A role also has a config: with it attention form and time modulation are switched together with the weights.
+In adapter mode they share one frozen base with LoRA adapters (none for the teacher); in full mode each is a separate
+network. Each role has a network config, so attention form and time modulation switch together with the weights.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from unipic_core.weights.lora import read_lora
 from ..config.run import AdapterConfig, ConfigError
 from .frozen import place
 from .sharding import shard, whole
-from .types import EMA, STUDENT, TEACHER, Named
+from .types import EMA, STUDENT, TEACHER, NamedParameters
 
 
 @dataclass(frozen=True)
 class RoleSetup:
-    """The adapter and the config that a role runs with. adapter: name of its LoRA; None = the base alone."""
+    """Adapter and network config of a role. adapter: name of its LoRA; None: the base without adapter."""
 
     adapter: str | None
-    config: MMDiTConfig
+    network_config: MMDiTConfig
 
 
 class AdapterRoles(nn.Module):
     """One frozen base; every role but the teacher is a LoRA over it.
 
-    trained: the roles that train; EMA comes with the student. configs: forms of roles that differ from the base's own.
+    trained: roles that train; the EMA is added. network_configs: configs of roles that differ from the base's.
     """
 
     def __init__(
@@ -49,20 +49,22 @@ class AdapterRoles(nn.Module):
         adapter: AdapterConfig,
         trained: Sequence[str],
         seed: int,
-        configs: Mapping[str, MMDiTConfig] | None = None,
+        network_configs: Mapping[str, MMDiTConfig] | None = None,
     ) -> None:
         super().__init__()
         self.network = base.requires_grad_(False)
         self._trained = tuple(trained)
         adapters = (*trained, EMA)
-        forms = configs or {}
         if not any(re.fullmatch(targets_of(adapter), name) for name, _ in base.named_modules()):
-            raise ConfigError(f"no layer of the network ends in one of adapter.targets: {', '.join(adapter.targets)}")
+            raise ConfigError(
+                f"network.adapter.targets: expected suffixes of layer names, got {', '.join(adapter.targets)}, which "
+                "match none"
+            )
         check_rank(base, adapter)
-        self.forms = {r: RoleSetup(r, forms.get(r, base.config)) for r in adapters}
-        self.forms[TEACHER] = RoleSetup(None, forms.get(TEACHER, base.config))
+        by_role = {role: (network_configs or {}).get(role, base.config) for role in (*adapters, TEACHER)}
+        self.setups = {role: RoleSetup(None if role == TEACHER else role, by_role[role]) for role in by_role}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are what is wanted
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             for name in adapters:
                 inject_adapter_in_model(lora_config(adapter), cast(Any, base), adapter_name=name)
         self.layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
@@ -77,62 +79,66 @@ class AdapterRoles(nn.Module):
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.forms)
+        return frozenset(self.setups)
 
     def forward(self, role: str, latents: PackedLatents, t: Tensor | float, text: TextCond) -> Tensor:
-        # evaluations without gradient must agree with each other, and with the sampler: no dropout there
+        # no dropout without gradient: such evaluations must agree with each other and with the sampler
         self.switch(role, training=torch.is_grad_enabled())
         v = self.network(latents, t, text)
         if v.requires_grad:
-            # gradient checkpointing computes blocks again in the backward pass: by the same adapter, and as in training
+            # gradient checkpointing recomputes blocks in the backward pass, which needs the same adapter and dropout
             v.register_hook(lambda grad: self.switch(role, training=True))
         return v
 
     def switch(self, role: str, training: bool = False) -> None:
-        """Adapter, attention form and time modulation of a role, together; and whether there is dropout."""
-        form = self.forms[role]
-        self.network.config = form.config
+        """Activate adapter, attention form and time modulation of a role. training: with dropout."""
+        setup = self.setups[role]
+        self.network.config = setup.network_config
         for layer in self.layers.values():
-            # not by peft's methods: they also freeze what is not active, while an update may still be on its way back,
-            # and forward-mode differentiation refuses that
-            layer._disable_adapters = form.adapter is None
-            layer._active_adapter = form.adapter or STUDENT
+            # not by peft's methods, which freeze inactive adapters: their backward pass may be pending, and
+            # forward-mode differentiation does not support that
+            layer._disable_adapters = setup.adapter is None
+            layer._active_adapter = setup.adapter or STUDENT
         if self.dropout:
             self.network.train(training)
 
-    def trained(self, role: str) -> Named:
+    def trained(self, role: str) -> NamedParameters:
         return self.parameters_of(role) if role in self._trained else []
 
-    def parameters_of(self, role: str) -> Named:
+    def parameters_of(self, role: str) -> NamedParameters:
         if role == TEACHER:
             return []
-        pairs: Named = []
+        pairs: NamedParameters = []
         for name, layer in self.layers.items():
             pairs.append((f"{name}.lora_A.weight", layer.lora_A[role].weight))
             pairs.append((f"{name}.lora_B.weight", layer.lora_B[role].weight))
         return pairs
 
     def config_of(self, role: str) -> MMDiTConfig:
-        return self.forms[role].config
+        return self.setups[role].network_config
 
     def lora(self, role: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Layer -> (down [r, in], up [out, r]), as `save_lora` takes them."""
+        """Map each layer to (down [r, in], up [out, r]) for `save_lora`."""
         return {n: (m.lora_A[role].weight, m.lora_B[role].weight) for n, m in self.layers.items()}
 
     def start_from(self, path: Path, roles: Sequence[str]) -> None:
-        """Put a LoRA file into these roles' adapters. Raises ConfigError if its layers or ranks are others."""
+        """Load a LoRA file into these roles' adapters. Raises ConfigError if its layers or ranks differ."""
         lora = read_lora(path)
-        found, mine = set(lora.layers), set(self.layers)
-        if found != mine:
-            odd = sorted(found ^ mine)
+        file_layers, layers = set(lora.layers), set(self.layers)
+        if file_layers != layers:
+            different = sorted(file_layers ^ layers)
             raise ConfigError(
-                f"{path} must have the {len(mine)} layers of adapter.targets; {len(odd)} differ: {odd[0]}"
+                f"{path} must have the {len(layers)} layers of network.adapter.targets, got {len(file_layers)}, of "
+                "which "
+                f"{len(different)} differ, first {different[0]}; change adapter.targets"
             )
         for name, layer in lora.layers.items():
             for role in roles:
                 down, up = self.layers[name].lora_A[role].weight, self.layers[name].lora_B[role].weight
                 if layer.rank != down.shape[0]:
-                    raise ConfigError(f"{path} has rank {layer.rank}, adapter.rank is {down.shape[0]}; set it to that")
+                    raise ConfigError(
+                        f"network.adapter.rank: expected {layer.rank}, the rank of {path}, got {down.shape[0]}"
+                    )
                 down.data.copy_(layer.parts["down"])
                 up.data.copy_(layer.parts["up"].float() * (layer.scale / self.scale))
 
@@ -141,7 +147,7 @@ class AdapterRoles(nn.Module):
 
 
 def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
-    """LoRA's start, in float32 whatever the base is stored in: small steps would be rounded away in less."""
+    """Initialise LoRA weights in float32, whatever the base is stored in: lower precision would round updates away."""
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         for key, p in roles.parameters_of(name):
@@ -151,7 +157,7 @@ def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
 
 
 def check_rank(base: MMDiT, adapter: AdapterConfig) -> None:
-    """ConfigError for a rank above the smaller side of a layer that gets an adapter."""
+    """Raise ConfigError for a rank above the smaller dimension of a layer with an adapter."""
     layers = [m for n, m in base.named_modules() if re.fullmatch(targets_of(adapter), n)]
     width = min(min(cast(Any, m).in_features, cast(Any, m).out_features) for m in layers)
     if adapter.rank > width:
@@ -161,13 +167,13 @@ def check_rank(base: MMDiT, adapter: AdapterConfig) -> None:
 
 
 def targets_of(adapter: AdapterConfig) -> str:
-    """Pattern of the names of the layers in the blocks that get an adapter."""
-    ends = "|".join(re.escape(end) for end in adapter.layers)
-    return rf"transformer_blocks\.\d+\.(.*\.)?({ends})"
+    """Regular expression for the names of the layers with an adapter."""
+    suffixes = "|".join(re.escape(suffix) for suffix in adapter.layers)
+    return rf"transformer_blocks\.\d+\.(.*\.)?({suffixes})"
 
 
 def lora_config(adapter: AdapterConfig) -> LoraConfig:
-    """As peft wants it."""
+    """Convert to peft's config."""
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=cast(Any, adapter.alpha),
@@ -178,7 +184,7 @@ def lora_config(adapter: AdapterConfig) -> LoraConfig:
 
 
 class FullRoles(nn.Module):
-    """A network per role; those in `trained` train, all others are frozen. sharded: spread over all processes."""
+    """One network per role; those in `trained` train, all others are frozen. sharded: over all processes (FSDP2)."""
 
     def __init__(self, networks: Mapping[str, MMDiT], trained: Sequence[str], sharded: bool = False) -> None:
         super().__init__()
@@ -195,10 +201,10 @@ class FullRoles(nn.Module):
     def forward(self, role: str, latents: PackedLatents, t: Tensor | float, text: TextCond) -> Tensor:
         return self.networks[role](latents, t, text)
 
-    def trained(self, role: str) -> Named:
+    def trained(self, role: str) -> NamedParameters:
         return self.parameters_of(role) if role in self._trained else []
 
-    def parameters_of(self, role: str) -> Named:
+    def parameters_of(self, role: str) -> NamedParameters:
         return list(self.networks[role].named_parameters())
 
     def config_of(self, role: str) -> MMDiTConfig:
@@ -207,25 +213,27 @@ class FullRoles(nn.Module):
     def network(self, role: str) -> MMDiT:
         return cast(MMDiT, self.networks[role])
 
-    def state(self, role: str, keep: bool = True) -> dict[str, Tensor]:
-        """Every weight of a role, whole, in the main memory; where it is spread, every process must ask, and those that
-        do not keep it get nothing."""
-        made: dict[str, Tensor] = {}
+    def state(self, role: str, gather_here: bool = True) -> dict[str, Tensor]:
+        """Full weights of a role in main memory; {} with gather_here False.
+
+        With sharded networks every process must call this, as gathering is collective.
+        """
+        weights: dict[str, Tensor] = {}
         for name, w in self.networks[role].state_dict().items():
             tensor = whole(w.detach())
-            if keep:
-                made[name] = tensor.cpu()
-        return made
+            if gather_here:
+                weights[name] = tensor.cpu()
+        return weights
 
     def place(self, device: torch.device) -> None:
         if not self.sharded:
             self.to(device)
             return
-        for role in self.networks:  # each block goes to the device when it is spread: a whole network may not fit there
+        for role in self.networks:  # block by block: a whole network may not fit on the device
             shard(self.network(role), device)
 
 
-def copy_parameters(source: Named, target: Named) -> None:
+def copy_parameters(source: NamedParameters, target: NamedParameters) -> None:
     with torch.no_grad():
         for (_, a), (_, b) in zip(source, target, strict=True):
             b.copy_(a)

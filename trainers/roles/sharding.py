@@ -1,4 +1,4 @@
-"""Several processes: gradients added up, or (FSDP2) parameters, gradients and optimizers spread over them."""
+"""Several processes: summed gradients, or parameters, gradients and optimizer states sharded over them (FSDP2)."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from ..config.parse import ConfigError
 
 
 def shard(network: MMDiT, device: torch.device) -> None:
-    """Spread a network over all processes, block by block (torch's fully_shard).
+    """Shard a network over all processes, block by block (torch's fully_shard).
 
-    Gradients are added, not averaged: losses are already divided by the size of the whole batch. ConfigError in a run
-    of one process.
+    Gradients are summed, not averaged: losses are already divided by the size of the whole batch. Raises ConfigError
+    in a run of one process.
     """
     if not torch.distributed.is_initialized():
         raise ConfigError(
-            "network.shard spreads networks over several processes, and this run has one; start it with accelerate "
-            "launch, or set shard: false"
+            "network.shard: expected a run of several processes, got one; start it with accelerate launch, or set "
+            "shard: false"
         )
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in (*network.transformer_blocks, network):
         sharded: Any = fully_shard(module, mesh=mesh)
         sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # plain sums are what gloo has, and all that is wanted
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has plain sums only
 
 
 def is_sharded(x: Tensor) -> bool:
+    """True for a shard of a distributed tensor."""
     return isinstance(x, DTensor)
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's share, without a copy."""
+    """This process's shard, without a copy."""
     return x.to_local() if isinstance(x, DTensor) else x
 
 
 def whole(x: Tensor) -> Tensor:
-    """The full tensor; every process must ask."""
+    """The full tensor; collective, so every process must call it."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def locally(tree: object) -> Any:
-    """Nested dicts and lists with the shares of their tensors."""
+    """Replace the tensors in nested dicts and lists by this process's shards."""
     if isinstance(tree, dict):
         return {k: locally(v) for k, v in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -58,7 +59,7 @@ def locally(tree: object) -> Any:
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Add the gradients of all processes; fully_shard has done so for what it spreads."""
+    """Sum gradients over all processes; fully_shard does so itself for sharded parameters."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         for p in parameters:
             if p.grad is not None and not is_sharded(p):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from unipic_core.model.config import MMDiTConfig
 
-from ..config.run import ConfigError, RunConfig, given
+from ..config.run import ConfigError, RunConfig, required
 
 STEPS = 1000
 
@@ -58,7 +58,7 @@ def passes_of(config: RunConfig) -> Passes:
         float32 = (
             2.0 if tuning.tangent == "difference" else 3.0
         )  # the product with the Jacobian: a forward and two more
-        if tuning.asks_teacher or tuning.guidance != 1:
+        if tuning.needs_teacher or tuning.guidance != 1:
             forward += 2 if tuning.guidance != 1 else 1
     if (matching := config.dmd) is not None:
         rollout = (matching.max_steps + 1) / 2
@@ -76,7 +76,7 @@ def forward_operations(sizes: MMDiTConfig, tokens: int) -> tuple[float, float]:
 
 def hours(config: RunConfig, sizes: MMDiTConfig, tokens: int, card: Card, processes: int = 1) -> float:
     """Of STEPS steps on so many cards. tokens: of one sample, text included."""
-    passes, network = passes_of(config), given(config.network)
+    passes, network = passes_of(config), required(config.network)
     matrices, attention = forward_operations(sizes, tokens)
     recomputed = 1.0 if network.gradient_checkpointing else 0.0
     trained = 1.0 if network.adapter is not None else 2.0

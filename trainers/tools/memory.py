@@ -30,9 +30,9 @@ from unipic_core.weights.transformer import (
 )
 
 from ..config.methods import OptimizerConfig
-from ..config.run import AdapterConfig, ConfigError, NetworkConfig, RunConfig, given, load_config
+from ..config.run import AdapterConfig, ConfigError, NetworkConfig, RunConfig, load_config, required
 from ..loop.optimizers import is_hidden_matrix
-from ..roles.frozen import form_of, stored_form
+from ..roles.frozen import empty_storage, storage_dtype_of
 from ..roles.roles import targets_of
 from ..roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of
 from .hours import summary
@@ -149,7 +149,7 @@ def block_of(name: str) -> int | None:
 
 def tokens(config: RunConfig) -> int:
     """Tokens of one sample: target, references and text."""
-    data = given(config.data)
+    data = required(config.data)
     images = (data.size // PIXELS_PER_TOKEN) ** 2 + (data.reference_budget // PIXELS_PER_TOKEN) ** 2
     return images + (data.reference_budget // VISION_PIXELS) ** 2 + PROMPT_TOKENS
 
@@ -163,7 +163,7 @@ def stored_base(shapes: Shapes, kind: str, layers: int, block_swap: int = 0) -> 
     for name, shape in shapes.items():
         block = block_of(name)
         if len(shape) == 2 and name.endswith(".weight") and "embedding" not in name:
-            weight, scale = stored_form((shape[0], shape[1]), form_of(name, shape, kind))
+            weight, scale = empty_storage((shape[0], shape[1]), storage_dtype_of(name, shape, kind))
             stored = [weight.nbytes] if scale is None else [weight.nbytes, scale.nbytes]
             if block is not None and block >= layers - block_swap:
                 main += sum(pinned(n) for n in stored)
@@ -206,7 +206,7 @@ def state_bytes(shapes: Shapes, config: OptimizerConfig) -> float:
 
 def activation_bytes(config: RunConfig, sizes: MMDiTConfig, processes: int = 1) -> tuple[float, float]:
     """(what waits for a backward pass, what the pass of one block needs), for one process's share of a batch."""
-    network, per = given(config.network), ACTIVATIONS[config.precision]
+    network, per = required(config.network), ACTIVATIONS[config.precision]
     unit = config.batch_size / processes * tokens(config) * sizes.width
     saved = per.full if network.adapter is None else per.saved
     scores = score_count(config, sizes, processes) if network.attention == "matmul" else 0
@@ -224,7 +224,7 @@ def score_count(config: RunConfig, sizes: MMDiTConfig, processes: int) -> float:
 
 def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: float, processes: int) -> tuple[Row, ...]:
     """The times at which most memory may be in use. trained: bytes of the student's parameters on each GPU."""
-    network = given(config.network)
+    network = required(config.network)
     waiting, working = activation_bytes(config, sizes, processes)
     # while the gradients of one pass come, what waits for it goes; those of the passes before are there from the start
     backward = waiting + trained if config.accumulation > 1 else max(waiting, trained)
@@ -262,7 +262,7 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
 
 def estimate_roles(config: RunConfig, trained: Sequence[str], frozen: Sequence[str], processes: int) -> Estimate:
     """The same for any roles. Sharded networks are divided by the number of processes."""
-    network = given(config.network)
+    network = required(config.network)
     sizes = sizes_of(network)
     shapes = shapes_of(sizes)
     optimizers = {STUDENT: config.optimizer, FAKE_SCORE: config.dmd.optimizer if config.dmd else config.optimizer}
@@ -290,7 +290,7 @@ def weight_bytes(role: str, network: NetworkConfig) -> int:
 def four_copies(config: RunConfig) -> Estimate:
     """The same step with a network for each of student, fake score, teacher and EMA on one machine, as the release
     has it (which spreads them over a cluster)."""
-    network = replace(given(config.network), adapter=None, weights="bf16", block_swap=0, shard=False)
+    network = replace(required(config.network), adapter=None, weights="bf16", block_swap=0, shard=False)
     return estimate_roles(replace(config, network=network), (STUDENT, FAKE_SCORE), (TEACHER,), 1)
 
 
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(made))
-    print(summary(config, sizes_of(given(config.network)), tokens(config), args.processes))
+    print(summary(config, sizes_of(required(config.network)), tokens(config), args.processes))
     if config.dmd is not None:
         print(f"four networks with all parameters would need {four_copies(config).gpu / GIB:.0f} GiB")
     if args.gib is not None:

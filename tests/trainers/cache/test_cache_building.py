@@ -83,15 +83,15 @@ def test_workers_make_the_same_cache(jsonl, vae, text, tmp_path):
 
 
 def test_another_set_or_vae_is_not_mixed_in(nano, vae, text, jsonl):
-    with pytest.raises(ConfigError, match="holds another set"):
+    with pytest.raises(ConfigError, match="holds another data set"):
         build(replace(nano, seed=9), vae, None)
-    with pytest.raises(ConfigError, match="seed 0, not 9"):
+    with pytest.raises(ConfigError, match="seed: expected 9, got 0"):
         read_cache(replace(nano, seed=9))
-    with pytest.raises(ConfigError, match="kind nano, not jsonl"):
+    with pytest.raises(ConfigError, match="kind: expected jsonl, got nano"):
         read_cache(replace(jsonl, folder=nano.folder))
     with torch.no_grad():
         vae.quant_conv.weight.mul_(2)
-    with pytest.raises(ConfigError, match="holds another set"):
+    with pytest.raises(ConfigError, match="holds another data set"):
         build(nano, vae, None)
     assert read_cache(nano)
 
@@ -114,7 +114,7 @@ def test_another_encoder_has_embeddings_of_its_own(jsonl, vae, folder):
     before = read_cache(jsonl, first)["64x64"].take([0])
     text.positions = "sequential"
     second = encoder_fingerprint(text)
-    with pytest.raises(ConfigError, match="no text embeddings by this encoder; run python -m trainers.cache"):
+    with pytest.raises(ConfigError, match="no text embeddings of this encoder; run python -m trainers.cache"):
         read_cache(jsonl, second)
     with torch.no_grad():
         text.network.get_input_embeddings().weight.mul_(2)
@@ -186,7 +186,7 @@ def test_rows_that_fail_are_left_out_once_and_for_all(jsonl, vae, text, monkeypa
     (images / "t2.png").write_text("no picture")
     (images / "t4.png").write_bytes((images / "t4.png").read_bytes()[:-3000])
     build(jsonl, vae, text)
-    assert "2 of 7 rows are left out, first line 3: t2.png cannot be read as a picture" in capsys.readouterr().out
+    assert "2 of 7 rows are skipped, first line 3: t2.png cannot be read as a picture" in capsys.readouterr().out
     listed = json.loads(Path(jsonl.folder, "report.json").read_text())
     assert (listed["rows"], listed["used"]) == (7, 5)
     assert [(s["row"], s["name"]) for s in listed["skipped"]] == [(2, "line 3"), (4, "line 5")]

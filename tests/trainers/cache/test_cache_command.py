@@ -40,7 +40,7 @@ def test_the_command_leaves_all_that_training_needs(config, folder, jsonl, monke
     monkeypatch.setattr(TextEncoder, "from_pretrained", never)
     assert main([str(config)]) == 0
     assert main([str(config), "data.size=64"]) == 2
-    assert "holds another set" in capsys.readouterr().err
+    assert "holds another data set" in capsys.readouterr().err
 
 
 def test_one_model_at_a_time(config, monkeypatch):

@@ -27,7 +27,7 @@ def test_previews_of_the_composition_set(nano, text):
     assert live[0].rows.vision
     with pytest.raises(ConfigError, match="not in .*run python -m trainers.cache"):
         read_preview(nano, PreviewConfig(samples=5))
-    with pytest.raises(ConfigError, match="no text embeddings by this encoder"):
+    with pytest.raises(ConfigError, match="no text embeddings of this encoder"):
         read_preview(nano, PreviewConfig(samples=3), "0" * 12)
 
 
@@ -53,7 +53,7 @@ def test_previews_of_the_users_own(jsonl, vae, text, tmp_path):
     assert len(read_preview(jsonl, preview, name)) == 2
     for images, prompt, message in [
         ((str(tmp_path / "none.png"),), "a", "no such picture"),
-        (both * 4, "a", "8 references"),
+        (both * 4, "a", "references, got 8"),
         (both, " ", "no instruction"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -63,7 +63,7 @@ def test_missing_keys_are_named():
 def test_unreadable_file(tmp_path):
     (tmp_path / "a.yaml").write_text("a: [")
     for name in ("a.yaml", "b.yaml"):
-        with pytest.raises(ConfigError, match="cannot read the config"):
+        with pytest.raises(ConfigError, match="cannot read .*yaml"):
             load_config(tmp_path / name)
 
 
@@ -91,18 +91,18 @@ def test_precision_no_needs_no_quotes(tmp_path, word):
 @pytest.mark.parametrize(
     ("method", "change", "message"),
     [
-        ("sft", {"network": {"weights": "nf4"}}, "need a frozen base: add an adapter section"),
+        ("sft", {"network": {"weights": "nf4"}}, "need a frozen base; add an adapter section"),
         ("sft", {"network": {"block_swap": 2}}, "need a frozen base"),
         ("sft", {"network": {"adapter": {}, "shard": True}}, "shard is for full-parameter training"),
         ("sft", {"network": {"shard": True}, "optimizer": {"muon_lr": 0.01}}, "muon_lr needs whole matrices"),
         ("dmd", {"network": {"shard": True}, "dmd": {"optimizer": {"muon_lr": 0.01}}}, "muon_lr needs whole matrices"),
-        ("sft", {"network": {"shard": True}, "optimizer": {"kind": "adamw8bit"}}, "adamw8bit does not know tensors"),
+        ("sft", {"network": {"shard": True}, "optimizer": {"kind": "adamw8bit"}}, "adamw8bit does not support tensors"),
         ("sft", {"network": {"adapter": {"dropout": 1.0}}}, r"dropout must be from 0 to below 1"),
         ("sft", {"data": {"kind": "jsonl"}}, r"data\.path is needed"),
         ("sft", {"data": {"samples": 1000}}, "must be a multiple of samples_per_shard"),
         ("sft", {"sft": {"times": {"least": 0.9, "most": 0.2}}}, "0 <= least < most <= 1"),
         ("consistency", {"consistency": {"e": 0.0}}, "e must be above 0"),
-        ("consistency", {"consistency": {"guidance_from": "ema"}}, "goes with velocity data"),
+        ("consistency", {"consistency": {"guidance_from": "ema"}}, "needs velocity data"),
         ("consistency", {"consistency": {"normalisation": "l2"}}, "normalisation must be one of"),
         ("dmd", {"dmd": {"weighting": "second"}}, "weighting must be one of"),
         ("dmd", {"dmd": {"fake_updates": 0}}, "fake_updates must be at least 1"),
@@ -111,7 +111,7 @@ def test_precision_no_needs_no_quotes(tmp_path, word):
         (
             "dmd",
             {"dmd": {"fake_warmup_steps": 1000}},
-            "must be below steps, or .*; got 1000 of 1000",
+            "must be below steps, or .*, got 1000 of 1000",
         ),
         ("joint", {"dmd": {"fake_warmup_steps": 2000}}, "must be below steps"),
         ("joint", {"joint": {"dmd_weight": -1}}, "dmd_weight must be at least 0"),
@@ -176,8 +176,9 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
         ("? [a]\n: b", "unhashable key"),
         ("steps: 2024-13-45", "month must be in"),
+        ("steps: 1\nsteps: 2", "line 2: the key 'steps' occurs twice"),
     ],
-    ids=["bomb", "recursive", "deep", "long", "code", "key", "date"],
+    ids=["bomb", "recursive", "deep", "long", "code", "key", "date", "twice"],
 )
 def test_hostile_files_are_one_line(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)

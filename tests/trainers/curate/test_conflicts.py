@@ -8,11 +8,11 @@ import pytest
 
 import trainers.curate
 from trainers.curate.__main__ import main
-from trainers.curate.bounded_yaml import CurateError
 from trainers.curate.conflicts.matrix import conflict_matrix, draw_matrix, reachable_share
 from trainers.curate.conflicts.rules import Rules, read_rules
 from trainers.curate.conflicts.solve import solve
 from trainers.curate.conflicts.wording import instruction
+from trainers.curate.errors import CurateError
 
 FOLDER = Path(trainers.curate.__file__).parent / "conflicts"
 
@@ -117,12 +117,12 @@ def test_a_starved_category_is_seen():
         ("slots: {head: 1}\ncategories: {hat: {uses: [head], use: 1}}", "categories.hat.use"),
         ("slots: {head: many}\ncategories: {hat: {uses: [head]}}", "slots.head"),
         ("slots: {head: 1}\ncategories: {hat: {}}", "either uses or uses_one_of"),
-        ("slots: {head: 1}\nslots: {head: 2}", "stands twice"),
+        ("slots: {head: 1}\nslots: {head: 2}", "occurs twice"),
         ("slots: &a {head: 1}\ncategories: *a", "alias"),
-        ("[" * 40 + "]" * 40, "deeper than"),
+        ("[" * 40 + "]" * 40, "nested more than 16 levels"),
         ("- 1", "must hold a mapping"),
         ("a: !!python/object/apply:os.system [ls]", "could not determine a constructor"),
-        ("x" * (1 << 20) + "y", "larger than 1 MiB"),
+        ("x" * (1 << 20) + "y", "at most 1048576 are read"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from trainers.config.run import ConfigError
-from trainers.data.batches import MOST_PADDING, Lengths, RowOrder, data_report, pieces_of, shared_pieces
+from trainers.data.batches import (
+    MAX_PADDING,
+    Lengths,
+    RowOrder,
+    data_report,
+    micro_batches_of,
+    micro_batches_of_process,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def test_order_depends_on_seed_and_step_alone():
 
 
 def test_an_update_larger_than_the_set_is_refused():
-    with pytest.raises(ConfigError, match=r"batch_size 4 x accumulation 2 needs 8 different rows, but there are 7"):
+    with pytest.raises(ConfigError, match=r"batch_size 4 x accumulation 2 needs 8 different rows, got 7"):
         RowOrder(7, 4, 0, accumulation=2)
     with pytest.raises(ConfigError, match="holds no sample"):
         RowOrder(0, 4, 0)
@@ -50,31 +57,31 @@ def mixed() -> Lengths:
 def test_mixed_rows_are_padded_by_five_percent_at_most(mixed, size):
     order = RowOrder(20_000, size, 0)
     for i in range(20):
-        pieces = pieces_of(order[i], mixed)
+        pieces = micro_batches_of(order[i], mixed)
         assert sorted(row for piece in pieces for row in piece) == sorted(order[i])
         for piece in pieces:
             assert len(set(mixed.target[piece])) == 1
-            assert mixed.whole[piece].sum() >= (1 - MOST_PADDING) * mixed.padded(piece)
+            assert mixed.total[piece].sum() >= (1 - MAX_PADDING) * mixed.padded_tokens(piece)
 
 
 def test_report_of_mixed_data(mixed):
     report = data_report(RowOrder(20_000, 64, 0), mixed)
     assert (report["rows"], report["rows_per_epoch"], report["repeated_in_step"]) == (20_000, 20_000, 0)
-    assert report["largest_tokens"] == mixed.whole.max()
-    assert 0 < report["padding_share"] <= MOST_PADDING
+    assert report["largest_tokens"] == mixed.total.max()
+    assert 0 < report["padding_share"] <= MAX_PADDING
     assert report["micro_batches_per_epoch"] >= 313
 
 
 def test_a_piece_has_at_most_so_many_tokens(mixed):
-    for piece in pieces_of(np.arange(64), mixed, max_tokens=30_000):
-        assert mixed.padded(piece) <= 30_000
-    assert all(len(piece) == 1 for piece in pieces_of(np.arange(8), mixed, max_tokens=1))
+    for piece in micro_batches_of(np.arange(64), mixed, max_tokens=30_000):
+        assert mixed.padded_tokens(piece) <= 30_000
+    assert all(len(piece) == 1 for piece in micro_batches_of(np.arange(8), mixed, max_tokens=1))
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 9])
 def test_processes_have_equally_many_pieces_and_every_row_once(mixed, processes):
     rows = RowOrder(20_000, 7, 0)[0]
-    shares = [shared_pieces(rows, mixed, p, processes) for p in range(processes)]
+    shares = [micro_batches_of_process(rows, mixed, p, processes) for p in range(processes)]
     assert len({len(share) for share in shares}) == 1
     seen = Counter(row for share in shares for piece, counts in share if counts for row in piece)
     assert seen == Counter(rows.tolist())

@@ -11,7 +11,7 @@ import pytest
 
 from trainers.config.run import ConfigError, DataConfig, RunConfig, ScenesConfig
 from trainers.data.endless.drawing import AMBIGUOUS, draw_scene, owners_of
-from trainers.data.endless.stream import SceneStream, Use
+from trainers.data.endless.stream import SceneStream, SceneUse
 from trainers.methods.correspondence import NOBODY
 from trainers.methods.sft_scenes import owners_of as references_of
 from trainers.nano.emoji import SUBSET, Bank
@@ -32,7 +32,7 @@ def vae(run: RunConfig) -> Path:
     return Path(run.network.model) / "vae"
 
 
-def contents(batch: list[Use]) -> list[tuple[object, ...]]:
+def contents(batch: list[SceneUse]) -> list[tuple[object, ...]]:
     return [(use.index, use.scene, use.encoded.target.tobytes(), use.encoded.owners.tobytes()) for use in batch]
 
 
@@ -49,8 +49,8 @@ def test_worker_processes_draw_the_same(vae: Path) -> None:
     here, there = (SceneStream(replace(DATA, workers=n), 8, seed=1, vae_folder=vae) for n in (0, 1))
     for i in (0, 4):
         assert contents(there[i]) == contents(here[i])
-    assert there.drawers.pool is not None
-    there.drawers.pool.terminate()
+    assert there.workers.pool is not None
+    there.workers.pool.terminate()
 
 
 def test_every_scene_is_used_as_often_as_asked_with_other_words(vae: Path) -> None:

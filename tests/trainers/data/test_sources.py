@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from trainers.config.run import ConfigError, DataConfig
-from trainers.data.checking import Tried, check_rows, load_rows
+from trainers.data.checking import DecodedRows, check_rows, load_rows
 from trainers.data.rows import LONGEST_INSTRUCTION, BadRow, target_size
 from trainers.data.sources import natural, open_source
 
@@ -88,20 +88,20 @@ def test_images_may_lie_elsewhere_and_samples_limits_them(tmp_path, images):
     source = open_source(data)
     assert len(source) == 2
     assert source[1].shapes == "128x64_32x32_64x32"
-    assert source.record == {"kind": "jsonl", "rows": 2, "path": str(path), "samples": 2}
-    with pytest.raises(BadRow, match=r"there is no picture t\.png"):
+    assert source.identity == {"kind": "jsonl", "rows": 2, "path": str(path), "samples": 2}
+    with pytest.raises(BadRow, match=r"the picture t\.png does not exist"):
         open_source(replace(data, images=None)).check(0)
 
 
 BAD_ROWS = [
-    ({**GOOD, "output_image": "none.png"}, "there is no picture none.png"),
-    ({**GOOD, "input_images": ["a.png", "none.png"]}, "there is no picture none.png"),
+    ({**GOOD, "output_image": "none.png"}, "the picture none.png does not exist"),
+    ({**GOOD, "input_images": ["a.png", "none.png"]}, "the picture none.png does not exist"),
     ({**GOOD, "output_image": "text.png"}, "text.png cannot be read as a picture"),
     ({**GOOD, "output_image": "empty.png"}, "empty.png cannot be read as a picture"),
     ({**GOOD, "output_image": "head.png"}, "head.png cannot be read as a picture"),
     ({**GOOD, "output_image": "folder.png"}, "folder.png cannot be read as a picture"),
-    ({**GOOD, "output_image": "long.png"}, "long.png is 330x32, an aspect over 10"),
-    ({**GOOD, "input_images": ["long.png"]}, "an aspect over 10"),
+    ({**GOOD, "output_image": "long.png"}, "long.png is 330x32, an aspect ratio over 10"),
+    ({**GOOD, "input_images": ["long.png"]}, "an aspect ratio over 10"),
     ({**GOOD, "instruction": ""}, "no instruction"),
     ({**GOOD, "instruction": " \n"}, "no instruction"),
     ({**GOOD, "instruction": 7}, "no instruction"),
@@ -109,18 +109,18 @@ BAD_ROWS = [
     ({**GOOD, "instruction": "a <|image_pad|> b"}, "a mark of the template"),
     ({**GOOD, "instruction": "ü" * LONGEST_INSTRUCTION}, "longer than"),
     ({**GOOD, "instruction": "lone \ud800"}, "not valid Unicode"),
-    ({**GOOD, "input_images": ["a.png"] * 7}, "7 references, at most 6"),
+    ({**GOOD, "input_images": ["a.png"] * 7}, "at most 6 references, got 7"),
     ({**GOOD, "input_images": "a.png"}, "no input_images"),
     ({"instruction": "a", "output_image": "t.png"}, "no input_images"),
     ({"instruction": "a", "input_images": []}, "no output_image"),
     ({**GOOD, "input_images": [3]}, "expected the path of a picture, got int"),
-    ({**GOOD, "output_image": "../secret.png"}, "leads out of the folder"),
-    ({**GOOD, "output_image": "/etc/passwd"}, "leads out of the folder"),
-    ({**GOOD, "output_image": "../set2/t.png"}, "leads out of the folder"),
-    ({**GOOD, "output_image": "t.png\0.png"}, "leads out of the folder"),
-    (b"{not json", "not JSON"),
-    (b"\xff\xfe", "not JSON"),
-    (b"[" * 100_000, "not JSON"),
+    ({**GOOD, "output_image": "../secret.png"}, "leaves the folder"),
+    ({**GOOD, "output_image": "/etc/passwd"}, "leaves the folder"),
+    ({**GOOD, "output_image": "../set2/t.png"}, "leaves the folder"),
+    ({**GOOD, "output_image": "t.png\0.png"}, "leaves the folder"),
+    (b"{not json", "not valid JSON"),
+    (b"\xff\xfe", "not valid JSON"),
+    (b"[" * 100_000, "not valid JSON"),
     (["a", "list"], "expected an object"),
 ]
 
@@ -138,7 +138,7 @@ def test_a_torn_picture_is_found_when_it_is_decoded(tmp_path, images):
     rows = [GOOD, {**GOOD, "input_images": ["torn.png"]}, GOOD]
     checked = check_rows(config(tmp_path, write_lines(images / "rows.jsonl", rows)))
     assert checked.bad == {}
-    ((_, first), (number, why), (_, last)) = (Tried(checked.source, range(3))[i] for i in range(3))
+    ((_, first), (number, why), (_, last)) = (DecodedRows(checked.source, range(3))[i] for i in range(3))
     assert (first.shapes, last.shapes) == ("128x64_32x32_64x32",) * 2
     assert number == 1
     assert "torn.png is damaged or truncated" in why
@@ -210,9 +210,9 @@ def test_the_digest_of_a_row_changes_with_it(tmp_path, images):
     ("values", "message"),
     [
         ({"path": "nowhere.jsonl"}, "does not exist"),
-        ({"path": "set"}, "must be a JSONL file"),
-        ({"path": "set/a.png", "kind": "folder"}, "must be a folder"),
-        ({"path": "set/a.png", "images": "nowhere"}, "data.images must be the folder"),
+        ({"path": "set"}, "expected a JSONL file"),
+        ({"path": "set/a.png", "kind": "folder"}, "expected a folder"),
+        ({"path": "set/a.png", "images": "nowhere"}, "data.images: expected the folder"),
     ],
 )
 def test_data_that_are_not_there(tmp_path, images, values, message):
@@ -249,14 +249,14 @@ def test_a_folder_of_captioned_pictures(tmp_path, album):
 @pytest.mark.parametrize(
     ("change", "name", "reason"),
     [
-        (lambda f: (f / "2.txt").unlink(), "2", "no instruction: there is no 2.txt"),
+        (lambda f: (f / "2.txt").unlink(), "2", "no instruction: 2.txt does not exist"),
         (lambda f: (f / "2.txt").write_text(" "), "2", "no instruction"),
         (lambda f: (f / "2.txt").write_bytes(b"\xff\xfe\xfa"), "2", "2.txt cannot be read"),
-        (lambda f: (f / "2.png").unlink(), "2", "expected one picture called 2, found 0"),
-        (lambda f: picture(f / "2.jpg"), "2", "expected one picture called 2, found 2"),
-        (lambda f: picture(f / "2_2.png"), "2", "expected one picture called 2_2, found 2"),
+        (lambda f: (f / "2.png").unlink(), "2", "expected one picture named 2, got 0"),
+        (lambda f: picture(f / "2.jpg"), "2", "expected one picture named 2, got 2"),
+        (lambda f: picture(f / "2_2.png"), "2", "expected one picture named 2_2, got 2"),
         (lambda f: (f / "2_1.png").unlink(), "2", "number 1 is missing"),
-        (lambda f: [picture(f / f"2_{n}.png") for n in range(3, 8)], "2", "7 references, at most 6"),
+        (lambda f: [picture(f / f"2_{n}.png") for n in range(3, 8)], "2", "at most 6 references, got 7"),
         (lambda f: picture(f / "2_04.png"), "2", "number 3 is missing"),
         (lambda f: (f / "10.webp").write_bytes(b"RIFF"), "10", "10.webp cannot be read as a picture"),
     ],
@@ -331,7 +331,7 @@ def rows_of_kinds():
 def test_a_saved_data_set(saved):
     checked = check_rows(saved(FakeDataset(rows_of_kinds())))
     assert sorted(checked.bad) == [2, 3, 5]
-    assert "leads out of the folder" in checked.bad[2]
+    assert "leaves the folder" in checked.bad[2]
     assert "no instruction" in checked.bad[3]
     assert "a picture of the data set cannot be read" in checked.bad[5]
     source = checked.source
@@ -346,7 +346,7 @@ def test_a_saved_data_set(saved):
 def test_splits_of_a_saved_data_set(saved):
     rows = FakeDataset(rows_of_kinds()[:1])
     assert len(open_source(saved({"train": rows, "test": FakeDataset(rows_of_kinds())}))) == 1
-    with pytest.raises(ConfigError, match="has the splits a, b; name the folder of one"):
+    with pytest.raises(ConfigError, match="has the splits a, b and no train"):
         open_source(saved({"a": rows, "b": rows}))
     with pytest.raises(ConfigError, match="has no column input_images, output_image"):
         open_source(saved(FakeDataset([{"instruction": "a", "image": b""}])))
@@ -390,7 +390,7 @@ def test_references_by_other_trainers_names(tmp_path, references):
     [
         (["s_1.png", "s_1.txt"], "s_1 has a caption, so it may be a reference or a target"),
         (["s_2.png"], "number 1 is missing"),
-        (["s_1.png", "s-1.png"], "a number comes twice"),
+        (["s_1.png", "s-1.png"], "a number occurs twice"),
         (["s_0.png", "s_2.png"], "number 1 is missing"),
     ],
     ids=str,

@@ -88,7 +88,7 @@ def test_earlier_exports_stay_and_are_named(tmp_path, capsys):
     (folder / "a").write_text("old")
     write_exports(accelerator, [write("a")], folder, together=False)
     assert (folder / "a").read_text() == "new"
-    assert "not of this export, and left as they are" in capsys.readouterr().out
+    assert "files of earlier exports are kept" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
 
 

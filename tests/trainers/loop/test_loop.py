@@ -18,7 +18,7 @@ from tests.trainers.loop.loop_toy import Toy, config, optimizer
 from tests.trainers.processes import ENV, launch
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import ConfigError
-from trainers.loop.checkpointing import TrainingError, newest_checkpoint, replaced, resume
+from trainers.loop.checkpointing import TrainingError, newest_checkpoint, resume, whole_folder
 from trainers.loop.loop import PATIENCE, Part, make_accelerator, make_parts, train
 from trainers.loop.method import Share
 from trainers.loop.metrics import MetricLog
@@ -126,11 +126,11 @@ def test_gradients_are_clipped_to_a_length_and_by_zero_not_at_all(most, clipped)
 
 def test_a_failed_write_leaves_the_old_folder(tmp_path):
     accelerator = Accelerator(cpu=True)
-    with replaced(accelerator, tmp_path / "a") as folder:
+    with whole_folder(accelerator, tmp_path / "a") as folder:
         (folder / "x").write_text("1")
 
     def full_disk():
-        with replaced(accelerator, tmp_path / "a") as folder:
+        with whole_folder(accelerator, tmp_path / "a") as folder:
             (folder / "x").write_text("2")
             raise OSError(28, "No space left on device")
 
@@ -171,13 +171,13 @@ def test_allowed_changes_of_the_optimizer_take_effect(tmp_path, metrics):
 def test_a_change_that_the_checkpoint_cannot_take_is_named(tmp_path):
     train(config(tmp_path), Toy())
     without_muon = config(tmp_path, optimizer=OptimizerConfig(lr=1e-2))
-    with pytest.raises(TrainingError, match=r"step-0000012 does not fit .*take back what was changed in optimizer"):
+    with pytest.raises(TrainingError, match=r"step-0000012 does not fit .*undo the change of optimizer"):
         train(without_muon, Toy(options=without_muon.optimizer), ["optimizer.muon_lr", "optimizer.warmup_steps"])
 
 
 def test_fewer_steps_than_done_is_an_error(tmp_path):
     train(config(tmp_path), Toy())
-    with pytest.raises(TrainingError, match="already trained 12 steps"):
+    with pytest.raises(TrainingError, match="expected at least 12, which .* has already trained, got"):
         train(config(tmp_path, steps=5), Toy(), allow_change=["steps"])
 
 
@@ -205,7 +205,7 @@ def test_spread_networks_go_on_in_as_many_processes(tmp_path):
     run = newest_checkpoint(tmp_path) / "run.json"
     run.write_text(json.dumps({**json.loads(run.read_text()), "processes": 3}))
     state.sharded = True
-    with pytest.raises(TrainingError, match="spread over 3 processes, and this run has 1; start it with 3"):
+    with pytest.raises(TrainingError, match="expected 3 processes, .*, got 1; start the run with 3"):
         resume(accelerator, state, tmp_path, made)
 
 
@@ -249,7 +249,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path, metrics):
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     assert [Share(i, 2).part(6) for i in (0, 1)] == [slice(0, 3), slice(3, 6)]
-    with pytest.raises(ConfigError, match="batch_size 5 cannot be shared evenly by 2 processes"):
+    with pytest.raises(ConfigError, match="batch_size: expected a multiple of 2, .*, got 5"):
         Share(0, 2).part(5)
 
 

@@ -69,7 +69,7 @@ def test_what_is_left_out_has_no_gradient() -> None:
     t = torch.tensor([0.9, 0.9, 0.9])
 
     def values(dropped: list[bool]) -> tuple[Tensor, dict[str, float]]:
-        with loss.watching() as seen:
+        with loss.recording() as seen:
             model(packed, t, text)
         return loss(seen, packed, owners, torch.tensor(dropped), t)
 
@@ -113,5 +113,5 @@ def test_training_on_scenes_resumes_exactly_and_exports_no_head(changed, tmp_pat
 
 def test_the_recipe_names_the_budgets_that_were_trained(changed) -> None:
     config = changed(sections=SCENES | {"data": SCENES["data"] | {"size": 160, "reference_budget": 96}})
-    recipe = SFTOnScenes(config).own_recipe
+    recipe = SFTOnScenes(config).student_recipe
     assert (recipe.output_budget, recipe.reference_budget) == (160, 96)

@@ -142,7 +142,7 @@ def test_a_full_student_of_a_causal_base_is_refused(distilling, run, tmp_path):
     """Its files would be read as causal, for a recipe cannot take a form back."""
     base = shutil.copytree(run.network.model, tmp_path / "base")
     (base / "recipe.json").write_text(Recipe(attention_form="prefix_causal").to_json())
-    with pytest.raises(ConfigError, match="is made for prefix_causal"):
+    with pytest.raises(ConfigError, match="expected prefix_causal, the form of"):
         make_method(distilling("consistency", network={**ADAPTER, "model": str(base), "attention_form": "full"}))
 
 
@@ -177,8 +177,8 @@ def test_a_causal_student_of_a_full_teacher(distilling, run, tmp_path, method, n
 def test_the_first_step_of_a_student_is_its_teacher(distilling):
     """Before any update all roles give the same, and distribution matching has nothing to push."""
     method = make_method(distilling("dmd", {"dmd": {"teacher_guidance": 1.0, **FAST["dmd"]}}))
-    losses, extra = method.loss(STUDENT, method.batch(0).pieces[0])
-    assert len(losses) == len(method.batch(0).pieces[0].rows)
+    losses, extra = method.loss(STUDENT, method.batch(0).micro_batches[0])
+    assert len(losses) == len(method.batch(0).micro_batches[0].rows)
     assert float(losses.detach().max()) < 1e-8
     assert extra["teacher_fake_gap"] < 1e-5
 
@@ -237,7 +237,7 @@ def test_a_student_that_breaks_down_is_named_with_its_step(distilling):
 
 def test_previews_are_drawn_by_the_method_s_own_sampler(distilling):
     method = make_method(distilling("consistency"))
-    batch = method.batch(0).pieces[0]
+    batch = method.batch(0).micro_batches[0]
     with torch.no_grad():
         first, again = method.sample(STUDENT, batch, seed=1), method.sample(STUDENT, batch, seed=1)
         other = method.sample(STUDENT, batch, seed=2)

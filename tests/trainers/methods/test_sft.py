@@ -46,9 +46,9 @@ def test_training_resumes_exactly_and_exports_a_pipeline(changed, tmp_path, metr
 def rows_of(batch, method):
     """Row -> its latents and its text, of all pieces."""
     found = {}
-    for piece in batch.pieces:
+    for piece in batch.micro_batches:
         with torch.no_grad():
-            cond = method.text.forward(piece.words) if isinstance(method, SFTWithText) else piece.cond
+            cond = method.text.forward(piece.encoder_inputs) if isinstance(method, SFTWithText) else piece.cond
         for i, row in enumerate(piece.rows):
             words = cond.embeds[i] if cond.mask is None else cond.embeds[i][cond.mask[i]]
             found[row] = piece.x0[i], words
@@ -59,16 +59,16 @@ def test_a_batch_of_mixed_rows_has_the_losses_of_its_rows_alone(changed):
     """Whatever is beside them, and in whichever pieces they are computed."""
     method = SFTTraining(changed(sections=FROZEN, batch_size=8))
     batch = method.batch(3)
-    assert sorted(row for piece in batch.pieces for row in piece.rows) == sorted(method.order[3].tolist())
-    assert len({shapes for piece in batch.pieces for shapes in piece.latents.shapes}) > 1
-    rows = [row for piece in batch.pieces for row in piece.rows]
-    together = method.piece(method.samples, rows, 3, method.prompt_dropout)
+    assert sorted(row for piece in batch.micro_batches for row in piece.rows) == sorted(method.order[3].tolist())
+    assert len({shapes for piece in batch.micro_batches for shapes in piece.latents.shapes}) > 1
+    rows = [row for piece in batch.micro_batches for row in piece.rows]
+    together = method.micro_batch(method.samples, rows, 3, method.prompt_dropout)
     assert together.latents.mask is not None
     losses = dict(zip(together.rows, method.loss("student", together)[0].tolist(), strict=True))
-    for piece in batch.pieces:
+    for piece in batch.micro_batches:
         for row, loss in zip(piece.rows, method.loss("student", piece)[0].tolist(), strict=True):
             assert loss == pytest.approx(losses[row], abs=1e-6)
-        alone = method.loss("student", method.piece(method.samples, piece.rows[:1], 3, method.prompt_dropout))[0]
+        alone = method.loss("student", method.micro_batch(method.samples, piece.rows[:1], 3, method.prompt_dropout))[0]
         assert float(alone) == pytest.approx(losses[piece.rows[0]], abs=1e-6)
 
 
@@ -104,7 +104,7 @@ def test_guided_samples_of_a_training_encoder_see_both_branches(changed):
 def test_learns_one_batch(changed):
     """The loss on one fixed batch falls well below that of predicting nothing (E|v|^2)."""
     method = SFTWithText(changed())
-    batch = method.batch(0).pieces[0]
+    batch = method.batch(0).micro_batches[0]
     optimizer = torch.optim.AdamW([p for _, p in method.trained("student")], lr=2e-3)
     losses = []
     for _ in range(40):

@@ -9,7 +9,7 @@ import torch
 
 from trainers.cache import main, read_cache
 from trainers.config.run import ConfigError, to_dict
-from trainers.data.samples import Samples, held_out_rows, spread
+from trainers.data.samples import Samples, evenly_spaced, held_out_rows
 from trainers.loop.loop import train
 from trainers.loop.method import Share
 from trainers.methods.sft import SFTTraining
@@ -33,17 +33,21 @@ def test_held_out_rows_are_never_trained_and_the_same_in_every_run(held):
     method, other = SFTTraining(held()), SFTTraining(held(seed=5))
     assert len(method.held_out) == 12
     assert method.held_out.tolist() == other.held_out.tolist()
-    trained = set(chain.from_iterable(p.rows for i in range(18) for p in method.batch(i).pieces))
+    trained = set(chain.from_iterable(p.rows for i in range(18) for p in method.batch(i).micro_batches))
     assert trained == set(range(48)) - set(method.held_out.tolist())  # two epochs of 36 rows in batches of 4
-    validated = [p.rows for batch in method.validation_batches() for p in batch.pieces]
+    validated = [p.rows for batch in method.validation_batches() for p in batch.micro_batches]
     assert set(chain.from_iterable(validated)) <= set(method.held_out.tolist())
     assert sum(map(len, validated)) == 12  # two draws of six rows
 
 
 def test_a_share_of_nothing_changes_nothing(changed):
     method = SFTTraining(changed(sections={"sft": FROZEN}))
-    assert [p.rows for p in method.batch(2).pieces] == [p.rows for p in SFTTraining(method.config).batch(2).pieces]
-    assert sorted(chain.from_iterable(p.rows for p in method.batch(2).pieces)) == sorted(method.order[2].tolist())
+    assert [p.rows for p in method.batch(2).micro_batches] == [
+        p.rows for p in SFTTraining(method.config).batch(2).micro_batches
+    ]
+    assert sorted(chain.from_iterable(p.rows for p in method.batch(2).micro_batches)) == sorted(
+        method.order[2].tolist()
+    )
     assert len(method.held_out) == 0
 
 
@@ -70,7 +74,7 @@ def test_the_loss_is_the_same_over_any_number_of_processes(held):
         for process in range(processes):
             method.place(torch.device("cpu"), Share(process, processes))
             for batch in method.validation_batches():
-                for piece in batch.pieces:
+                for piece in batch.micro_batches:
                     with torch.no_grad():
                         losses = method.loss("student", piece)[0]
                     if piece.counts:
@@ -89,9 +93,9 @@ def test_previews_are_of_held_out_rows(held):
     method.sample = lambda role, batch, seed: seen.append(batch.x0.clone()) or sample(role, batch, seed)
     grid = method.preview()
     assert len(seen) == 2
-    chosen = spread(method.held_out, 2)
+    chosen = evenly_spaced(method.held_out, 2)
     for x0, row in zip(seen, chosen.tolist(), strict=True):
-        assert torch.equal(x0, method.piece(method.samples, [row], 0).x0)
+        assert torch.equal(x0, method.micro_batch(method.samples, [row], 0).x0)
     assert grid.height > 3 * 128
 
 
@@ -107,7 +111,7 @@ def test_a_set_of_its_own_is_cached_and_validated(changed, tmp_path, capsys):
     assert len(Samples(read_cache(config.validation.data, method.encoder))) == len(method.held_out) == 6
     report = method.data_report()
     assert (report["rows"], report["validation_rows"]) == (54, 6)
-    targets = {p.x0.shape[1] for batch in method.validation_batches() for p in batch.pieces}
+    targets = {p.x0.shape[1] for batch in method.validation_batches() for p in batch.micro_batches}
     assert targets == {16}  # its own pictures are of 64 pixels
 
 
@@ -137,7 +141,7 @@ def test_held_out_rows_stay_when_rows_are_added():
     ("validation", "data", "message"),
     [
         ({"share": 0.7}, {}, r"validation\.share must be from 0 to 0\.5, got 0\.7"),
-        ({"share": 0.1, "data": {"folder": "other"}}, {}, "a share of the rows or data of its own, not both"),
+        ({"share": 0.1, "data": {"folder": "other"}}, {}, "either share or data, got both"),
         ({"data": {"seed": 3}}, {}, "must be another folder than data.folder"),
         ({"every": 0}, {}, r"validation\.every must be at least 1"),
     ],
@@ -149,5 +153,5 @@ def test_wrong_sections(changed, validation, data, message):
 
 def test_endless_scenes_hold_nothing_out(changed):
     data = {"kind": "scenes", "folder": "", "samples": 0}
-    with pytest.raises(ConfigError, match="data.kind scenes has no end"):
+    with pytest.raises(ConfigError, match="got data.kind scenes, which is endless"):
         changed(sections={"validation": {"share": 0.1}, "data": data})

@@ -53,7 +53,7 @@ def inputs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_stored_weight_is_restored_within_its_error(kind, dtype):
     made, weight, bias = layer(kind)
-    restored = made.restored(torch.device("cpu"), dtype)
+    restored = made.dequantised(torch.device("cpu"), dtype)
     assert restored.shape == weight.shape
     assert restored.dtype is dtype
     rounding = 3e-3 if dtype is torch.bfloat16 else 0.0
@@ -73,10 +73,10 @@ def test_a_stored_weight_takes_its_bits(kind, bits):
 
 
 def test_layers_outside_the_blocks_have_no_less_than_bfloat16():
-    kinds = {name: m.kind for name, m in layers(base("fp8")).items()}
+    kinds = {name: m.storage_dtype for name, m in layers(base("fp8")).items()}
     assert {k for n, k in kinds.items() if n.startswith("transformer_blocks.")} == {"fp8"}
     assert {k for n, k in kinds.items() if not n.startswith("transformer_blocks.")} == {"bf16"}
-    assert {m.kind for m in layers(base("fp32")).values()} == {"fp32"}
+    assert {m.storage_dtype for m in layers(base("fp32")).values()} == {"fp32"}
 
 
 def test_scaled_fp8_files_are_not_quantised_again(tmp_path):
@@ -129,7 +129,7 @@ def test_gradients_pass_through_frozen_layers(kind, inputs):
     reference = roles("fp32")
     for name, module in layers(made.network).items():
         twin = reference.network.get_submodule(name)
-        twin.weight.data = module.restored(torch.device("cpu"), torch.float32)
+        twin.weight.data = module.dequantised(torch.device("cpu"), torch.float32)
     plain = gradients(reference, inputs)
     assert distance(v, plain[0]) < 1e-5
     assert distance(x, plain[2]) < 1e-5

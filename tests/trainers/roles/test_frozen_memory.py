@@ -24,7 +24,7 @@ def inputs():
 @pytest.mark.parametrize("kind", FORMS[1:])
 def test_a_restored_copy_lives_for_one_product(kind, inputs, monkeypatch):
     made, seen = roles(kind), []
-    restore = FrozenLinear.restored
+    restore = FrozenLinear.dequantised
 
     def recorded(self, device, dtype):
         assert not any(r() is not None for r in seen), "another restored weight is still there"
@@ -33,7 +33,7 @@ def test_a_restored_copy_lives_for_one_product(kind, inputs, monkeypatch):
             seen.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(FrozenLinear, "restored", recorded)
+    monkeypatch.setattr(FrozenLinear, "dequantised", recorded)
     gradients(made, inputs)
     assert len(seen) > 150  # forward and backward
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from trainers.config.run import AdapterConfig, ConfigError
 from trainers.roles.roles import AdapterRoles, FullRoles
-from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, require
+from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, require_roles
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
@@ -76,7 +76,7 @@ def test_an_adapter_is_the_lora_file_it_is_saved_as(inputs, tmp_path):
             assert torch.allclose(again(role, *inputs), wanted, atol=2e-2)  # the file is bfloat16
         assert not torch.allclose(again(FAKE_SCORE, *inputs), wanted, atol=5e-2)
     assert read_lora(tmp_path / "a.safetensors").ranks == (4,)
-    with pytest.raises(ConfigError, match=r"has rank 4, adapter.rank is 8"):
+    with pytest.raises(ConfigError, match=r"adapter.rank: expected 4, the rank of .*, got 8"):
         adapters(rank=8).start_from(tmp_path / "a.safetensors", (STUDENT,))
     with pytest.raises(ConfigError, match="differ"):
         adapters(targets=("to_q",)).start_from(tmp_path / "a.safetensors", (STUDENT,))
@@ -154,18 +154,18 @@ def test_full_roles_are_networks_of_their_own(inputs):
 
 def test_wrong_sets_of_roles_are_refused():
     student_only = adapters(trained=(STUDENT,))
-    require(student_only, (STUDENT,), (TEACHER,))
-    with pytest.raises(ConfigError, match="needs the role fake_score; it was given ema, student, teacher"):
-        require(student_only, (STUDENT, FAKE_SCORE), (TEACHER,))
+    require_roles(student_only, (STUDENT,), (TEACHER,))
+    with pytest.raises(ConfigError, match="needs the role fake_score, got ema, student, teacher"):
+        require_roles(student_only, (STUDENT, FAKE_SCORE), (TEACHER,))
     learning = FullRoles({STUDENT: network(), TEACHER: network(), EMA: network()}, (STUDENT, TEACHER))
     with pytest.raises(ConfigError, match="the role teacher must be frozen in this method, but it trains"):
-        require(learning, (STUDENT,), (TEACHER,))
+        require_roles(learning, (STUDENT,), (TEACHER,))
     with pytest.raises(ConfigError, match="the role fake_score must be frozen in this method, but it trains"):
-        require(adapters(), (STUDENT,), (TEACHER,))
+        require_roles(adapters(), (STUDENT,), (TEACHER,))
     still = FullRoles({STUDENT: network(), TEACHER: network(), EMA: network()}, ())
     with pytest.raises(ConfigError, match="the role student must train"):
-        require(still, (STUDENT,), (TEACHER,))
-    with pytest.raises(ConfigError, match=r"no layer of the network ends in one of adapter.targets: to_x"):
+        require_roles(still, (STUDENT,), (TEACHER,))
+    with pytest.raises(ConfigError, match=r"adapter.targets: expected suffixes of layer names, got to_x"):
         adapters(targets=("to_x",))
 
 

@@ -61,5 +61,8 @@ def test_two_processes_train_as_one(changed, tmp_path, metrics, method, network)
 
 def test_one_process_cannot_spread_networks(changed):
     config = changed(sections={**METHODS["sft"], "network": SHARD}, optimizer={"lr": 1e-3})
-    with pytest.raises(ConfigError, match="this run has one; start it with accelerate launch, or set shard: false"):
+    with pytest.raises(
+        ConfigError,
+        match="several processes, got one; start it with accelerate launch, or set shard: false",
+    ):
         train(config, make_method(config))

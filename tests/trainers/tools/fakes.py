@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from trainers.roles.frozen import FrozenLinear, FrozenOperations, form_of
+from trainers.roles.frozen import FrozenLinear, FrozenOperations, storage_dtype_of
 from unipic_core.model.layers import set_parameters
 from unipic_core.model.mmdit import MMDiT
 
@@ -72,7 +72,7 @@ def base(sizes, kind):
     network = MMDiT(sizes, operations=Operations, device="meta", compute_dtype=torch.float32)
     for name, module in network.named_modules():
         if isinstance(module, FrozenLinear):
-            module.reserve(form_of(f"{name}.weight", (module.out_features, module.in_features), kind))
+            module.reserve(storage_dtype_of(f"{name}.weight", (module.out_features, module.in_features), kind))
         else:
             set_parameters(module, lambda _, parameter: torch.empty(parameter.shape), requires_grad=False)
     return network

@@ -55,7 +55,7 @@ def test_the_base_is_counted_as_it_is_loaded(kind, swap, monkeypatch):
     behind = sum(
         m.weight.nbytes + (0 if m.scale is None else m.scale.nbytes)
         for m in network.modules()
-        if isinstance(m, FrozenLinear) and not m.moves
+        if isinstance(m, FrozenLinear) and not m.on_device
     )
     whole = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
     row = memory.stored_base(expected_shapes(network.config), kind, network.config.num_layers, swap)

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ..bounded_yaml import CurateError, read_yaml
+from ...config.yaml_reader import ConfigError, read_yaml_mapping
+from ..errors import CurateError
 
 MOST_SOURCES = 6
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,63}$")]
@@ -100,8 +101,12 @@ def _check_known(role: str, names: Iterable[str], known: set[str]) -> None:
 
 
 def read_rules(path: Path) -> Rules:
-    """The rules in a YAML file. CurateError with the place of the first fault."""
-    return validated(Rules, read_yaml(path), str(path))
+    """Read conflict rules from a YAML file. Raises CurateError that names the first fault."""
+    try:
+        values = read_yaml_mapping(path)
+    except ConfigError as error:
+        raise CurateError(str(error)) from None
+    return validated(Rules, values, str(path))
 
 
 def validated(model: type[M], values: dict[str, Any], where: str) -> M:

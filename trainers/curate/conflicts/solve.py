@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ..bounded_yaml import CurateError
+from ..errors import CurateError
 from .rules import MOST_SOURCES, Rules
 
 

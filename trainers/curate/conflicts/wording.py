@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..bounded_yaml import CurateError
+from ..errors import CurateError
 from .rules import Rules
 from .solve import Seat
 

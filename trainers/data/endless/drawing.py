@@ -1,4 +1,4 @@
-"""Endless scenes, each a pure function of (seed, index): drawn, encoded, and the owner of every target token."""
+"""Endless scenes, each a pure function of (seed, index): drawing, encoding, and the owner of every target token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AMBIGUOUS = -1
 """Owner of a target token that shows several sources."""
 
 ITEM_SHARE, BACKGROUND_SHARE = 0.5, 0.85
-"""An item owns a token of which it covers so much, the background one of which so much is left."""
+"""Smallest share of a token that its item, or the background, must cover to own it."""
 
 TASK_SALT, SHAPE_SALT = 8191, 131071
 
@@ -33,7 +33,7 @@ SHAPE_GROUP = 32
 
 @dataclass(frozen=True)
 class EncodedScene:
-    """A scene as arrays, which travel between processes without files.
+    """Encoded scene as arrays, which pass between processes without files.
 
     target, sources: bfloat16 latents [C, h, w] as int16; vision: uint8 [H, W, 3] per source; owners: int8 [target
     tokens], the source (the index of an item, or the number of items for the background) or AMBIGUOUS. An edit has one
@@ -60,43 +60,43 @@ def draw_scene(
     mixture: Mapping[str, float],
     shapes: Mapping[str, float] | None = None,
 ) -> Scene:
-    """Scene `index` of the training split, its task drawn from the mixture (task -> weight; empty: TASKS).
+    """Make scene `index` of the training split with a task drawn from the mixture (task -> weight; empty: TASKS).
 
-    shapes: ratio of the target's width to its height, as "3x4", -> weight; all scenes of a group of SHAPE_GROUP share
-    one, so that batches can. Empty: square.
+    shapes: aspect ratio of the target, width x height, as "3x4", -> weight; empty: square. Each group of SHAPE_GROUP
+    consecutive scenes has one shape, so that batches can have one.
     """
-    task = drawn(mixture or TASKS, TASK_SALT, seed, index)
-    wide, high = drawn(shapes or {"1x1": 1.0}, SHAPE_SALT, seed, index // SHAPE_GROUP).split("x")
+    task = weighted_choice(mixture or TASKS, TASK_SALT, seed, index)
+    wide, high = weighted_choice(shapes or {"1x1": 1.0}, SHAPE_SALT, seed, index // SHAPE_GROUP).split("x")
     return make_any_scene(bank, "train", seed, index, task=task, size=size, shape=(int(wide), int(high)))
 
 
-def drawn(weights: Mapping[str, float], *seed: int) -> str:
-    """One of the names, by weight."""
+def weighted_choice(weights: Mapping[str, float], *seed: int) -> str:
+    """Draw one of the names by weight."""
     share = np.array(list(weights.values())) / sum(weights.values())
     return list(weights)[np.random.default_rng(seed).choice(len(share), p=share)]
 
 
 def open_bank(size: int) -> Bank:
-    """The pictures, as large as scenes of this size show them."""
+    """Open the asset pictures at the resolution that scenes of this size need."""
     return Bank.open(longest=max(LONGEST, size))
 
 
 def encode_scenes(vae: ImageVAE, bank: Bank, scenes: Sequence[Scene], reference_budget: int) -> list[EncodedScene]:
-    """Render and encode scenes together."""
+    """Render and encode scenes in one VAE batch."""
     samples = [render(bank, scene) for scene in scenes]
     rows = [make_row(s.target, list(s.references), s.instruction, reference_budget) for s in samples]
     latents = iter(encode_pictures(vae, [picture for row in rows for picture in (row.target, *row.references)]))
-    made = []
+    encoded = []
     for scene, sample, row in zip(scenes, samples, rows, strict=True):
         target, *references = (next(latents).view(torch.int16).numpy() for _ in range(1 + len(row.references)))
-        made.append(_by_source(scene, sample, row, target, references))
-    return made
+        encoded.append(_by_source(scene, sample, row, target, references))
+    return encoded
 
 
 def _by_source(
     scene: Scene, sample: Sample, row: Row, target: np.ndarray, references: Sequence[np.ndarray]
 ) -> EncodedScene:
-    """References brought from the order in which the scene shows them into the order of their sources."""
+    """Reorder references from the scene's display order to source order."""
     places = [scene.order.index(source) for source in range(len(scene.order))] or [0]
     sources = tuple(references[place] for place in places)
     vision = tuple(np.array(row.vision[place]) for place in places)  # Pillow's arrays cannot be written to
@@ -104,7 +104,7 @@ def _by_source(
 
 
 def owners_of(scene: Scene, sample: Sample) -> np.ndarray:
-    """int8 [target tokens], row by row: the source that each target token shows."""
+    """Source shown by each target token: int8 [target tokens], row by row."""
     high, wide = (side // PIXELS_PER_TOKEN for side in (sample.target.height, sample.target.width))
     owners = np.full(high * wide, AMBIGUOUS, np.int8)
     if scene.edit:

@@ -1,4 +1,4 @@
-"""Batches of endless scenes: a pure function of (seed, step), so that a resumed run sees what an unbroken one sees."""
+"""Batches of endless scenes, a pure function of (seed, step): resumed and uninterrupted runs see the same batches."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ...config.run import ConfigError, DataConfig, given
+from ...config.run import ConfigError, DataConfig, required
 from ...nano.open_scenes.drawing import any_reworded
 from ...nano.scene import Scene
 from .drawing import SHAPE_GROUP, EncodedScene
-from .workers import TOGETHER, Drawers
+from .workers import TOGETHER, SceneWorkers
 
 WORDS_SALT, ORDER_SALT = 104729, 1299709
 
 
 @dataclass(frozen=True)
-class Use:
-    """One sample: an encoded scene, and the scene with the order of the references and the words of this use."""
+class SceneUse:
+    """One sample: an encoded scene, and the scene with the reference order and wording of this use."""
 
     index: int
     encoded: EncodedScene
@@ -26,24 +26,24 @@ class Use:
 
     @property
     def places(self) -> tuple[int, ...]:
-        """The source that each reference shows."""
+        """Source index of each reference."""
         return self.scene.order or (0,)
 
 
 class SceneStream:
-    """Batch after batch. The scenes come in rounds of `buffer`; a round is passed through `uses` times.
+    """Batches of scenes, drawn in rounds of `buffer` scenes; each round is used for `uses` passes.
 
-    In each pass the round is sorted by the number of image tokens (in a new order where they are equal), cut into
-    batches, and these are shuffled: batches need hardly any padding, and hold no scene twice. While one round is used,
-    the next is drawn; no more are in memory.
+    In each pass the round is sorted by image token count (ties in random order), cut into batches, and the batches are
+    shuffled: they need hardly any padding and hold no scene twice. The next round is drawn while one is in use; no more
+    than these two are in memory.
     """
 
     def __init__(self, data: DataConfig, batch_size: int, seed: int, vae_folder: Path) -> None:
-        options = given(data.scenes)
+        options = required(data.scenes)
         self.buffer, self.uses, self.batch_size, self.seed = options.buffer, options.uses, batch_size, seed
         if self.buffer % batch_size or self.buffer % TOGETHER:
             raise ConfigError(
-                f"data.scenes.buffer must be a multiple of batch_size ({batch_size}) and of {TOGETHER}, "
+                f"data.scenes.buffer: expected a multiple of batch_size ({batch_size}) and of {TOGETHER}, "
                 f"got {self.buffer}"
             )
         if options.shapes and (SHAPE_GROUP % batch_size or self.buffer % SHAPE_GROUP):
@@ -52,12 +52,12 @@ class SceneStream:
                 f"it, since a batch has one shape; got batch_size {batch_size}, buffer {self.buffer}"
             )
         self.data = data
-        self.drawers = Drawers(data, vae_folder)
-        self.number = -1
+        self.workers = SceneWorkers(data, vae_folder)
+        self.round_number = -1
         self.round: list[EncodedScene] = []
 
-    def __getitem__(self, index: int) -> list[Use]:
-        """Batch `index`."""
+    def __getitem__(self, index: int) -> list[SceneUse]:
+        """Return batch `index`."""
         per_pass = self.buffer // self.batch_size
         number, within = divmod(index, self.uses * per_pass)
         use, batch = divmod(within, per_pass)
@@ -65,26 +65,26 @@ class SceneStream:
         return [self._use(i, use) for i in self._order(use)[batch]]
 
     def _load(self, number: int) -> None:
-        if number != self.number:
-            self.round = self.drawers.take(self._chunks(number))
-            self.number = number
-            self.drawers.ask(self._chunks(number + 1))
+        if number != self.round_number:
+            self.round = self.workers.collect(self._chunks(number))
+            self.round_number = number
+            self.workers.request(self._chunks(number + 1))
 
     def _chunks(self, number: int) -> range:
         per_round = self.buffer // TOGETHER
         return range(number * per_round, (number + 1) * per_round)
 
     def _order(self, use: int) -> np.ndarray:
-        """[batches, batch_size]: scenes of the round, batch by batch; those of a batch have one shape."""
-        rng = np.random.default_rng([ORDER_SALT, self.seed, self.number, use])
+        """Scene indices of the round, batch by batch: [batches, batch_size]; the scenes of a batch have one shape."""
+        rng = np.random.default_rng([ORDER_SALT, self.seed, self.round_number, use])
         tokens = np.array([scene.num_tokens for scene in self.round])
         high, wide = np.array([scene.target.shape[-2:] for scene in self.round]).T
-        mixed = rng.permutation(self.buffer)
-        order = mixed[np.lexsort((tokens[mixed], high[mixed], wide[mixed]))].reshape(-1, self.batch_size)
+        shuffled = rng.permutation(self.buffer)
+        order = shuffled[np.lexsort((tokens[shuffled], high[shuffled], wide[shuffled]))].reshape(-1, self.batch_size)
         return rng.permutation(order)
 
-    def _use(self, i: int, use: int) -> Use:
-        index = self.number * self.buffer + int(i)
+    def _use(self, i: int, use: int) -> SceneUse:
+        index = self.round_number * self.buffer + int(i)
         rng = np.random.default_rng([WORDS_SALT, self.data.seed, index, use])
         encoded = self.round[i]
-        return Use(index, encoded, any_reworded(encoded.scene, rng))
+        return SceneUse(index, encoded, any_reworded(encoded.scene, rng))
