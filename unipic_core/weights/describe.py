@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..model.config import FULL
 from .files import PathLike, Weights, find_weight_file, open_weights
+from .formats.json_file import read_json
 from .formats.quantised import FP8
 from .lora import common_targets, read_lora
 from .recipe import RECIPE_FROM, Recipe, released_recipe
@@ -149,9 +150,9 @@ def _format(path: Path) -> str:
 
 def _class(config: Path) -> str | None:
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = read_json(config)
         return content.get("_class_name") or next(iter(content.get("architectures") or []), None)
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (CheckpointError, AttributeError):
         return None
 
 

@@ -6,7 +6,6 @@ Opening reads headers only; a tensor is read when `Weights.get` asks for it. A q
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Iterable, Iterator, KeysView, Mapping
@@ -17,14 +16,18 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from .formats.json_file import MAX_INDEX, read_json
 from .formats.quantised import Quantisation, take_quantised
-from .formats.safetensors_file import read_table
+from .formats.safetensors_file import MAX_TENSORS, read_table
 from .formats.tensor_spec import Table, TensorSpec
 
 PathLike = str | os.PathLike[str]
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
 """Prefixes that other programs put before the network's parameter names."""
+
+MAX_SHARDS = 1000
+"""Most files of one set of shards."""
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
 _ENDINGS = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
@@ -230,18 +233,19 @@ def folder_content(folder: Path, limit: int) -> str:
 
 def _read_shards(index: Path) -> tuple[Table, dict[str, str]]:
     """Read the headers of all shards that an index json names; opens only files inside its folder."""
-    try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        weight_map = content["weight_map"]
-        valid = isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        valid = False
-    if not valid:
+    content = read_json(index, MAX_INDEX)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(
             f"{index} is not an index of shards (a table weight_map of names and files); fetch it again"
         )
     table: Table = {}
     metadata: dict[str, str] = {}
+    if len(weight_map) > MAX_TENSORS or len(set(weight_map.values())) > MAX_SHARDS:
+        raise CheckpointError(
+            f"{index} names {len(weight_map):,} tensors in {len(set(weight_map.values())):,} files, expected at most "
+            f"{MAX_TENSORS:,} in {MAX_SHARDS:,}; the file is not trustworthy, and is not read"
+        )
     shards = {file: _inside(index, file) for file in sorted(set(weight_map.values()))}
     for file, path in shards.items():
         if not path.is_file():

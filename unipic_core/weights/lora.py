@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, LoRAError
 from .files import PREFIXES as NETWORK_PREFIXES
 from .files import PathLike, open_weights
+from .formats.json_file import read_json
 from .lora_layers import LoRALayer, Shape
 from .recipe import METADATA_KEY, Recipe, step_lora_recipe
 from .write import write_safetensors
@@ -291,7 +292,7 @@ def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Any:
             settings = json.loads(metadata["lora_adapter_metadata"])
             settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
         elif beside.is_file() and (path.is_dir() or path.stem == "adapter_model"):
-            settings = json.loads(beside.read_text(encoding="utf-8"))
+            settings = read_json(beside)
         else:
             return lambda stored, name: (None, False)
         default, stabilised = settings.get("lora_alpha"), bool(settings.get("use_rslora"))

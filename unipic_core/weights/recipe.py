@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from ..errors import CheckpointError, UniPicError, one_line
 from ..model.config import ATTENTION_FORMS, FULL
 from .files import PathLike, find_weight_file
+from .formats.json_file import read_json
 from .formats.safetensors_file import read_safetensors
 
 METADATA_KEY = "unipic_recipe"
@@ -143,9 +144,9 @@ class Recipe:
             places += [file for folder in _folders(path) if (file := find_weight_file(folder))]
         for place in places:
             try:
-                text = metadata.get(METADATA_KEY) if metadata is not None and place == path else _recipe_text(place)
-                if text is not None:
-                    return cls.from_json(text)
+                stored = metadata.get(METADATA_KEY) if metadata is not None and place == path else _stored(place)
+                if stored is not None:
+                    return cls.from_json(stored)
             except (OSError, ValueError) as error:
                 raise CheckpointError(str(error) if str(place) in str(error) else f"{place}: {error}") from error
         return None
@@ -287,10 +288,10 @@ def _folders(path: Path) -> list[Path]:
     return [*folders, path.parent] if path.name in TRANSFORMER_FOLDERS else folders
 
 
-def _recipe_text(place: Path) -> str | None:
-    """Read the JSON text of a recipe.json or of a safetensors file's metadata; None if there is none."""
+def _stored(place: Path) -> Any:
+    """Read the table of a recipe.json, or the JSON text in a safetensors file's metadata; None if there is none."""
     if place.name == FILE_NAME:
-        return place.read_text(encoding="utf-8") if place.is_file() else None
+        return read_json(place) if place.is_file() else None
     return read_safetensors(place)[1].get(METADATA_KEY) if place.suffix in (".safetensors", ".sft") else None
 
 

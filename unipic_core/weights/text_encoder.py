@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, one_line
 from .files import PathLike, Weights, open_weights, weight_file
+from .formats.json_file import read_json
 
 HEAD = "lm_head."
 """Prefix of the language-model head's weights, which are not needed."""
@@ -20,6 +21,8 @@ TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
 ENCODER_FOLDERS = ("text_encoder", "tokenizer", "processor", "image_processor")
 
 _LARGEST_CONFIG = 10_000_000
+_LARGEST = 1 << 20
+_SIZES = ("_size", "_dim", "_layers", "_heads", "depth", "channels")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
 _BUILT_IN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 _CODE = "asks to run Python code from the folder when it is loaded"
@@ -66,20 +69,36 @@ def open_encoder(folder: PathLike) -> Weights:
             f"{weights} holds an adapter_config.json, which takes the encoder's weights from another place; refused: "
             "merge the adapter into the encoder first"
         )
-    return open_weights(opened)
+    loaded = open_weights(opened)
+    if (weights / "config.json").is_file():
+        _check_sizes(weights / "config.json", loaded)
+    return loaded
+
+
+def _check_sizes(file: Path, weights: Weights) -> None:
+    """CheckpointError for sizes with which transformers would make up weights that are not there, layer by layer."""
+    config = check_config(file)
+    for key, value in _items(config):
+        if type(value) is int and key.endswith(_SIZES) and not 0 <= value <= _LARGEST:
+            raise CheckpointError(f"{file}: {key} should be a whole number up to {_LARGEST}, got {str(value)[:40]}")
+    for key, part in (("num_hidden_layers", "layers"), ("depth", "blocks")):
+        wanted = max((value for k, value in _items(config) if k == key and type(value) is int), default=0)
+        numbers = {found[1] for name in weights if (found := re.search(rf"(?:^|\.){part}\.(\d+)\.", name))}
+        if wanted > len(numbers):
+            raise CheckpointError(
+                f"{file}: {key} is {wanted}, and the weights beside it have {len(numbers)} {part}; fetch them again"
+            )
 
 
 def check_config(file: Path) -> Any:
     """Read a JSON config. Raises CheckpointError if it cannot be read or has a refused key."""
     try:
-        if file.stat().st_size > _LARGEST_CONFIG:
-            raise CheckpointError(f"{file} has {file.stat().st_size} bytes, too many for a config; fetch it again")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file, _LARGEST_CONFIG)
         reason = next((r for key, value in _items(content) if (r := _refusal(key, value))), None)
     except CheckpointError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({one_line(error)}); fetch it again") from None
+    except RecursionError:
+        raise CheckpointError(f"{file} is nested too deep; fetch it again") from None
     if reason:
         raise CheckpointError(f"{file} {reason}; refused, take this part from a Qwen-Image-Edit or UniPic 3 repository")
     return content

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..model.layers import Operations, fill_parameters
 from ..model.mmdit import MMDiT
 from ..sampling.schedules import Shift
 from .files import PathLike, Weights, find_weight_file, folder_content, open_weights
+from .formats.json_file import parse_json, read_json
 from .formats.quantised import FP8
 from .recipe import TRANSFORMER_FOLDERS, Recipe, recipe_of
 
@@ -38,7 +38,7 @@ PARTS = {
 """Parts of a pipeline folder and the names of their folders."""
 
 NETWORK_CLASS = "QwenImageTransformer2DModel"
-_MOST_LAYERS = 1000
+_MOST_LAYERS = 400
 _LARGEST = 1 << 20
 
 _NAME_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -96,7 +96,8 @@ def read_config(path: PathLike, weights: Weights | None = None) -> MMDiTConfig:
         return config_from_file(source / "config.json")
     weights = weights or open_weights(source).bare()
     if CONFIG_KEY in weights.metadata:
-        return _parse_config(weights.metadata[CONFIG_KEY], f"the metadata of {source}")
+        described = f"the metadata of {source}"
+        return _parse_config(parse_json(weights.metadata[CONFIG_KEY], described), described)
     beside = source.parent / "config.json"
     if source.is_file() and beside.is_file() and class_name(beside) == NETWORK_CLASS:
         return config_from_file(beside)
@@ -105,17 +106,10 @@ def read_config(path: PathLike, weights: Weights | None = None) -> MMDiTConfig:
 
 def config_from_file(path: Path) -> MMDiTConfig:
     """Read a diffusers config.json. Raises CheckpointError for another class or sizes out of range."""
-    try:
-        return _parse_config(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path} ({one_line(error)}); fetch it again") from error
+    return _parse_config(read_json(path), str(path))
 
 
-def _parse_config(text: str, source: str) -> MMDiTConfig:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source} is not JSON ({one_line(error)}); fetch it again") from error
+def _parse_config(content: object, source: str) -> MMDiTConfig:
     if not isinstance(content, dict):
         raise CheckpointError(f"{source}: expected a JSON object, got {type(content).__name__}; fetch it again")
     if content.get("_class_name", NETWORK_CLASS) != NETWORK_CLASS:
@@ -131,9 +125,12 @@ def _parse_config(text: str, source: str) -> MMDiTConfig:
                 f"{source}: {name} should be a whole number from 1 to {limit}, got {value!r}; fetch the config again"
             )
     try:
-        return MMDiTConfig.from_dict(content)
+        config = MMDiTConfig.from_dict(content)
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{source}: {error}") from error
+    if config.width > _LARGEST:
+        raise CheckpointError(f"{source}: the width should be at most {_LARGEST}, got {config.width}")
+    return config
 
 
 _SIZES = {
@@ -145,8 +142,9 @@ _SIZES = {
 def class_name(path: Path) -> str | None:
     """Return the class that a config.json names; None if it names none or cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        name = read_json(path).get("_class_name")
+        return name if isinstance(name, str) else None
+    except (CheckpointError, AttributeError):
         return None
 
 
@@ -330,8 +328,12 @@ def read_shift(folder: Path) -> Shift:
     if not path.is_file():
         return Shift()
     try:
-        return Shift.from_config(json.loads(path.read_text(encoding="utf-8")))
+        content = read_json(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    try:
+        return Shift.from_config(content)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read ({one_line(error)}); download it again") from error

@@ -6,7 +6,6 @@ causal 3-D kernels acts, and its temporal resamplers (`time_conv`) do not act at
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ..errors import CheckpointError, one_line
 from ..model.layers import ConvOperations, fill_parameters
 from ..model.vae import ImageVAE, VAEConfig
 from .files import PathLike, Weights, open_weights
+from .formats.json_file import read_json
 from .transformer import check_keys
 
 VAE_CLASS = "AutoencoderKLQwenImage"
@@ -44,7 +44,7 @@ def read_vae_config(folder: PathLike) -> VAEConfig:
             "repository"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         kind, config = content.get("_class_name"), VAEConfig.from_dict(content)
         mistake = _mistake(config)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

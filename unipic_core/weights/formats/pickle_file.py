@@ -1,7 +1,8 @@
-"""Tensor tables of pickled weight files, without running code from them.
+"""Pickled weight files as tables of tensors: where each storage lies in the file, without loading any.
 
-`torch.load(weights_only=True)` walks the pickle and calls none of the functions it names; the tensors are then read
-from their places in the zip archive.
+Both forms of `torch.save` are read: a zip with `data.pkl` and a record for each storage, and the older stream of
+pickles. `torch.load` says where a storage lies only if the records come in the order of their numbers, which PyTorch
+2.6 and later do not keep; it would load the whole file first.
 """
 
 from __future__ import annotations
@@ -10,108 +11,175 @@ import os
 import pickle
 import re
 import struct
-import warnings
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import BinaryIO
 
 from ...errors import CheckpointError, one_line
+from .pickle_machine import MAX_PICKLE, Limited, Machine, Refused, Stored, Tables
 from .tensor_spec import Table, TensorSpec
+
+MAX_RECORDS, MAX_DIRECTORY = 100_000, 1 << 24
+"""Most files in a zip, and the longest list of them in bytes."""
+
+MAX_GROWTH, SMALL = 4, 1 << 20
+"""Tensors may fill this many times the bytes of their file, and some bytes more: several may share a storage, and one
+may repeat it."""
+
+_BIG_ENDIAN = "its numbers are big-endian; save it again on another computer"
+_UNREADABLE = (
+    *(pickle.UnpicklingError, ArithmeticError, RuntimeError, EOFError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
+_LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read_pickle(path: Path) -> Table:
-    """Read the table of a pickled state dict; unwraps nested ones ("state_dict", or one key around all).
+    """Table of a pickled state dict; nested ones ("state_dict", or one key around all) are unwrapped.
 
-    Unpickles tensors and plain containers only: a file that names another function is refused before anything in it is
-    called (`weights_only=True`). Raises CheckpointError.
+    Nothing that the pickle names is called but the few functions that `torch.save` names for tensors, and these are
+    replaced by ones of `pickle_machine`. Raises CheckpointError.
     """
     try:
-        if zipfile.is_zipfile(path):
-            records = _zip_records(path)
-            table = _tensor_specs(path, _tensors(_torch_load(path, map_location="meta")), records)
-            if table is not None:
-                return table
-            tensors = _tensors(_torch_load(path, map_location="cpu", mmap=True))
-        elif tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-            # the legacy format could run code in spite of weights_only (CVE-2025-32434)
-            raise CheckpointError(
-                f"{path} is in PyTorch's old format, safe to open from PyTorch 2.6 on; update PyTorch"
-            )
-        else:
-            tensors = _tensors(_torch_load(path, map_location="cpu"))
-    except pickle.UnpicklingError as error:
+        table = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except Refused as error:
         raise CheckpointError(_refusal(path, error)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, AssertionError, OSError) as error:
+    except (OSError, zipfile.BadZipFile, struct.error, MemoryError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}); fetch it again") from error
+    except _UNREADABLE as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} is not a readable PyTorch file ({one_line(error)}); fetch it again") from error
-    except (zipfile.BadZipFile, struct.error, IndexError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({one_line(error)}); fetch it again") from error
-    return {name: TensorSpec(t.dtype, tuple(t.shape), path, loaded=t) for name, t in tensors.items()}
+    _check_growth(path, table)
+    return table
 
 
-def _torch_load(path: Path, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.load(path, weights_only=True, **options)
+def _check_growth(path: Path, table: Table) -> None:
+    size, needed = os.path.getsize(path), sum(spec.nbytes for spec in table.values())
+    if needed > MAX_GROWTH * size + SMALL:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes and describes tensors of {needed:,}, many of them the same bytes again; the "
+            "file is not trustworthy, and is not read"
+        )
 
 
-def _tensors(loaded: object) -> dict[str, Tensor]:
-    """Unwrap an unpickled object to its state dict."""
+def _read_zip(path: Path) -> Table:
+    """Table of a zip of `torch.save`."""
+    _check_directory(path)
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        infos = {info.filename: info for info in archive.infolist()}
+        pickled = next((name for name in infos if name.rpartition("/")[2] == "data.pkl"), None)
+        if pickled is None:
+            raise ValueError("it is a zip without data.pkl")
+        folder = pickled.removesuffix("data.pkl")
+        _check_byte_order(path, file, infos.get(f"{folder}byteorder"))
+        file.seek(_place(path, file, infos[pickled]))
+        machine = Machine(Limited(file, infos[pickled].file_size))
+        tensors = _tensors(machine.load())
+        places = {}
+        for key in {stored.storage.key for stored in tensors.values()}:
+            info = infos.get(f"{folder}data/{key}")
+            if info is not None:
+                places[key] = (_place(path, file, info), info.file_size)
+    return {name: _spec(path, name, stored, places) for name, stored in tensors.items()}
+
+
+def _check_directory(path: Path) -> None:
+    """CheckpointError for a zip whose list of files is longer than any weight file's; read from its last bytes, since
+    ZipFile reads all of the list at once."""
+    with open(path, "rb") as file:
+        end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
+    count, length = (end[4], end[5]) if end else (0, 0)
+    if count > MAX_RECORDS or length > MAX_DIRECTORY:
+        raise CheckpointError(
+            f"{path} lists {count:,} files in {length:,} bytes, expected at most {MAX_RECORDS:,}; the file is not "
+            "trustworthy, and is not read"
+        )
+
+
+def _check_byte_order(path: Path, file: BinaryIO, info: zipfile.ZipInfo | None) -> None:
+    if info is not None:
+        file.seek(_place(path, file, info))
+        if file.read(3) == b"big":
+            raise ValueError(_BIG_ENDIAN)
+
+
+def _place(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
+    """Where a record's bytes begin. CheckpointError if they are compressed."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
+        raise CheckpointError(
+            f"{path} holds {info.filename.rpartition('/')[2]} compressed, which PyTorch never writes; save it again "
+            "with torch.save or as .safetensors"
+        )
+    file.seek(info.header_offset)
+    name, extra = struct.unpack("<26xHH", file.read(30))
+    return info.header_offset + 30 + int(name) + int(extra)
+
+
+def _read_legacy(path: Path) -> Table:
+    """Table of the older stream: magic number, version, system, tables, storage keys, then size and bytes of each."""
+    with open(path, "rb") as file:
+        limited = Limited(file, MAX_PICKLE)
+        if (magic := Machine(limited).load()) != _LEGACY_MAGIC:
+            tensors_alone = isinstance(magic, dict)
+            raise ValueError("it is a plain pickle" if tensors_alone else "it does not begin as torch.save does")
+        if Machine(limited).load() != _LEGACY_VERSION:
+            raise ValueError("it was written by a version of PyTorch that is not known")
+        system = Machine(limited).load()
+        if isinstance(system, dict) and system.get("little_endian") is False:
+            raise ValueError(_BIG_ENDIAN)
+        tensors = _tensors(Machine(limited).load())
+        keys = Machine(limited).load()
+        places, sizes = {}, {stored.storage.key: stored.storage.item for stored in tensors.values()}
+        size = os.path.getsize(path)
+        at = file.tell()
+        for key in keys if isinstance(keys, list) else ():
+            file.seek(at)
+            (count,) = struct.unpack("<q", file.read(8))
+            nbytes = count * sizes.get(str(key), 1)
+            if not 0 <= nbytes <= size - at - 8 or str(key) not in sizes:
+                raise ValueError(f"its storage {str(key)[:40]!r} is not whole")
+            places[str(key)] = (at + 8, nbytes)
+            at += 8 + nbytes
+    return {name: _spec(path, name, stored, places) for name, stored in tensors.items()}
+
+
+def _tensors(loaded: object) -> dict[str, Stored]:
+    """The state dict inside what was pickled."""
     for _ in range(3):
-        if not isinstance(loaded, Mapping):
+        if not isinstance(loaded, Tables):
             break
-        if any(isinstance(v, Tensor) for v in loaded.values()):
-            return {str(k): v.detach() for k, v in loaded.items() if isinstance(v, Tensor)}
-        inner = [v for k, v in loaded.items() if isinstance(v, Mapping) and (k == "state_dict" or len(loaded) == 1)]
+        found = {str(key): value for key, value in loaded.items() if isinstance(value, Stored)}
+        if found:
+            return found
+        inner = [v for k, v in loaded.items() if isinstance(v, Tables) and (k == "state_dict" or len(loaded) == 1)]
         loaded = inner[0] if inner else None
     raise ValueError("it holds no table of tensors")
 
 
-def _zip_records(path: Path) -> dict[int, int]:
-    """Map the offset of every tensor storage that is uncompressed in the zip to its size in bytes.
-
-    Empty if the storages are not in the order of their numbers: torch computes offsets from that order and errs then.
-    """
-    records, numbers = {}, []
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as f:
-        for info in sorted(archive.infolist(), key=lambda i: i.header_offset):
-            folder, _, number = info.filename.rpartition("/")
-            if not folder.endswith("/data") or info.compress_type != zipfile.ZIP_STORED:
-                continue
-            f.seek(info.header_offset)
-            name, extra = struct.unpack("<26xHH", f.read(30))
-            records[info.header_offset + 30 + name + extra] = info.file_size
-            numbers.append(number)
-    return records if numbers == [str(n) for n in range(len(numbers))] else {}
+def _spec(path: Path, name: str, stored: Stored, places: dict[str, tuple[int, int]]) -> TensorSpec:
+    """Where a tensor lies, checked against the room of its storage."""
+    offset, room = places.get(stored.storage.key, (0, 0))
+    contiguous = stored.stride == _plain_strides(stored.shape) or 0 in stored.shape
+    stride = None if contiguous else stored.stride
+    spec = TensorSpec(stored.dtype, stored.shape, path, offset, stored.first, stride)
+    needed = (spec.first + spec.extent) * spec.dtype.itemsize
+    if spec.extent and (needed > room or offset + needed > os.path.getsize(path)):
+        raise CheckpointError(f"{path} is damaged: tensor {name!r} reaches beyond its data; fetch it again")
+    return spec
 
 
-def _tensor_specs(path: Path, tensors: dict[str, Tensor], records: dict[int, int]) -> Table | None:
-    """Locate each tensor and check it against the zip's directory; None if torch is too old to give offsets."""
-    size = os.path.getsize(path)
-    table = {}
-    for name, tensor in tensors.items():
-        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or (offset not in records and tensor.numel()):
-            return None
-        stride = None if tensor.is_contiguous() else tuple(tensor.stride())
-        spec = TensorSpec(tensor.dtype, tuple(tensor.shape), path, offset, int(tensor.storage_offset()), stride)
-        needed = (spec.first + spec.extent) * spec.dtype.itemsize
-        if tensor.numel() and (needed > records[offset] or offset + needed > size):
-            raise CheckpointError(f"{path} is damaged: tensor {name!r} reaches beyond its data; fetch it again")
-        table[name] = spec
-    return table
+def _plain_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(shape):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
 
 
-def _refusal(path: Path, error: Exception) -> str:
-    """Shorten torch's message of several lines to one sentence."""
-    if function := re.search(r"GLOBAL ([\w.]+)", str(error)):
-        return (
-            f"{path} asks to run code when opened ({function[1]}) and was refused; use a .safetensors version of these "
-            "weights"
-        )
+def _refusal(path: Path, error: Refused) -> str:
+    """One sentence on what a pickle asked for."""
+    if error.function and re.fullmatch(r"[\w.]{1,100}", error.function):
+        what = f"asks to run code when opened ({error.function})"
+        return f"{path} {what} and was refused; use a .safetensors version of these weights"
     return f"{path} is not a pickle of plain tensors and was refused; use a .safetensors version of these weights"

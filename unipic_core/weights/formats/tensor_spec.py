@@ -18,7 +18,7 @@ class TensorSpec:
     """One stored tensor: dtype, shape, and the place of its bytes.
 
     offset: first byte of the tensor's storage in `file`. first: index of its first element in that storage; stride: in
-    elements, None = contiguous. loaded: the tensor itself, for old pickles, which cannot be read tensor by tensor.
+    elements, None = contiguous.
     """
 
     dtype: torch.dtype
@@ -27,7 +27,6 @@ class TensorSpec:
     offset: int = 0
     first: int = 0
     stride: tuple[int, ...] | None = None
-    loaded: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -44,8 +43,6 @@ class TensorSpec:
 
     def read(self) -> Tensor:
         """Read the tensor to newly allocated memory. Raises CheckpointError if the file has become shorter."""
-        if self.loaded is not None:
-            return self.loaded.clone()
         size = self.extent * self.dtype.itemsize
         buffer = torch.empty(size, dtype=torch.uint8)
         try:
@@ -63,7 +60,7 @@ class TensorSpec:
     def mapped(self, area: mmap.mmap) -> Tensor:
         """Return the tensor as a view of its mapped file: no memory until touched; writes do not reach the file."""
         start = self.offset + self.first * self.dtype.itemsize
-        if self.loaded is not None or not self.extent or start % self.dtype.itemsize:
+        if not self.extent or start % self.dtype.itemsize:
             return self.read()
         return self._shaped(torch.frombuffer(area, dtype=self.dtype, count=self.extent, offset=start))
 
