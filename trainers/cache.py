@@ -28,8 +28,9 @@ from unipic_core.replacing import write_json
 from unipic_core.weights.vae import load_image_vae
 
 from .config.run import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config, required
-from .data.checking import CheckedSource, check_rows, load_rows, print_report, require_usable
+from .data.checking import CheckedSource, check_rows, load_rows, print_report, refuse_bad_row, require_usable
 from .data.encoding import ShardBuilder
+from .data.index import COMMAND, CachedSamples, open_index
 from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
 from .data.rows import Row
 from .data.shards import (
@@ -48,9 +49,6 @@ from .data.text_embeddings import encode_text, encoder_fingerprint, text_fingerp
 from .terminal import exit_code
 
 __all__ = ["Bucket", "PreviewRow", "Rows", "build", "fingerprint", "load_image_vae", "read_cache", "read_preview"]
-
-COMMAND = "run python -m trainers.cache with the same config"
-
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -76,6 +74,11 @@ def read_cache(data: DataConfig, text: str | None = None) -> dict[str, Bucket]:
     return {shapes: Bucket(parts[shapes]) for shapes in sorted(parts)}
 
 
+def cached_samples(data: DataConfig, text: str | None) -> list[CachedSamples]:
+    """The samples of each set of a config, from their indices. Arguments and errors as of `read_cache`."""
+    return [open_index(Path(part.folder), cached_shards(part), text) for part in data.parts]
+
+
 def cached_shards(data: DataConfig) -> list[Path]:
     """List the shards of a complete cache. Raises ConfigError if it is missing, incomplete or of another data set."""
     folder = Path(data.folder)
@@ -89,8 +92,8 @@ def cached_shards(data: DataConfig) -> list[Path]:
         raise ConfigError(
             f"{folder} holds another data set ({'; '.join(different)}); choose another data.folder or remove it"
         )
-    rows = {"path": data.path, "samples": data.samples} if data.kind != "nano" else {}
-    if changed := [f"data.{k} {cached[k]}, not {v}" for k, v in rows.items() if cached[k] != v]:
+    rows = {"path": data.path, "samples": data.samples, "images": data.images} if data.kind != "nano" else {}
+    if changed := [f"data.{k} {cached.get(k)}, not {v}" for k, v in rows.items() if cached.get(k) != v]:
         raise ConfigError(f"{folder} was made with {', '.join(changed)}; {COMMAND}")
     count = data.samples if data.kind == "nano" else cached["rows"]
     paths = [shard_path(folder, i) for i in range(math.ceil(count / data.samples_per_shard))]
@@ -168,7 +171,10 @@ def encode_shard(
     shard, skipped = ShardBuilder(), []
     done = bar.n
     for rows in load_rows(checked, indices, data.workers):
-        skipped += [(i, row) for i, row in rows if isinstance(row, str)]
+        for i, row in rows:
+            if isinstance(row, str):
+                refuse_bad_row(data, checked.source, i, row)
+                skipped.append((i, row))
         shard.add(vae, [row for _, row in rows if isinstance(row, Row)])
         bar.update(len(rows))
     shard.write(path, {"rows": checked.digest(indices), "skipped": skipped})
@@ -210,7 +216,7 @@ def check_same_set(folder: Path, record: dict[str, Any]) -> None:
 
     Rows may change, because each shard stores the digest of its own.
     """
-    cached, rows = read_set_file(folder), dict.fromkeys(("rows", "path", "samples"))
+    cached, rows = read_set_file(folder), dict.fromkeys(("rows", "path", "samples", "images"))
     if cached is not None and {**cached, **rows} != {**record, **rows}:
         raise ConfigError(
             f"{folder} holds another data set (expected {record}, got {cached}); choose another data.folder or remove "
@@ -239,7 +245,9 @@ def run(config: RunConfig) -> None:
         raise ConfigError("data.kind scenes needs no cache; its scenes are drawn during training")
     validation = required(config.validation)
     user_previews = config.preview is not None and config.preview.own
-    build_one(config, config.data, config.preview if user_previews or not validation.holds_out else None)
+    preview = config.preview if user_previews or not validation.holds_out else None
+    for i, data in enumerate(config.data.parts):
+        build_one(config, data, None if i else preview)
     if validation.data is not None:
         build_one(config, validation.data, None)
 
@@ -259,6 +267,7 @@ def build_one(config: RunConfig, data: DataConfig, preview: PreviewConfig | None
         # bfloat16 is slow on a CPU, and only small encoders run there
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         add_text(data, name, lambda: TextEncoder.from_pretrained(folder, dtype, device), preview)
+    open_index(Path(data.folder), cached_shards(data), name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

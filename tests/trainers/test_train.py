@@ -50,4 +50,4 @@ def test_a_disk_that_fills_up_is_said_in_one_line(file, monkeypatch, capsys):
 
     monkeypatch.setattr("trainers.loop.metrics.MetricLog.write", full)
     assert command.main([file]) == 2
-    assert "No space left on device; mend that" in capsys.readouterr().err
+    assert "No space left on device; fix that" in capsys.readouterr().err

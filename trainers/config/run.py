@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import Any
 from unipic_core.model.attention import TRAINABLE
 from unipic_core.model.config import ATTENTION_FORMS
 
+from .data import LARGEST_SEED
+from .data import DataConfig as DataConfig
+from .data import ScenesConfig as ScenesConfig
+from .data import ValidationConfig as ValidationConfig
 from .methods import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parse import ConfigError as ConfigError
 from .parse import above, at_least, displayed, one_of, override, parse, within
 from .yaml_reader import read_yaml_mapping
 
 Section = typing.TypeVar("Section")
-
-LARGEST_SEED = 2**63 - 1
-
 
 # --- sections of the methods that train the network -------------------------------------------------------------------
 
@@ -90,79 +90,6 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class ScenesConfig:
-    """Endless scenes of data.kind "scenes", drawn by worker processes during training.
-
-    mixture: weight per task (default: the composition set's). buffer: number of scenes that are shuffled and batched
-    together. uses: passes over each scene, each with a new order of its references and new wording.
-    shapes: weight per aspect ratio of the targets, width x height, as "3x4" (default: all square).
-    """
-
-    mixture: dict[str, float] = field(default_factory=dict)
-    buffer: int = 512
-    uses: int = 2
-    shapes: dict[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "buffer", "uses")
-        for name in ("mixture", "shapes"):
-            weights: dict[str, float] = getattr(self, name)
-            if weights and not (min(weights.values()) >= 0 < sum(weights.values())):
-                raise ConfigError(f"data.scenes.{name} must hold weights from 0, one above 0; got {weights}")
-        for shape in self.shapes:
-            parts = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", shape)
-            if not parts or not 0.5 <= int(parts[1]) / int(parts[2]) <= 2:
-                raise ConfigError(f"data.scenes.shapes must hold ratios from 1x2 to 2x1, such as 3x4; got {shape!r}")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Data source, and the folder of its cache (`python -m trainers.cache`).
-
-    kind: "nano" (composition set, scenes 0 .. samples - 1 of `seed`), "scenes" (the same without end, drawn during
-    training: no folder, no cache), "jsonl" (rows of the release's format), "folder" (numbered images with caption
-    files) or "datasets" (a Hugging Face data set saved on disk).
-    path: JSONL file or folder; images: root of relative image paths (default: the folder of path).
-    samples: 0 = all. size: a target has at most size^2 pixels; reference_budget: all references of a row together have
-    at most reference_budget^2 pixels.
-    """
-
-    folder: str = ""
-    kind: str = "nano"
-    path: str | None = None
-    images: str | None = None
-    samples: int = 0
-    seed: int = 0
-    size: int = 128
-    reference_budget: int = 128
-    samples_per_shard: int = 1024
-    workers: int = 1
-    scenes: ScenesConfig | None = None
-
-    def __post_init__(self) -> None:
-        one_of(self, "kind", ("nano", "scenes", "jsonl", "folder", "datasets"))
-        within(self, 0, LARGEST_SEED, "seed")
-        for name in ("size", "reference_budget"):
-            if getattr(self, name) % 32:
-                raise ConfigError(f"{name} must be a multiple of 32 pixels, got {getattr(self, name)}")
-        if (self.kind == "scenes") == bool(self.folder):
-            raise ConfigError(f"data.folder is for every kind but scenes; got kind {self.kind}, folder {self.folder!r}")
-        if self.kind != "scenes" and self.scenes is not None:
-            raise ConfigError(f"data.scenes goes with data.kind scenes, got kind {self.kind}")
-        at_least(self, 0, "samples", "workers")
-        at_least(self, 1, "samples_per_shard")
-        at_least(self, 32, "size", "reference_budget")
-        if (self.kind in ("nano", "scenes")) == (self.path is not None):
-            raise ConfigError(
-                f"data.path is needed for every kind but nano and scenes; got kind {self.kind}, path {self.path}"
-            )
-        if self.kind == "nano" and (self.samples < 1 or self.samples % self.samples_per_shard):
-            raise ConfigError(
-                f"data.samples must be a multiple of samples_per_shard ({self.samples_per_shard}), got {self.samples}"
-            )
-
-
-@dataclass(frozen=True)
 class PreviewSample:
     """User-defined preview: up to six pictures and a prompt."""
 
@@ -187,37 +114,6 @@ class PreviewConfig:
         at_least(self, 0, "guidance")
 
 
-@dataclass(frozen=True)
-class ValidationConfig:
-    """Held-out rows: their loss is logged, and the previews show them.
-
-    share: of the rows of `data`, from 0 (none) to 0.5. data: separate data set with its own cache instead of a share;
-    missing keys default to those of `data`.
-    every: steps between validations (plus one at the start and one at the end). rows: at most this many rows, evenly
-    spaced over all held-out rows. draws: fixed pairs of time and noise per row.
-    """
-
-    share: float = 0.0
-    data: DataConfig | None = None
-    every: int = 500
-    rows: int = 256
-    draws: int = 1
-
-    def __post_init__(self) -> None:
-        within(self, 0, 0.5, "share")
-        at_least(self, 1, "every", "rows", "draws")
-        if self.share and self.data is not None:
-            raise ConfigError("validation takes either share or data, got both; remove one")
-        if self.data is not None and self.data.kind == "scenes":
-            raise ConfigError(
-                "validation.data needs cached rows, got kind scenes, which is endless; choose another kind"
-            )
-
-    @property
-    def holds_out(self) -> bool:
-        return bool(self.share) or self.data is not None
-
-
 EXPORT_KINDS = ("lora", "merged", "folder")
 """Export formats in the order in which they are written: LoRA, one file, diffusers folder."""
 
@@ -237,6 +133,8 @@ class RunConfig:
     """Config of one run. Sections that the method does not use are None; the others are present, with defaults.
 
     export: formats of EXPORT_KINDS to write (a LoRA only with adapters); "raw" adds each without the moving average.
+    bad_samples: "stop" at a cached sample whose data or loss are not finite, or "skip" it, name it and count it.
+    trackers: "tensorboard", "wandb".
     """
 
     method: str
@@ -254,6 +152,8 @@ class RunConfig:
     sample_every: int = 500
     keep_checkpoints: int = 2
     export: tuple[str, ...] = (*EXPORT_KINDS, "raw")
+    bad_samples: str = "stop"
+    trackers: tuple[str, ...] = ("tensorboard",)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     network: NetworkConfig | None = None
     data: DataConfig | None = None
@@ -273,6 +173,11 @@ class RunConfig:
         within(self, 0, LARGEST_SEED, "seed")
         one_of(self, "precision", ("no", "bf16"))
         within(self, 0, 1, "ema_decay")
+        one_of(self, "bad_samples", ("stop", "skip"))
+        if odd := set(self.trackers) - {"tensorboard", "wandb"}:
+            raise ConfigError(f"trackers must be of tensorboard and wandb, got {displayed(sorted(odd)[0])}")
+        if self.bad_samples == "skip" and (self.data is None or self.data.kind == "scenes"):
+            raise ConfigError("bad_samples: skip needs cached rows, which this run has not; use stop")
         if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:
             raise ConfigError(
                 f"dmd.fake_warmup_steps must be below steps, or no step trains the student, got "
@@ -349,11 +254,24 @@ def parse_run(data: dict[str, Any]) -> RunConfig:
         if not isinstance(data[name], dict):
             raise ConfigError(f"the section {name} must hold keys and values, got {displayed(data[name])}")
     sections = {**{name: {} for name in SECTIONS[method]}, **data}
+    if isinstance(sections.get("data"), dict):
+        sections["data"] = with_source_defaults(sections["data"])
     validation_data = sections.get("validation", {}).get("data")
     if isinstance(validation_data, dict):
-        merged = {**sections["data"], **validation_data}
+        merged = {**{k: v for k, v in sections["data"].items() if k not in ("sources", "alternate")}, **validation_data}
         sections["validation"] = {**sections["validation"], "data": merged}
     return parse(RunConfig, sections, "config")
+
+
+def with_source_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    """The data section with its keys in each of `sources` that lacks them."""
+    sources = data.get("sources")
+    if not sources:
+        return data
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, dict) for source in sources):
+        raise ConfigError(f"data.sources must be a list of sections of keys and values, got {displayed(sources)}")
+    common = {k: v for k, v in data.items() if k not in ("sources", "alternate", "folder", "path", "kind")}
+    return {**data, "sources": [{**common, **source} for source in sources]}
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -130,12 +131,22 @@ def micro_batches_of_process(
     return [(rows, True) for rows in this_process] + [(filler, False)] * (count - len(this_process))
 
 
+class Order(Protocol):
+    """order[i]: the rows of batch i, int64 [batch_size]. rows: samples of an epoch; rows_per_update: of an update."""
+
+    rows: int
+    batch_size: int
+    rows_per_update: int
+
+    def __getitem__(self, index: int) -> np.ndarray: ...
+
+
 def data_report(
-    order: RowOrder, lengths: Lengths, max_tokens: int = 0, validation_rows: int = 0, max_batches: int = 1000
+    order: Order, lengths: Lengths, max_tokens: int = 0, validation_rows: int = 0, max_batches: int = 1000
 ) -> dict[str, float]:
     """Contents of RUN/data.json: rows, micro-batches, tokens, and padding and repeats over at most max_batches batches.
 
-    lengths: of the training rows.
+    lengths: of all rows that the order names.
     """
     epoch = -(-order.rows // order.batch_size)
     batches = [order[i] for i in range(min(epoch, max_batches))]
@@ -147,7 +158,7 @@ def data_report(
     per_update = order.rows_per_update // order.batch_size
     updates = [np.concatenate(batches[at : at + per_update]) for at in range(0, len(batches), per_update)]
     return {
-        "rows": order.rows + validation_rows,
+        "rows": len(lengths.target),
         "validation_rows": validation_rows,
         "rows_per_epoch": order.rows,
         "micro_batches_per_epoch": round(len(micro_batches) / len(batches) * epoch),

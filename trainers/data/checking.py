@@ -30,6 +30,12 @@ class CheckedSource:
     digests: list[str]
     bad: dict[int, str]
 
+    @property
+    def duplicates(self) -> int:
+        """Number of usable rows whose prompt and pictures are those of an earlier row."""
+        usable = [digest for i, digest in enumerate(self.digests) if i not in self.bad and digest]
+        return len(usable) - len(set(usable))
+
     def digest(self, indices: Sequence[int]) -> str:
         """Digest of the source data of these rows, 16 hex digits."""
         return hashlib.sha256(json.dumps([self.digests[i] for i in indices]).encode()).hexdigest()[:16]
@@ -44,12 +50,23 @@ def check_rows(data: DataConfig) -> CheckedSource:
         try:
             digests.append(source.check(i))
         except BadRow as error:
+            refuse_bad_row(data, source, i, error)
             bad[i] = str(error)
             digests.append(f"bad: {error}")
     checked = CheckedSource(source, digests, bad)
     Path(data.folder).mkdir(parents=True, exist_ok=True)
     require_usable(data, checked, bad)
     return checked
+
+
+def refuse_bad_row(data: DataConfig, source: Source, i: int, reason: object) -> None:
+    """Raise ConfigError for a row that cannot be used, where the config asks for it."""
+    if data.bad_rows == "stop":
+        raise ConfigError(
+            printable(
+                f"{source.name(i)} of {data.path}: {reason}; correct it, or skip such rows with data.bad_rows=skip"
+            )
+        )
 
 
 def require_usable(data: DataConfig, checked: CheckedSource, bad: dict[int, str]) -> None:
@@ -65,13 +82,18 @@ def write_report(data: DataConfig, checked: CheckedSource, bad: dict[int, str]) 
     skipped = [{"row": i, "name": checked.source.name(i), "reason": bad[i]} for i in sorted(bad)]
     total = len(checked.source)
     path = Path(data.folder) / "report.json"
-    write_json(path, {"rows": total, "used": total - len(bad), "skipped": skipped})
+    values = {"rows": total, "used": total - len(bad), "duplicates": checked.duplicates, "skipped": skipped}
+    write_json(path, values)
     return path
 
 
 def print_report(data: DataConfig, checked: CheckedSource, bad: dict[int, str]) -> None:
     """Write the report; print one line if any row is skipped."""
     path = write_report(data, checked, bad)
+    if checked.duplicates:
+        print(
+            f"{checked.duplicates} of {len(checked.source)} rows are the same as an earlier one; they are encoded too"
+        )
     if bad:
         first = min(bad)
         where = f"first {checked.source.name(first)}: {bad[first]}"

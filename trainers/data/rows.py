@@ -85,14 +85,14 @@ def check_pictures(record: Record) -> str:
     parts = [record.prompt]
     for picture in record.pictures:
         check_size(header_size(picture), picture)
-        parts += picture_digest(picture)
+        parts.append(picture_digest(picture))
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def picture_digest(picture: Picture) -> list[str]:
-    """Name and content digest: an edited picture may keep its name and size."""
+def picture_digest(picture: Picture) -> str:
+    """Content digest: an edited picture may keep its name and size, and equal ones may have other names."""
     content = picture if isinstance(picture, bytes) else picture.read_bytes()
-    return [name_of(picture), hashlib.blake2b(content, digest_size=16).hexdigest()]
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def header_size(picture: Picture) -> Size:

@@ -159,8 +159,9 @@ def remove_leftovers(output: Path) -> None:
 NO_CHANGE = (
     *("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens"),
     *("export", "validation.every", "validation.rows", "validation.draws"),
+    *("bad_samples", "trackers", "data.workers", "data.bad_rows"),
 )
-"""Config keys that change no numbers of a run (max_tokens: only rounding)."""
+"""Config keys that change no numbers of a run (max_tokens: only rounding; bad_samples: where one stopped it)."""
 
 
 def changed_keys(before: object, now: object, where: str = "") -> list[str]:

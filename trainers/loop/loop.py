@@ -11,7 +11,9 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,13 +25,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from unipic_core.replacing import write_json
-from unipic_core.sampling.samplers import NonFiniteLatent
 
 from ..config.methods import OptimizerConfig
-from ..config.run import RunConfig
+from ..config.run import ConfigError, RunConfig
 from ..roles.sharding import sum_gradients, whole
 from ..roles.types import NamedParameters
 from ..seeds import mixed_seed
+from .bad_samples import SampleLosses
 from .checkpointing import non_finite, resume, save
 from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
@@ -92,10 +94,10 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
         log.record(0, validate(accelerator, config, method, 0))
     if start and samples_due(config, start) and not preview_path(output, start).exists():  # interrupted while drawing
         save_preview(accelerator, method, output, start)
-    saved = time.monotonic()
+    losses_of, saved = SampleLosses(accelerator, config, method), time.monotonic()
     with StopRequest() as request:
         for step in range(start, config.steps):
-            run_step(accelerator, config, method, parts, batches, step, log)
+            run_step(losses_of, parts, batches, step, log)
             if MAIN in method.updates(step):
                 update_average(averaged, config.ema_decay, state.updates)
                 state.updates += 1
@@ -104,7 +106,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
             stop, due = any_process(accelerator, request.asked, late)
             due = due or stop or save_due(config, done)
             if done % config.log_every == 0 or due:  # resumed runs then average the same steps
-                log.write(done)
+                log.write(done, losses_of.take_skipped())
             if validation_due(config, done):
                 log.record(done, validate(accelerator, config, method, done))
             bar.update()
@@ -142,19 +144,14 @@ def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batc
 
 
 def run_step(
-    accelerator: Accelerator,
-    config: RunConfig,
-    method: Method,
-    parts: dict[str, Part],
-    batches: Iterator[Batch],
-    step: int,
-    log: MetricLog,
+    losses_of: SampleLosses, parts: dict[str, Part], batches: Iterator[Batch], step: int, log: MetricLog
 ) -> None:
     """Run the updates of one step, each after `accumulation` batches."""
-    for name in method.updates(step):
+    accelerator, config = losses_of.accelerator, losses_of.config
+    for name in losses_of.method.updates(step):
         for _ in range(config.accumulation):
             batch = next(batches).to(accelerator.device)
-            log.add(backward(accelerator, config, method, parts[name], batch, step), config.batch_size)
+            log.add(backward(losses_of, parts[name], batch, step), config.batch_size)
         try:
             log.add(parts[name].update())
         except FloatingPointError as error:
@@ -167,12 +164,24 @@ def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
     output.mkdir(parents=True, exist_ok=True)
     return Accelerator(
         mixed_precision=config.precision,
-        log_with="tensorboard",
+        log_with=trackers_of(config, output),
         project_config=ProjectConfiguration(str(output), logging_dir=str(output)),
         step_scheduler_with_optimizer=False,
         # no cache: a weight cast without gradient (rollout, tangent) must not be reused where a gradient is needed
         kwargs_handlers=[AutocastKwargs(cache_enabled=False), InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+
+
+def trackers_of(config: RunConfig, output: Path) -> list[Any]:
+    """Trackers of accelerate. Raises ConfigError for one that is not installed."""
+    if "wandb" not in config.trackers:
+        return list(config.trackers)
+    from accelerate.tracking import WandBTracker
+
+    if find_spec("wandb") is None:
+        raise ConfigError("trackers: wandb needs the package wandb; run pip install wandb, or remove it from trackers")
+    others = [name for name in config.trackers if name != "wandb"]
+    return [*others, WandBTracker("unipic", name=output.name, dir=str(output))]
 
 
 def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
@@ -184,30 +193,22 @@ def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
     return {name: Part(name, method.trained(name), method.optimizer(name), n) for name, n in counts.items()}
 
 
-def backward(
-    accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
-) -> Metrics:
+def backward(losses_of: SampleLosses, part: Part, batch: Batch, step: int) -> Metrics:
     """Accumulate the gradient of one batch; returns loss and metrics, averaged over all processes."""
+    accelerator, config = losses_of.accelerator, losses_of.config
     total: dict[str, float] = defaultdict(float)
     for number, micro_batch in enumerate(getattr(batch, "micro_batches", (batch,))):
         torch.manual_seed(mixed_seed(config.seed, micro_batch.index, accelerator.process_index, number))  # for dropout
-        for name, value in backward_micro_batch(accelerator, config, method, part, micro_batch, step).items():
+        for name, value in backward_micro_batch(losses_of, part, micro_batch, step).items():
             total[name] += value
     return total
 
 
-def backward_micro_batch(
-    accelerator: Accelerator, config: RunConfig, method: Method, part: Part, batch: Batch, step: int
-) -> Metrics:
+def backward_micro_batch(losses_of: SampleLosses, part: Part, batch: Batch, step: int) -> Metrics:
     """`backward` of one micro-batch, weighted by its share of the samples in the whole batch."""
-    try:
-        with accelerator.autocast():
-            losses, metrics = method.loss(part.name, batch)
-    except NonFiniteLatent as error:  # at once: other processes may wait inside their networks
-        what = "a sample of the student became NaN or infinite"
-        raise non_finite(what, part.name, batch.name, step, Path(config.output)) from error
-    check_losses(accelerator, losses, part.name, batch, step, Path(config.output))
-    weight = float(getattr(batch, "counts", True))  # 0: filler that only keeps processes in step
+    accelerator, config = losses_of.accelerator, losses_of.config
+    losses, metrics, computed = losses_of(part.name, batch, step)
+    weight = float(getattr(computed, "counts", True))  # 0: filler that only keeps processes in step
     loss = losses.sum() * (weight / config.batch_size)
     (loss / config.accumulation).backward()
     share = weight * len(losses) / config.batch_size
@@ -231,12 +232,3 @@ def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: i
         averages, parameters = zip(*averaged, strict=True)
         with torch.no_grad():
             torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - min(decay, (1 + n) / (10 + n)))
-
-
-def check_losses(accelerator: Accelerator, losses: Tensor, part: str, batch: Batch, step: int, output: Path) -> None:
-    """Raise TrainingError in every process if the loss of any sample is not finite."""
-    non_finite_samples = (~torch.isfinite(losses)).nonzero().flatten().tolist()
-    anywhere = accelerator.reduce(torch.tensor(float(len(non_finite_samples)), device=losses.device), "sum")
-    if float(anywhere):
-        which = f"sample {non_finite_samples[0]} of {batch.name}" if non_finite_samples else "another process's batch"
-        raise non_finite("a loss became NaN or infinite", part, which, step, output)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -84,6 +84,9 @@ class Method(Protocol):
 
 class HoldsOut(Method, Protocol):
     """Method with held-out rows."""
+
+    def without(self, batch: Any, rows: Sequence[int]) -> Any:
+        """The micro-batch without these rows; a filler if none is left."""
 
     def validation_batches(self) -> Iterator[Any]:
         """This process's share of the held-out rows, as batches of `micro_batches`."""

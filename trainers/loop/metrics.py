@@ -39,8 +39,8 @@ class MetricLog:
         for name, value in metrics.items():
             self.values[name].append(value)
 
-    def write(self, step: int) -> None:
-        """Write the means since the last record."""
+    def write(self, step: int, counts: Metrics | None = None) -> None:
+        """Write the means since the last record, and counts as they are."""
         steps, now = step - self.last_step, time.perf_counter()
         means = {name: sum(values) / len(values) for name, values in self.values.items()}
         self.losses = {name: mean for name, mean in means.items() if name.endswith("loss")}
@@ -49,7 +49,7 @@ class MetricLog:
         means["peak_memory_gib"] = peak_memory() / 2**30
         self.since, self.last_step, self.samples = now, step, 0
         self.values.clear()
-        self.record(step, means)
+        self.record(step, {**means, **(counts or {})})
 
     def record(self, step: int, values: Metrics) -> None:
         """Write one line of values."""

@@ -69,5 +69,6 @@ def save_preview(accelerator: Accelerator, method: Method, output: Path, step: i
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
                 picture.save(partial)
-            board = accelerator.get_tracker("tensorboard")
-            board.log_images({"samples": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+            for board in accelerator.trackers:
+                options = {"dataformats": "NHWC"} if board.name == "tensorboard" else {}
+                board.log_images({"samples": np.asarray(picture)[None]}, step=step, **options)

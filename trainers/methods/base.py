@@ -23,13 +23,13 @@ from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
 from unipic_core.weights.transformer import read_shift
 
-from ..cache import Rows, load_image_vae, read_cache, read_preview
+from ..cache import Rows, cached_samples, load_image_vae, read_preview
 from ..config.methods import OptimizerConfig, TrainingTimes
 from ..config.run import EXPORT_KINDS, RunConfig, required
-from ..data.batches import RowOrder, data_report, micro_batches_of_process
+from ..data.batches import data_report, micro_batches_of_process
 from ..data.picture_grid import picture_grid
 from ..data.previews import PreviewRow, decode_latents, row_from_latents
-from ..data.samples import Samples, evenly_spaced, held_out_rows
+from ..data.samples import Samples, evenly_spaced, held_out_rows, order_of
 from ..data.text_embeddings import text_fingerprint
 from ..loop.export import Export, export_adapter, export_bytes, export_network
 from ..loop.method import Share
@@ -73,22 +73,24 @@ class NetworkTraining:
 
     def open_data(self) -> None:
         """Open the cached samples, and choose held-out rows, the order of training rows and the preview samples."""
-        self.samples, config = Samples(read_cache(self.data, self.encoder)), self.config
+        self.samples, config = Samples(cached_samples(self.data, self.encoder)), self.config
         validation = self.validation = required(config.validation)
         self.held_out = held_out_rows(self.samples, validation.share)
         self.train_rows = np.setdiff1d(np.arange(len(self.samples)), self.held_out)
-        self.order = RowOrder(len(self.train_rows), config.batch_size, config.seed, config.accumulation)
+        self.order = order_of(config, self.data, self.samples, self.train_rows)
         self.validation_samples = self.samples
         if validation.data is not None:
-            self.validation_samples = Samples(read_cache(validation.data, self.encoder))
+            self.validation_samples = Samples(cached_samples(validation.data, self.encoder))
             self.held_out = np.arange(len(self.validation_samples))
         if self.grid_is_cached:
-            read_preview(self.data, self.preview_config, self.encoder)  # fail now rather than at the first grid
+            read_preview(self.data.parts[0], self.preview_config, self.encoder)  # fail now, not at the first grid
 
     def data_report(self) -> dict[str, float]:
         """Counts of rows, micro-batches and padding per epoch for RUN/data.json."""
-        lengths = self.samples.lengths.select(self.train_rows)
-        return data_report(self.order, lengths, self.config.max_tokens, len(self.held_out))
+        lengths, held_out = self.samples.lengths, len(self.held_out)
+        report = data_report(self.order, lengths, self.config.max_tokens)
+        counts = {"rows": len(self.train_rows) + held_out, "validation_rows": held_out}
+        return {**report, **counts, "largest_tokens": int(lengths.total[self.train_rows].max())}
 
     def frozen_encoder(self) -> str | None:
         """Fingerprint of the text encoder whose embeddings the cache must hold; None if it is trained."""
@@ -114,7 +116,7 @@ class NetworkTraining:
         return self.config.optimizer
 
     def batch(self, index: int) -> Any:
-        rows = self.train_rows[self.order[self.position(index)]]
+        rows = self.order[self.position(index)]
         return self.micro_batches(self.samples, rows, index, self.prompt_dropout)
 
     def validation_batches(self) -> Iterator[MicroBatches]:
@@ -145,6 +147,13 @@ class NetworkTraining:
         draws = [np.random.default_rng([self.config.seed, index, 1, row]).random() for row in rows]
         dropped, name = np.array(draws) < prompt_dropout, f"rows {', '.join(map(str, rows))}"
         return replace(self.padded_inputs([samples.take(row) for row in rows], dropped, index, name), rows=tuple(rows))
+
+    def without(self, batch: Inputs, rows: Sequence[int]) -> Inputs:
+        """The micro-batch without these rows, on the CPU; a filler of zeros if none is left."""
+        kept = [row for row in batch.rows if row not in rows]
+        if not kept:
+            return batch.filler()
+        return replace(self.micro_batch(self.samples, kept, batch.index, self.prompt_dropout), counts=batch.counts)
 
     def without_prompt(self, index: int, count: int) -> np.ndarray:
         """Samples of a batch whose prompt is dropped, bool [count]."""
@@ -210,7 +219,7 @@ class NetworkTraining:
     def preview_rows(self, vae: ImageVAE) -> list[PreviewRow]:
         """Read the samples of the grid; pictures of held-out samples are decoded from the cache."""
         if self.grid_is_cached:
-            return read_preview(self.data, self.preview_config, self.encoder)
+            return read_preview(self.data.parts[0], self.preview_config, self.encoder)
         chosen = evenly_spaced(self.held_out, self.preview_config.samples)
         return [row_from_latents(vae, self.validation_samples.take(row)) for row in chosen.tolist()]
 

@@ -44,6 +44,18 @@ class Inputs:
     rows: tuple[int, ...] = ()
     counts: bool = True
 
+    @property
+    def finite(self) -> Tensor:
+        """Bool [B]: samples whose latents and text embeddings hold finite numbers only."""
+        tensors = (self.x0, self.latents.tokens, self.cond.embeds, self.uncond.embeds)
+        return torch.stack([torch.isfinite(t).flatten(1).all(1) for t in tensors]).all(0)
+
+    def filler(self) -> Inputs:
+        """The same shapes without a number of the data, which only keeps processes in step."""
+        latents = replace(self.latents, tokens=torch.zeros_like(self.latents.tokens))
+        cond, uncond = (replace(text, embeds=torch.zeros_like(text.embeds)) for text in (self.cond, self.uncond))
+        return replace(self, x0=torch.zeros_like(self.x0), latents=latents, cond=cond, uncond=uncond, counts=False)
+
     def to(self, device: torch.device | str) -> Inputs:
         latents = replace(self.latents, tokens=self.latents.tokens.to(device))
         cond, uncond = self.cond.to(device), self.uncond.to(device)

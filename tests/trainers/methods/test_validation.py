@@ -7,8 +7,9 @@ from itertools import chain
 import pytest
 import torch
 
-from trainers.cache import main, read_cache
+from trainers.cache import cached_samples, main
 from trainers.config.run import ConfigError, to_dict
+from trainers.data.index import digests_of
 from trainers.data.samples import Samples, evenly_spaced, held_out_rows
 from trainers.loop.loop import train
 from trainers.loop.method import Share
@@ -108,7 +109,7 @@ def test_a_set_of_its_own_is_cached_and_validated(changed, tmp_path, capsys):
     assert main([str(tmp_path / "config.yaml")]) == 0, capsys.readouterr().err
     method = SFTTraining(config)
     assert len(method.train_rows) == 48
-    assert len(Samples(read_cache(config.validation.data, method.encoder))) == len(method.held_out) == 6
+    assert len(Samples(cached_samples(config.validation.data, method.encoder))) == len(method.held_out) == 6
     report = method.data_report()
     assert (report["rows"], report["validation_rows"]) == (54, 6)
     targets = {p.x0.shape[1] for batch in method.validation_batches() for p in batch.micro_batches}
@@ -123,13 +124,10 @@ def test_a_missing_preview_is_an_error_before_training(changed):
 def test_held_out_rows_stay_when_rows_are_added():
     class Many(Samples):
         def __init__(self, count):
-            self.rows = [("64x64", f"row {i % 40}") for i in range(count)]
+            self.digests = digests_of(("64x64", f"row {i % 40}") for i in range(count))
 
         def __len__(self):
-            return len(self.rows)
-
-        def prompts(self):
-            return iter(self.rows)
+            return len(self.digests)
 
     before, after = (set(held_out_rows(Many(n), 0.1).tolist()) for n in (1000, 1100))
     assert (len(before), len(after)) == (100, 110)
