@@ -1,0 +1,94 @@
+"""Load the network for little memory: its blocks' matrices in fp8, and some of the blocks in the main memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..model.mmdit import MMDiT
+from ..model.stored import StoredLinear, StoredOperations
+from .convert import is_block_matrix, quantise_fp8
+from .files import FP8, Weights
+from .lora import LoRA, MergeReport
+from .transformer import OpenedModel
+
+STORAGES = ("auto", "full", "fp8")
+"""How the blocks' matrices are held: "auto" as in the file where that is scaled fp8, else in the type to compute in;
+"full" always in that; "fp8" always in fp8, with one scale each."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """fp8: whether the blocks' matrices are in fp8. left_behind: so many of the last blocks stay in the main memory."""
+
+    fp8: bool = False
+    left_behind: int = 0
+
+
+def holds_fp8(opened: OpenedModel, storage: str) -> bool:
+    """Whether the blocks' matrices are held in fp8. storage: one of STORAGES."""
+    if storage != "auto":
+        return storage == "fp8"
+    weights = opened.weights
+    return any(weights.dtype(name) in FP8 for name in weights if is_block_matrix(name, weights.shape(name)))
+
+
+def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, device: torch.device | str) -> MMDiT:
+    """`load_transformer` with the blocks' matrices held as `storage` asks; all else is on the device in `dtype`."""
+    network = MMDiT(opened.config, operations=StoredOperations, device="meta", compute_dtype=dtype)
+    leave_behind(network, storage.left_behind)
+    for module_name, module in network.named_modules():
+        for name, parameter in list(module._parameters.items()):
+            full = f"{module_name}.{name}" if module_name else name
+            if parameter is None:
+                continue
+            if isinstance(module, StoredLinear) and is_block_matrix(full, tuple(parameter.shape)):
+                values, scale = _matrix(opened.weights, full, storage.fp8, dtype)
+                place = device if module.moves else "cpu"
+                module.store(values.to(place), scale)
+            else:
+                module._parameters[name] = nn.Parameter(opened.weights.get(full).to(device=device, dtype=dtype))
+    return network.eval()
+
+
+def leave_behind(network: MMDiT, blocks: int) -> None:
+    """Let the matrices of the last so many blocks stay in the main memory."""
+    for block in network.transformer_blocks[len(network.transformer_blocks) - blocks :]:
+        for module in block.modules():
+            if isinstance(module, StoredLinear):
+                module.moves = False
+
+
+def _matrix(weights: Weights, name: str, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A matrix as it is held, and its scale; what the file has in scaled fp8 is not rounded again."""
+    if not fp8:
+        return weights.get(name).to(dtype), None
+    values, scale = weights.stored(name)
+    return (values, scale) if values.dtype in FP8 and scale is not None else quantise_fp8(weights.get(name))
+
+
+def merge_into_stored(
+    network: MMDiT, weights: Weights, before: Sequence[tuple[LoRA, float]], lora: LoRA, strength: float
+) -> MergeReport:
+    """Add a LoRA to a network of `load_stored` whose matrices are in fp8. Raises LoRAError as `LoRA.fit`.
+
+    Each matrix is made anew of the file's weights with all LoRAs, and rounded to fp8 once: a change smaller than a step
+    of fp8 would be lost if it were added to what is rounded already. before: the LoRAs that are in it.
+    """
+    parameters = dict(network.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    fitted = [(one.fit(shapes), by) for one, by in (*before, (lora, strength))]
+    last = fitted[-1][0]
+    for name in last.table if strength else ():
+        module = network.get_submodule(name.rpartition(".")[0])
+        if isinstance(module, StoredLinear) and module.scale is not None and name.endswith(".weight"):
+            value = weights.get(name).float()
+            for one, by in fitted:
+                value = one.apply(name, value, by)
+            module.store(*quantise_fp8(value))
+        else:
+            parameters[name].copy_(last.apply(name, parameters[name], strength))
+    return last.report
