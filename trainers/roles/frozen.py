@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unipic_core.model.attention import attention_named
 from unipic_core.model.layers import set_parameters
 from unipic_core.model.mmdit import MMDiT
+from unipic_core.model.stored import StoredLinear
 from unipic_core.weights.convert import is_block_matrix, quantise_fp8
 from unipic_core.weights.transformer import open_transformer
 
@@ -30,7 +30,7 @@ NF4_BLOCK = 64
 """Number of nf4 weights that share one float32 scale."""
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(StoredLinear):
     """Frozen linear layer whose stored weight is dequantised on each use.
 
     The dequantised copy is freed after the product; the backward pass dequantises again. weight: [out, in], or for nf4
@@ -38,10 +38,6 @@ class FrozenLinear(nn.Linear):
     """
 
     storage_dtype: str = "fp32"
-    on_device: bool = True
-    """True: `place` moves the stored weight to the device. False: it stays in main memory (block swap)."""
-
-    scale: Tensor | None
 
     def reserve(self, storage_dtype: str) -> None:
         """Allocate main memory for a weight in this storage dtype and a float32 bias."""
@@ -62,13 +58,10 @@ class FrozenLinear(nn.Linear):
 
     def dequantised(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] on this device in this dtype."""
-        weight = self.weight.to(device, non_blocking=True)
-        if self.scale is None:
-            return weight.to(dtype)
-        scale = self.scale.to(device, non_blocking=True)
-        if self.storage_dtype == "nf4":
-            return dequantise_nf4(weight, scale, (self.out_features, self.in_features), dtype)
-        return weight.to(dtype).mul_(scale)
+        if self.storage_dtype != "nf4" or self.scale is None:
+            return super().dequantised(device, dtype)
+        weight, scale = self.weight.to(device, non_blocking=True), self.scale.to(device, non_blocking=True)
+        return dequantise_nf4(weight, scale, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -77,11 +70,6 @@ class FrozenLinear(nn.Linear):
             y: Tensor = FrozenProduct.apply(x, self)
             return y
         return self.product(x)  # no custom function: forward-mode differentiation does not support it
-
-    def product(self, x: Tensor) -> Tensor:
-        """Compute x W^T + b in the dtype of x."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantised(x.device, x.dtype), bias)
 
     def place(self, device: torch.device) -> None:
         """Move the layer to a device; with on_device False only its bias."""

@@ -79,6 +79,7 @@ FLAGS = {
     "torch.bfloat16": "--dtype bf16",
     "torch.float32": "--dtype fp32",
     "overwrite=True": "--overwrite",
+    'storage="fp8"': "--storage fp8",
 }
 """How the errors of the Python API name what the command line has flags for."""
 
@@ -205,6 +206,13 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         help="sdpa (default), matmul, or flash or sage where their packages are; sage rounds to 8 bits",
     )
     machine.add_argument("--compile", action="store_true", help="minutes before the first step, then faster steps")
+    machine.add_argument(
+        "--storage",
+        metavar="NAME",
+        default="auto",
+        help="of the network's matrices: fp8 halves their memory, full holds them in --dtype; auto: fp8 where the file "
+        "has them so",
+    )
 
 
 def size_argument(text: str) -> tuple[int, int]:

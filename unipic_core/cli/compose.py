@@ -18,8 +18,9 @@ from ..conditioning.images import load_image
 from ..conditioning.picture_numbers import number_cautions
 from ..conditioning.reference_sizes import Size, described_sizes, small_references
 from ..errors import UniPicError, printable
-from ..pipeline.loading import OpenedPipeline, open_pipeline
+from ..pipeline.loading import OpenedPipeline, memory_plan, open_pipeline
 from ..pipeline.loras import AddedLoRAs
+from ..pipeline.memory_plan import MemoryPlan
 from ..pipeline.offload import check_machine
 from ..pipeline.pipeline import UniPicPipeline
 from ..replacing import replacing
@@ -87,6 +88,7 @@ class Opened:
     pipeline: OpenedPipeline
     loras: tuple[tuple[LoRA, float], ...]
     plan: Plan
+    places: MemoryPlan
 
 
 def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
@@ -99,6 +101,7 @@ def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
         added = added.add(lora.path, lora.recipe, strength)
         resolve(added.over(opened.model.recipe))  # as load_lora will, one by one
     recipe = added.over(opened.model.recipe)
+    places = memory_plan(opened, number_type(args)[1], torch.device(device_name(args)), args.storage)
     planned = plan(recipe, sizes, request_of(args))
     if unknown(recipe, args):
         name = (args.transformer or args.model).name
@@ -107,7 +110,7 @@ def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
             "few-step model, add --sampler consistency",
             stacklevel=2,
         )
-    return Opened(opened, loras, planned)
+    return Opened(opened, loras, planned, places)
 
 
 def unknown(recipe: Recipe, args: argparse.Namespace) -> bool:
@@ -146,15 +149,22 @@ def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
         logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = device_name(args)
-    name = ("fp32" if device == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
-    dtype = getattr(torch, DTYPES[name])
+    name, dtype = number_type(args)
     settings = opened.plan.settings
     remark = f"; {settings.remark}" if settings.remark else ""
     print(f"loading {printable(args.model.name)} on {device} in {name}: {settings}{remark}", file=sys.stderr)
-    pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile)
+    if note := opened.places.note(opened.pipeline.model.config.num_layers):
+        print(note, file=sys.stderr)
+    pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile, args.storage)
     for (lora, strength), (path, _) in zip(opened.loras, args.lora, strict=True):
         print(layers_added(path, strength, pipe.load_lora(lora, strength)), file=sys.stderr)
     return pipe
+
+
+def number_type(args: argparse.Namespace) -> tuple[str, torch.dtype]:
+    """The type to compute in, by the command line's name and by torch's."""
+    name = ("fp32" if device_name(args) == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
+    return name, getattr(torch, DTYPES[name])
 
 
 def device_name(args: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are stored in few bytes, or in the main memory, and restored for each product."""
+"""Linear layers whose weights are stored in fp8 or in main memory, and dequantised on each use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 class StoredLinear(nn.Linear):
-    """A linear layer whose weight is stored in one form and restored, where its input is, for each product.
+    """Linear layer whose stored weight is dequantised on each use, on the device of the input.
 
-    weight: [out, in] in the type of its storage. scale: of fp8 one number, or [out, 1]; None where there is none.
+    weight: [out, in] in its storage dtype. scale: for fp8 a scalar or [out, 1]; None for an unscaled weight.
     """
 
-    moves: bool = True
-    """Whether the stored weight goes to the device with the layer, or stays in the main memory."""
+    on_device: bool = True
+    """True: the stored weight moves to the device with the layer. False: it stays in main memory."""
 
     scale: Tensor | None
 
@@ -26,8 +26,8 @@ class StoredLinear(nn.Linear):
         self.register_buffer("scale", None, persistent=False)
 
     def store(self, weight: Tensor, scale: Tensor | None = None) -> None:
-        """Keep a weight as it is stored, with its scale; pinned if it stays behind and there is a GPU to copy it to."""
-        if not self.moves and torch.cuda.is_available():
+        """Set the stored weight and its scale; the weight is pinned if it stays in main memory beside a GPU."""
+        if not self.on_device and torch.cuda.is_available():
             weight = weight.pin_memory()
         if not self.weight.is_meta and self.weight.dtype == weight.dtype:
             self.weight.data.copy_(weight)
@@ -35,22 +35,22 @@ class StoredLinear(nn.Linear):
             self.weight = nn.Parameter(weight, requires_grad=False)
         self.scale = None if scale is None else scale.to(weight.device)
 
-    def restored(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The weight [out, in] where and as it is needed."""
+    def dequantised(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return the weight [out, in] on this device in this dtype."""
         weight = self.weight.to(device, non_blocking=True).to(dtype)
         return weight if self.scale is None else weight.mul_(self.scale.to(device, non_blocking=True))
 
     def product(self, x: Tensor) -> Tensor:
-        """x W^T + b in the type of x."""
+        """Compute x W^T + b in the dtype of x."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.restored(x.device, x.dtype), bias)
+        return F.linear(x, self.dequantised(x.device, x.dtype), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
-        """As torch's, for a layer that stays behind without its weight and scale."""
-        if self.moves:
+        """Move the layer as torch does; with on_device False all but its weight and scale."""
+        if self.on_device:
             return super()._apply(fn, recurse)
         weight, scale = self._parameters.pop("weight"), self._buffers.pop("scale")
         try:
@@ -64,7 +64,7 @@ class StoredLinear(nn.Linear):
 
 
 class StoredOperations:
-    """Layers for `MMDiT` whose matrices are stored: only the linear ones differ from torch.nn's."""
+    """Layers for `MMDiT` with StoredLinear in the place of nn.Linear."""
 
     Linear: ClassVar[type] = StoredLinear
     LayerNorm: ClassVar[type] = nn.LayerNorm

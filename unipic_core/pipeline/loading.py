@@ -8,13 +8,15 @@ from pathlib import Path
 import torch
 
 from ..conditioning.sequence import PATCH
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UniPicError
 from ..model.mmdit import MMDiT
 from ..run.kv_cache import most_bytes
 from ..run.plan import resolve
 from ..sampling.schedules import Shift
+from ..weights.convert import is_block_matrix
 from ..weights.files import Weights
 from ..weights.recipe import Recipe
+from ..weights.stored import STORAGES, Storage, holds_fp8, load_stored
 from ..weights.text_encoder import encoder_parameters, open_encoder
 from ..weights.transformer import (
     PARTS,
@@ -26,7 +28,8 @@ from ..weights.transformer import (
     read_shift,
 )
 from ..weights.vae import OpenedVAE, open_vae
-from .offload import checked_device, needs_offload, readable_out_of_memory
+from .memory_plan import MemoryPlan, PartSizes, plan_memory
+from .offload import checked_device, readable_out_of_memory
 from .text_encoder import TextEncoder
 from .vae import VAE
 
@@ -60,14 +63,23 @@ class OpenedPipeline:
     encoder: Weights
     vae: OpenedVAE
 
-    def part_bytes(self, dtype: torch.dtype) -> list[int]:
-        """Bytes of the network, the condition encoder and the VAE once loaded, from headers alone. CheckpointError."""
-        counts = (self.model.parameters, encoder_parameters(self.encoder), self.vae.parameters)
-        return [count * dtype.itemsize for count in counts]
+    def sizes(self, dtype: torch.dtype, fp8: bool = False) -> PartSizes:
+        """Bytes of all parts once loaded, from headers alone. fp8: the network's matrices are held so.
 
-    def kv_cache_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the keys and values that a run keeps at the recipe's budget: none but in a causal form."""
-        return most_bytes(self.model.config, resolve(self.model.recipe).reference_budget, dtype.itemsize)
+        kv_cache: at the recipe's budget; nothing but in a causal form.
+        """
+        weights, config = self.model.weights, self.model.config
+        matrices = [weights.count(n) for n in weights if is_block_matrix(n, weights.shape(n))]
+        blocks, size = config.num_layers, torch.float8_e4m3fn.itemsize if fp8 else dtype.itemsize
+        return PartSizes(
+            network=(self.model.parameters - sum(matrices)) * dtype.itemsize,
+            block=sum(matrices) // max(blocks, 1) * size,
+            blocks=blocks,
+            restored=max(matrices, default=0) * dtype.itemsize if fp8 else 0,
+            text_encoder=encoder_parameters(self.encoder) * dtype.itemsize,
+            vae=self.vae.parameters * dtype.itemsize,
+            kv_cache=most_bytes(config, resolve(self.model.recipe).reference_budget, dtype.itemsize),
+        )
 
 
 def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> OpenedPipeline:
@@ -78,21 +90,37 @@ def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> 
     return OpenedPipeline(folder, model, open_encoder(folder), open_vae(folder / "vae"))
 
 
-def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str) -> Parts:
-    """Load every part. Raises CheckpointError."""
-    device = checked_device(device)
+def check_storage(storage: str) -> None:
+    """UniPicError for a storage of the network that is none of STORAGES."""
+    if storage not in STORAGES:
+        raise UniPicError(f"the storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+
+
+def memory_plan(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device, storage: str) -> MemoryPlan:
+    """Where the parts will lie, before anything is loaded. storage: one of STORAGES. UniPicError if they cannot."""
     check_dtype(dtype)
+    check_storage(storage)
+    return plan_memory(device, opened.sizes(dtype, holds_fp8(opened.model, storage)))
+
+
+def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str, storage: str = "auto") -> Parts:
+    """Load every part. storage: of the network's matrices, one of STORAGES. Raises UniPicError."""
+    device = checked_device(device)
+    planned = memory_plan(opened, dtype, device, storage)
     folder, recipe = opened.folder, opened.model.recipe
     shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):
-        offload = needs_offload(device, [*opened.part_bytes(dtype), opened.kv_cache_bytes(dtype)])
-        place = torch.device("cpu") if offload else device
+        place = torch.device("cpu") if planned.turns else device
         encoder = TextEncoder.from_checked(folder, dtype, place)
         vae = VAE.from_pretrained(opened.vae, dtype, place)
-        network = load_transformer(opened.model, dtype=dtype, device=place)
+        held = Storage(holds_fp8(opened.model, storage), planned.left_behind)
+        if held == Storage():
+            network = load_transformer(opened.model, dtype=dtype, device=place)
+        else:
+            network = load_stored(opened.model, held, dtype, place)
     network.requires_grad_(False)
     check_fit(network, encoder, vae)
-    return Parts(network, encoder, vae, recipe, shift, device, offload)
+    return Parts(network, encoder, vae, recipe, shift, device, planned.turns)
 
 
 def require_folder(folder: Path, transformer: str | Path | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,22 +11,6 @@ import torch
 from ..errors import UniPicError
 from ..model.attention import attention_named
 from ..model.compile import check_compiler
-
-WORKING_BYTES = 6 * 2**30
-"""Kept free for activations: a 1024x1024 output with six references in bfloat16 needs about this much."""
-
-MemoryInfo = Callable[[torch.device], tuple[int, int]]
-"""device -> (free, total) bytes, as torch.cuda.mem_get_info."""
-
-
-def needs_offload(
-    device: torch.device, held: Sequence[int], memory: MemoryInfo | None = None, working: int = WORKING_BYTES
-) -> bool:
-    """True if what is `held`, in bytes, and `working` do not fit together in the free memory. Only CUDA is asked."""
-    if device.type != "cuda":
-        return False
-    free, _ = (memory or torch.cuda.mem_get_info)(device)
-    return sum(held) + working > free
 
 
 def checked_device(device: torch.device | str) -> torch.device:

@@ -25,8 +25,10 @@ from ..run.plan import Plan, Request, Settings, plan, resolve
 from ..sampling.guidance import guided_velocity
 from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
 from ..sampling.schedules import Shift, rounded_time
+from ..weights.files import Weights
 from ..weights.lora import LoRA, MergeReport, merge_lora, read_lora
 from ..weights.recipe import Recipe
+from ..weights.stored import holds_matrices_in_fp8, merge_into_stored
 from .inputs import checked_images, memory_advice, noise_for
 from .loading import OpenedPipeline, load_parts, open_pipeline
 from .loras import AddedLoRAs
@@ -72,6 +74,9 @@ class UniPicPipeline:
         self.vae = vae
         self.base_recipe = recipe
         self._loras = AddedLoRAs()
+        self._stored: Weights | None = None
+        """The file of a network in fp8, of which LoRAs make its matrices anew."""
+        self._added: list[tuple[LoRA, float]] = []
         self.shift = shift
         self.placement = Placement(torch.device(device), offload)
         self._reference_cache: PictureCache[Tensor] = PictureCache(CACHED_REFERENCES)
@@ -89,15 +94,18 @@ class UniPicPipeline:
         device: torch.device | str = "cuda",
         attention: str = "sdpa",
         compile: bool = False,
+        storage: str = "auto",
     ) -> UniPicPipeline:
         """From a pipeline folder; `transformer` takes the network from another folder or file.
 
         attention: a name in attention.ATTENTIONS. compile: torch.compile for the network's blocks, minutes before the
-        first step and faster steps after it. Raises UniPicError: missing parts are named with what to download; without
-        a GPU pass device="cpu".
+        first step and faster steps after it. storage: how the network's matrices are held, see STORAGES; "fp8" halves
+        their memory. Where a GPU cannot hold all, parts take turns, and some of the network's blocks are copied from
+        the main memory in every step. Raises UniPicError: missing parts are named with what to download; without a GPU
+        pass device="cpu".
         """
         check_machine(device, attention, compile)
-        return cls.from_opened(open_pipeline(folder, transformer), torch_dtype, device, attention, compile)
+        return cls.from_opened(open_pipeline(folder, transformer), torch_dtype, device, attention, compile, storage)
 
     @classmethod
     def from_opened(
@@ -107,10 +115,12 @@ class UniPicPipeline:
         device: torch.device | str = "cuda",
         attention: str = "sdpa",
         compile: bool = False,
+        storage: str = "auto",
     ) -> UniPicPipeline:
         """`from_pretrained` of what `open_pipeline` has opened."""
         check_machine(device, attention, compile)
-        pipe = cls(**vars(load_parts(opened, torch_dtype, device)))
+        pipe = cls(**vars(load_parts(opened, torch_dtype, device, storage)))
+        pipe._stored = opened.model.weights if holds_matrices_in_fp8(pipe.transformer) else None
         pipe.transformer.attention = attention_named(attention)
         if compile:
             compile_blocks(pipe.transformer)
@@ -137,7 +147,11 @@ class UniPicPipeline:
         resolve(recipe)  # refuses what this version does not have before the weights change
         self._conditions.clear()  # of the old weights: WeightsKey does not see writes to inference tensors
         with torch.inference_mode():  # weights that were loaded under it can be written under it alone
-            report = merge_lora(self.transformer, lora, float(strength))
+            if self._stored is None:
+                report = merge_lora(self.transformer, lora, float(strength))
+            else:
+                report = merge_into_stored(self.transformer, self._stored, self._added, lora, float(strength))
+                self._added.append((lora, float(strength)))
         self._loras = loras
         form = recipe.causal_attention_form or self._own_form
         self.transformer.config = self.transformer.config.with_attention_form(form)

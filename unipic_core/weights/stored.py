@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..model.mmdit import MMDiT
 from ..model.stored import StoredLinear, StoredOperations
 from .convert import is_block_matrix, quantise_fp8
-from .files import FP8, Weights
+from .files import Weights
+from .formats.quantised import FP8
 from .lora import LoRA, MergeReport
 from .transformer import OpenedModel
 
@@ -47,7 +48,7 @@ def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, devic
                 continue
             if isinstance(module, StoredLinear) and is_block_matrix(full, tuple(parameter.shape)):
                 values, scale = _matrix(opened.weights, full, storage.fp8, dtype)
-                place = device if module.moves else "cpu"
+                place = device if module.on_device else "cpu"
                 module.store(values.to(place), scale)
             else:
                 module._parameters[name] = nn.Parameter(opened.weights.get(full).to(device=device, dtype=dtype))
@@ -59,15 +60,18 @@ def leave_behind(network: MMDiT, blocks: int) -> None:
     for block in network.transformer_blocks[len(network.transformer_blocks) - blocks :]:
         for module in block.modules():
             if isinstance(module, StoredLinear):
-                module.moves = False
+                module.on_device = False
 
 
 def _matrix(weights: Weights, name: str, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A matrix as it is held, and its scale; what the file has in scaled fp8 is not rounded again."""
     if not fp8:
         return weights.get(name).to(dtype), None
-    values, scale = weights.stored(name)
-    return (values, scale) if values.dtype in FP8 and scale is not None else quantise_fp8(weights.get(name))
+    if weights.dtype(name) not in FP8:
+        return quantise_fp8(weights.get(name))
+    quantisation = weights.quantised.get(name)
+    scale = None if quantisation is None or quantisation.scale is None else quantisation.scale.read().float()
+    return weights.stored(name).clone(), scale if scale is None or scale.numel() == 1 else scale.reshape(-1, 1)
 
 
 def merge_into_stored(
@@ -84,7 +88,7 @@ def merge_into_stored(
     last = fitted[-1][0]
     for name in last.table if strength else ():
         module = network.get_submodule(name.rpartition(".")[0])
-        if isinstance(module, StoredLinear) and module.scale is not None and name.endswith(".weight"):
+        if isinstance(module, StoredLinear) and module.weight.dtype in FP8 and name.endswith(".weight"):
             value = weights.get(name).float()
             for one, by in fitted:
                 value = one.apply(name, value, by)
@@ -92,3 +96,8 @@ def merge_into_stored(
         else:
             parameters[name].copy_(last.apply(name, parameters[name], strength))
     return last.report
+
+
+def holds_matrices_in_fp8(network: MMDiT) -> bool:
+    """Whether a network of `load_stored` or `load_transformer` holds matrices in fp8."""
+    return any(isinstance(m, StoredLinear) and m.weight.dtype in FP8 for m in network.modules())

@@ -318,7 +318,8 @@ def load_transformer(
     weights = opened.weights
     model = MMDiT(opened.config, operations=operations, attention=attention, device="meta")
     dtype = dtype or compute_dtype_of(weights)
-    fill_parameters(model, lambda name: weights.get(name).to(device=device, dtype=dtype))
+    mapped = torch.device(device).type == "meta"  # for which nothing need be read
+    fill_parameters(model, lambda name: weights.get(name, mapped=mapped).to(device=device, dtype=dtype))
     return model.eval()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from unipic_core.errors import UniPicError
 from unipic_core.model.attention import scaled_dot_product_attention
 from unipic_core.model.config import FULL, condition_bytes
 from unipic_core.pipeline import UniPicPipeline, loading
+from unipic_core.pipeline.memory_plan import MemoryPlan, PartSizes
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import Recipe
 
@@ -136,14 +138,15 @@ def test_offloading_frees_the_conditions(form: str, tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("form", CAUSAL)
 def test_what_is_kept_counts_when_offloading_is_decided(form: str, tmp_path: Path, monkeypatch: Any) -> None:
-    counted: list[list[int]] = []
-    monkeypatch.setattr(loading, "needs_offload", lambda device, held: counted.append(held) or False)
+    counted: list[PartSizes] = []
+    monkeypatch.setattr(loading, "plan_memory", lambda device, sizes: counted.append(sizes) or MemoryPlan())
     pipe, folder = pipeline(form, tmp_path), tmp_path / form
     prefills, config = Prefills(pipe), pipe.transformer.config
     for prompt in ("a cup", "a hat"):
         latents(pipe, images=[RED.resize((64, 64))], prompt=prompt, reference_budget=None)
     kept = sum(tensor.nbytes for made in prefills.made if (tensor := made()) is not None)
-    *parts, said = counted.pop()
+    parts = counted.pop()
+    said = parts.kv_cache
     words = 2 * LONG_PROMPT * condition_bytes(1, config.num_layers, config.width, 4) if form == "prefix_causal" else 0
     assert kept <= said <= kept + words
     shutil.copy(DEFAULT_MODEL / "transformer" / "config.json", folder / "transformer")
@@ -151,7 +154,7 @@ def test_what_is_kept_counts_when_offloading_is_decided(form: str, tmp_path: Pat
         recipe = json.loads((DEFAULT_MODEL / "recipe.json").read_text()) | {"attention_form": asked}
         (folder / "recipe.json").write_text(json.dumps(recipe))
         UniPicPipeline.from_pretrained(folder, torch_dtype=torch.float32, device="cpu")
-        assert counted.pop() == [*parts, bytes_kept]
+        assert counted.pop() == replace(parts, kv_cache=bytes_kept)
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -13,7 +13,7 @@ from tests.unipic_core.small_runs import SMALL, picture
 from unipic_core.caching import PictureCache
 from unipic_core.errors import UniPicError
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.pipeline.offload import Placement, checked_device, needs_offload, readable_out_of_memory
+from unipic_core.pipeline.offload import Placement, checked_device, readable_out_of_memory
 
 
 @pytest.fixture
@@ -149,13 +149,6 @@ def test_cuda_without_a_gpu(golden: Path) -> None:
         UniPicPipeline.from_pretrained(golden / "tiny")
     with pytest.raises(UniPicError, match="no device 'gpu'"):
         checked_device("gpu")
-
-
-def test_offload_is_decided_by_free_memory() -> None:
-    cuda, parts = torch.device("cuda"), [40 * 2**30, 16 * 2**30]
-    for free, expected in ((80, False), (62, False), (60, True), (24, True)):
-        assert needs_offload(cuda, parts, lambda device, free=free: (free * 2**30, 80 * 2**30)) is expected
-    assert not needs_offload(torch.device("cpu"), parts)
 
 
 def test_only_the_part_in_use_is_on_the_device() -> None:
