@@ -22,6 +22,7 @@ from ..unipic_core.weights.transformer import looks_like
 from ..unipic_core.weights.vae import config_of_file
 from . import CATEGORY
 from .host import model_paths as sources
+from .host.file_states import file_states
 from .host.messages import tell
 from .host.model.latent_format import PictureLatents, fit_preview, read_latent_format
 from .host.model.loading import WEIGHT_DTYPES, load_model
@@ -68,11 +69,24 @@ class LoadUniPic(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(
+        cls, model: str | None = None, text_encoder: str | None = None, vae: str | None = None, **_: object
+    ) -> object:
+        """Run again when weights, configs or the recipe on disk changed; a name from a link is not known yet."""
+        if model is None or text_encoder is None or vae is None:
+            return None
+        try:
+            source = sources.find_model(model)
+            parts = (sources.find_part(kind, name, source) for kind, name in _parts(text_encoder, vae))
+            return [file_states(path) for path in (source, *parts)]
+        except UniPicError as error:  # `execute` raises it where the user sees it
+            return str(error)
+
+    @classmethod
     def execute(cls, model: str, text_encoder: str, vae: str, weight_dtype: str) -> io.NodeOutput:
         source = sources.find_model(model)
-        encoder_path = sources.find_part(sources.TEXT_ENCODER, text_encoder, source)
-        vae_path = sources.find_part(sources.VAE, vae, source)
-        latents = read_latent_format(source)
+        encoder_path, vae_path = (sources.find_part(kind, name, source) for kind, name in _parts(text_encoder, vae))
+        latents = read_latent_format(vae_path if vae_path.is_dir() else source)
         loaded_vae = load_vae(vae_path)
         check_vae(loaded_vae, latents, vae_path)
         if latents.latent_rgb_factors is None:
@@ -83,6 +97,10 @@ class LoadUniPic(io.ComfyNode):
         clip = load_clip(encoder_path, patcher.model.diffusion_model.config.joint_attention_dim)
         attach(clip.patcher, facts_of(patcher))
         return io.NodeOutput(patcher, clip, loaded_vae)
+
+
+def _parts(text_encoder: str, vae: str) -> tuple[tuple[sources.FileKind, str], ...]:
+    return (sources.TEXT_ENCODER, text_encoder), (sources.VAE, vae)
 
 
 def without_recipe(source: Path) -> str:

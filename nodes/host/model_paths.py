@@ -16,11 +16,13 @@ import folder_paths
 from ...unipic_core import MODELS
 from ...unipic_core.errors import UniPicError
 from ...unipic_core.weights.files import find_weight_file
+from ...unipic_core.weights.hub_cache import model_folder
 from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ...unipic_core.weights.transformer import NETWORK_CLASS, class_name
 
 AUTO = "auto"
 DEFAULT_MODEL = "unipic-nano (bundled)"
+GGUF = ".gguf"
 FOLDER_KINDS = ("unipic", "diffusers")
 """Subfolders of ComfyUI's models folder, and keys of extra_model_paths.yaml, for whole released folders."""
 
@@ -69,15 +71,20 @@ def models() -> dict[str, Path]:
     for kind in FOLDER_KINDS:
         for root in map(Path, folder_paths.get_folder_paths(kind)):
             for path in _model_folders(root):
-                paths.setdefault(f"{kind}/{path.relative_to(root).as_posix()}", path)
-    return paths | _files("diffusion_models")
+                paths.setdefault(f"{kind}/{path.relative_to(root).as_posix()}", model_folder(path))
+    return paths | _files("diffusion_models") | _gguf_files()
 
 
 def find_model(name: str) -> Path:
     """Folder or file of a name in the list. UniPicError names similar models and the folder for new ones."""
     paths = models()
-    if name in paths:
+    if name in paths and paths[name].suffix != GGUF:
         return paths[name]
+    if name.endswith(GGUF):
+        raise UniPicError(
+            f"Load UniPic does not read GGUF, got {name}; load it with Unet Loader (GGUF) of ComfyUI-GGUF, whose MODEL "
+            "goes to Distill LoRA and Few-Step Sampler, with CLIP and VAE from Load CLIP and Load VAE"
+        )
     near = get_close_matches(name, paths, n=3, cutoff=0.5) or list(paths)[:3]
     raise UniPicError(
         f"there is no model {name!r}; choose one of {', '.join(near)}{', ...' if len(paths) > len(near) else ''}, or "
@@ -87,7 +94,7 @@ def find_model(name: str) -> Path:
 
 def choices(kind: FileKind) -> list[str]:
     """Options of the node's list for a part."""
-    return [AUTO, *_files(kind.folder)]
+    return [AUTO, *_bundled(kind), *_files(kind.folder)]
 
 
 def find_part(kind: FileKind, name: str, model: Path) -> Path:
@@ -97,7 +104,7 @@ def find_part(kind: FileKind, name: str, model: Path) -> Path:
     """
     if name == AUTO and has_part(model, kind):
         return model
-    files = _files(kind.folder)
+    files = {**_bundled(kind), **_files(kind.folder)}
     if name in files:
         return files[name]
     if name != AUTO:
@@ -116,6 +123,11 @@ def find_part(kind: FileKind, name: str, model: Path) -> Path:
         f"{model.name} comes without a {kind.label}, and models/{kind.folder}/ has none; put {kind.get}, into "
         f"models/{kind.folder}/, or choose another file in Load UniPic"
     )
+
+
+def _bundled(kind: FileKind) -> dict[str, Path]:
+    """The bundled models that bring this part, as whole folders, by the name in the node's list."""
+    return {f"{path.name} (bundled)": path for path in _model_folders(MODELS) if has_part(path, kind)}
 
 
 def has_part(model: Path, kind: FileKind) -> bool:
@@ -142,8 +154,15 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _holds_network(folder: Path) -> bool:
     """Whether there is a transformer/ or ema_transformer/ whose config, if any, does not name another network."""
+    folder = model_folder(folder)
     parts = [folder / name for name in TRANSFORMER_FOLDERS if (folder / name).is_dir()]
     return any(class_name(part / "config.json") in (None, NETWORK_CLASS) for part in parts)
+
+
+def _gguf_files() -> dict[str, Path]:
+    """GGUF files, which ComfyUI's own lists leave out, by their names below a folder for diffusion models."""
+    roots = [Path(root) for kind in ("diffusion_models", "unipic") for root in folder_paths.get_folder_paths(kind)]
+    return {path.relative_to(root).as_posix(): path for root in roots for path in sorted(root.glob(f"**/*{GGUF}"))}
 
 
 def _files(folder: str) -> dict[str, Path]:

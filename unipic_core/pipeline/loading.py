@@ -15,6 +15,7 @@ from ..run.plan import resolve
 from ..sampling.schedules import Shift
 from ..weights.convert import is_block_matrix
 from ..weights.files import Weights
+from ..weights.hub_cache import model_folder
 from ..weights.recipe import Recipe
 from ..weights.stored import STORAGES, Storage, holds_fp8, load_stored
 from ..weights.text_encoder import encoder_parameters, open_encoder
@@ -84,8 +85,8 @@ class OpenedPipeline:
 
 def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> OpenedPipeline:
     """Open the network from `transformer` if given, else from `folder`, which holds the rest. CheckpointError."""
-    require_folder(Path(folder), transformer)
-    folder = Path(folder)
+    folder = model_folder(folder)
+    require_folder(folder, transformer)
     model = open_transformer(folder if transformer is None else transformer)
     return OpenedPipeline(folder, model, open_encoder(folder), open_vae(folder / "vae"))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..model.config import FULL, MMDiTConfig
 from .files import PathLike, Weights
+from .hub_cache import model_folder
 from .recipe import METADATA_KEY, RECIPE_FROM, Recipe, released_recipe
 from .transformer import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, open_transformer
 from .write import Progress, TensorLayout, write_safetensors
@@ -58,7 +59,7 @@ def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Prog
     reads them, all else in bf16. progress: called with (bytes written, bytes in all). Raises CheckpointError; on any
     failure, Ctrl-C included, no partial file remains and an older `dst` stays. Warns if the attention form is not full.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = model_folder(src), Path(dst)
     check_storage_dtype(dtype)
     if dst.is_dir():
         raise CheckpointError(f"{dst} is a folder; name the file to write, such as {dst / 'unipic.safetensors'}")
@@ -121,7 +122,7 @@ def output_layout(shapes: Mapping[str, tuple[int, ...]], config: MMDiTConfig, dt
         else:
             out[name] = (plain, shape)
     if config.zero_cond_t:
-        out[ZERO_COND_MARKER] = (plain, (1,))
+        out[ZERO_COND_MARKER] = (plain, (0,))  # the shape that ComfyUI has
     return out
 
 
@@ -161,7 +162,7 @@ def encode_tensors(tensors: Iterable[tuple[str, Tensor]], layout: TensorLayout) 
         else:
             yield name, tensor.to(dtype)
     if ZERO_COND_MARKER in layout:
-        yield ZERO_COND_MARKER, torch.ones(1, dtype=layout[ZERO_COND_MARKER][0])
+        yield ZERO_COND_MARKER, torch.zeros(0, dtype=layout[ZERO_COND_MARKER][0])
 
 
 def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:

@@ -13,6 +13,7 @@ from ..model.config import FULL
 from .files import PathLike, Weights, find_weight_file, open_weights
 from .formats.json_file import read_json
 from .formats.quantised import FP8
+from .hub_cache import model_folder
 from .lora import common_targets, read_lora
 from .recipe import RECIPE_FROM, Recipe, released_recipe
 from .transformer import PARTS, find_transformer, looks_like, read_config
@@ -36,7 +37,7 @@ def describe(path: PathLike) -> Description:
     recipe_source ("file", "name" or None); transformers add their sizes; a LoRA adds ranks, layers and targets; a
     pipeline folder adds `parts`, each a description or None if missing. Raises CheckpointError if nothing is readable.
     """
-    path = Path(path)
+    path = model_folder(path)
     if not path.exists():
         raise CheckpointError(f"there is no file or folder {path}; check the path")
     if path.is_dir() and _is_pipeline(path):

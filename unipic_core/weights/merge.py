@@ -30,6 +30,7 @@ from .convert import (
 )
 from .files import PathLike, Weights
 from .formats.quantised import FP8
+from .hub_cache import model_folder
 from .lora import FittedLoRA, LoRA, MergeReport, apply_to_weights, read_lora
 from .model_files import files_to_copy, foreign_file, write_manifest
 from .recipe import FILE_NAME, TRANSFORMER_FOLDERS, Recipe
@@ -69,14 +70,14 @@ def merge(
     `dst`. progress: called with (bytes written, bytes in all). Raises CheckpointError and LoRAError; on any failure,
     Ctrl-C included, no partial file remains and an older `dst` stays.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst = model_folder(src), Path(dst)
     single = _is_single_file(dst, dtype, overwrite)
     adapters = [(read_lora(path, mapped=True), checked_strength(strength)) for path, strength in loras]
     if not adapters:
         raise LoRAError("nothing to merge: name at least one LoRA")
     opened = open_transformer(src)
     weights, config = opened.weights, opened.config
-    parts = src if parts_from is None else Path(parts_from)
+    parts = src if parts_from is None else model_folder(parts_from)
     protect_sources(dst, [src, parts, *weights.files, *(Path(path) for path, _ in loras)])
     fitted = [(lora.fit(weights.shapes()), strength) for lora, strength in adapters]
     dtype = dtype or storage_dtype_of(weights, single)

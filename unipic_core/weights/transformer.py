@@ -19,6 +19,7 @@ from ..sampling.schedules import Shift
 from .files import PathLike, Weights, find_weight_file, folder_content, open_weights
 from .formats.json_file import parse_json, read_json
 from .formats.quantised import FP8
+from .hub_cache import model_folder
 from .recipe import TRANSFORMER_FOLDERS, Recipe, recipe_of
 
 CONFIG_KEY = "unipic_config"
@@ -41,9 +42,11 @@ NETWORK_CLASS = "QwenImageTransformer2DModel"
 _MOST_LAYERS = 400
 _LARGEST = 1 << 20
 
+NUNCHAKU = "a Nunchaku quantisation"
+
 _NAME_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("a LoRA", ("lora_A", "lora_B", "lora_down", "lora_up", "lora.down", "lokr_w", "hada_w")),
-    ("a Nunchaku quantisation", ("qweight", "smooth_factor")),
+    (NUNCHAKU, ("qweight", "smooth_factor")),
     ("a Qwen-Image transformer", ("txt_norm.weight",)),
     ("a FLUX transformer", ("double_blocks.", "single_blocks.", "single_transformer_blocks.")),
     ("a Stable Diffusion 3 transformer", ("joint_blocks.", "pos_embed.proj.")),
@@ -70,7 +73,7 @@ def find_transformer(path: PathLike) -> Path:
     In a pipeline folder that is `transformer/`, else `ema_transformer/`; a transformer folder or a single file is
     returned as it is. Raises CheckpointError if there is none.
     """
-    path = Path(path)
+    path = model_folder(path)
     if path.is_file():
         return path
     if not path.is_dir():
@@ -186,6 +189,11 @@ def infer_config(weights: Weights) -> MMDiTConfig:
 
 def _other_architecture(weights: Weights) -> CheckpointError:
     kind = looks_like(weights.shapes())
+    if kind == NUNCHAKU:
+        return CheckpointError(
+            f"{weights.path} is quantised by Nunchaku (SVDQuant), which only the loader of ComfyUI-nunchaku reads; use "
+            "that loader, or a version in bf16 or fp8"
+        )
     return CheckpointError(f"{weights.path} is not a UniPic transformer; it looks like {kind}")
 
 
@@ -272,9 +280,11 @@ def open_transformer(path: PathLike, *, any_quantisation: bool = False) -> Opene
     Raises CheckpointError.
     """
     weights = open_weights(find_transformer(path)).bare()
+    if looks_like(weights.shapes()) == NUNCHAKU:
+        raise _other_architecture(weights)
     if not any_quantisation:
         weights.require_readable()
-    recipe = recipe_of(path, weights.metadata)
+    recipe = recipe_of(model_folder(path), weights.metadata)
     config = read_config(path, weights).with_attention_form(recipe.causal_attention_form)
     if config.num_layers and "transformer_blocks.0.attn.norm_q.weight" not in weights:
         raise _other_architecture(weights)

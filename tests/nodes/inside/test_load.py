@@ -48,7 +48,7 @@ def options() -> dict[str, list[str]]:
 
 def test_bundled_nano_needs_nothing() -> None:
     assert options()["model"] == [sources.DEFAULT_MODEL]
-    assert options()["text_encoder"] == options()["vae"] == ["auto"]
+    assert options()["text_encoder"] == options()["vae"] == ["auto", sources.DEFAULT_MODEL]
     model, clip, vae = run()
     assert facts_of(model).recipe.steps
     assert facts_of(clip.patcher) == facts_of(model)
@@ -217,6 +217,95 @@ def test_single_file_beside_comfyuis_own_vae(models_folder: Path, nano: Path) ->
     vae = load.load_vae(sources.find_part(sources.VAE, "auto", sources.find_model("nano.safetensors")))
     assert vae.decode(torch.zeros(1, 16, 1, 2, 2)).shape[-3:] == (16, 16, 3)
     load.check_vae(vae, load.read_latent_format(sources.find_model("nano.safetensors")), Path("x"))
+
+
+def test_the_bundled_encoder_and_vae_serve_a_saved_network(models_folder: Path, nano: Path) -> None:
+    """A file as Save Model writes it has neither; with the nano's parts it is the nano again."""
+    lists = options()
+    assert sources.DEFAULT_MODEL in lists["text_encoder"]
+    assert sources.DEFAULT_MODEL in lists["vae"]
+    weights = load_file(nano / "transformer" / "diffusion_pytorch_model.safetensors")
+    config = (nano / "transformer" / "config.json").read_text()
+    save_file(weights, models_folder / "diffusion_models" / "mine.safetensors", {"unipic_config": config})
+    model, clip, vae = run("mine.safetensors", sources.DEFAULT_MODEL, sources.DEFAULT_MODEL)
+    nano_model, nano_clip, nano_vae = run()
+    got, want = model.model.latent_format, nano_model.model.latent_format
+    assert torch.equal(got.latents_mean, want.latents_mean)
+    assert got.latent_rgb_factors == want.latent_rgb_factors
+    text = [c.encode_from_tokens_scheduled(c.tokenize("a red ball"))[0][0] for c in (clip, nano_clip)]
+    assert torch.equal(*text)
+    assert vae.config == nano_vae.config
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *("transformer/diffusion_pytorch_model.safetensors", "recipe.json", "text_encoder/model.safetensors"),
+        *("vae/diffusion_pytorch_model.safetensors", "vae/config.json", "tokenizer/tokenizer_config.json"),
+    ],
+)
+def test_a_rewritten_part_is_noticed(changed: str, models_folder: Path, nano: Path) -> None:
+    folder = shutil.copytree(nano, models_folder / "unipic" / "mine", copy_function=shutil.copy)
+
+    def fingerprint() -> object:
+        return LoadUniPic.fingerprint_inputs("unipic/mine", "auto", "auto", weight_dtype="as stored")
+
+    before = fingerprint()
+    assert fingerprint() == before
+    (folder / changed).write_bytes((folder / changed).read_bytes())  # as large, under the same name
+    assert fingerprint() != before
+
+
+def test_a_rewritten_file_is_noticed(models_folder: Path) -> None:
+    names = [("diffusion_models", "m"), ("text_encoders", "t"), ("vae", "v")]
+    for folder, name in names:
+        (models_folder / folder / f"{name}.safetensors").write_bytes(b"1")
+    arguments = [f"{name}.safetensors" for _, name in names]
+    seen = [LoadUniPic.fingerprint_inputs(*arguments)]
+    for folder, name in names:
+        (models_folder / folder / f"{name}.safetensors").write_bytes(b"2")
+        seen.append(LoadUniPic.fingerprint_inputs(*arguments))
+        assert seen[-1] not in seen[:-1]
+    assert LoadUniPic.fingerprint_inputs("gone", "auto", "auto") == LoadUniPic.fingerprint_inputs(
+        "gone", "auto", "auto"
+    )
+    assert LoadUniPic.fingerprint_inputs(None, "auto", "auto") is None
+
+
+def test_a_folder_of_the_download_cache(models_folder: Path, golden: Path) -> None:
+    """Repositories lie there as links from snapshots to blobs, under names of hashes."""
+    repository = models_folder / "unipic" / "models--Skywork--Unipic3-DMD"
+    snapshot = repository / "snapshots" / "0a1b2c"
+    for file in (f for f in (golden / "tiny").rglob("*") if f.is_file()):
+        link = snapshot / file.relative_to(golden / "tiny")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        blob = repository / "blobs" / f"{file.parent.name}-{file.name}.hash"
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0a1b2c")
+    (repository / "snapshots" / "ffff").mkdir()
+    name = "unipic/models--Skywork--Unipic3-DMD"
+    assert name in options()["model"]
+    assert sources.find_model(name) == snapshot
+    model, clip, vae = run(name)
+    assert facts_of(model).recipe == RELEASED_FEW_STEP
+    assert clip.tokenize("a")
+    assert vae.latent_channels == 4
+    before = LoadUniPic.fingerprint_inputs(name, "auto", "auto")
+    blob = repository / "blobs" / "transformer-diffusion_pytorch_model.safetensors.hash"
+    blob.write_bytes(blob.read_bytes())
+    assert LoadUniPic.fingerprint_inputs(name, "auto", "auto") != before
+
+
+def test_gguf_files_name_their_loader(models_folder: Path) -> None:
+    (models_folder / "diffusion_models" / "sub").mkdir()
+    (models_folder / "diffusion_models" / "sub" / "unipic3-Q4_K_M.gguf").write_bytes(b"GGUF")
+    assert "sub/unipic3-Q4_K_M.gguf" in options()["model"]
+    for name in ("sub/unipic3-Q4_K_M.gguf", "gone.gguf"):
+        with pytest.raises(UniPicError, match=r"does not read GGUF, got .*; load it with Unet Loader \(GGUF\)"):
+            run(name)
 
 
 def test_schema() -> None:

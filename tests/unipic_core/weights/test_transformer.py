@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,10 @@ from tests.paths import TINY
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.weights.convert import convert
+from unipic_core.weights.describe import describe
 from unipic_core.weights.files import Weights, open_weights, strip_prefix
 from unipic_core.weights.formats.quantised import Quantisation
+from unipic_core.weights.recipe import RELEASED_FEW_STEP
 from unipic_core.weights.transformer import (
     ZERO_COND_MARKER,
     check_keys,
@@ -298,6 +301,38 @@ def test_wrong_configs(change: dict[str, object], message: str, tmp_path: Path) 
         load_transformer(tmp_path / "t")
 
 
+@pytest.mark.parametrize("main", ["0a1b", "../../elsewhere", "absent"])
+def test_a_repository_in_the_download_cache(main: str, tmp_path: Path, state: State) -> None:
+    """The snapshot of refs/main, else the newest; never a folder outside."""
+    repository = tmp_path / "models--Skywork--Unipic3-DMD"
+    for i, name in enumerate(("0a1b", "ffff")):
+        shutil.copytree(TINY / "transformer", repository / "snapshots" / name / "ema_transformer")
+        os.utime(repository / "snapshots" / name, ns=(i, i))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(main)
+    wanted = repository / "snapshots" / ("0a1b" if main == "0a1b" else "ffff")
+    assert find_transformer(repository) == wanted / "ema_transformer"
+    assert open_transformer(repository).recipe == RELEASED_FEW_STEP
+    assert describe(repository)["recipe_source"] == "name"
+    stored = load_file(convert(repository, tmp_path / "o.safetensors", dtype="fp32"))
+    assert all(torch.equal(stored[name], tensor) for name, tensor in state.items())
+
+
+def test_gguf_and_nunchaku_name_their_loaders(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(60))
+    (tmp_path / "m.safetensors").write_bytes(b"GGUF" + bytes(60))
+    for name in ("m.gguf", "m.safetensors"):
+        with pytest.raises(CheckpointError, match="is a GGUF file, which only a GGUF loader in ComfyUI reads; use a"):
+            load_transformer(tmp_path / name)
+    layer = "transformer_blocks.0.attn.to_qkv"
+    save_file({f"{layer}.qweight": torch.zeros(2, 2, dtype=torch.int8)}, tmp_path / "svdq.safetensors")
+    for use in (load_transformer, lambda f: open_transformer(f, any_quantisation=True)):
+        with pytest.raises(
+            CheckpointError, match="is quantised by Nunchaku .*, which only the loader of ComfyUI-nunch"
+        ):
+            use(tmp_path / "svdq.safetensors")
+
+
 # --- keys ---
 
 
@@ -345,7 +380,7 @@ def test_missing_unexpected_and_wrong_shapes_are_counted(tmp_path: Path, state: 
 def test_other_architectures_are_named(name: str, kind: str, tmp_path: Path) -> None:
     assert kind in looks_like([name])
     save_file({name: torch.zeros(2, 2)}, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=f"looks like .*{kind}"):
+    with pytest.raises(CheckpointError, match=f"looks like .*{kind}|is quantised by {kind}"):
         load_transformer(tmp_path / "m.safetensors")
 
 

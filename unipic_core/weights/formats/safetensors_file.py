@@ -78,6 +78,10 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download the file itself"
         )
+    if start.startswith(b"GGUF"):
+        raise CheckpointError(
+            f"{path} is a GGUF file, which only a GGUF loader in ComfyUI reads; use a version in .safetensors"
+        )
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         raise CheckpointError(f"{path} is a web page, not weights; download the file itself")
 
