@@ -1,6 +1,6 @@
 """The UniPic 3 core: network, conditioning, sampling, weights. Torch, numpy, Pillow and safetensors only.
 
-`UniPicPipeline` (which needs transformers too) and `load_image` are imported when they are asked for.
+`UniPicPipeline`, which needs transformers too, and `load_image` are imported on first use.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 MODELS = Path(__file__).parent / "models"
-"""The bundled models; LoRAs that come with the pack lie in loras/ of the model that they are for."""
+"""Folder of the bundled models; their LoRAs are in loras/ of each model."""
 
 __all__ = ["MODELS", "UniPicPipeline", "load_image"]
 

@@ -1,4 +1,4 @@
-"""Small caches by content, so that a second step or seed computes nothing again."""
+"""Small caches keyed by content, so that further steps and seeds reuse earlier results."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ V = TypeVar("V")
 
 
 class LRU(Generic[V]):
-    """At most `size` values; the one not used for longest goes first."""
+    """Cache of at most `size` values; evicts the least recently used."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._values: OrderedDict[Hashable, V] = OrderedDict()
 
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of `key`, made if it is not there."""
+    def get(self, key: Hashable, compute: Callable[[], V]) -> V:
+        """Return the value of `key`; compute and store it if it is absent."""
         if key not in self._values:
-            value = make()
+            value = compute()
             self._values[key] = value
             while len(self._values) > self.size:
                 self._values.popitem(last=False)
@@ -52,22 +52,22 @@ class _Entry(Generic[V]):
 
 
 class TensorCache(Generic[V]):
-    """At most `size` values by a key and the contents of tensors; the one not used for longest goes first.
+    """Cache of at most `size` values, keyed by a key and the contents of tensors; evicts the least recently used.
 
-    Tensors are compared value by value where they are, which costs next to nothing beside what a network does to them,
-    and copied, so that what is written into them later does no harm.
+    Tensors are compared value by value on their device, which is cheap beside a network's pass over them, and copied,
+    so that later writes into them do not change the key.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._entries: list[_Entry[V]] = []
 
-    def get(self, key: Hashable, tensors: Sequence[Tensor], make: Callable[[], V]) -> V:
-        """The value of `key` and `tensors`, made if it is not there."""
+    def get(self, key: Hashable, tensors: Sequence[Tensor], compute: Callable[[], V]) -> V:
+        """Return the value of `key` and `tensors`; compute and store it if it is absent."""
         entry = next((e for e in self._entries if e.key == key and _same(e.tensors, tensors)), None)
         if entry is None:
-            del self._entries[: max(len(self._entries) + 1 - self.size, 0)]  # first, so that its memory is free
-            entry = _Entry(key, tuple(t.detach().clone() for t in tensors), make())
+            del self._entries[: max(len(self._entries) + 1 - self.size, 0)]  # evict first, to free the memory
+            entry = _Entry(key, tuple(t.detach().clone() for t in tensors), compute())
         else:
             self._entries.remove(entry)
         self._entries.append(entry)
@@ -83,22 +83,22 @@ class TensorCache(Generic[V]):
         return len(self._entries)
 
 
-def _same(kept: Sequence[Tensor], given: Sequence[Tensor]) -> bool:
+def _same(cached: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
     def equal(a: Tensor, b: Tensor) -> bool:
         return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
-    return len(kept) == len(given) and all(equal(a, b) for a, b in zip(kept, given, strict=True))
+    return len(cached) == len(tensors) and all(equal(a, b) for a, b in zip(cached, tensors, strict=True))
 
 
 def image_key(image: Image.Image) -> str:
-    """Digest of a picture's mode, size and pixels."""
+    """Hash a picture's mode, size and pixels."""
     digest = hashlib.blake2b(f"{image.mode} {image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return digest.hexdigest()
 
 
 class PictureCache(LRU[V]):
-    """Encodings of pictures, by the pictures' contents and by a key of the encoder's state."""
+    """Cache of pictures' encodings, keyed by the pictures' contents and the encoder's state."""
 
     def encode(
         self,
@@ -107,9 +107,10 @@ class PictureCache(LRU[V]):
         encode: Callable[[list[Image.Image]], Sequence[V]],
         together: bool = True,
     ) -> list[V]:
-        """One encoding per picture; new ones are made, those of one size in one call, or each in its own.
+        """Return one encoding per picture; encode those that are absent.
 
-        encoder: equal keys mean that the encoder would give the same values. encode: pictures -> their encodings.
+        encoder: key of the encoder's state; equal keys mean equal results. encode: pictures -> their encodings.
+        together: encode pictures of one size in one call; False = each in a separate call.
         """
         keys = [(encoder, image_key(picture)) for picture in pictures]
         missing = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in self}
@@ -119,22 +120,22 @@ class PictureCache(LRU[V]):
         new: dict[tuple[Hashable, str], V] = {}
         for batch in batches.values():
             new |= zip(batch, encode([missing[key] for key in batch]), strict=True)
-        known_first = sorted(keys, key=new.__contains__)  # no new one may push out one that is asked for
+        known_first = sorted(keys, key=new.__contains__)  # so that no new encoding evicts one that is requested
         values = {key: self.get(key, partial(new.__getitem__, key)) for key in known_first}
         return [values[key] for key in keys]
 
 
 class WeightsKey:
-    """Equal keys mean the same parameters with the same values; costs no pass over the values.
+    """Key of a module's weights: equal keys mean the same parameters with the same values, without reading the values.
 
-    Noticed: other parameters (even at the same address), another type, and writing in place (an optimizer step,
-    load_state_dict, a merged LoRA). Not noticed: writing through `.data` or to inference tensors; moving to another
-    device, rightly. Addresses of the values are left out, because moving changes them.
+    The key changes with other parameters (even at the same address), another dtype, and writes in place (an optimizer
+    step, load_state_dict, a merged LoRA). It does not change with writes through `.data` or to inference tensors, nor
+    with a move to another device, which is why it leaves out addresses of the values.
     """
 
     def __init__(self, module: nn.Module) -> None:
         parameters = list(module.parameters())
-        self._references = [weakref.ref(p) for p in parameters]  # an id may be given again when its owner is gone
+        self._references = [weakref.ref(p) for p in parameters]  # an id may be reused after its object is freed
         self._state = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype) for p in parameters)
 
     def __hash__(self) -> int:

@@ -1,7 +1,7 @@
-"""Write files and folders so that they appear at their place only when they are whole.
+"""Atomic writing: files and folders appear at their place only when complete.
 
-Everything is written under a random name beside its place, flushed to the disk and renamed. A run that is killed leaves
-that name behind; the next one that writes into the same folder removes it. Nothing here imports torch.
+Content is written under a random name beside the destination, flushed to the disk and renamed. A killed run leaves that
+name behind; the next one that writes into the same folder removes it. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_user = getattr(os, "getuid", lambda: 0)  # Windows has no numbers of users
+_user = getattr(os, "getuid", lambda: 0)  # Windows has no user ids
 _PARTIAL = re.compile(r"\.unipic\.partial-[0-9a-f]{32}(\.\w+)?")
 _ABANDONED = 24 * 3600
-"""Seconds after which a leftover is removed where the system has no locks that tell whether its writer lives."""
+"""Age in seconds at which a leftover is removed on systems without locks, which would show if its writer is alive."""
 
 
 def require_new(dst: Path, overwrite: bool) -> None:
-    """CheckpointError if there is something at `dst` that may not be replaced."""
+    """Raise CheckpointError if `dst` exists and may not be overwritten."""
     _finish_interrupted(dst)
     if os.path.lexists(dst) and not overwrite:
         raise CheckpointError(f"{dst} already exists; choose another name, or overwrite it with overwrite=True")
 
 
 def write_json(path: Path, content: object, indent: int | None = 2) -> None:
-    """Write JSON and a final line break; an older file is replaced when the new one is whole."""
+    """Write JSON and a final line break; an older file is replaced when the new one is complete."""
     with replacing(path) as partial:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def write_errors(path: Path, size: int) -> Iterator[None]:
-    """OSErrors inside as CheckpointErrors of one sentence. size: bytes that are being written."""
+    """Turn OSErrors into CheckpointErrors of one sentence. size: bytes to be written."""
     try:
         yield
     except OSError as error:
@@ -58,11 +58,11 @@ def write_errors(path: Path, size: int) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[Path]:
-    """A temporary file or folder beside `path`, with `path`'s ending, renamed to it at the end.
+    """Yield a temporary file or folder beside `path`, with `path`'s ending; rename it to `path` at the end.
 
-    size: bytes that are going to be written, checked against the free space. On any failure it is removed and an older
-    file or folder at `path` stays. The older one's mode is kept; where `path` is a link, the link stays and the file it
-    leads to is replaced. CheckpointError if `path` is a device, a link to nothing, or a folder in place of a file.
+    size: bytes to be written, checked against the free space. On any failure the temporary is removed and an older file
+    or folder at `path` stays. The new file gets the older one's mode; if `path` is a link, its target is replaced.
+    Raises CheckpointError if `path` is a device, a broken link, or a folder where a file is expected.
     """
     path = _destination(path, folder)
     _finish_interrupted(path)
@@ -85,9 +85,9 @@ def replacing(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[Pa
 
 
 def _destination(path: Path, folder: bool) -> Path:
-    """The file or folder that is to be replaced, links followed, or CheckpointError."""
+    """Resolve the file or folder to replace, links followed. Raises CheckpointError."""
     if not path.parent.is_dir():
-        raise CheckpointError(f"there is no folder {path.parent}; make it first")
+        raise CheckpointError(f"there is no folder {path.parent}; create it first")
     if path.is_symlink():
         if not path.exists():
             raise CheckpointError(f"{path} is a link that leads nowhere; remove it or choose another name")
@@ -102,24 +102,24 @@ def _destination(path: Path, folder: bool) -> Path:
 
 
 def _new_partial(path: Path, folder: bool) -> tuple[Path, int | None]:
-    """(a new file or folder of a name that nobody can guess, the descriptor that holds its lock)."""
+    """Create a file or folder with an unguessable name: (path, descriptor that holds its lock)."""
     while True:
         partial = path.with_name(f".unipic.partial-{secrets.token_hex(16)}{'' if folder else path.suffix[:20]}")
-        if not _PARTIAL.fullmatch(partial.name):  # an ending that is none, such as ". 1"
+        if not _PARTIAL.fullmatch(partial.name):  # the suffix is no file ending, such as ". 1"
             partial = partial.with_name(partial.name[: -len(path.suffix[:20])])
         if folder:
             partial.mkdir()
         else:
             os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         lock = _locked(partial)
-        if partial.exists():  # another run may have swept it away before it was locked
+        if partial.exists():  # another run may have removed it before it was locked
             return partial, lock
         if lock is not None:
             os.close(lock)
 
 
 def _locked(path: Path) -> int | None:
-    """A descriptor with the lock of a file or folder; None where the system has no locks or another holds it."""
+    """Lock a file or folder and return the descriptor; None without locks, or if another process holds it."""
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -132,7 +132,7 @@ def _locked(path: Path) -> int | None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left half-written in a folder: names of `replacing` whose writer is no more."""
+    """Remove the partial files and folders of killed runs from a folder."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in [e for e in entries if _PARTIAL.fullmatch(e.name)]:
             with suppress(OSError):
@@ -154,7 +154,7 @@ def _remove_leftover(path: Path) -> None:
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
-    """Rename; a folder cannot be renamed over another, so the older one steps aside first."""
+    """Rename to the destination; a folder cannot be renamed over another, so the older one is renamed first."""
     if not path.is_dir():
         os.replace(partial, path)
         return
@@ -170,14 +170,15 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _replaced_prefix(path: Path) -> str:
-    """Start of the names under which older folders of this name step aside."""
+    """Prefix of the temporary names of older folders with this name."""
     return f".unipic.replaced-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}-"
 
 
 def _finish_interrupted(path: Path) -> None:
-    """After a kill between the two renames of a folder: the older folder comes back, or goes if its successor is there.
+    """Recover from a kill between the two renames of a folder: restore the older folder, or remove it if the new one
+    is in place.
 
-    Only folders of the name that `_put_in_place` gives for this very path.
+    Affects only folders with the name that `_put_in_place` gives for this path.
     """
     pattern = re.compile(re.escape(_replaced_prefix(path)) + "[0-9a-f]{32}")
     with suppress(OSError), os.scandir(path.parent) as entries:
@@ -189,7 +190,7 @@ def _finish_interrupted(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """A file, or all that a folder holds, to the disk: a rename must not survive a power cut that its content does not.
+    """Flush a file, or all files of a folder, to the disk, so that after a power cut no rename outlives its content.
 
     Files whose mode forbids opening are left to the system.
     """
@@ -203,7 +204,7 @@ def _flush(path: Path) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    if fcntl is None:  # Windows opens no folders
+    if fcntl is None:  # Windows cannot open folders
         return
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

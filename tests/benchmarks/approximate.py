@@ -99,9 +99,9 @@ class Reusing:
         """The velocity, and the references' keys and values of this step."""
         network, references = self.network, spans(latents, text)[REFERENCES]
         segments, _ = network._segments(latents, t, text, None, {})
-        keeping = replace(segments[0], state=replace(segments[0].state, keeps=True))
+        keeping = replace(segments[0], state=replace(segments[0].state, return_kv=True))
         by_block: list[list[KeyValue]] = []
-        [done] = through_blocks(network.transformer_blocks, [keeping], keep=by_block)
+        [done] = through_blocks(network.transformer_blocks, [keeping], key_values=by_block)
         kept = tuple(kv for (kv,) in by_block)
         v = network.proj_out(network.norm_out(done.img, done.temb))
         return v, tuple((k[:, references.start :], v[:, references.start :]) for k, v in kept)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unipic_core.conditioning.sequence import LatentShape
-from unipic_core.model.config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig, condition_bytes, fixed_pieces
+from unipic_core.model.config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig, fixed_pieces, kv_cache_bytes
 
 from .common import Run
 
@@ -107,7 +107,7 @@ def _output(config: MMDiTConfig, images: int) -> int:
 def cache_bytes(config: MMDiTConfig, load: Load, itemsize: int) -> int:
     """Memory of what is kept of the fixed pieces."""
     fixed = sum(load.tokens[piece] for piece in fixed_pieces(config.attention_form))
-    return load.batch * condition_bytes(fixed, config.num_layers, config.width, itemsize)
+    return load.batch * kv_cache_bytes(fixed, config.num_layers, config.width, itemsize)
 
 
 def count_flops(run: Run) -> int:

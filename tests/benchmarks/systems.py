@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention import Attention, scaled_dot_product_attention
-from unipic_core.model.attention_forms import ConditionCache
+from unipic_core.model.attention_forms import CachedKeyValues
 from unipic_core.model.config import ATTENTION_FORMS, FULL, PREFIX_CAUSAL, MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 
@@ -122,13 +122,13 @@ class Kind:
         return PackedLatents(tokens, (shapes,) * load.batch, load.target.num_tokens), text
 
 
-def evaluate(network: MMDiT, inputs: Inputs, cache: ConditionCache | None = None) -> Tensor:
+def evaluate(network: MMDiT, inputs: Inputs, cache: CachedKeyValues | None = None) -> Tensor:
     """One evaluation without gradient."""
     with torch.no_grad():
         return network(inputs[0], TIME, inputs[1], cache=cache)
 
 
-def fill(network: MMDiT, inputs: Inputs) -> ConditionCache:
+def fill(network: MMDiT, inputs: Inputs) -> CachedKeyValues:
     """What a cached evaluation needs: keys and values of the fixed pieces."""
     with torch.no_grad():
         return network.prefill(*inputs)

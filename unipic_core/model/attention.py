@@ -1,7 +1,7 @@
-"""The one place where attention is computed; pass another function to `MMDiT` to replace it.
+"""Attention functions. `MMDiT` takes one as an argument.
 
-PyTorch's own is the default, and nothing else is used unless it is asked for by name: it runs a flash kernel already
-where there is one, and sage, which rounds to 8 bits, changes the picture.
+PyTorch's is the default and the only one used unless another is chosen by name: it already runs a flash kernel where
+one is available, and sage, which rounds to 8 bits, changes the picture.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's fused attention."""
+    """Compute attention with PyTorch's fused kernel."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention as two matrix products: for short sequences in bfloat16 on a CPU twice as fast as the fused kernel."""
+    """Compute attention as two matrix products: on a CPU, for short bfloat16 sequences, twice as fast as fused."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
@@ -40,7 +40,7 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 BACKENDS: dict[str, Attention] = {"sdpa": scaled_dot_product_attention, "matmul": matmul_attention}
-"""What is always there, by name."""
+"""Name -> attention function that needs no other package."""
 
 
 # --- kernels of other packages ----------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ BACKENDS: dict[str, Attention] = {"sdpa": scaled_dot_product_attention, "matmul"
 
 @dataclass(frozen=True)
 class Package:
-    """Where a kernel comes from. modules: the first that is there is taken. differentiable: it has a backward pass."""
+    """Package of a kernel. modules: names to import, in order of preference. differentiable: has a backward pass."""
 
     modules: tuple[str, ...]
     function: str
@@ -60,7 +60,7 @@ class Package:
 def _flash(function: Callable[..., Any]) -> Kernel:
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        out = out[0] if isinstance(out, tuple) else out  # early versions of FlashAttention 3 add the normaliser
+        out = out[0] if isinstance(out, tuple) else out  # early versions of FlashAttention 3 also return the normaliser
         return out.transpose(1, 2)
 
     return kernel
@@ -78,17 +78,17 @@ PACKAGES = {
 }
 
 ATTENTIONS = (*BACKENDS, *PACKAGES)
-"""All names, for command lines."""
+"""Names of all attention functions."""
 
 TRAINABLE = (*BACKENDS, *(name for name, package in PACKAGES.items() if package.differentiable))
-"""Names of those that have gradients, for configs of trainers."""
+"""Names of the attention functions with gradients."""
 
 
 @lru_cache
 def attention_named(name: str) -> Attention:
-    """The attention function of that name; one of another package is `Checked`, with one memory for the process.
+    """Return the attention function of this name; one of another package as one `Checked` object per process.
 
-    Raises UniPicError for a name that is not known, or whose package is not installed.
+    Raises UniPicError for an unknown name or a package that is not installed.
     """
     if name in BACKENDS:
         return BACKENDS[name]
@@ -99,15 +99,15 @@ def attention_named(name: str) -> Attention:
 
 
 def _imported(name: str, package: Package) -> Callable[..., Any]:
-    why = ""
+    reason = ""
     for module in package.modules:
         try:
             function: Callable[..., Any] = getattr(importlib.import_module(module), package.function)
             return function
         except (ImportError, AttributeError, OSError) as error:  # OSError: built for another CUDA
-            why = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
     raise UniPicError(
-        f"attention {name!r} needs a package that cannot be imported here ({why}); "
+        f"attention {name!r} needs a package that cannot be imported here ({reason}); "
         f"pip install {package.install}, or choose sdpa"
     )
 
@@ -115,30 +115,32 @@ def _imported(name: str, package: Package) -> Callable[..., Any]:
 HALF = (torch.float16, torch.bfloat16)
 
 CHECKED_CALLS = 120
-"""Two passes through the released network's 60 blocks: what overflows may do so in a late block alone."""
+"""Number of calls whose results are checked: two passes through the released network's 60 blocks, since an overflow may
+occur in a late block only."""
 
 Place = tuple[torch.device, torch.dtype]
 
 
 def computing_type(x: Tensor) -> torch.dtype:
-    """Autocast's type where it is on, else that of x."""
+    """Return autocast's dtype if autocast is on, else x's."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def _shaped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What `Checked._by_tokens` gives, without values."""
+    """Return an empty result of `Checked._by_tokens`, for torch.compile."""
     return q.new_empty(q.transpose(1, 2).shape, dtype=computing_type(v))
 
 
 class Checked:
-    """A kernel of another package as `Attention`; what it cannot take, or gets wrong, is left to PyTorch's own.
+    """Attention by another package's kernel, with PyTorch's attention as the fallback.
 
-    It is never given masks, full precision, or gradients it has no backward pass for. Its first results on a device
-    and in a type are looked at: where it fails, or is not finite while PyTorch's own is, it is not used there again.
-    Each of these is told once. Under autocast it computes in autocast's type, as PyTorch's own does.
+    Calls with masks, full precision, or gradients without a backward pass go to PyTorch's attention. The first
+    CHECKED_CALLS results for a device and dtype are checked: if the kernel fails, or is not finite while PyTorch's
+    attention is, it is not used there again. Each fallback warns once. Under autocast the kernel computes in autocast's
+    dtype, as PyTorch's attention does.
 
-    What it does depends on values and on what was before, so for torch.compile it is one operator, without gradients.
+    The choice depends on values and on earlier calls, so for torch.compile it is one operator, without gradients.
     """
 
     def __init__(self, kernel: Kernel, name: str, differentiable: bool) -> None:
@@ -148,8 +150,8 @@ class Checked:
         self.operator = torch.library.custom_op(f"unipic::{name}_attention", self._by_tokens, mutates_args=())
         self.operator.register_fake(_shaped)
         self._calls: dict[Place, int] = {}
-        self._given_up: set[Place] = set()
-        self._told: set[str] = set()
+        self._excluded: set[Place] = set()
+        self._warned: set[str] = set()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if torch.compiler.is_compiling():
@@ -157,56 +159,56 @@ class Checked:
             return compiled.transpose(1, 2)
         dtype = computing_type(v)
         place = (q.device, dtype)
-        if place in self._given_up:
+        if place in self._excluded:
             return scaled_dot_product_attention(q, k, v, mask)
-        if obstacle := self._obstacle(q, k, v, mask, dtype):
-            self._tell(f"takes no {obstacle}; calls with it go to PyTorch's own attention")
+        if unsupported := self._unsupported(q, k, v, mask, dtype):
+            self._warn_once(f"does not support {unsupported}; such calls use PyTorch's attention")
             return scaled_dot_product_attention(q, k, v, mask)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         calls = self._calls.get(place, 0)
         if calls >= CHECKED_CALLS:
             return self.kernel(q, k, v)
         self._calls[place] = calls + 1
-        return self._tried(q, k, v, place)
+        return self._checked_result(q, k, v, place)
 
     def __deepcopy__(self, _: object) -> Checked:
-        return self  # a copy of a network computes with the same function
+        return self  # copies of a network share the function
 
     def _by_tokens(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, Q, H, D] in that order in memory, whichever way it was computed: compiled code relies on it."""
+        """Return [B, Q, H, D], contiguous in that order, which compiled code relies on."""
         return self(q, k, v, mask).transpose(1, 2).contiguous()
 
-    def _obstacle(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> str | None:
+    def _unsupported(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dtype: torch.dtype) -> str | None:
         if mask is not None:
-            return "mask"
+            return "masks"
         if dtype not in HALF:
             return str(dtype).removeprefix("torch.")
         if not self.differentiable and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-            return "gradient"
+            return "gradients"
         return None
 
-    def _tried(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
-        """The kernel's result if it is sound, else PyTorch's own, then and from now on."""
+    def _checked_result(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+        """Return the kernel's result if it is finite; otherwise exclude the kernel and return PyTorch's."""
         try:
             out = self.kernel(q, k, v)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # any: packages raise what their compilers do
-            return self._give_up(f"failed ({' '.join(str(error).split())[:200]})", place, (q, k, v))
+        except Exception as error:  # any: packages raise whatever their compilers do
+            return self._exclude(f"failed ({' '.join(str(error).split())[:200]})", place, (q, k, v))
         if bool(out.isfinite().all()):
             return out
-        sound = scaled_dot_product_attention(q, k, v)
-        if bool(sound.isfinite().all()):
-            return self._give_up("gave values that are not finite", place, (q, k, v))
-        return sound  # what came in was not finite either: not the kernel's fault
+        expected = scaled_dot_product_attention(q, k, v)
+        if bool(expected.isfinite().all()):
+            return self._exclude("gave values that are not finite", place, (q, k, v))
+        return expected  # the inputs were not finite: not the kernel's fault
 
-    def _give_up(self, what: str, place: Place, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        self._given_up.add(place)
+    def _exclude(self, reason: str, place: Place, qkv: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        self._excluded.add(place)
         device, dtype = place
-        self._tell(f"{what} on {device} in {str(dtype).removeprefix('torch.')}; PyTorch's own attention takes over")
+        self._warn_once(f"{reason} on {device} in {str(dtype).removeprefix('torch.')}; PyTorch's attention takes over")
         return scaled_dot_product_attention(*qkv)
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            warnings.warn(f"{self.name} attention {what}", stacklevel=3)
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{self.name} attention {message}", stacklevel=3)

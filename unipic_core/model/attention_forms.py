@@ -1,9 +1,9 @@
-"""Which tokens see which: the forms of attention, as segments of the sequence that attend to those before them.
+"""Attention forms: the sequence divided into segments, each of which attends to itself and to the segments before it.
 
-The whole sequence is [text | target | references]. In the release all of it is one segment. In the causal forms
-references, or references and text, come first: they are modulated at t = 0 and see nothing that a step changes, so
-their keys and values are the same in every step and for every seed, and references' also for every prompt. They are
-computed once and kept (`MMDiT.prefill`).
+The sequence is [text | target | references]. In the release (form "full") it is one segment. In the causal forms the
+references, or the references and the text, come first: they are modulated at t = 0 and attend to nothing that a step
+changes, so their keys and values are the same for all steps and seeds, and those of the references for all prompts.
+They are computed once and cached (`MMDiT.prefill`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from ..conditioning.sequence import PackedLatents, TextCond
-from .blocks import JointState, KeyValue
+from .blocks import BlockKeyValues, JointState, KeyValue
 from .config import REFERENCES, TARGET, TEXT
 
-ConditionCache = Mapping[str, tuple[KeyValue, ...]]
-"""The result of `MMDiT.prefill`: REFERENCES or TEXT -> keys and values in every block."""
+CachedKeyValues = Mapping[str, BlockKeyValues]
+"""Result of `MMDiT.prefill`: REFERENCES or TEXT -> keys and values in every block."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that attend to one another and to the segments before them, on their way through the blocks.
+    """Hidden states of tokens that attend to one another and to the segments before them.
 
-    img [B, S, width], txt [B, L, width]: None where the segment has none. wanted: the image tokens, from the first,
-    that are wanted after the last block; 0: only keys and values are.
+    img [B, S, width], txt [B, L, width]: None if the segment has no such tokens. num_outputs: number of leading image
+    tokens needed after the last block; 0 = only keys and values are needed.
     """
 
     pieces: tuple[str, ...]
@@ -36,29 +36,30 @@ class Segment:
     txt: Tensor | None
     temb: Tensor
     state: JointState
-    wanted: int
+    num_outputs: int
 
 
-Step = Callable[[Any, Sequence[Segment], tuple[KeyValue, ...], bool], tuple[list[Segment], list[KeyValue]]]
-"""(block, segments, keys and values of earlier segments in this block, last block) -> segments, those they keep."""
+Step = Callable[[Any, Sequence[Segment], BlockKeyValues, bool], tuple[list[Segment], list[KeyValue]]]
+"""(block, segments, keys and values of earlier segments in this block, True for the last block) -> (segments, the keys
+and values that they return)."""
 
 
 def advance(
     block: Any, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
 ) -> tuple[list[Segment], list[KeyValue]]:
-    """All segments through one block, each attending to those before it.
+    """Apply one block to all segments in order; each attends to those before it.
 
-    Returns the segments, and the keys and values of those that keep them.
+    Returns the segments, and the keys and values of those whose state has `return_kv`.
     """
-    done, kept = [], []
+    advanced, key_values = [], []
     for segment in segments:
         state = replace(segment.state, past=past)
-        img, txt, kv = block(segment.img, segment.txt, segment.temb, state, segment.wanted if last else None)
-        done.append(replace(segment, img=img, txt=txt))
+        img, txt, kv = block(segment.img, segment.txt, segment.temb, state, segment.num_outputs if last else None)
+        advanced.append(replace(segment, img=img, txt=txt))
         if kv is not None:
             past = (*past, kv)
-            kept.append(kv)
-    return done, kept
+            key_values.append(kv)
+    return advanced, key_values
 
 
 def through_blocks(
@@ -66,33 +67,33 @@ def through_blocks(
     segments: Sequence[Segment],
     past: Sequence[Sequence[KeyValue]] = (),
     step: Step = advance,
-    keep: list[list[KeyValue]] | None = None,
+    key_values: list[list[KeyValue]] | None = None,
 ) -> Sequence[Segment]:
-    """The loop over the blocks. past: keys and values, by block, of each earlier segment that is not computed.
+    """Apply all blocks to the segments.
 
-    step: what happens in one block; a host hooks in here. keep: a list that gets each block's keys and values; without
-    one they are freed after their block.
+    past: for each earlier segment that is not computed, its keys and values in every block. step: function that
+    applies one block; hosts hook in here. key_values: list that receives each block's keys and values; without it they
+    are freed after their block.
     """
     blocks = list(blocks)
     for i, block in enumerate(blocks):
-        segments, kept = step(block, segments, tuple(kv[i] for kv in past), block is blocks[-1])
-        if keep is not None:
-            keep.append(kept)
+        segments, of_block = step(block, segments, tuple(kv[i] for kv in past), block is blocks[-1])
+        if key_values is not None:
+            key_values.append(of_block)
     return segments
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece's place in [text | target | references], and which of its tokens are there in each sample."""
+    """Place of a piece in the whole sequence. mask: [B, stop - start] bool, True = token; None = no padding."""
 
     start: int
     stop: int
     mask: Tensor | None
-    """[B, stop - start] bool; None = all."""
 
 
 def spans(latents: PackedLatents, text: TextCond | None) -> dict[str, Span]:
-    """The place of every piece; an absent one is empty."""
+    """Place of every piece in the sequence; an absent piece has an empty span."""
     words = 0 if text is None else text.embeds.shape[1]
     middle, end = words + latents.num_target_tokens, words + latents.tokens.shape[1]
     images = latents.mask
@@ -103,18 +104,18 @@ def spans(latents: PackedLatents, text: TextCond | None) -> dict[str, Span]:
     }
 
 
-def key_mask(seen: Sequence[Span], batch: int, device: torch.device) -> Tensor | None:
-    """[B, 1, 1, keys], True where a key of these pieces may be attended to; None if nothing is padded."""
-    if all(span.mask is None for span in seen):
+def key_mask(spans: Sequence[Span], batch: int, device: torch.device) -> Tensor | None:
+    """Attention mask [B, 1, 1, keys] over the keys of these spans, True = attend; None if nothing is padded."""
+    if all(span.mask is None for span in spans):
         return None
     everything = torch.ones(batch, 1, dtype=torch.bool, device=device)
-    masks = [everything.expand(-1, s.stop - s.start) if s.mask is None else s.mask for s in seen]
+    masks = [everything.expand(-1, s.stop - s.start) if s.mask is None else s.mask for s in spans]
     mask = torch.cat(masks, dim=1)
-    # a sample without references beside one that has some: its padding must see something, or softmax gives NaN
+    # a sample without references beside one with references: its padding must attend to some key, or softmax gives NaN
     return (mask | ~mask.any(dim=1, keepdim=True))[:, None, None]
 
 
 def reference_tokens(latents: PackedLatents) -> Tensor:
-    """[1, S, 1] bool: True where a token belongs to a reference."""
+    """Mask [1, S, 1] bool of the image tokens, True for those of references."""
     seq = latents.tokens.shape[1]
     return (torch.arange(seq, device=latents.tokens.device) >= latents.num_target_tokens)[None, :, None]

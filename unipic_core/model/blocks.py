@@ -1,4 +1,4 @@
-"""The transformer block of two streams that attend jointly, and the layers at the network's ends.
+"""Transformer block with two streams, images and text, that attend jointly; first and last layers of the network.
 
 Layers come from an `operations` namespace (Linear, LayerNorm, RMSNorm, Embedding as in torch.nn); parameter names are
 diffusers'.
@@ -23,21 +23,24 @@ from .rope import Rotation, rotate
 Layer = Callable[..., Any]
 
 S = TypeVar("S", Tensor, None, Tensor | None)
-"""Tokens of one stream; None where a segment has none."""
+"""Tokens of one stream; None if a segment has none."""
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of some tokens in one block, each [B or 1, N, H, D]."""
 
+BlockKeyValues = tuple[KeyValue, ...]
+"""Keys and values of the same tokens in every block, or of several segments in one block."""
+
 
 class Modulation(NamedTuple):
-    """How the time modulates a stream before attention or before the MLP; each [B, 1 or S, width]."""
+    """Modulation of a stream by time, before attention or before the MLP; each [B, 1 or S, width]."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
 
     def first(self, count: int) -> Modulation:
-        """Of the first `count` tokens; one row for all tokens stays one row."""
+        """Restrict to the first `count` tokens; one row for all tokens stays one row."""
         return Modulation(*(m[:, :count] for m in self))
 
 
@@ -45,54 +48,55 @@ class Modulation(NamedTuple):
 class JointState:
     """Attention context of one segment: RoPE, mask, cached keys and values.
 
-    rope: of the segment's tokens, text first. mask: [B, 1, 1, past + segment] bool or None, True where a key may be
-    attended to. reference: [1, S, 1] bool or None, True where an image token is modulated by the second half of the
-    time embedding. attention: the function. past: keys and values of earlier tokens, which are attended to but not
-    computed. keeps: return the segment's keys and values.
+    rope: of the segment's tokens, text first. mask: [B, 1, 1, past + segment] bool or None, True = attend. reference:
+    [1, S, 1] bool or None, True for image tokens modulated by the second half of the time embedding. attention: the
+    attention function. past: keys and values of earlier tokens, which are attended to but not computed. return_kv:
+    return the segment's keys and values.
 
-    A host with hooks of its own around attention brings a subclass with another `placed` and `attend`.
+    A host with hooks around attention derives a class with another `placed` and `attend`.
     """
 
     rope: Rotation
     mask: Tensor | None
     reference: Tensor | None
     attention: Attention
-    past: tuple[KeyValue, ...] = ()
-    keeps: bool = False
+    past: BlockKeyValues = ()
+    return_kv: bool = False
 
     def placed(self, k: Tensor, v: Tensor) -> KeyValue:
-        """Keys and values [B, L + S, H, D] as later tokens attend to them: keys rotated to their positions."""
+        """Rotate keys [B, L + S, H, D] to their positions, as later tokens attend to them; values are unchanged."""
         return rotate(k, self.rope), v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> tuple[Tensor, KeyValue | None]:
-        """q [B, Q, H, D], k and v [B, L + S, H, D], normalised, not yet rotated -> [B, Q, H * D], `keeps`' result.
+        """Rotate queries and keys and attend: ([B, Q, H * D], keys and values if `return_kv`).
 
-        start: index of the first query in [text | images].
+        q [B, Q, H, D], k and v [B, L + S, H, D]: normalised, not yet rotated. start: index of the first query in
+        [text | images].
         """
         cos, sin = (r[:, start : start + q.shape[1]] for r in self.rope)
         q = rotate(q, (cos, sin))
-        own = self.placed(k, v)
-        k, v = joined(self.past, own)
+        segment = self.placed(k, v)
+        k, v = joined(self.past, segment)
         out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.mask)
-        return out.transpose(1, 2).flatten(2).to(v.dtype), own if self.keeps else None
+        return out.transpose(1, 2).flatten(2).to(v.dtype), segment if self.return_kv else None
 
 
-def joined(past: tuple[KeyValue, ...], own: KeyValue, dim: int = 1) -> KeyValue:
-    """All keys and all values along the sequence, which is dimension `dim`; a past of one sample serves a batch."""
+def joined(past: BlockKeyValues, segment: KeyValue, dim: int = 1) -> KeyValue:
+    """Concatenate keys and values along the sequence, dimension `dim`; a past of one sample serves a batch."""
     if not past:
-        return own
-    batch = len(own[0])
-    k, v = zip(*((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in (*past, own)), strict=True)
+        return segment
+    batch = len(segment[0])
+    k, v = zip(*((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in (*past, segment)), strict=True)
     return torch.cat(k, dim=dim), torch.cat(v, dim=dim)
 
 
-_NOTHING = torch.empty(0)
-ABSENT = Modulation(_NOTHING, _NOTHING, _NOTHING)
-"""The modulation of an absent stream; nothing reads it."""
+_EMPTY = torch.empty(0)
+ABSENT = Modulation(_EMPTY, _EMPTY, _EMPTY)
+"""Placeholder for the modulation of an absent stream; never read."""
 
 
 class Block(nn.Module):
-    """One double-stream block: images and text have weights of their own and attend jointly."""
+    """Double-stream block: separate weights for images and text, joint attention."""
 
     def __init__(self, config: MMDiTConfig, operations: Operations, factory: Factory) -> None:
         super().__init__()
@@ -108,54 +112,55 @@ class Block(nn.Module):
         self.txt_mlp = FeedForward(width, operations, factory)
 
     def forward(
-        self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState, keep: int | None = None
+        self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState, num_outputs: int | None = None
     ) -> tuple[Tensor | None, Tensor | None, KeyValue | None]:
-        """img [B, S, width] and txt [B, L, width], one of which may be absent; temb [B or 2B, width].
+        """Apply the block to img [B, S, width] and txt [B, L, width], one of which may be None; temb [B or 2B, width].
 
-        Returns both, and the keys and values if `state` keeps them. keep: the image tokens, from the first, that are
-        needed after this, the last block; 0: only keys and values are.
+        Returns img, txt, and the keys and values if `state.return_kv`. num_outputs: for the last block, the number of
+        leading image tokens that are needed; 0 = only keys and values are needed; None for the other blocks.
         """
-        if keep == 0:
+        if num_outputs == 0:
             return img, txt, self.keys_and_values(img, txt, temb, state)
-        if keep is not None:
-            return self.last(img, txt, temb, state, keep)
+        if num_outputs is not None:
+            return self.last(img, txt, temb, state, num_outputs)
         img_attn, img_ff = _modulations(self.img_mod, temb, img, state.reference)
         txt_attn, txt_ff = _modulations(self.txt_mod, temb, txt)
         img_in, txt_in = _modulated(img, self.img_norm1, img_attn), _modulated(txt, self.txt_norm1, txt_attn)
-        img_out, txt_out, kept = self.attn(img_in, txt_in, state)
+        img_out, txt_out, kv = self.attn(img_in, txt_in, state)
         img = _fed_forward(_gated(img, img_attn, img_out), self.img_norm2, img_ff, self.img_mlp)
         txt = _fed_forward(_gated(txt, txt_attn, txt_out), self.txt_norm2, txt_ff, self.txt_mlp)
-        return img, txt, kept
+        return img, txt, kv
 
     def last(
-        self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState, keep: int
+        self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState, num_outputs: int
     ) -> tuple[Tensor | None, Tensor | None, KeyValue | None]:
-        """The last block: `forward` of the first `keep` image tokens alone; the text comes back unchanged."""
+        """Apply the last block: `forward` for the first `num_outputs` image tokens only; returns txt unchanged."""
         assert img is not None  # only image tokens are needed of the last block
         img_attn, img_ff = _modulations(self.img_mod, temb, img, state.reference)
         txt_attn, _ = _modulations(self.txt_mod, temb, txt)
         img_in, txt_in = _modulated(img, self.img_norm1, img_attn), _modulated(txt, self.txt_norm1, txt_attn)
-        out, kept = self.attn.of_images(img_in, txt_in, state, keep)
-        img = _gated(img[:, :keep], img_attn.first(keep), out)
-        return _fed_forward(img, self.img_norm2, img_ff.first(keep), self.img_mlp), txt, kept
+        out, kv = self.attn.of_images(img_in, txt_in, state, num_outputs)
+        img = _gated(img[:, :num_outputs], img_attn.first(num_outputs), out)
+        return _fed_forward(img, self.img_norm2, img_ff.first(num_outputs), self.img_mlp), txt, kv
 
     def keys_and_values(self, img: Tensor | None, txt: Tensor | None, temb: Tensor, state: JointState) -> KeyValue:
-        """Keys and values alone, where nothing else is needed of these tokens."""
+        """Compute only the keys and values of these tokens, enough in the last block if no output is needed."""
         img_attn, _ = _modulations(self.img_mod, temb, img, state.reference)
         txt_attn, _ = _modulations(self.txt_mod, temb, txt)
         img_in, txt_in = _modulated(img, self.img_norm1, img_attn), _modulated(txt, self.txt_norm1, txt_attn)
         return self.attn.keys_and_values(img_in, txt_in, state)
 
 
-# A segment may lack images or text: what follows passes an absent stream (None) through.
+# A segment may lack images or text: the functions below pass an absent stream (None) through.
 
 
 def _modulations(
     layers: Layer, temb: Tensor, x: Tensor | None, reference: Tensor | None = None
 ) -> tuple[Modulation, Modulation]:
-    """Of the stream x before attention and before the MLP. temb: [B, width]; or [2B, width], the second half at t = 0.
+    """Modulation of the stream x before attention and before the MLP.
 
-    reference: [1, S, 1], True where a token takes the second half; None = all take the first.
+    temb: [B, width], or [2B, width] with the second half at t = 0. reference: [1, S, 1], True for tokens modulated by
+    the second half; None = all by the first.
     """
     if x is None:
         return ABSENT, ABSENT
@@ -185,7 +190,7 @@ def _fed_forward(x: S, norm: Layer, mod: Modulation, mlp: Layer) -> S:
 
 
 class JointAttention(nn.Module):
-    """Attention over [text | images], queries and keys normalised per head and rotated."""
+    """Joint attention over [text | images]; queries and keys are normalised per head and rotated."""
 
     def __init__(self, width: int, head_dim: int, operations: Operations, factory: Factory) -> None:
         super().__init__()
@@ -205,25 +210,24 @@ class JointAttention(nn.Module):
     def forward(
         self, img: Tensor | None, txt: Tensor | None, state: JointState
     ) -> tuple[Tensor | None, Tensor | None, KeyValue | None]:
-        """Outputs for images and text, and the keys and values if `state` keeps them."""
+        """Return the outputs for images and text, and the keys and values if `state.return_kv`."""
         # no names for queries, keys and values: a name would hold the unrotated tensors while attention runs
-        out, kept = state.attend(self._queries(img, txt), self._keys(img, txt), self._values(img, txt))
+        out, kv = state.attend(self._queries(img, txt), self._keys(img, txt), self._values(img, txt))
         words = 0 if txt is None else txt.shape[1]
         img_out = None if img is None else self.to_out[0](out[:, words:])
-        return img_out, None if txt is None else self.to_add_out(out[:, :words]), kept
+        return img_out, None if txt is None else self.to_add_out(out[:, :words]), kv
 
     def of_images(
-        self, img: Tensor, txt: Tensor | None, state: JointState, keep: int
+        self, img: Tensor, txt: Tensor | None, state: JointState, num_outputs: int
     ) -> tuple[Tensor, KeyValue | None]:
-        """`forward` of the first `keep` image tokens alone, which attend to all."""
+        """Attend with the first `num_outputs` image tokens only; keys and values are those of all tokens."""
         words = 0 if txt is None else txt.shape[1]
-        out, kept = state.attend(
-            self._heads(self.to_q, img[:, :keep], self.norm_q), self._keys(img, txt), self._values(img, txt), words
-        )
-        return self.to_out[0](out), kept
+        queries = self._heads(self.to_q, img[:, :num_outputs], self.norm_q)
+        out, kv = state.attend(queries, self._keys(img, txt), self._values(img, txt), words)
+        return self.to_out[0](out), kv
 
     def keys_and_values(self, img: Tensor | None, txt: Tensor | None, state: JointState) -> KeyValue:
-        """Keys and values as later tokens attend to them."""
+        """Keys and values of these tokens, keys rotated."""
         return state.placed(self._keys(img, txt), self._values(img, txt))
 
     def _queries(self, img: Tensor | None, txt: Tensor | None) -> Tensor:
@@ -236,7 +240,7 @@ class JointAttention(nn.Module):
         return self._joint((self.add_v_proj, txt, None), (self.to_v, img, None))
 
     def _joint(self, *streams: tuple[nn.Module, Tensor | None, nn.Module | None]) -> Tensor:
-        """[B, L + S, H, D] of the streams (layer, tokens or None, norm or None)."""
+        """Project and concatenate streams (layer, tokens or None, norm or None) to [B, L + S, H, D]."""
         pieces = [self._heads(layer, x, norm) for layer, x, norm in streams if x is not None]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
@@ -246,7 +250,7 @@ class JointAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, GELU (tanh form), Linear; fourfold inner width. The odd nesting gives diffusers' parameter names."""
+    """Linear, GELU (tanh approximation), Linear; inner width 4 x width. Nested for diffusers' parameter names."""
 
     def __init__(self, width: int, operations: Operations, factory: Factory) -> None:
         super().__init__()
@@ -271,7 +275,7 @@ class OutputNorm(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """t in [0, 1] -> [B, width]; sinusoids of 1000 t in float32."""
+    """Time embedding: t [B] in [0, 1] -> [B, width]; sinusoids of 1000 t in float32, then an MLP."""
 
     def __init__(self, width: int, additional: bool, operations: Operations, factory: Factory) -> None:
         super().__init__()

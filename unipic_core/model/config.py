@@ -1,4 +1,4 @@
-"""The network's sizes, and the names of the attention forms and of the pieces of the sequence."""
+"""Sizes of the network; names of the attention forms and of the pieces of the sequence."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ SEGMENTS: dict[str, tuple[tuple[str, ...], ...]] = {
     REFERENCE_CAUSAL: ((REFERENCES,), (TEXT, TARGET)),
     PREFIX_CAUSAL: ((REFERENCES,), (TEXT,), (TARGET,)),
 }
-"""Form -> its segments in order; the pieces of a segment are neighbours in the sequence."""
+"""Attention form -> its segments in order; the pieces of a segment are neighbours in the sequence."""
 
 ATTENTION_FORMS = tuple(SEGMENTS)
 
 _IGNORED = {"guidance_embeds", "pooled_projection_dim"}
 
 
-def fixed_pieces(form: str) -> tuple[str, ...]:
-    """The pieces of the sequence that no step changes: what a cache can hold."""
-    return tuple(pieces[0] for pieces in SEGMENTS[form] if TARGET not in pieces)
+def fixed_pieces(attention_form: str) -> tuple[str, ...]:
+    """Pieces of the sequence whose keys and values are the same in every step, so that they can be cached."""
+    return tuple(pieces[0] for pieces in SEGMENTS[attention_form] if TARGET not in pieces)
 
 
-def condition_bytes(tokens: int, num_layers: int, width: int, itemsize: int) -> int:
-    """Memory of the keys and values of so many tokens."""
+def kv_cache_bytes(tokens: int, num_layers: int, width: int, itemsize: int) -> int:
+    """Memory of the keys and values of this many tokens, in bytes. itemsize: bytes of one number."""
     return 2 * tokens * num_layers * width * itemsize
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """All sizes of the network; the defaults are the released 20B weights'. Names as in diffusers' config.json.
+    """Sizes of the network, named as in diffusers' config.json; the defaults are the released 20B weights'.
 
-    attention_form: which tokens see which, see model/attention_forms.py; diffusers' class knows "full" alone.
+    attention_form: one of ATTENTION_FORMS, see model/attention_forms.py; diffusers' class knows only "full". Raises
+    ValueError for an unknown form and for RoPE axes that do not add up to the head size.
     """
 
     patch_size: int = 2
@@ -55,19 +56,21 @@ class MMDiTConfig:
         if self.attention_form not in ATTENTION_FORMS:
             raise ValueError(f"attention_form must be one of {', '.join(ATTENTION_FORMS)}, got {self.attention_form!r}")
         if sum(self.axes_dims_rope) != self.attention_head_dim:
-            raise ValueError(f"axes_dims_rope {self.axes_dims_rope} must add up to head size {self.attention_head_dim}")
+            raise ValueError(
+                f"axes_dims_rope must add up to the head size {self.attention_head_dim}, got {self.axes_dims_rope}"
+            )
 
     @property
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
     def with_attention_form(self, attention_form: str | None) -> MMDiTConfig:
-        """The same sizes with another attention form; None changes nothing."""
+        """Return the config with another attention form; None changes nothing."""
         return self if attention_form is None else replace(self, attention_form=attention_form)
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> MMDiTConfig:
-        """From a diffusers config.json. Keys that diffusers adds around the sizes are ignored, others are errors."""
+        """Read a parsed diffusers config.json. Raises ValueError for unknown keys."""
         if config.get("guidance_embeds"):
             raise ValueError("guidance_embeds is not a part of Qwen-Image-Edit's network; this is another architecture")
         known = {f.name for f in fields(cls)}
@@ -82,8 +85,8 @@ class MMDiTConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json of a diffusers folder holds."""
+        """Return the content of a diffusers config.json."""
         values = asdict(self)
-        if self.attention_form == FULL:  # a key that diffusers does not know, so only where it says something
+        if self.attention_form == FULL:  # a key that diffusers does not know, so only where it matters
             del values["attention_form"]
         return {"_class_name": "QwenImageTransformer2DModel", "guidance_embeds": False, **values}

@@ -1,7 +1,7 @@
-"""The network: Qwen-Image's double-stream diffusion transformer, with diffusers' parameter names.
+"""The network: Qwen-Image's double-stream diffusion transformer (MMDiT), with diffusers' parameter names.
 
-Layers come from an `operations` namespace and attention is one function, so a host such as ComfyUI can bring its own
-casting, quantised and attention parts.
+Layers come from an `operations` namespace and attention is one function, so that a host such as ComfyUI can supply
+casting or quantised layers and another attention.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..conditioning.sequence import PackedLatents, TextCond
 from .attention import Attention, scaled_dot_product_attention
-from .attention_forms import ConditionCache, Segment, Span, advance, key_mask, reference_tokens, spans, through_blocks
+from .attention_forms import CachedKeyValues, Segment, Span, advance, key_mask, reference_tokens, spans, through_blocks
 from .blocks import Block, JointState, KeyValue, OutputNorm, TimeEmbedding
 from .config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig
 from .layers import Factory, Operations
@@ -22,9 +22,9 @@ from .rope import Rotation, joint_positions, rotation
 
 
 class MMDiTLayers(nn.Module):
-    """The network's layers under diffusers' names, and how text and time are embedded. `operations` makes the layers.
+    """Layers of the network under diffusers' names, and the embedding of text and time.
 
-    Base of `MMDiT`, and of the networks of hosts that call it in their own way.
+    Base class of `MMDiT` and of hosts' networks with another forward. operations: layer classes.
     """
 
     def __init__(
@@ -48,13 +48,17 @@ class MMDiTLayers(nn.Module):
         self.proj_out = operations.Linear(width, config.patch_size**2 * config.out_channels, **factory)
 
     def embed_text(self, embeds: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, width]."""
+        """Project text embeddings [B, L, D] to [B, L, width]."""
         return self.txt_in(self.txt_norm(embeds))
 
     def embed_time(
         self, t: Tensor | float, like: Tensor, additional: Tensor | None = None, and_zero: bool = False
     ) -> Tensor:
-        """[B, width] for embedded tokens `like` [B, ...], or [2B, width] with a second half at t = 0."""
+        """Embed times t, a number or [B], to [B, width]; with `and_zero` to [2B, width], the second half at t = 0.
+
+        like: embedded tokens [B, ...], which give batch, dtype and device. additional: [1] or [B] index of
+        `use_additional_t_cond`.
+        """
         batch, device = like.shape[0], like.device
         t = torch.as_tensor(t, dtype=torch.float32, device=device).reshape(-1).expand(batch)
         additional = None if additional is None else additional.reshape(-1).expand(batch)
@@ -65,10 +69,10 @@ class MMDiTLayers(nn.Module):
 
 
 class MMDiT(MMDiTLayers):
-    """The velocity network. `attention` may be replaced at any time.
+    """Velocity network. `attention` may be replaced at any time.
 
-    dtype: that of the weights. compute_dtype: that of the activations, where `operations` store weights in a form that
-    they alone can compute with (fp8, quantised); None = the weights' own.
+    dtype: of the weights. compute_dtype: of the activations, if the weights are stored in a dtype that only the layers
+    of `operations` compute with (fp8, quantised); None = the weights' dtype.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class MMDiT(MMDiTLayers):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in."""
+        """Dtype of the activations."""
         return self.compute_dtype or self.img_in.weight.dtype
 
     def forward(
@@ -97,38 +101,39 @@ class MMDiT(MMDiTLayers):
         t: Tensor | float,
         text: TextCond,
         additional_t_cond: Tensor | None = None,
-        cache: ConditionCache | None = None,
+        cache: CachedKeyValues | None = None,
     ) -> Tensor:
-        """Velocity [B, N_O, 4C] of the target tokens at time t (a number or [B], in [0, 1]).
+        """Predict the velocity [B, N_O, 4C] of the target tokens at time t, a number or [B], in [0, 1].
 
-        Samples may differ in references and in text; each gives what it gives alone. cache: of `prefill` with the same
-        references and text; what it holds is not computed again, and the velocity is the same with and without it.
+        Samples may differ in references and text; the result of a sample does not depend on the others. cache: result
+        of `prefill` with the same references and text; it saves time and does not change the velocity. Raises
+        ValueError if the batches of latents and text differ.
         """
         batch = latents.tokens.shape[0]
         if text.embeds.shape[0] != batch:
-            raise ValueError(f"expected {batch} text conditions, got {text.embeds.shape[0]}")
+            raise ValueError(f"expected {batch} text conditions, got {text.embeds.shape[0]}; expand or stack them")
         segments, past = self._segments(latents, t, text, additional_t_cond, cache or {})
         step = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else advance
         segments = through_blocks(self.transformer_blocks, segments, past, step)
-        moving = segments[-1]
-        return self.proj_out(self.norm_out(moving.img, moving.temb[:batch]))
+        target = segments[-1]
+        return self.proj_out(self.norm_out(target.img, target.temb[:batch]))
 
     def prefill(
         self,
         latents: PackedLatents,
         text: TextCond | None = None,
         additional_t_cond: Tensor | None = None,
-        cache: ConditionCache | None = None,
-    ) -> ConditionCache:
-        """Keys and values of the tokens that no step changes; nothing for the attention form "full".
+        cache: CachedKeyValues | None = None,
+    ) -> CachedKeyValues:
+        """Compute the keys and values that are the same in every step; empty for the attention form "full".
 
-        Without text those of the references alone, which serve every prompt. cache: what is there already. The text's
-        depend on the references, and on the target's size, from which its positions start.
+        Without text: only those of the references, which serve every prompt. cache: keys and values already computed.
+        Those of the text depend on the references, and on the target's size, which its positions follow.
         """
         segments, past = self._segments(latents, None, text, additional_t_cond, cache or {})
-        kept: list[list[KeyValue]] = []
-        through_blocks(self.transformer_blocks, segments, past, keep=kept)
-        by_segment = zip(segments, zip(*kept, strict=True), strict=True)
+        key_values: list[list[KeyValue]] = []
+        through_blocks(self.transformer_blocks, segments, past, key_values=key_values)
+        by_segment = zip(segments, zip(*key_values, strict=True), strict=True)
         return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in by_segment}}
 
     def _segments(
@@ -137,31 +142,31 @@ class MMDiT(MMDiTLayers):
         t: Tensor | float | None,
         text: TextCond | None,
         additional_t_cond: Tensor | None,
-        cache: ConditionCache,
+        cache: CachedKeyValues,
     ) -> tuple[Sequence[Segment], list[Sequence[KeyValue]]]:
-        """The segments to compute, and the cached ones before them. t: None = without the target's."""
+        """Segments to compute, and keys and values of the cached segments. t: None = without the target's segment."""
         places = spans(latents, text)
         rope = self.rope(latents, places[TEXT].stop, latents.tokens.device)
         segments: list[Segment] = []
         past: list[Sequence[KeyValue]] = []
-        seen: list[Span] = []
+        attended: list[Span] = []
         for pieces in SEGMENTS[self.config.attention_form]:
             start, stop = places[pieces[0]].start, places[pieces[-1]].stop
-            moving = TARGET in pieces
-            if start == stop or (moving and t is None):
+            has_target = TARGET in pieces
+            if start == stop or (has_target and t is None):
                 continue
-            seen += [places[piece] for piece in pieces]
-            if not moving and pieces[0] in cache:
+            attended += [places[piece] for piece in pieces]
+            if not has_target and pieces[0] in cache:
                 past.append(cache[pieces[0]])
                 continue
             state = JointState(
                 rope=(rope[0][:, start:stop], rope[1][:, start:stop]),
-                mask=key_mask(seen, len(latents.tokens), latents.tokens.device),
+                mask=key_mask(attended, len(latents.tokens), latents.tokens.device),
                 reference=reference_tokens(latents) if self._two_times(pieces) else None,
                 attention=self.attention,
-                keeps=not moving,
+                return_kv=not has_target,
             )
-            segments.append(self._segment(pieces, latents, t if moving else 0.0, text, additional_t_cond, state))
+            segments.append(self._segment(pieces, latents, t if has_target else 0.0, text, additional_t_cond, state))
         return segments, past
 
     def _segment(
@@ -173,7 +178,7 @@ class MMDiT(MMDiTLayers):
         additional_t_cond: Tensor | None,
         state: JointState,
     ) -> Segment:
-        """The embedded tokens of some pieces, as they enter the first block."""
+        """Embed the tokens of some pieces as input of the first block."""
         n = latents.num_target_tokens
         img = None
         if TARGET in pieces or REFERENCES in pieces:
@@ -186,7 +191,7 @@ class MMDiT(MMDiTLayers):
         return Segment(pieces, img, txt, temb, state, n if TARGET in pieces else 0)
 
     def _two_times(self, pieces: tuple[str, ...]) -> bool:
-        """Whether references are modulated at t = 0 beside a target at t, in one segment."""
+        """True if one segment has references modulated at t = 0 and a target at t."""
         return self.config.zero_cond_t and TARGET in pieces and REFERENCES in pieces
 
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
@@ -197,6 +202,6 @@ class MMDiT(MMDiTLayers):
 def _recomputed(
     block: Block, segments: Sequence[Segment], past: tuple[KeyValue, ...], last: bool
 ) -> tuple[list[Segment], list[KeyValue]]:
-    """`advance` whose activations are computed again in the backward pass, instead of held."""
+    """`advance` with gradient checkpointing: the backward pass recomputes the activations."""
     result: tuple[list[Segment], list[KeyValue]] = checkpoint(advance, block, segments, past, last, use_reentrant=False)
     return result

@@ -1,9 +1,9 @@
-"""The Qwen-Image VAE for single pictures, in two dimensions.
+"""The Qwen-Image VAE for single pictures, as a 2-D network.
 
-The VAE is a causal video model (Wan 2.1). One picture is one frame: every causal 3-D convolution then sees zeros before
-it, so only the last temporal slice of its kernel counts, and the temporal resamplers never run. What remains is this
-2-D network: the same numbers from about a third of the arithmetic. Parameter names are those of diffusers'
-`AutoencoderKLQwenImage`; vae_files.py reads and writes its folders.
+The VAE is a causal video model (Wan 2.1). A picture is one frame: every causal 3-D convolution is padded with zeros
+before it, so only the last temporal slice of its kernel acts, and the temporal resamplers never run. The remaining 2-D
+network gives the same numbers with about a third of the arithmetic. Parameter names are those of diffusers'
+`AutoencoderKLQwenImage`; weights/vae.py reads and writes its files.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RELEASED_STD = (
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the VAE and the statistics that its latents are normalised with; names of diffusers' config.json.
+    """Sizes of the VAE and the statistics for normalising its latents, named as in diffusers' config.json.
 
     The defaults are the release's.
     """
@@ -51,13 +51,13 @@ class VAEConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """What vae/config.json of a diffusers folder holds."""
+        """Return the content of a diffusers vae/config.json."""
         fixed = {"_class_name": "AutoencoderKLQwenImage", "attn_scales": [], "dropout": 0.0, "input_channels": 3}
         return {**fixed, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}}
 
 
 class ImageVAE(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1] <-> normalised latents [B, z, 1, H/8, W/8]."""
+    """Autoencoder: pictures [B, 3, H, W] in [-1, 1] <-> normalised latents [B, z, 1, H/8, W/8]."""
 
     def __init__(self, config: VAEConfig, *, operations: ConvOperations = nn, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class ImageVAE(nn.Module):
         self.decoder = Decoder([c.base_dim * m for m in (c.dim_mult[-1], *c.dim_mult[::-1])], c, conv)
 
     def forward(self, pictures: Tensor, generators: Sequence[torch.Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        """For training: the decoded posterior sample, not clamped, and the posterior's mean and log variance.
+        """Training pass: the decoded posterior sample, not clamped, and the posterior's mean and log variance.
 
         generators: one per picture, on the CPU.
         """
@@ -80,26 +80,26 @@ class ImageVAE(nn.Module):
         return self.decode_raw(mean + eps * (0.5 * log_var).exp()), mean, log_var
 
     def posterior(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log variance [B, z, H/8, W/8], before normalisation."""
+        """Posterior mean and log variance [B, z, H/8, W/8], before normalisation."""
         mean, log_var = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """The posterior's mode, normalised: (z - latents_mean) / latents_std, float32 whatever the weights are."""
+        """Encode to the normalised posterior mode (z - latents_mean) / latents_std, always float32."""
         z = self.posterior(pictures.to(self.quant_conv.weight))[0].float()
         mean, std = self._statistics(z)
         # UniPic 3, eq. 5: the latent of the target or of a reference
         return ((z - mean) / std)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, z, 1, h, w] -> pictures [B, 3, 8h, 8w] float32, clamped to [-1, 1]."""
+        """Decode normalised latents [B, z, 1, h, w] to pictures [B, 3, 8h, 8w] float32, clamped to [-1, 1]."""
         z = latents[:, :, 0].float()
         mean, std = self._statistics(z)
         z = (z * std + mean).to(self.quant_conv.weight)
         return self.decode_raw(z).float().clamp(-1, 1)
 
     def decode_raw(self, z: Tensor) -> Tensor:
-        """Unnormalised latents [B, z, h, w] -> [B, 3, 8h, 8w], not clamped."""
+        """Decode unnormalised latents [B, z, h, w] to pictures [B, 3, 8h, 8w], not clamped."""
         return self.decoder(self.post_quant_conv(z))
 
     def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class ImageVAE(nn.Module):
 
 
 def channels_last(vae: ImageVAE) -> ImageVAE:
-    """Weights in the memory format in which CPUs convolve fastest; give the pictures in it too."""
+    """Convert the kernels to channels_last, the fastest memory format on CPUs; inputs should have it too."""
     for p in vae.parameters():
         if p.ndim == 4:
             p.data = p.data.contiguous(memory_format=torch.channels_last)
@@ -124,7 +124,7 @@ def _conv_factory(operations: ConvOperations, dtype: torch.dtype | None) -> Any:
 
 
 class ChannelNorm(nn.Module):
-    """x / |x| over channels, times sqrt(dim) gamma; the norm in float32."""
+    """RMS norm over channels, x / |x| * sqrt(dim) * gamma; the norm is computed in float32."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -10,7 +10,7 @@ import torch
 from ..conditioning.sequence import PATCH
 from ..errors import CheckpointError, UniPicError
 from ..model.mmdit import MMDiT
-from ..run.kv_cache import most_bytes
+from ..run.kv_cache import max_kv_cache_bytes
 from ..run.plan import resolve
 from ..sampling.schedules import Shift
 from ..weights.convert import is_block_matrix
@@ -79,7 +79,7 @@ class OpenedPipeline:
             restored=max(matrices, default=0) * dtype.itemsize if fp8 else 0,
             text_encoder=encoder_parameters(self.encoder) * dtype.itemsize,
             vae=self.vae.parameters * dtype.itemsize,
-            kv_cache=most_bytes(config, resolve(self.model.recipe).reference_budget, dtype.itemsize),
+            kv_cache=max_kv_cache_bytes(config, resolve(self.model.recipe).reference_budget, dtype.itemsize),
         )
 
 

@@ -20,7 +20,7 @@ from ..errors import UniPicError
 from ..model.attention import attention_named
 from ..model.compile import compile_blocks
 from ..model.mmdit import MMDiT
-from ..run.kv_cache import Conditions
+from ..run.kv_cache import KVCache
 from ..run.plan import Plan, Request, Settings, plan, resolve
 from ..sampling.guidance import guided_velocity
 from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
@@ -82,7 +82,7 @@ class UniPicPipeline:
         self._reference_cache: PictureCache[Tensor] = PictureCache(CACHED_REFERENCES)
         self._vision_cache: LRU[Tensor] = LRU(CACHED_VISION)
         self._text_cache: LRU[TextCond] = LRU(CACHED_TEXTS)
-        self._conditions = Conditions()
+        self._kv_cache = KVCache()
         self._own_form = transformer.config.attention_form
 
     @classmethod
@@ -145,7 +145,7 @@ class UniPicPipeline:
         loras = self._loras.add(lora.path, lora.recipe, strength)
         recipe = loras.over(self.base_recipe)
         resolve(recipe)  # refuses what this version does not have before the weights change
-        self._conditions.clear()  # of the old weights: WeightsKey does not see writes to inference tensors
+        self._kv_cache.clear()  # of the old weights: WeightsKey does not see writes to inference tensors
         with torch.inference_mode():  # weights that were loaded under it can be written under it alone
             if self._stored is None:
                 report = merge_lora(self.transformer, lora, float(strength))
@@ -169,7 +169,7 @@ class UniPicPipeline:
         self._reference_cache.clear()
         self._vision_cache.clear()
         self._text_cache.clear()
-        self._conditions.clear()
+        self._kv_cache.clear()
 
     @torch.no_grad()
     def __call__(
@@ -276,7 +276,7 @@ class UniPicPipeline:
             return sample_consistency(velocity, packed.target, times, noise, callback)
         finally:
             if self.placement.offload:  # the memory is for the next part, or for the next try
-                self._conditions.clear()
+                self._kv_cache.clear()
 
     def _use(self, name: str) -> Any:
         """A part, on the device."""
@@ -310,7 +310,7 @@ class UniPicPipeline:
         batch = packed.tokens.shape[0]
         transformer = self._use("transformer")
         texts = [cond] if uncond is None else [cond, uncond]
-        kept = {id(text): self._conditions.get(transformer, packed.row(0), text) for text in texts}
+        kept = {id(text): self._kv_cache.get(transformer, packed.row(0), text) for text in texts}
 
         def network(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
             fed = rounded_time(t, settings.time_rounding, transformer.dtype)

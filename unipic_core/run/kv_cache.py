@@ -1,4 +1,4 @@
-"""What no step changes, computed once: `MMDiT.prefill` for as long as references, prompts and weights stay the same."""
+"""Cache of keys and values across runs: `MMDiT.prefill`, reused while references, prompts and weights are the same."""
 
 from __future__ import annotations
 
@@ -7,65 +7,66 @@ from ..conditioning.prompt import LONG_PROMPT
 from ..conditioning.reference_sizes import vision_size
 from ..conditioning.sequence import PIXELS_PER_TOKEN, PackedLatents, TextCond
 from ..conditioning.vision import vision_tokens
-from ..model.attention_forms import ConditionCache
-from ..model.blocks import KeyValue
-from ..model.config import REFERENCES, TEXT, MMDiTConfig, condition_bytes, fixed_pieces
+from ..model.attention_forms import CachedKeyValues
+from ..model.blocks import BlockKeyValues
+from ..model.config import REFERENCES, TEXT, MMDiTConfig, fixed_pieces, kv_cache_bytes
 from ..model.mmdit import MMDiT
 from ..model.rope import text_start
 
 REUSE_WITHIN = 0.2
-"""The change of t over which an approximate cache uses keys and values again (tests/benchmarks/approximate.py)."""
+"""Largest change of t over which an approximate cache reuses keys and values (tests/benchmarks/approximate.py)."""
 
 
-def still_serves(t_kept: float, t: float) -> bool:
-    """Whether keys and values of the full form, computed at t_kept, are near enough at t."""
-    return abs(t_kept - t) <= REUSE_WITHIN
+def is_reusable(t_cached: float, t: float) -> bool:
+    """True if an approximate cache may reuse at t the keys and values of attention form "full" computed at t_cached."""
+    return abs(t_cached - t) <= REUSE_WITHIN
 
 
-REFERENCE_SETS, TEXTS = 1, 2
-"""What `Conditions` keeps: with guidance a run has two texts."""
+CACHED_REFERENCE_SETS, CACHED_TEXTS = 1, 2
+"""Sizes of a `KVCache`: with guidance a run has two texts."""
 
 
-def most_bytes(config: MMDiTConfig, reference_budget: int, itemsize: int) -> int:
-    """Memory of all that `Conditions` keeps, with references that fill the budget and long prompts.
+def max_kv_cache_bytes(config: MMDiTConfig, reference_budget: int, itemsize: int) -> int:
+    """Memory in bytes of a full `KVCache`, with references that fill the budget and long prompts.
 
     reference_budget: side in pixels of the square that the references share. itemsize: bytes of one number.
     """
-    images = REFERENCE_SETS * (reference_budget // PIXELS_PER_TOKEN) ** 2
-    words = TEXTS * (vision_tokens(*vision_size((reference_budget, reference_budget))) + LONG_PROMPT)
+    images = CACHED_REFERENCE_SETS * (reference_budget // PIXELS_PER_TOKEN) ** 2
+    words = CACHED_TEXTS * (vision_tokens(*vision_size((reference_budget, reference_budget))) + LONG_PROMPT)
     fixed = fixed_pieces(config.attention_form)
     tokens = sum({REFERENCES: images, TEXT: words}[piece] for piece in fixed)
-    return condition_bytes(tokens, config.num_layers, config.width, itemsize)
+    return kv_cache_bytes(tokens, config.num_layers, config.width, itemsize)
 
 
-class Conditions:
+class KVCache:
     """Keys and values of the last references and of the last two texts.
 
-    They serve all steps, seeds and guidance scales, and the references' also all prompts. Known by the contents of
-    latents and embeddings, by the state of the weights and by the attention function, so what is kept never meets
-    another picture, LoRA or kernel.
+    Valid for all steps, seeds and guidance values; those of the references also for all prompts. The key of an entry
+    includes the contents of latents and embeddings, the state of the weights and the attention function, so an entry is
+    never reused for another picture, LoRA or kernel.
     """
 
     def __init__(self) -> None:
-        self._references: TensorCache[tuple[KeyValue, ...]] = TensorCache(REFERENCE_SETS)
-        self._texts: TensorCache[tuple[KeyValue, ...]] = TensorCache(TEXTS)
+        self._references: TensorCache[BlockKeyValues] = TensorCache(CACHED_REFERENCE_SETS)
+        self._texts: TensorCache[BlockKeyValues] = TensorCache(CACHED_TEXTS)
 
-    def get(self, network: MMDiT, latents: PackedLatents, text: TextCond) -> ConditionCache:
-        """For one sample, [1, S, 4C] and [1, L, D]; it serves a batch of the same. Empty for the form "full"."""
+    def get(self, network: MMDiT, latents: PackedLatents, text: TextCond) -> CachedKeyValues:
+        """Keys and values for one sample, latents [1, S, 4C] and text [1, L, D], which also serve a batch of the same
+        references and text. Empty for the attention form "full"."""
         fixed = fixed_pieces(network.config.attention_form)
-        cache: dict[str, tuple[KeyValue, ...]] = {}
+        cache: dict[str, BlockKeyValues] = {}
         if not fixed:
             return cache
-        maker, shapes = (WeightsKey(network), network.config, network.attention), latents.shapes[0]
+        computed_by, shapes = (WeightsKey(network), network.config, network.attention), latents.shapes[0]
         references = latents.tokens[:, latents.num_target_tokens :]
         if REFERENCES in fixed and shapes[1:]:
-            of_references = (*maker, shapes[1:])
+            of_references = (*computed_by, shapes[1:])
             cache[REFERENCES] = self._references.get(
                 of_references, [references], lambda: network.prefill(latents)[REFERENCES]
             )
         if TEXT in fixed:
             tensors = [references, text.embeds, *([] if text.mask is None else [text.mask])]
-            of_text = (*maker, shapes[1:], text_start(shapes, network.config.use_layer3d_rope))
+            of_text = (*computed_by, shapes[1:], text_start(shapes, network.config.use_layer3d_rope))
             cache[TEXT] = self._texts.get(of_text, tensors, lambda: network.prefill(latents, text, cache=cache)[TEXT])
         return cache
 

@@ -1,4 +1,4 @@
-"""The flow's conversions, in one place. t = 0 is data, t = 1 is noise; x_t = (1 - t) x0 + t eps; v = eps - x0."""
+"""Conversions of the flow. t = 0 is data, t = 1 is noise; x_t = (1 - t) x0 + t eps; v = eps - x0."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def like(t: Tensor | float, x: Tensor) -> Tensor:
-    """t (a number or [B]) as float32 that broadcasts over x [B, ...]."""
+    """Convert t, a number or [B], to a tensor that broadcasts over x [B, ...]; float64 for float64 x, else float32."""
     t = torch.as_tensor(t, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     return t.reshape(-1, *[1] * (x.ndim - 1)) if t.ndim else t
 

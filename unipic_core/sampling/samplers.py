@@ -1,6 +1,6 @@
-"""Samplers: plain functions from noise to latents. The network is a function velocity(x_t, t) -> v.
+"""Samplers: functions from noise to latents. The network enters as a function velocity(x_t, t) -> v.
 
-Shapes are written as the pipeline packs them, [B, N, 4C]; nothing here depends on that.
+Shapes are given as the pipeline packs them, [B, N, 4C]; the samplers take any shape.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Prediction = Callable[[Tensor, float], Tensor]
 """(x_t [B, N, 4C], t) -> x0 [B, N, 4C]."""
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
-"""(step, t of the new x_t, x_t, x0 predicted in this step)."""
+"""Called with (step, t of the new x_t, x_t, x0 predicted in this step)."""
 
 NoiseSource = Callable[[int], Tensor]
-"""Step -> fresh eps [B, N, 4C]."""
+"""Step -> new eps [B, N, 4C]."""
 
 ADVICE = (
     "use bfloat16 or float32 (never float16), switch off quantised attention, and check that the weights loaded "
@@ -33,7 +33,7 @@ ADVICE = (
 
 
 class NonFiniteLatent(UniPicError):
-    """A latent became NaN or infinite. step: which, counted from 0; advice: what to try."""
+    """A latent became NaN or infinite. step: counted from 0. advice: remedies, for the message."""
 
     def __init__(self, step: int, advice: str = ADVICE) -> None:
         super().__init__(f"the latent became NaN or infinite in step {step + 1}; {advice}")
@@ -41,7 +41,10 @@ class NonFiniteLatent(UniPicError):
 
 
 def sample_euler(velocity: Velocity, x_t: Tensor, times: Sequence[float], callback: Callback | None = None) -> Tensor:
-    """Euler's method on dx/dt = v from times[0] to times[-1]. x_t: [B, N, 4C] at times[0]; computed in x_t's dtype."""
+    """Integrate dx/dt = v by Euler's method from times[0] to times[-1], in x_t's dtype.
+
+    x_t: [B, N, 4C] at times[0]. Returns the latent at times[-1]. Raises NonFiniteLatent.
+    """
     for step, (t, t_next) in enumerate(pairwise(_floats(times))):
         v = velocity(x_t, t).to(x_t)
         x0 = velocity_to_x0(x_t, v, t)
@@ -56,7 +59,7 @@ def sample_consistency(
 ) -> Tensor:
     """Multistep consistency sampling: predict x0, re-noise to the next time (UniPic 3, section 4.3).
 
-    noise(step) gives the fresh eps that is added after `step`; it is not called after the last one.
+    noise: step -> eps added after that step; not called after the last step. Raises NonFiniteLatent.
     """
 
     def predict(x_t: Tensor, t: float) -> Tensor:
@@ -68,7 +71,7 @@ def sample_consistency(
 def renoise(
     predict: Prediction, x_t: Tensor, times: Sequence[float], noise: NoiseSource, callback: Callback | None = None
 ) -> Tensor:
-    """`sample_consistency` for a network that is asked for x0 itself; used as it comes, without a rounding between."""
+    """Run `sample_consistency` with a function that predicts x0 directly, without rounding it."""
     for step, (t, t_next) in enumerate(pairwise(_floats(times))):
         x0 = check_finite(predict(x_t, t), step)
         x_t = add_noise(x0, noise(step).to(x_t), t_next) if t_next > 0 else x0
@@ -78,7 +81,7 @@ def renoise(
 
 
 def seeded_noise(shape: Sequence[int], seed: int) -> NoiseSource:
-    """Noise that depends on (seed, step) alone: drawn on the CPU in float32, so every device gives the same picture."""
+    """Noise determined by (seed, step): drawn on the CPU in float32, so that all devices give the same picture."""
 
     def noise(step: int) -> Tensor:
         generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + step + 1) % 2**63)
@@ -88,7 +91,7 @@ def seeded_noise(shape: Sequence[int], seed: int) -> NoiseSource:
 
 
 def check_finite(x: Tensor, step: int) -> Tensor:
-    """x unchanged, or NonFiniteLatent naming the step."""
+    """Return x unchanged; raise NonFiniteLatent if it holds NaN or infinity."""
     if not bool(torch.isfinite(x).all()):
         raise NonFiniteLatent(step)
     return x

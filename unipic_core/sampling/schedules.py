@@ -1,4 +1,4 @@
-"""Time schedules: which t a sampler visits. t = 1 is noise, t = 0 is data; both ends are always included."""
+"""Time schedules: the times that a sampler visits. t = 1 is noise, t = 0 is data; both ends are always included."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..errors import CheckpointError
 
 @dataclass(frozen=True)
 class Shift:
-    """The resolution-dependent shift, as in the released `scheduler/scheduler_config.json`.
+    """Resolution-dependent time shift, as in the released `scheduler/scheduler_config.json`.
 
     mu is linear in the number of target tokens through (base_tokens, base_mu) and (max_tokens, max_mu).
-    terminal: the last time before 0 that `base_times` stretches to; None = no stretch.
+    terminal: last time before 0, to which `base_times` stretches; None = no stretch.
     """
 
     base_tokens: int = 256
@@ -28,18 +28,21 @@ class Shift:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shift:
-        """From a diffusers `FlowMatchEulerDiscreteScheduler` config; absent values keep the released ones.
+        """Read a diffusers `FlowMatchEulerDiscreteScheduler` config; absent values default to the released ones.
 
-        `shift_terminal: null` means no stretch; `use_dynamic_shifting: false` means k = `shift` at every size.
-        CheckpointError for values that cannot be, and for schedules that this module does not have.
+        `shift_terminal: null` means no stretch; `use_dynamic_shifting: false` means k = `shift` at every size. Raises
+        CheckpointError for values out of range and for schedules that this module does not have.
         """
         other = [name for name in _OTHER_SCHEDULES if config.get(name)]
         if config.get("time_shift_type", "exponential") != "exponential":
             other.append(f"time_shift_type {config['time_shift_type']!r}")
         if other:
-            raise CheckpointError(f"the scheduler asks for {', '.join(other)}, which this version does not have")
+            raise CheckpointError(
+                f"the scheduler asks for {', '.join(other)}, which this version does not have; take scheduler/ from a "
+                "Qwen-Image-Edit or UniPic 3 repository"
+            )
         values: dict[str, Any] = {
-            ours: _number(config, theirs) for ours, theirs in _NAMES.items() if config.get(theirs) is not None
+            field: _number(config, key) for field, key in _NAMES.items() if config.get(key) is not None
         }
         if "shift_terminal" in config and config["shift_terminal"] is None:
             values["terminal"] = None
@@ -60,8 +63,8 @@ class Shift:
 
 
 ROUNDINGS = ("none", "bf16", "bf16_thousandths")
-"""How a time is rounded where activations are bfloat16: not at all; t itself, as in the release's few-step pipeline; or
-1000 t and, divided by 1000, once more, as in its base pipeline (QwenImageEditPipeline of diffusers)."""
+"""Rounding of times for bfloat16 activations: none; t itself, as in the release's few-step pipeline; or 1000 t and then
+the quotient by 1000, as in its base pipeline (QwenImageEditPipeline of diffusers)."""
 
 _NAMES = {
     "base_tokens": "base_image_seq_len",
@@ -84,7 +87,7 @@ def _number(config: dict[str, Any], name: str) -> float:
 
 
 def resolution_shift(num_target_tokens: int, shift: Shift = Shift()) -> float:
-    """k = exp(mu), about 2.0 for 1024^2 pixels (4096 tokens)."""
+    """Compute k = exp(mu), about 2.0 for 1024^2 pixels (4096 tokens)."""
     if shift.max_mu == shift.base_mu:
         return math.exp(shift.base_mu)
     slope = (shift.max_mu - shift.base_mu) / (shift.max_tokens - shift.base_tokens)
@@ -92,25 +95,26 @@ def resolution_shift(num_target_tokens: int, shift: Shift = Shift()) -> float:
 
 
 def shift_times(t: Tensor, k: float) -> Tensor:
-    """t' = k t / (1 + (k - 1) t); keeps 0 and 1 where they are."""
+    """t' = k t / (1 + (k - 1) t), with 0 and 1 as fixed points."""
     return k * t / (1 + (k - 1) * t)
 
 
 def few_step_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -> Tensor:
-    """[steps + 1] float64 from 1 to 0: linspace, shifted, no terminal stretch (the distilled models' schedule)."""
+    """Schedule of the distilled models, [steps + 1] float64 from 1 to 0: linspace, shifted, no terminal stretch."""
     _check(steps)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return shift_times(times, resolution_shift(num_target_tokens, shift))
 
 
 def fixed_shift_times(steps: int, k: float) -> Tensor:
-    """[steps + 1] float64 from 1 to 0: linspace, shifted by the same k at every size, as step LoRAs were distilled."""
+    """Schedule of step LoRAs, [steps + 1] float64 from 1 to 0: linspace, shifted by the same k at every size."""
     _check(steps)
     return shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64), k)
 
 
 def base_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -> Tensor:
-    """[steps + 1] float64 from 1 to 0: linspace(1, 1/N, N), shifted, stretched to end at `terminal`, then 0."""
+    """Schedule of the base models, [steps + 1] float64 from 1 to 0: linspace(1, 1/N, N), shifted, stretched to end at
+    `terminal`, then 0."""
     _check(steps)
     if steps == 1:
         return torch.tensor([1.0, 0.0], dtype=torch.float64)
@@ -126,7 +130,7 @@ def rounded_time(t: Tensor, rounding: str, dtype: torch.dtype) -> Tensor: ...
 @overload
 def rounded_time(t: float, rounding: str, dtype: torch.dtype) -> Tensor | float: ...
 def rounded_time(t: Tensor | float, rounding: str, dtype: torch.dtype) -> Tensor | float:
-    """The time that the network is fed at time t: t itself, or in bfloat16 rounded as the release rounds it.
+    """Round t as the release does for bfloat16 activations; other dtypes and "none" return t.
 
     rounding: one of ROUNDINGS. dtype: of the network's activations. A rounded time is a float32 tensor of t's shape. At
     1024 x 1024 pixels and 8 steps the rounding changes the sinusoids of the time embedding by up to 0.39 of their norm.

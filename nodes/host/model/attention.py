@@ -47,7 +47,7 @@ class HookedState(JointState):
         segment = apply_rope1(k, rope[:, :, : k.shape[2]]), v
         k, v = joined(self.past, segment, dim=2)
         out = self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
-        return out, segment if self.keeps else None
+        return out, segment if self.return_kv else None
 
 
 def rotation_matrices(ids: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor
 from ....unipic_core.caching import TensorCache
 from ....unipic_core.conditioning.sequence import PATCH
 from ....unipic_core.errors import UniPicError
-from ....unipic_core.model.blocks import KeyValue
+from ....unipic_core.model.blocks import BlockKeyValues
 from ....unipic_core.model.config import FULL, REFERENCES, TEXT, fixed_pieces
-from ....unipic_core.run.kv_cache import still_serves
+from ....unipic_core.run.kv_cache import is_reusable
 from .inputs import NetworkInputs
 
 ATTENTION_FORM, KV_CACHE, TIME_ROUNDING = OPTION_KEYS = (
@@ -48,9 +48,6 @@ REFERENCE_SETS = 2
 TEXTS = 4
 """Texts whose keys and values are cached: two with guidance, and a few for conditionings of an area or a time range."""
 
-BlockKeyValues = tuple[KeyValue, ...]
-"""Keys and values of references or text in every block."""
-
 
 @dataclass
 class ApproximateReferences:
@@ -60,7 +57,7 @@ class ApproximateReferences:
     key_values: BlockKeyValues = ()
 
     def valid_at(self, t: float) -> bool:
-        return bool(self.key_values) and still_serves(self.t, t)
+        return bool(self.key_values) and is_reusable(self.t, t)
 
 
 class KVCache:

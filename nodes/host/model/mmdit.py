@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ....unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_latents
 from ....unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
-from ....unipic_core.model.blocks import KeyValue
+from ....unipic_core.model.blocks import BlockKeyValues, KeyValue
 from ....unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
 from ....unipic_core.model.layers import Operations
 from ....unipic_core.model.mmdit import MMDiTLayers
 from ....unipic_core.sampling.schedules import rounded_time
 from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
 from .inputs import NetworkInputs, checked_method, checked_text, packed, positions
-from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, BlockKeyValues, KVCache
+from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, KVCache
 
 
 def network_options(config: MMDiTConfig) -> Options:
@@ -153,7 +153,7 @@ class ComfyMMDiT(MMDiTLayers):
             attention=attention_on(x.device),
             options=options,
             words=words,
-            keeps=approximate is not None,
+            return_kv=approximate is not None,
         )
         target = Segment(pieces, img, txt, temb, state, latents.num_target_tokens)
         key_values: list[list[KeyValue]] | None = None if approximate is None else []
@@ -232,7 +232,7 @@ class ComfyMMDiT(MMDiTLayers):
     def _prefill(self, piece: str, inputs: NetworkInputs, past: Sequence[BlockKeyValues]) -> BlockKeyValues:
         """Keys and values of references or text in every block."""
         key_values: list[list[KeyValue]] = []
-        through_blocks(self.transformer_blocks, [self._segment(piece, inputs)], past, keep=key_values)
+        through_blocks(self.transformer_blocks, [self._segment(piece, inputs)], past, key_values=key_values)
         return tuple(kv for (kv,) in key_values)
 
     def _segment(self, piece: str, inputs: NetworkInputs) -> Segment:
@@ -251,7 +251,7 @@ class ComfyMMDiT(MMDiTLayers):
             attention=attention_on(tokens.device),
             options=inputs.options,
             words=words if is_text else 0,
-            keeps=True,
+            return_kv=True,
         )
         additional = None if inputs.additional_t_cond is None else inputs.additional_t_cond[:rows]
         temb = self._time(torch.zeros(1, device=tokens.device), tokens, False, additional)
@@ -287,7 +287,7 @@ class ComfyMMDiT(MMDiTLayers):
 def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
     """The references' part of a full segment's keys and values; copied, since a view would hold the rest in memory."""
     assert isinstance(target.state, HookedState)  # set by `_velocity`
-    start = target.state.words + target.wanted
+    start = target.state.words + target.num_outputs
     return kv[0][:, :, start:].clone(), kv[1][:, :, start:].clone()
 
 

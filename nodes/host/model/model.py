@@ -10,7 +10,7 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
-from ....unipic_core.model.config import condition_bytes
+from ....unipic_core.model.config import kv_cache_bytes
 from ..sampling.model_sampling import check_times
 from .kv_cache import CACHED_TOKENS, OPTION_KEYS, REFERENCE_SETS, SEPARATE, SHARED
 from .latent_format import PictureLatents
@@ -62,7 +62,7 @@ class UniPicModel(comfy.model_base.QwenImage):
         shared, separate = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (SHARED, SEPARATE))
         itemsize = management.dtype_size(self.get_dtype_inference())
         tokens = sum(sorted(shared)[-REFERENCE_SETS:]) + sum(separate)
-        cache = condition_bytes(tokens, config.num_layers, config.width, itemsize)
+        cache = kv_cache_bytes(tokens, config.num_layers, config.width, itemsize)
         return super().memory_required(input_shape, cond_shapes) + cache
 
 

@@ -10,7 +10,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....unipic_core.conditioning.sequence import PATCH, LatentShape, pack_latents, unpack_latents
-from ....unipic_core.sampling.guidance import apply_cfg
+from ....unipic_core.sampling.guidance import apply_guidance
 
 
 def with_guidance(model: ModelPatcher) -> Any:
@@ -22,13 +22,13 @@ def with_guidance(model: ModelPatcher) -> Any:
 
 
 def guide(args: dict[str, Any]) -> Tensor:
-    """x - x0 of the guided velocity, from ComfyUI's x - x0 of positive and negative: `apply_cfg` per packed token."""
+    """x - x0 of the guided velocity, from ComfyUI's x - x0 of positive and negative (`apply_guidance`)."""
     if math.isclose(args["cond_scale"], 1.0):  # ComfyUI may have left out the negative
         return args["cond"]
     sigma = args["sigma"].reshape(-1, *[1] * (args["cond"].ndim - 1))
     (cond, shape), (uncond, _) = _pack(args["cond"] / sigma), _pack(args["uncond"] / sigma)
     height, width = args["cond"].shape[-2:]
-    v = unpack_latents(apply_cfg(cond, uncond, args["cond_scale"]), shape)[..., :height, :width]
+    v = unpack_latents(apply_guidance(cond, uncond, args["cond_scale"]), shape)[..., :height, :width]
     return v * sigma
 
 

@@ -27,7 +27,7 @@ from unipic_pack.nodes.host.sampling.schedules import sigmas_of, target_tokens
 from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.run.plan import resolve
-from unipic_pack.unipic_core.sampling.guidance import apply_cfg
+from unipic_pack.unipic_core.sampling.guidance import apply_guidance
 from unipic_pack.unipic_core.sampling.schedules import Shift, base_times, few_step_times
 from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 
@@ -354,7 +354,7 @@ def test_guidance_is_the_cores_per_token() -> None:
     model, noise = toy.model(), toy.start(2)
     t = torch.full((2, 1, 1, 1, 1), 0.7)
     c, u = (pack_latents(toy.textual(noise, t, torch.full((1, 3, 8), value))) for value in (0.3, -0.2))
-    want = noise - 0.7 * unpack_latents(apply_cfg(c, u, 4.0), LatentShape(1, 4, 6))
+    want = noise - 0.7 * unpack_latents(apply_guidance(c, u, 4.0), LatentShape(1, 4, 6))
     seen = []
     guided = with_guidance(model)
     sigmas = torch.tensor([0.7, 0.0])

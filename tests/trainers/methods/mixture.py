@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainers.methods.losses import TimedVelocity, per_sample
 from unipic_core.sampling.flow import add_noise, like
-from unipic_core.sampling.guidance import apply_cfg
+from unipic_core.sampling.guidance import apply_guidance
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other
 
@@ -63,7 +63,7 @@ class Mixture:
     def guided(self, x_t: Tensor, t: Tensor | float, cond: Tensor, scale: float) -> Tensor:
         """The velocity as the trainers guide it."""
         v = self.velocity(x_t, t, cond)
-        return v if scale == 1 else apply_cfg(v, self.velocity(x_t, t, None), scale)
+        return v if scale == 1 else apply_guidance(v, self.velocity(x_t, t, None), scale)
 
     def sample(self, cond: Tensor, generator: torch.Generator) -> Tensor:
         """x0 [B, 1, D]."""

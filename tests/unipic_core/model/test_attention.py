@@ -121,7 +121,7 @@ def test_what_a_kernel_cannot_take_goes_to_pytorch_and_is_told_once(install: Ins
     mask = torch.tensor([True, True, False, True, False])[None, None, None] if obstacle == "mask" else None
     v.requires_grad_(obstacle == "gradient")
     sage = attention_named("sage")
-    with pytest.warns(UserWarning, match=rf"^sage attention takes no {obstacle}") as told:
+    with pytest.warns(UserWarning, match=rf"^sage attention does not support {obstacle}") as told:
         results = [sage(q, k, v, mask) for _ in range(2)]
     assert len(told) == 1
     for result in results:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unipic_core.caching import TensorCache
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond, pack_with_references
-from unipic_core.model.config import ATTENTION_FORMS, FULL, REFERENCES, TEXT, MMDiTConfig, condition_bytes, fixed_pieces
+from unipic_core.model.config import ATTENTION_FORMS, FULL, REFERENCES, TEXT, MMDiTConfig, fixed_pieces, kv_cache_bytes
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
@@ -208,7 +208,7 @@ def test_memory_of_what_is_kept() -> None:
     kept = network("prefix_causal").prefill(latents, text)
     for piece, tokens in ((REFERENCES, 14), (TEXT, 5)):
         size = sum(x.nbytes for pair in kept[piece] for x in pair)
-        assert size == condition_bytes(tokens, SIZES["num_layers"], 32, 4)
+        assert size == kv_cache_bytes(tokens, SIZES["num_layers"], 32, 4)
 
 
 # --- the form travels ---

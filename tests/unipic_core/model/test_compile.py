@@ -20,7 +20,7 @@ from unipic_core.model.attention import Checked
 from unipic_core.model.compile import check_compiler, compile_blocks
 from unipic_core.model.config import FULL, PREFIX_CAUSAL, REFERENCE_CAUSAL, MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
-from unipic_core.run.kv_cache import Conditions
+from unipic_core.run.kv_cache import KVCache
 from unipic_core.weights.lora import merge_lora, read_lora, save_lora
 
 TARGET = LatentShape(1, 4, 5)
@@ -75,7 +75,7 @@ def agree(networks: Network, references: int, words: int) -> None:
     plain, compiled, _ = networks
     latents, t, text = sample(references, words)
     with torch.no_grad():
-        got = compiled(latents, t, text, cache=Conditions().get(compiled, latents, text))
+        got = compiled(latents, t, text, cache=KVCache().get(compiled, latents, text))
         torch.testing.assert_close(got, plain(latents, t, text))
 
 

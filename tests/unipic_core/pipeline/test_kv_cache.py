@@ -19,7 +19,7 @@ from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.prompt import LONG_PROMPT
 from unipic_core.errors import UniPicError
 from unipic_core.model.attention import scaled_dot_product_attention
-from unipic_core.model.config import FULL, condition_bytes
+from unipic_core.model.config import FULL, kv_cache_bytes
 from unipic_core.pipeline import UniPicPipeline, loading
 from unipic_core.pipeline.memory_plan import MemoryPlan, PartSizes
 from unipic_core.weights.lora import save_lora
@@ -47,7 +47,7 @@ def latents(pipe: UniPicPipeline, **wishes: Any) -> Tensor:
 
 def uncached(pipe: UniPicPipeline) -> UniPicPipeline:
     """The pipeline without condition cache: its network computes every token in every step."""
-    pipe._conditions.get = lambda network, latents, text: {}  # type: ignore[method-assign]
+    pipe._kv_cache.get = lambda network, latents, text: {}  # type: ignore[method-assign]
     return pipe
 
 
@@ -147,7 +147,7 @@ def test_what_is_kept_counts_when_offloading_is_decided(form: str, tmp_path: Pat
     kept = sum(tensor.nbytes for made in prefills.made if (tensor := made()) is not None)
     parts = counted.pop()
     said = parts.kv_cache
-    words = 2 * LONG_PROMPT * condition_bytes(1, config.num_layers, config.width, 4) if form == "prefix_causal" else 0
+    words = 2 * LONG_PROMPT * kv_cache_bytes(1, config.num_layers, config.width, 4) if form == "prefix_causal" else 0
     assert kept <= said <= kept + words
     shutil.copy(DEFAULT_MODEL / "transformer" / "config.json", folder / "transformer")
     for asked, bytes_kept in ((FULL, 0), (form, said)):

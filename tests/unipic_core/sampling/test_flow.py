@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unipic_core.sampling.flow import add_noise, velocity, velocity_to_x0, x0_to_velocity
-from unipic_core.sampling.guidance import apply_cfg
+from unipic_core.sampling.guidance import apply_guidance
 
 
 @pytest.fixture
@@ -42,12 +42,12 @@ def test_dtype_is_kept_and_arithmetic_is_float32() -> None:
 def test_guidance() -> None:
     generator = torch.Generator().manual_seed(0)
     c, u = torch.randn(2, 1, 4, 6, generator=generator)
-    torch.testing.assert_close(apply_cfg(c, u, 1.0), c)
-    guided = apply_cfg(c, u, 4.0)
+    torch.testing.assert_close(apply_guidance(c, u, 1.0), c)
+    guided = apply_guidance(c, u, 4.0)
     torch.testing.assert_close(guided.norm(dim=-1), c.norm(dim=-1))  # per token
     direction = u + 4 * (c - u)
     torch.testing.assert_close(
         guided / guided.norm(dim=-1, keepdim=True), direction / direction.norm(dim=-1, keepdim=True)
     )
     zero = torch.zeros(1, 4, 6)
-    assert torch.equal(apply_cfg(zero, zero, 4.0), zero)  # the denominator is clamped
+    assert torch.equal(apply_guidance(zero, zero, 4.0), zero)  # the denominator is clamped

@@ -14,7 +14,7 @@ from unipic_pack.nodes.host.model import kv_cache
 from unipic_pack.nodes.host.model.kv_cache import CACHED_TOKENS, SEPARATE, SHARED
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.lora import add_lora
-from unipic_pack.unipic_core.model.config import condition_bytes
+from unipic_pack.unipic_core.model.config import kv_cache_bytes
 from unipic_pack.unipic_core.weights.recipe import Recipe
 
 torch.set_num_threads(1)
@@ -70,7 +70,7 @@ def test_the_estimate_counts_what_a_run_keeps(
     run(causal_models[form], cfg=cfg, batch=2)
     texts = 0 if form == "reference_causal" else 9 if cfg == 1 else 9 + 4
     config = causal_models[form].model.diffusion_model.config
-    assert cached_at_end == [condition_bytes(15 + 12 + texts, config.num_layers, config.width, 4)]
+    assert cached_at_end == [kv_cache_bytes(15 + 12 + texts, config.num_layers, config.width, 4)]
     assert estimates == pytest.approx(cached_at_end)
 
 
@@ -84,7 +84,7 @@ def test_the_estimate_counts_other_references_of_the_negative(
     run(causal_models[form], cfg=3, references=references, negative_references=[r.clone() for r in references])
     run(causal_models[form], cfg=1, references=references, negative_references=references[:1])
     config = causal_models[form].model.diffusion_model.config
-    more = condition_bytes(15, config.num_layers, config.width, 4)
+    more = kv_cache_bytes(15, config.num_layers, config.width, 4)
     assert cached_at_end[0] - cached_at_end[1] == more
     assert cached_at_end[2] <= cached_at_end[1]
     assert estimates == pytest.approx(cached_at_end)
@@ -99,7 +99,7 @@ def test_the_estimate_counts_no_more_sets_than_are_kept(causal_models: dict[str,
         return model.memory_required([1, 16, 1, 8, 8], shapes) - model.memory_required([1, 16, 1, 8, 8], {})
 
     for sets, tokens in (((), 0), ((5,), 5), ((5, 9), 14), ((5, 9, 7), 16)):
-        assert cached_bytes(*sets) == pytest.approx(condition_bytes(tokens, config.num_layers, config.width, 4))
+        assert cached_bytes(*sets) == pytest.approx(kv_cache_bytes(tokens, config.num_layers, config.width, 4))
 
 
 @pytest.mark.parametrize("cfg", [1.0, 3.0])
@@ -134,7 +134,7 @@ def test_the_estimate_takes_the_negative_where_a_guider_may(
     model.model_options["disable_cfg1_optimization"] = True
     run(model)
     config = model.model.diffusion_model.config
-    assert estimates[1] - estimates[0] == pytest.approx(condition_bytes(4, config.num_layers, config.width, 4))
+    assert estimates[1] - estimates[0] == pytest.approx(kv_cache_bytes(4, config.num_layers, config.width, 4))
 
 
 def test_odd_references_are_counted_in_whole_tokens() -> None:
