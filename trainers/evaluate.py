@@ -28,7 +28,7 @@ from unipic_core.replacing import replacing
 
 from .judges.measure import Evaluation, Generate, Plan, compare
 from .judges.plot import AXES, draw_plot
-from .judges.saved_pictures import KeptPictures, files_stamp
+from .judges.saved_pictures import PictureStore, files_stamp
 from .judges.sheet import draw_sheet
 from .nano.catalogue import Split
 from .nano.emoji import LONGEST, Bank
@@ -253,16 +253,16 @@ def run(args: argparse.Namespace) -> None:
     bank = Bank.open(args.data, longest=max(LONGEST, plan.size))
     print(f"{plan.n} scenes of {plan.split} assets, seed {plan.seed}; {bank.note}")
     openers = {one.label: (lambda one=one: one.open(device, args.threads)) for one in systems}
-    kept = kept_pictures(args, systems, plan, about)
-    result = compare(openers, bank, plan, about=about, kept=kept, sheet_rows=args.sheet_rows if args.sheet else 0)
+    stores = picture_stores(args, systems, plan, about)
+    result = compare(openers, bank, plan, about=about, stores=stores, sheet_rows=args.sheet_rows if args.sheet else 0)
     print("\n" + "\n\n".join(result.tables))
     print("\n* of a control: not beaten with 95% confidence; controls are judged on the items that they change")
     write_outputs(args, result, plan)
 
 
-def kept_pictures(
+def picture_stores(
     args: argparse.Namespace, systems: Sequence[System], plan: Plan, about: Mapping[str, Mapping[str, object]]
-) -> dict[str, KeptPictures]:
+) -> dict[str, PictureStore]:
     """By label; empty without --keep. Other weights, scenes or settings have folders of their own, other labels not."""
     if args.keep is None:
         return {}
@@ -270,10 +270,10 @@ def kept_pictures(
     scenes |= {"open": True} if plan.open else {}
     scenes |= {"shape": plan.shape} if plan.shape != SQUARE else {}
     shared = scenes | {"threads": args.threads, "version": __version__}
-    kept: dict[str, KeptPictures] = {}
+    kept: dict[str, PictureStore] = {}
     for one in systems:
         runs = {name: value for name, value in about[one.label].items() if name not in ("label", "series")}
-        kept[one.label] = KeptPictures(args.keep, {**runs, **shared, "files": one.files()})
+        kept[one.label] = PictureStore(args.keep, {**runs, **shared, "files": one.files()})
     return kept
 
 

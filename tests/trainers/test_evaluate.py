@@ -15,7 +15,7 @@ from PIL import Image
 from tests.paths import TINY
 from trainers.evaluate import evaluate, main, parser, systems_of
 from trainers.judges.measure import SEED_STRIDE, Generate, Plan, compare
-from trainers.judges.saved_pictures import KeptPictures
+from trainers.judges.saved_pictures import PictureStore
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import Sample
 
@@ -160,22 +160,22 @@ def test_a_run_that_was_broken_off_goes_on_with_its_pictures_and_their_times(sub
 
     plan = Plan(4, seed=3, progress=False, seeds_per_scene=2)
 
-    def measure(kept: KeptPictures | None) -> dict:
-        return compare({"m": opener}, subset, plan, kept=kept and {"m": kept}).report
+    def measure(kept: PictureStore | None) -> dict:
+        return compare({"m": opener}, subset, plan, stores=kept and {"m": kept}).report
 
-    kept = KeptPictures(tmp_path, {"model": "m", "steps": 4})
+    kept = PictureStore(tmp_path, {"model": "m", "steps": 4})
     with pytest.raises(KeyboardInterrupt):
         measure(kept)
     assert calls == [-1, 3, 3 + SEED_STRIDE, 4, 4 + SEED_STRIDE, 5]
     first = measure(kept)
     assert calls[6:] == [-1, 5 + SEED_STRIDE, 6, 6 + SEED_STRIDE]
-    again = measure(KeptPictures(tmp_path, {"steps": 4, "model": "m"}))
+    again = measure(PictureStore(tmp_path, {"steps": 4, "model": "m"}))
     assert again == first
     assert len(calls) == 10  # nothing was opened
     assert first["model"].pop("seconds_per_picture") >= 0.01
     assert kept.folder.parent == tmp_path
 
-    other = measure(KeptPictures(tmp_path, {"model": "m", "steps": 8}))
+    other = measure(PictureStore(tmp_path, {"model": "m", "steps": 8}))
     assert len(calls) == 19  # other facts, other pictures
     del other["model"]["seconds_per_picture"]
     plain = measure(None)

@@ -1,8 +1,8 @@
 """Strict parsing of plain YAML values into frozen dataclasses; errors name the nested key.
 
-Our own rather than pydantic's: with pydantic every section would need its messages mapped back to one sentence
-(FIGURE), and frozen dataclasses stay what checkpoints
-(`to_dict`) and mypy already use.
+Not pydantic (2.14, measured): it would replace the 95 lines of `parse` and `_convert`, but a section with some keys set
+loses the method's defaults of the others (`times: {mean: 0}` of consistency gets std 1.0, not 1.8), `true` passes as
+1.0, messages have three lines per fault and need mapping, and importing it takes 0.3 s.
 """
 
 from __future__ import annotations

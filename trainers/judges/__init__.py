@@ -1,6 +1,6 @@
-"""Judges of composed pictures: pure functions of arrays, each tested alone with known answers.
+"""Judges of composed pictures: pure functions of arrays, tested with known answers.
 
 ``placement``, ``appearance`` and ``identity`` measure; ``panel`` lists the judges and applies them to a case;
-``statistics`` has the bootstrap, ``ratios`` what it says of one system beside another; ``summary``, ``comparison``,
-``sheet`` and ``plot`` show the result; ``measure`` runs it all.
+``statistics`` has the bootstrap, ``retention`` compares two systems; ``summary``, ``comparison``, ``sheet`` and
+``plot`` show the result; ``measure`` runs an evaluation.
 """

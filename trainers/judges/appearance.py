@@ -1,4 +1,4 @@
-"""Does an item look as it should? Compared with the true target inside the item's visible mask."""
+"""Appearance of an item: comparison with the true target inside the item's visible mask."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from .arrays import box_blur, weighted_psnr
 
-TOLERANCE = 4  # pixels that an item may be off in each direction, as far as the hidden offset goes
+TOLERANCE = 4  # tolerated offset in pixels per direction, the range of the hidden offset
 WINDOW = 3  # radius of the SSIM window
 C1, C2 = 0.01**2, 0.03**2  # Wang et al. 2004, for values in 0..1
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -24,7 +24,7 @@ class Appearance:
 
 
 def shifted(picture: np.ndarray, dy: int, dx: int) -> np.ndarray:
-    """The picture moved down by ``dy`` and right by ``dx`` pixels, its border repeated."""
+    """Shift a picture down by ``dy`` and right by ``dx`` pixels, repeating its border."""
     rows = np.clip(np.arange(picture.shape[0]) - dy, 0, picture.shape[0] - 1)
     columns = np.clip(np.arange(picture.shape[1]) - dx, 0, picture.shape[1] - 1)
     return picture[rows[:, None], columns]
@@ -33,7 +33,7 @@ def shifted(picture: np.ndarray, dy: int, dx: int) -> np.ndarray:
 def best_shift(
     picture: np.ndarray, target: np.ndarray, mask: np.ndarray, tolerance: int = TOLERANCE
 ) -> tuple[int, int]:
-    """The shift (dy, dx) that matches best inside the mask: every second one, then the best one's neighbours."""
+    """Find the shift (dy, dx) with the least error inside the mask: every second one, then its neighbours."""
     (height, width), weight = mask.shape, mask.ravel()
     padded = np.pad(picture, ((tolerance, tolerance), (tolerance, tolerance), (0, 0)), mode="edge")
 
@@ -48,8 +48,8 @@ def best_shift(
     return min((one for one in near if max(map(abs, one)) <= tolerance), key=error)
 
 
-def around(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
-    """The rows and columns of what the mask covers and ``margin`` pixels around it."""
+def bounding_box(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """Bounding box of the mask with a margin in pixels, as row and column slices."""
     rows, columns = np.flatnonzero(mask.max(axis=1) > 0), np.flatnonzero(mask.max(axis=0) > 0)
     if not len(rows):
         return slice(0, 1), slice(0, 1)
@@ -60,7 +60,7 @@ def around(mask: np.ndarray, margin: int) -> tuple[slice, slice]:
 
 
 def ssim_map(picture: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """float32 [H, W]: structural similarity of the luma in windows of 7 x 7 (Wang et al. 2004, equation 13)."""
+    """Structural similarity of the luma in windows of 7 x 7, float32 [H, W] (Wang et al. 2004, eq. 13)."""
     a, b = picture @ LUMA, target @ LUMA
     mean_a, mean_b = box_blur(a, WINDOW), box_blur(b, WINDOW)
     var_a = np.maximum(box_blur(a * a, WINDOW) - mean_a**2, 0)
@@ -80,10 +80,10 @@ def colour_difference(picture: np.ndarray, target: np.ndarray, mask: np.ndarray)
 
 
 def appearance(picture: np.ndarray, target: np.ndarray, mask: np.ndarray) -> Appearance:
-    """All three inside ``mask`` [H, W], after the best shift of at most ``TOLERANCE`` pixels; NaN for an empty mask."""
-    window = around(mask, TOLERANCE + WINDOW)  # nothing farther away plays a part
+    """PSNR, SSIM and colour error inside ``mask`` [H, W] after the best shift; NaN for an empty mask."""
+    window = bounding_box(mask, TOLERANCE + WINDOW)  # pixels farther away have no influence
     picture, target, mask = picture[window], target[window], mask[window]
-    there = shifted(picture, *best_shift(picture, target, mask))
+    aligned = shifted(picture, *best_shift(picture, target, mask))
     total = float(mask.sum())
-    similarity = float((ssim_map(there, target) * mask).sum() / total) if total > 0 else float("nan")
-    return Appearance(weighted_psnr(there, target, mask), similarity, colour_difference(there, target, mask))
+    similarity = float((ssim_map(aligned, target) * mask).sum() / total) if total > 0 else float("nan")
+    return Appearance(weighted_psnr(aligned, target, mask), similarity, colour_difference(aligned, target, mask))

@@ -1,20 +1,20 @@
-"""Small array tools that the judges share. Pictures are float32 [H, W, 3] in 0..1."""
+"""Array functions shared by the judges. Pictures are float32 [H, W, 3] in 0..1."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-MAX_PSNR = 50.0  # dB that equal pictures get: about what rounding to 8 bits leaves
+MAX_PSNR = 50.0  # dB of equal pictures, about the error of rounding to 8 bits
 
 
 def to_array(picture: Image.Image) -> np.ndarray:
-    """float32 [H, W, 3] in 0..1."""
+    """Convert a picture to float32 [H, W, 3] in 0..1."""
     return np.asarray(picture.convert("RGB"), np.float32) / 255
 
 
 def box_blur(values: np.ndarray, radius: int) -> np.ndarray:
-    """Mean over a square of side ``2 radius + 1`` of [H, W] or [H, W, C]; the border is repeated outwards."""
+    """Mean over a square of side ``2 radius + 1`` of [H, W] or [H, W, C]; the border is repeated."""
     for axis in (0, 1):
         pad = [(0, 0)] * values.ndim
         pad[axis] = (radius + 1, radius)
@@ -31,7 +31,7 @@ def psnr(error: float) -> float:
 
 
 def weighted_psnr(picture: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> float:
-    """PSNR over the pixels of ``weight`` [H, W]; NaN where it is empty."""
+    """PSNR over the pixels of ``weight`` [H, W]; NaN if it is empty."""
     total = float(weight.sum())
     if total <= 0:
         return float("nan")
@@ -39,10 +39,10 @@ def weighted_psnr(picture: np.ndarray, truth: np.ndarray, weight: np.ndarray) ->
 
 
 def area_matrix(start: float, stop: float, cells: int, length: int) -> np.ndarray:
-    """float32 [cells, length]: how much of each pixel lies in each of the equal cells of the interval, per cell size.
+    """Overlap of each pixel with each of the equal cells of an interval, per cell size: float32 [cells, length].
 
-    A row sums to 1 when its cell lies inside 0..length, to less outside, so that ``M @ x`` is the mean over the cell
-    with zeros around the picture.
+    A row sums to 1 if its cell lies inside 0..length, else to less, so ``M @ x`` is the mean over the cell with zeros
+    around the picture.
     """
     edges = np.linspace(start, stop, cells + 1)
     pixels = np.arange(length)

@@ -1,6 +1,6 @@
-"""Systems beside the first of them in one table: what each scores, how much it keeps of the first, how long it takes.
+"""Comparison of systems with the first one (the reference): scores, quality retained, and time.
 
-The block that ``comparison`` makes goes into the JSON; the text, the foot of the sheet and the plot only show it.
+``comparison`` returns the block of the JSON report; the text table, the foot of the sheet and the plot show it.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 from .kinds import TRUTH, Judge, reported
 from .retention import Report, valid_judges
-from .summary import shown
+from .summary import format_value
 
 LABEL = 28  # width of the table's first column
 Cell = tuple[str, str]  # two lines
 Wrap = Callable[[str], list[str]]
-FACTS = ("label", "series", "steps", "cfg", "sampler", "seconds_per_picture")
+SYSTEM_KEYS = ("label", "series", "steps", "cfg", "sampler", "seconds_per_picture")
 
 
 def comparison(reports: Sequence[Report], truth_spread: float | None = None) -> dict[str, Any]:
-    """From the reports of ``summarise``, the reference first: one row per system with the judges that are reported.
+    """Comparison block of the reports of ``summarise`` (reference first): one row per system, with valid judges.
 
-    ``kinds``: whether ``retained`` is a ratio or a difference in dB. The reference itself has no ``retained``.
-    ``truth``: what the truth scores; ``truth_spread`` joins it where the spread between seeds was measured.
+    ``kinds``: "ratio" or "difference_db", the meaning of ``retained``, which the reference itself has not. ``truth``:
+    scores of the truth; ``truth_spread``: added to it if the spread between seeds was measured.
     """
     judges = valid_judges(reports[0]["judges"])
     truth = {judge.name: reports[0]["judges"][judge.name]["controls"][TRUTH] for judge in judges}
@@ -39,21 +39,21 @@ def comparison(reports: Sequence[Report], truth_spread: float | None = None) -> 
 
 
 def _row(report: Report, judges: Sequence[Judge]) -> dict[str, Any]:
-    row = {fact: report["model"][fact] for fact in FACTS if fact in report["model"]}
+    row = {key: report["model"][key] for key in SYSTEM_KEYS if key in report["model"]}
     if "spread" in report:
         row["spread"] = report["spread"]
     row["judges"] = {}
     for judge in judges:
-        found = report["judges"][judge.name]
-        row["judges"][judge.name] = {"value": found["model"], "ci95": found["ci95"]}
+        scores = report["judges"][judge.name]
+        row["judges"][judge.name] = {"value": scores["model"], "ci95": scores["ci95"]}
         if "retained" in report:
-            kept = report["retained"][judge.name]
-            row["judges"][judge.name] |= {"retained": kept["value"], "retained_ci95": kept["ci95"]}
+            quality = report["retained"][judge.name]
+            row["judges"][judge.name] |= {"retained": quality["value"], "retained_ci95": quality["ci95"]}
     return row
 
 
-def kept_text(kind: str, value: float | None, bounds: Sequence[float] | None) -> str:
-    """As '0.98 (0.95)' or '-0.2 (-0.4)': the lower bound is rounded down, so that it never promises more than it is."""
+def retained_text(kind: str, value: float | None, bounds: Sequence[float] | None) -> str:
+    """Format as '0.98 (0.95)' or '-0.2 (-0.4)'; the lower bound is rounded down."""
     if value is None or bounds is None:
         return "-"
     if kind == "difference_db":
@@ -62,38 +62,39 @@ def kept_text(kind: str, value: float | None, bounds: Sequence[float] | None) ->
 
 
 def judge_lines(judge: Judge, block: Report, row: Report) -> Cell:
-    """One cell: the system's value, and what it keeps of the reference's."""
-    found = row["judges"][judge.name]
-    value = shown(judge, found["value"])
-    if "retained" not in found:
+    """Cell of one judge: the system's value and the part of the reference's quality that it retains."""
+    scores = row["judges"][judge.name]
+    value = format_value(judge, scores["value"])
+    if "retained" not in scores:
         return value, ""
-    return value, kept_text(block["kinds"][judge.name], found["retained"], found["retained_ci95"])
+    return value, retained_text(block["kinds"][judge.name], scores["retained"], scores["retained_ci95"])
 
 
 def spread_lines(row: Report) -> Cell:
-    """The same of the spread between seeds."""
+    """Cell of the spread between seeds."""
     spread = row["spread"]
-    kept = kept_text("ratio", spread["ratio"], spread["ratio_ci95"]) if "ratio" in spread else ""
-    return f"{spread['value']:.4f}", kept
+    ratio = retained_text("ratio", spread["ratio"], spread["ratio_ci95"]) if "ratio" in spread else ""
+    return f"{spread['value']:.4f}", ratio
 
 
 def time_lines(block: Report, row: Report) -> Cell:
-    """The seconds per picture, and how many times the speed of the reference that is."""
+    """Cell of the time: seconds per picture, and speed relative to the reference."""
     seconds, first = row["seconds_per_picture"], block["systems"][0]
     if row is first or not seconds:
         return f"{seconds:.3f}", ""
     return f"{seconds:.3f}", f"{first['seconds_per_picture'] / seconds:.1f}x speed"
 
 
-def shown_judges(block: Report) -> list[Judge]:
+def reported_judges(block: Report) -> list[Judge]:
+    """Judges of a comparison block, in the order of ``JUDGES``."""
     return reported(block["kinds"])
 
 
 def comparison_table(block: Report) -> str:
-    """Rows are systems, columns judges; below each value what is kept of the first system's."""
-    judges, spreads = shown_judges(block), "spread" in block["systems"][0]
-    truth: list[Cell] = [(shown(judge, block["truth"][judge.name]), "") for judge in judges]
-    truth.append(("", ""))  # nobody waited for it
+    """Text table with a row per system and a column per judge; below each value the retained quality."""
+    judges, spreads = reported_judges(block), "spread" in block["systems"][0]
+    truth: list[Cell] = [(format_value(judge, block["truth"][judge.name]), "") for judge in judges]
+    truth.append(("", ""))  # the truth has no time
     if spreads:
         truth.append((f"{block['truth']['spread']:.4f}", ""))
     lines = [([TRUTH], truth)]
@@ -106,7 +107,7 @@ def comparison_table(block: Report) -> str:
 
 
 def gains_table(pairs: Sequence[Report]) -> str:
-    """The pairs of ``ratios.equal_steps``; * marks a difference whose 95% interval excludes zero."""
+    """Text table of the pairs of ``equal_steps``; * marks a difference whose 95% interval excludes zero."""
     judges = reported(pairs[0]["judges"])
     lines = []
     for pair in pairs:
@@ -115,15 +116,15 @@ def gains_table(pairs: Sequence[Report]) -> str:
     return _table([judge.short for judge in judges], lines)
 
 
-def _gain_text(judge: Judge, found: Report) -> str:
-    if found["gain"] is None:
+def _gain_text(judge: Judge, gain: Report) -> str:
+    if gain["gain"] is None:
         return "- "
-    sign = "+" if found["gain"] >= 0 else ""
-    return f"{sign}{shown(judge, found['gain'])}{'*' if found['better'] or found['worse'] else ' '}"
+    sign = "+" if gain["gain"] >= 0 else ""
+    return f"{sign}{format_value(judge, gain['gain'])}{'*' if gain['better'] or gain['worse'] else ' '}"
 
 
 def label_lines(label: str, wrap: Wrap = lambda text: textwrap.wrap(text, LABEL)) -> list[str]:
-    """The label on one line if it fits; else what it is, then on new lines the settings after its first comma."""
+    """Split a label that is too long for one line: the name, then the settings after its first comma."""
     if len(wrap(label)) < 2:
         return [label]
     name, _, settings = label.partition(", ")
@@ -131,7 +132,7 @@ def label_lines(label: str, wrap: Wrap = lambda text: textwrap.wrap(text, LABEL)
 
 
 def _table(heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[Cell]]]) -> str:
-    """Each row: a label of as many lines as it needs beside cells of two. A column is as wide as its widest cell."""
+    """Format rows of a wrapped label and two-line cells; a column is as wide as its widest cell."""
     widths = [len(head) for head in heads]
     for _, cells in rows:
         widths = [max(width, *map(len, cell)) for width, cell in zip(widths, cells, strict=True)]

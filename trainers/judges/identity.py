@@ -1,7 +1,7 @@
-"""Who or what stands in a box? The nearest asset of the whole bank, by colours at 12 x 12 cells.
+"""Identity of the item in a box: the nearest asset of the whole bank, by colours in 12 x 12 cells.
 
-Every asset is drawn into the box (stretched to fill it, also mirrored), in the light of the place and over its true
-background, and compared with the picture there. Pixels that show other items, or lie outside the picture, do not count.
+Every asset is drawn into the box (stretched to fill it, also mirrored) in the scene's light over its true background
+and compared with the picture. Pixels that show other items, or lie outside the picture, do not count.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 from .arrays import area_matrix
 
 CELLS = 12
-SHIFTS = np.array([-4.0, -2.0, 0.0, 2.0, 4.0])  # pixels of a picture of 128 that the box may be off, in each direction
+SHIFTS = np.array([-4.0, -2.0, 0.0, 2.0, 4.0])  # tolerated offsets of the box, in 1/128 sides
 Rect = tuple[float, float, float, float]  # left, top, width, height in pixels; may leave the picture
 
 
 def describe(rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Premultiplied colours [P, 3] and cover [P] in 0..1 of a uint8 RGBA picture, as means over P = 12 x 12 cells."""
+    """Descriptor of a uint8 RGBA picture: premultiplied colours [P, 3] and cover [P] in 0..1, means over P cells."""
     height, width = rgba.shape[:2]
     down, across = area_matrix(0, height, CELLS, height), area_matrix(0, width, CELLS, width)
     values = rgba.astype(np.float32) / 255
@@ -28,7 +28,7 @@ def describe(rgba: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class IdentityIndex:
-    """Descriptors of N assets and their mirror images, made once: ``colours`` [2N, P, 3], ``cover`` [2N, P]."""
+    """Descriptors of N assets and their mirror images, computed once: ``colours`` [2N, P, 3], ``cover`` [2N, P]."""
 
     def __init__(self, rgba: Sequence[np.ndarray]) -> None:
         described = [describe(one) for one in rgba]
@@ -38,7 +38,7 @@ class IdentityIndex:
         self.cover = np.stack([cover for _, cover in described])
 
     def drawn(self, background: np.ndarray, tint: np.ndarray) -> np.ndarray:
-        """float32 [2N, 3P]: each asset, mapped by ``tint``, over ``background`` [P, 3], minus the background."""
+        """Each asset, mapped by ``tint``, over ``background`` [P, 3], minus the background: float32 [2N, 3P]."""
         lit = np.clip(self.colours @ tint.T.astype(np.float32), 0, self.cover[..., None])
         return (lit - self.cover[..., None] * background).reshape(2 * self.size, -1)
 
@@ -47,23 +47,26 @@ class IdentityIndex:
     ) -> np.ndarray:
         """Mean squared distances [V, N] of pictures [V, H, W, 3] in 0..1 to N assets, at the best shift and flip.
 
-        ``background``: [H, W, 3]; ``weight``: [H, W] in 0..1, what counts; ``tint``: [3, 3], the light on (r, g, b).
+        ``background``: [H, W, 3]; ``weight``: [H, W] in 0..1; ``tint``: [3, 3], the light on (r, g, b).
         """
         pixels = SHIFTS * (pictures.shape[2] / 128)
         stack = np.concatenate([pictures - background, background[None]])
         cells, share = _cells(stack, weight, box, pixels)
-        seen, here = cells[:-1], cells[-1, len(pixels) ** 2 // 2]  # the background is taken where the box should be
+        picture_cells, background_cells = (
+            cells[:-1],
+            cells[-1, len(pixels) ** 2 // 2],
+        )  # unshifted box
         share = np.repeat(share / np.maximum(share.sum(axis=1, keepdims=True), 1e-6), 3, axis=1)  # [S, 3P], sums 3
-        drawn = self.drawn(here.reshape(-1, 3), tint)
-        # |seen - drawn|^2 in the weighted norm, expanded into matrix products over all assets
-        cross = np.einsum("vsp,ap->vsa", seen * share, drawn, optimize=True)
-        squares = (seen**2 * share).sum(axis=2)[..., None] - 2 * cross + share @ (drawn**2).T
+        drawn = self.drawn(background_cells.reshape(-1, 3), tint)
+        # |picture - drawn|^2 in the weighted norm, expanded into matrix products over all assets
+        cross = np.einsum("vsp,ap->vsa", picture_cells * share, drawn, optimize=True)
+        squares = (picture_cells**2 * share).sum(axis=2)[..., None] - 2 * cross + share @ (drawn**2).T
         return squares.min(axis=1).reshape(len(pictures), 2, self.size).min(axis=1) / 3
 
     def nearest(
         self, pictures: np.ndarray, background: np.ndarray, weight: np.ndarray, box: Rect, tint: np.ndarray
     ) -> np.ndarray:
-        """int [V]: the index of the nearest asset for each picture. See ``distances``."""
+        """Index of the nearest asset of each picture, int [V]. Arguments: see ``distances``."""
         return self.distances(pictures, background, weight, box, tint).argmin(axis=1)
 
 

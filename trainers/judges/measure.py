@@ -1,4 +1,4 @@
-"""Systems measured on the same scenes with the same noise seeds: pictures, then judgements, then the report."""
+"""Evaluation of systems on the same scenes with the same noise seeds: pictures, judgements, report."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from .kinds import CONTROL_NAMES, JUDGES, OPEN_CONTROL_NAMES, OPEN_JUDGES, TRUTH
 from .open_scenes import Control, OpenCase, judge_open, open_controls
 from .panel import Case, Panel, control_pictures
 from .retention import SPREAD_MEASURE, Report, equal_steps, pairwise_rms
-from .saved_pictures import KeptPictures
+from .saved_pictures import PictureStore
 from .sheet import Row
 from .statistics import Bootstrap, interval, rounded
 from .summary import Scores, empty, summarise, table
 
 Generate = Callable[[Sample, int], Image.Image]
-"""A sample and a noise seed in, the composed picture out."""
+"""(sample, noise seed) -> composed picture."""
 
 WHOLE = frozenset(judge.name for judge in (*JUDGES, *OPEN_JUDGES) if judge.whole)
-SEED_STRIDE = 1_000_000  # between the noise seeds of one scene: further than there are scenes
+SEED_STRIDE = 1_000_000  # distance of the noise seeds of one scene, more than the number of scenes
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.size < 64 or self.size % REFERENCE_MULTIPLE:
-            raise ValueError(f"the size must be a multiple of {REFERENCE_MULTIPLE} from 64 on, got {self.size}")
+            raise ValueError(f"size must be a multiple of {REFERENCE_MULTIPLE}, at least 64, got {self.size}")
         if self.n < 2:
             raise ValueError(f"n must be at least 2 for an interval, got {self.n}")
         if self.seeds_per_scene < 1:
-            raise ValueError(f"the seeds per scene must be at least 1, got {self.seeds_per_scene}")
+            raise ValueError(f"seeds_per_scene must be at least 1, got {self.seeds_per_scene}")
         known = OPEN_TASKS if self.open else TASKS
         unknown = [task for task in self.tasks if task not in known]
         if unknown:
-            raise ValueError(f"task must be one of {', '.join(known)}; got {unknown[0]!r}")
+            raise ValueError(f"task must be one of {', '.join(known)}, got {unknown[0]!r}")
 
     def scene(self, bank: Bank, index: int) -> Scene:
         task = self.tasks[index % len(self.tasks)] if self.tasks else None
@@ -78,17 +78,18 @@ class Plan:
         return shaped(make(bank, self.split, self.seed, index, task=task, size=self.size), self.shape)
 
     def noise_seeds(self, index: int) -> list[int]:
-        """Of scene ``index``; the first does not depend on how many there are."""
+        """Noise seeds of scene ``index``; the first does not depend on their number."""
         return [self.seed + index + SEED_STRIDE * which for which in range(self.seeds_per_scene)]
 
-    def bar(self, what: str) -> tqdm[int]:
+    def bar(self, title: str) -> tqdm[int]:
+        """Progress bar over the scenes."""
         pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between updates: few lines in a log
-        return tqdm(range(self.n), what, unit="scene", mininterval=pause, disable=not self.progress)
+        return tqdm(range(self.n), title, unit="scene", mininterval=pause, disable=not self.progress)
 
 
 @dataclass(frozen=True)
-class Made:
-    """What one system made: each scene's first picture at its target's size, and the seconds that one of them took.
+class SystemPictures:
+    """Pictures of one system: the first of each scene, at its target's size, and the mean seconds per picture.
 
     ``spread``: float [n, 1], ``pairwise_rms`` of each scene; None with one seed per scene. ``reached``: float [n, 1],
     different answers among them; None of closed scenes.
@@ -102,7 +103,7 @@ class Made:
 
 @dataclass
 class Evaluation:
-    """``report``: what goes into the JSON. ``tables``: for reading. ``rows``: for the sheet."""
+    """``report``: the JSON report. ``tables``: its text. ``rows``: first rows of the sheet."""
 
     report: dict[str, Any]
     tables: list[str]
@@ -110,41 +111,41 @@ class Evaluation:
 
 
 def generate_all(
-    label: str, opener: Callable[[], Generate], bank: Bank, plan: Plan, kept: KeptPictures | None = None
-) -> Made:
-    """All pictures of one system, which is opened for the first that is not kept.
+    label: str, opener: Callable[[], Generate], bank: Bank, plan: Plan, store: PictureStore | None = None
+) -> SystemPictures:
+    """Generate all pictures of one system, which is opened for the first picture that is not in the store.
 
-    Of a scene's pictures only the first is timed: the next find its inputs encoded.
+    Only the first picture of a scene is timed: the others reuse its encoded inputs.
     """
     pictures, spent, spreads, reached = [], 0.0, [], []
     opened = cache(opener)
 
     def picture(sample: Sample, seed: int) -> tuple[Image.Image, float]:
-        found = kept.find(seed) if kept else None
-        if found is not None:
-            return found
+        stored = store.find(seed) if store else None
+        if stored is not None:
+            return stored
         generate = opened()
         start = time.perf_counter()
-        made = generate(sample, seed)
+        output = generate(sample, seed)
         seconds = time.perf_counter() - start
-        made = fitted(made, sample)
-        if kept:
-            kept.put(seed, made, seconds)
-        return made, seconds
+        output = fitted(output, sample)
+        if store:
+            store.put(seed, output, seconds)
+        return output, seconds
 
     for index in plan.bar(label):
         scene = plan.scene(bank, index)
         sample = Case.of(bank, scene).sample
         first, *more = plan.noise_seeds(index)
-        made, seconds = picture(sample, first)
+        output, seconds = picture(sample, first)
         spent += seconds
-        pictures.append(made)
+        pictures.append(output)
         if more:
-            several = [made, *(picture(sample, seed)[0] for seed in more)]
-            spreads.append(pairwise_rms(several))
+            outputs = [output, *(picture(sample, seed)[0] for seed in more)]
+            spreads.append(pairwise_rms(outputs))
             if plan.open:
-                reached.append(OpenCase.of(bank, scene).reached(several))
-    return Made(pictures, spent / plan.n, column(spreads), column(reached))
+                reached.append(OpenCase.of(bank, scene).reached(outputs))
+    return SystemPictures(pictures, spent / plan.n, column(spreads), column(reached))
 
 
 def column(values: Sequence[float]) -> np.ndarray | None:
@@ -153,7 +154,7 @@ def column(values: Sequence[float]) -> np.ndarray | None:
 
 
 def fitted(picture: Image.Image, sample: Sample) -> Image.Image:
-    """RGB, at the size of the target."""
+    """Convert to RGB at the size of the target."""
     picture = picture.convert("RGB")
     if picture.size == sample.target.size:
         return picture
@@ -161,11 +162,11 @@ def fitted(picture: Image.Image, sample: Sample) -> Image.Image:
 
 
 def judge_all(
-    made: Mapping[str, Sequence[Image.Image]], panel: Panel, bank: Bank, plan: Plan, sheet_rows: int
+    pictures: Mapping[str, Sequence[Image.Image]], panel: Panel, bank: Bank, plan: Plan, sheet_rows: int
 ) -> tuple[Scores, list[Row]]:
-    """Judge the systems and the controls of every scene; also the first rows of the sheet."""
+    """Judge the systems (label -> pictures) and the controls of every scene; returns scores and rows of the sheet."""
     judges, names = (OPEN_JUDGES, OPEN_CONTROL_NAMES) if plan.open else (JUDGES, CONTROL_NAMES)
-    systems, controlled = ({name: empty(plan.n, judges) for name in group} for group in (made, names))
+    systems, controlled = ({name: empty(plan.n, judges) for name in group} for group in (pictures, names))
     scores = Scores([], systems, controlled, judges=judges)
     scores.hidden_spread = np.full((plan.n, 1), np.nan)
     scores.reachable = np.full((plan.n, 1), np.nan) if plan.open else None
@@ -173,19 +174,19 @@ def judge_all(
     rows: list[Row] = []
     for index in plan.bar("judging"):
         scene = plan.scene(bank, index)
-        own = {label: pictures[index] for label, pictures in made.items()}
-        sample, controls, judged, scores.hidden_spread[index] = judge_scene(panel, bank, scene, list(own.values()))
+        outputs = {label: drawn[index] for label, drawn in pictures.items()}
+        sample, controls, judged, scores.hidden_spread[index] = judge_scene(panel, bank, scene, list(outputs.values()))
         if scores.reachable is not None:
             scores.reachable[index] = OpenCase.of(bank, scene).reachable(plan.seeds_per_scene)
         scores.tasks.append(scene.task)
         for judge, values in judged.items():
-            for row, label in enumerate(own):
+            for row, label in enumerate(outputs):
                 scores.systems[label][judge][index] = values[row]
-            for row, (name, (_, items)) in enumerate(controls.items(), start=len(own)):
+            for row, (name, (_, items)) in enumerate(controls.items(), start=len(outputs)):
                 scores.controls[name][judge][index] = np.where(items | (judge in WHOLE), values[row], np.nan)
         if len(rows) < sheet_rows:
-            captions = {label: caption(judged, row) for row, label in enumerate(own)}
-            rows.append(Row(sample, own, captions))
+            captions = {label: caption(judged, row) for row, label in enumerate(outputs)}
+            rows.append(Row(sample, outputs, captions))
     return scores, rows
 
 
@@ -208,13 +209,13 @@ def judge_open_scene(panel: Panel, bank: Bank, scene: Scene, own: Sequence[Image
 
 
 def caption(judged: Mapping[str, np.ndarray], row: int) -> str:
-    """The judges' view of one picture in a few words."""
+    """Caption of one picture with its main scores."""
     if "sharpness" in judged:
         values = judged["sharpness"][row]
         words = [f"IoU {judged['match_iou'][row, 0]:.2f}", f"{judged['match_psnr'][row, 0]:.1f} dB"]
         return " · ".join(words + [f"sharp {np.nanmean(values):.2f}"] * bool(np.isfinite(values).any()))
-    found = [judged[name][row] for name in ("object_retrieval_top1", "person_retrieval_top1")]
-    identities = np.concatenate([values[np.isfinite(values)] for values in found])
+    columns = [judged[name][row] for name in ("object_retrieval_top1", "person_retrieval_top1")]
+    identities = np.concatenate([values[np.isfinite(values)] for values in columns])
     appearance = judged["masked_psnr"][row]
     words = [f"IoU {judged['placement_iou'][row, 0]:.2f}"]
     if np.isfinite(appearance).any():
@@ -230,27 +231,27 @@ def compare(
     plan: Plan,
     *,
     about: Mapping[str, Report] | None = None,
-    kept: Mapping[str, KeptPictures] | None = None,
+    stores: Mapping[str, PictureStore] | None = None,
     sheet_rows: int = 12,
 ) -> Evaluation:
-    """Measure systems, each opened only when its turn comes, on the same scenes; without any, the controls alone.
+    """Evaluate systems, opened one after the other, on the same scenes; without any, only the controls.
 
-    The report's top level is the first system's; ``others`` holds the rest, each with its paired difference
-    ``versus_first`` and what it keeps of the first, ``retained``; ``comparison`` is all of them in one table.
-    ``about``: by label, what else is known of a system, for the report; by its ``steps`` those of as many are paired.
-    ``kept``: by label, where its pictures are looked for and kept.
+    The report's top level is the first system; ``others`` holds the rest, each with its paired difference
+    ``versus_first`` and the quality ``retained`` of the first; ``comparison`` has all of them in one table.
+    ``about``: label -> settings for the report; systems with equal ``steps`` are paired. ``stores``: label -> store of
+    its pictures.
     """
-    about, kept = about or {}, kept or {}
-    made = {label: generate_all(label, opener, bank, plan, kept.get(label)) for label, opener in systems.items()}
-    scores, rows = judge_all({label: one.pictures for label, one in made.items()}, Panel(bank), bank, plan, sheet_rows)
-    scores.spreads = {label: one.spread for label, one in made.items() if one.spread is not None}
-    scores.reached = {label: one.reached for label, one in made.items() if one.reached is not None}
+    about, stores = about or {}, stores or {}
+    drawn = {label: generate_all(label, opener, bank, plan, stores.get(label)) for label, opener in systems.items()}
+    scores, rows = judge_all({label: one.pictures for label, one in drawn.items()}, Panel(bank), bank, plan, sheet_rows)
+    scores.spreads = {label: one.spread for label, one in drawn.items() if one.spread is not None}
+    scores.reached = {label: one.reached for label, one in drawn.items() if one.reached is not None}
     bootstrap = Bootstrap(plan.n, plan.seed)
     reports = summarise(scores, bootstrap)
     for one in reports:
         if one["model"]:
             label = one["model"]["label"]
-            one["model"] |= {"seconds_per_picture": round(made[label].seconds, 4), **about.get(label, {})}
+            one["model"] |= {"seconds_per_picture": round(drawn[label].seconds, 4), **about.get(label, {})}
     tables = [table(one) for one in reports]
     report, *others = reports
     report |= {"n": plan.n, "seed": plan.seed, "split": plan.split, "size": plan.size}
@@ -267,34 +268,34 @@ def compare(
     if others:
         report["others"] = others
         report["comparison"] = comparison(reports, truth_spread)
-        steps = {label: facts.get("steps") for label, facts in about.items()}
+        steps = {label: settings.get("steps") for label, settings in about.items()}
         report["equal_steps"] = equal_steps(steps, scores.systems, report["judges"], bootstrap)
         tables += summary_tables(report)
     return Evaluation(report, tables, rows)
 
 
 def diversity(scores: Scores, plan: Plan, bootstrap: Bootstrap) -> dict[str, Any]:
-    """How the spread was measured, and what it is between the truth and the truth drawn again (open: any two answers).
+    """Definition of the spread, and its value between the truth and the truth drawn again (open: any two answers).
 
-    That is how much the inputs leave open: a system that varies less than this repeats itself, one that varies more
-    errs in other ways each time.
+    The latter is the variation that the inputs leave open: a system below it repeats itself, one above it makes
+    different errors with each seed.
     """
     assert scores.hidden_spread is not None
-    found = bootstrap.mean(scores.hidden_spread)
-    hidden = {"value": rounded(found), "ci95": interval(found)}
+    estimate = bootstrap.mean(scores.hidden_spread)
+    hidden = {"value": rounded(estimate), "ci95": interval(estimate)}
     return {"seeds_per_scene": plan.seeds_per_scene, "measure": SPREAD_MEASURE, "truth_drawn_again": hidden}
 
 
 def summary_tables(report: Report) -> list[str]:
-    """What several systems add to the tables of each."""
+    """Text tables that compare several systems."""
     text = (
-        f"Beside '{report['comparison']['reference']}': the value; below it the ratio that is kept (errors inverted, "
-        "decibels as a difference) and in brackets the lower end of its 95% interval\n"
+        f"Compared with '{report['comparison']['reference']}': the value; below it the ratio retained (for error "
+        "metrics the ratio is inverted; dB rows show differences), in brackets the lower end of its 95% interval\n"
     )
     text += comparison_table(report["comparison"])
     if "diversity" in report:
-        text += f"\nspread: {report['diversity']['measure']}; of the truth: when it is drawn again"
+        text += f"\nspread: {report['diversity']['measure']}; truth: between the truth and the truth drawn again"
     if not report["equal_steps"]:
         return [text]
-    head = "At equal steps (more is better, errors turned round; * the 95% interval excludes zero)\n"
+    head = "At equal steps (higher is better, error metrics negated; * the 95% interval excludes zero)\n"
     return [text, head + gains_table(report["equal_steps"])]

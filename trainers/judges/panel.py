@@ -19,7 +19,7 @@ from .kinds import JUDGES, LEAST_VISIBLE, MAX_ITEMS, SWAPS, TRUTH
 
 @dataclass(frozen=True)
 class Case:
-    """One scene with what the judges need: ``boxes`` not clipped to the picture, ``tints`` the light on each item."""
+    """Scene with the judges' inputs. ``boxes``: not clipped to the picture; ``tints``: light on each item."""
 
     scene: Scene
     sample: Sample
@@ -28,14 +28,14 @@ class Case:
 
     @classmethod
     def of(cls, bank: Bank, scene: Scene) -> Case:
-        """Draw the truth. Of edits, items are those that are left after it."""
+        """Draw the truth of a scene. For edits, items are those after the edit."""
         sample, hidden = render(bank, scene), hidden_of(scene, None)
         looks = [look_matrix(item.look) for item in scene.items]
-        kept = list(range(len(scene.items)))
+        remaining = list(range(len(scene.items)))
         if scene.edit:
-            scene, _, looks, kept = edited(scene, sample.background, looks)
+            scene, _, looks, remaining = edited(scene, sample.background, looks)
         light = light_of(sample.background)
-        boxes = tuple(place(bank, scene, [hidden[index] for index in kept]))
+        boxes = tuple(place(bank, scene, [hidden[index] for index in remaining]))
         return cls(scene, sample, boxes, tuple(light @ look for look in looks))
 
     @property
@@ -44,9 +44,9 @@ class Case:
 
 
 def control_pictures(bank: Bank, scene: Scene, truth: Sample) -> dict[str, tuple[Image.Image, np.ndarray]]:
-    """The truth and each control that the scene has: its picture, and which items [MAX_ITEMS] it is judged on.
+    """Pictures of the truth and of the scene's controls, each with the judged items, bool [MAX_ITEMS].
 
-    The swaps are judged on the items that they replace, everything else on all of them.
+    Swaps are judged on the replaced items, all other controls on all items.
     """
     everything = np.ones(MAX_ITEMS, bool)
     pictures = {TRUTH: (truth.target, everything)}
@@ -62,7 +62,7 @@ def control_pictures(bank: Bank, scene: Scene, truth: Sample) -> dict[str, tuple
 
 
 class Panel:
-    """All judges over one bank. The identity descriptors are made once, when it is opened."""
+    """All judges of one bank; identity descriptors are computed once."""
 
     def __init__(self, bank: Bank) -> None:
         self.assets = {"object": bank.objects("all"), "person": bank.persons("all")}
@@ -72,27 +72,27 @@ class Panel:
         }
 
     def judge(self, case: Case, pictures: list[Image.Image]) -> dict[str, np.ndarray]:
-        """Scores [V, MAX_ITEMS] by judge of V pictures of the target's size, NaN where there is nothing to score.
+        """Score V pictures of the target's size: judge -> [V, MAX_ITEMS], NaN if there is nothing to score.
 
-        The judges of a whole picture use the first column, those of items one column per item.
+        Judges of the whole picture use the first column, judges of items one column per item.
         """
         scores = {judge.name: np.full((len(pictures), MAX_ITEMS), np.nan) for judge in JUDGES}
         target, background = to_array(case.sample.target), to_array(case.sample.background)
         masks = [item.mask for item in case.sample.placements]
-        seen = [index for index, mask in enumerate(masks) if mask.mean() >= LEAST_VISIBLE]
+        visible = [index for index, mask in enumerate(masks) if mask.mean() >= LEAST_VISIBLE]
         arrays = np.stack([to_array(picture) for picture in pictures])
         for v, picture in enumerate(arrays):
-            found = placement.changed(picture, background)
-            scores["placement_iou"][v, 0] = placement.placement_iou(found, masks)
+            changed = placement.changed(picture, background)
+            scores["placement_iou"][v, 0] = placement.placement_iou(changed, masks)
             scores["background_psnr"][v, 0] = placement.background_psnr(picture, target, masks)
-            errors = placement.centre_errors(found, masks)
-            for index in seen:
+            errors = placement.centre_errors(changed, masks)
+            for index in visible:
                 scores["placement_centre_error"][v, index] = errors[index]
                 looks = appearance.appearance(picture, target, masks[index])
                 scores["masked_psnr"][v, index] = looks.psnr
                 scores["masked_ssim"][v, index] = looks.ssim
                 scores["colour_difference"][v, index] = looks.colour
-        for index in seen:
+        for index in visible:
             others = placement.union([mask for other, mask in enumerate(masks) if other != index] or [0 * masks[0]])
             self._identify(case, index, arrays, background, 1 - others, scores)
         return scores
@@ -106,16 +106,16 @@ class Panel:
         weight: np.ndarray,
         scores: dict[str, np.ndarray],
     ) -> None:
-        """Fill the identity scores of one item: 1 where the nearest asset is the right one, else 0."""
+        """Fill the identity scores of one item: 1 if the nearest asset is the right one, else 0."""
         asset = case.assets[index]
         nearest = self.indices[asset.kind].nearest(arrays, background, weight, case.boxes[index], case.tints[index])
-        found = [self.assets[asset.kind][one] for one in nearest]
-        exact = [one.key == asset.key for one in found]
+        assets = [self.assets[asset.kind][one] for one in nearest]
+        exact = [one.key == asset.key for one in assets]
         if asset.kind == "object":
             scores["object_retrieval_top1"][:, index] = exact
             return
         scores["person_retrieval_top1"][:, index] = exact
-        scores["person_design_top1"][:, index] = [one.design == asset.design for one in found]
-        scores["person_tone_top1"][:, index] = [one.tone == asset.tone for one in found]
+        scores["person_design_top1"][:, index] = [one.design == asset.design for one in assets]
+        scores["person_tone_top1"][:, index] = [one.tone == asset.tone for one in assets]
         if asset.gender is not None:
-            scores["person_gender_top1"][:, index] = [one.gender == asset.gender for one in found]
+            scores["person_gender_top1"][:, index] = [one.gender == asset.gender for one in assets]

@@ -1,4 +1,4 @@
-"""Quality kept of the reference against steps or seconds: a panel per judge, a line per model and guidance."""
+"""Plot of retained quality against steps or seconds: a panel per judge, a line per model and guidance."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from .comparison import shown_judges
+from .comparison import reported_judges
 from .kinds import Judge
 from .retention import Report
 
@@ -16,20 +16,20 @@ ASIDE = 0.07  # of a doubling of the steps
 Point = tuple[float, float, float, float]  # steps or seconds, value, low, high
 
 AXES = {"steps": "steps", "seconds": "seconds_per_picture"}
-"""What quality is drawn against, and where a comparison has it."""
+"""Axis -> key of a comparison row."""
 
 
 def draw_plot(block: Report, out: Path, against: str = "steps") -> None:
-    """A ``comparison`` as a PNG: error bars are 95% intervals, the dashed line is the reference itself.
+    """Draw a ``comparison`` as PNG; error bars are 95% intervals, the dashed line is the reference.
 
-    Every system needs its ``steps``; systems of one ``series`` are joined by a line. against: one of AXES.
+    Every system needs ``steps``; systems of one ``series`` are joined by a line. against: one of AXES.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    titles = {judge.name: f"{judge.title}, {kept_words(judge)}" for judge in shown_judges(block)}
+    titles = {judge.name: f"{judge.title}, {retained_words(judge)}" for judge in reported_judges(block)}
     if "spread" in block["systems"][0]:
         titles["spread"] = "spread between seeds, ratio"
     rows = ceil(len(titles) / COLUMNS)
@@ -51,16 +51,16 @@ def draw_plot(block: Report, out: Path, against: str = "steps") -> None:
 
 
 def draw_panel(panel: Any, block: Report, name: str, title: str, against: str) -> None:
-    """One judge, or the spread."""
+    """Draw the panel of one judge, or of the spread."""
     decibels = block["kinds"].get(name) == "difference_db"
-    even = 0.0 if decibels else 1.0
-    panel.axhline(even, color="0.4", linestyle="--", linewidth=1, label=f"the reference: {block['reference']}")
-    panel.plot([block["systems"][0][AXES[against]]], [even], marker="s", color="0.4")
+    equal_quality = 0.0 if decibels else 1.0
+    panel.axhline(equal_quality, color="0.4", linestyle="--", linewidth=1, label=f"the reference: {block['reference']}")
+    panel.plot([block["systems"][0][AXES[against]]], [equal_quality], marker="s", color="0.4")
     series = series_of(block, name, against)
     spacing = ASIDE if against == "steps" else 0  # bars at equal steps stand side by side
     for index, (label, points) in enumerate(series.items()):
         aside = 2 ** (spacing * (index - (len(series) - 1) / 2))
-        # a percentile interval need not hold the value itself, and a bar has no negative length
+        # a percentile interval may exclude the value itself; bars need lengths of at least 0
         errors = [[max(v - low, 0) for _, v, low, _ in points], [max(high - v, 0) for _, v, _, high in points]]
         places, values = [point[0] * aside for point in points], [point[1] for point in points]
         panel.errorbar(places, values, errors, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
@@ -74,24 +74,26 @@ def draw_panel(panel: Any, block: Report, name: str, title: str, against: str) -
     panel.grid(alpha=0.3)
 
 
-def kept_words(judge: Judge) -> str:
+def retained_words(judge: Judge) -> str:
+    """Meaning of the y axis."""
     if judge.decibels:
         return "difference"
-    return "ratio kept" if judge.higher_is_better else "ratio kept (inverted)"
+    return "ratio retained" if judge.higher_is_better else "ratio retained (inverted)"
 
 
 def series_of(block: Report, name: str, against: str = "steps") -> dict[str, list[Point]]:
-    """The points of each series, by rising steps or seconds; none where the ratio does not exist."""
+    """Points of each series, sorted by steps or seconds; without those whose ratio does not exist."""
     series: dict[str, list[Point]] = {}
     for row in block["systems"][1:]:
-        value, bounds = kept_of(row, name)
+        value, bounds = retained_of(row, name)
         points = series.setdefault(row.get("series", row["label"]), [])
         if value is not None and bounds is not None:
             points.append((row[AXES[against]], value, bounds[0], bounds[1]))
     return {label: sorted(points) for label, points in series.items()}
 
 
-def kept_of(row: Report, name: str) -> tuple[float | None, Sequence[float] | None]:
+def retained_of(row: Report, name: str) -> tuple[float | None, Sequence[float] | None]:
+    """Retained quality of one judge, or ratio of the spread, with its interval."""
     if name == "spread":
         return row["spread"]["ratio"], row["spread"]["ratio_ci95"]
     return row["judges"][name]["retained"], row["judges"][name]["retained_ci95"]

@@ -1,7 +1,7 @@
-"""How much of one system another keeps, which of two is better, and how far pictures of one scene differ by seed.
+"""Quality retained of a reference, gains between two systems, and spread of a scene's pictures over seeds.
 
-Scores are float [n, k] per judge, NaN where there is nothing to score; everything is paired (``statistics``). Here
-higher is always better, whatever the judge.
+Scores are float [n, k] per judge, NaN if there is nothing to score; all comparisons are paired (``statistics``).
+Results are oriented so that higher is better for every judge.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .kinds import Judge, reported
 from .statistics import Bootstrap, interval, rounded
 
 Report = Mapping[str, Any]
-"""A part of an evaluation's report: a table that JSON can hold."""
+"""Part of an evaluation's JSON report."""
 
 SPREAD_MEASURE = (
     "root mean square difference of two pictures of a scene that differ by their noise seed, over pixels and channels "
@@ -27,52 +27,57 @@ SPREAD_MEASURE = (
 
 
 def valid_judges(judges: Report) -> list[Judge]:
-    """Those that are reported: whether a judge is valid depends on the controls alone, so it is for all systems."""
+    """Judges that are reported; validity depends on the controls only, so it is the same for all systems."""
     return [judge for judge in reported(judges) if judges[judge.name]["valid"]]
 
 
 def retained(
-    own: Mapping[str, np.ndarray],
+    scores: Mapping[str, np.ndarray],
     reference: Mapping[str, np.ndarray],
     judges: Mapping[str, object],
     bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """By valid judge, the quality that a system keeps of the reference's, with a 95% interval."""
+    """Quality retained of the reference per valid judge, with 95% intervals."""
     return {
-        judge.name: kept(judge, own[judge.name], reference[judge.name], bootstrap) for judge in valid_judges(judges)
+        judge.name: retained_quality(judge, scores[judge.name], reference[judge.name], bootstrap)
+        for judge in valid_judges(judges)
     }
 
 
-def kept(judge: Judge, own: np.ndarray, reference: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """mean(own) / mean(reference); of an error mean(reference) / mean(own); of decibels mean(own - reference).
+def retained_quality(judge: Judge, scores: np.ndarray, reference: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """mean(scores) / mean(reference); for errors the inverse; for decibels mean(scores - reference).
 
-    None where the mean that divides may be zero or less: then there is nothing to be a part of.
+    "value" and "ci95" are None if the denominator may be zero or negative.
     """
     if judge.decibels:
-        found = bootstrap.difference(own, reference)
+        estimate = bootstrap.difference(scores, reference)
     elif judge.higher_is_better:
-        found = bootstrap.ratio(own, reference)
+        estimate = bootstrap.ratio(scores, reference)
     else:
-        found = bootstrap.ratio(reference, own)
-    return {"kind": "difference_db" if judge.decibels else "ratio", "value": rounded(found), "ci95": interval(found)}
+        estimate = bootstrap.ratio(reference, scores)
+    kind = "difference_db" if judge.decibels else "ratio"
+    return {"kind": kind, "value": rounded(estimate), "ci95": interval(estimate)}
 
 
 def gains(
-    own: Mapping[str, np.ndarray], against: Mapping[str, np.ndarray], judges: Mapping[str, object], bootstrap: Bootstrap
+    scores: Mapping[str, np.ndarray],
+    against: Mapping[str, np.ndarray],
+    judges: Mapping[str, object],
+    bootstrap: Bootstrap,
 ) -> dict[str, Any]:
-    """By valid judge, the mean of own - against in the judge's unit, the other way round for errors.
+    """Mean of scores - against per valid judge, in the judge's unit; negated for error metrics.
 
-    ``better``: the 95% interval lies above zero; ``worse``: below it. Neither: no difference was found.
+    ``better``: the 95% interval is above zero; ``worse``: below it; neither: no significant difference.
     """
     result: dict[str, Any] = {}
     for judge in valid_judges(judges):
         sign = 1 if judge.higher_is_better else -1
-        found = bootstrap.difference(sign * own[judge.name], sign * against[judge.name])
+        gain = bootstrap.difference(sign * scores[judge.name], sign * against[judge.name])
         result[judge.name] = {
-            "gain": rounded(found),
-            "ci95": interval(found),
-            "better": found is not None and found.low > 0,
-            "worse": found is not None and found.high < 0,
+            "gain": rounded(gain),
+            "ci95": interval(gain),
+            "better": gain is not None and gain.low > 0,
+            "worse": gain is not None and gain.high < 0,
         }
     return result
 
@@ -83,7 +88,7 @@ def equal_steps(
     judges: Mapping[str, object],
     bootstrap: Bootstrap,
 ) -> list[dict[str, Any]]:
-    """Every two systems of as many steps: what the later gains over the earlier. Steps None: not known, no pair."""
+    """Gains of the later over the earlier of every two systems with equal steps (None: unknown, not paired)."""
     return [
         {
             "steps": steps[later],
@@ -97,16 +102,16 @@ def equal_steps(
 
 
 def pairwise_rms(pictures: Sequence[Image.Image]) -> float:
-    """``SPREAD_MEASURE`` of one scene: at least two pictures of one size."""
+    """``SPREAD_MEASURE`` of one scene; at least two pictures of one size."""
     arrays = [to_array(picture) for picture in pictures]
     return float(np.mean([np.sqrt(((one - other) ** 2).mean()) for one, other in combinations(arrays, 2)]))
 
 
-def spread_entry(own: np.ndarray, reference: np.ndarray | None, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The mean of spreads [n, 1], and its ratio to the reference's, None where that has no spread."""
-    found = bootstrap.mean(own)
-    entry = {"value": rounded(found), "ci95": interval(found)}
+def spread_entry(spreads: np.ndarray, reference: np.ndarray | None, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Mean of spreads [n, 1], and its ratio to the reference's (None if the reference has no spread)."""
+    mean = bootstrap.mean(spreads)
+    entry = {"value": rounded(mean), "ci95": interval(mean)}
     if reference is not None:
-        ratio = bootstrap.ratio(own, reference)
+        ratio = bootstrap.ratio(spreads, reference)
         entry |= {"ratio": rounded(ratio), "ratio_ci95": interval(ratio)}
     return entry

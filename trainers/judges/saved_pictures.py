@@ -1,4 +1,4 @@
-"""Pictures of an evaluation on disk: a run that was broken off goes on, and further systems join it later."""
+"""Pictures of an evaluation on disk: interrupted runs continue, and systems can be added later."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from PIL.PngImagePlugin import PngInfo
 from unipic_core.replacing import replacing
 
 
-class KeptPictures:
-    """One system's pictures by noise seed, with the seconds that each took.
+class PictureStore:
+    """Pictures of one system by noise seed, with the seconds that each took.
 
-    about: all that its pictures depend on; any other answer has a folder of its own under `root`.
+    about: everything the pictures depend on; each distinct value has its own folder under `root`.
     """
 
     def __init__(self, root: Path, about: Mapping[str, object]) -> None:
@@ -27,7 +27,7 @@ class KeptPictures:
             path.write_text(text + "\n", encoding="utf-8")
 
     def find(self, seed: int) -> tuple[Image.Image, float] | None:
-        """The RGB picture and its seconds, if it was kept."""
+        """Return the stored RGB picture and its seconds, or None."""
         path = self.folder / f"{seed}.png"
         if not path.is_file():
             return None
@@ -35,6 +35,7 @@ class KeptPictures:
             return picture.convert("RGB"), float(picture.info["seconds"])
 
     def put(self, seed: int, picture: Image.Image, seconds: float) -> None:
+        """Store a picture and its seconds."""
         info = PngInfo()
         info.add_text("seconds", repr(seconds))
         with replacing(self.folder / f"{seed}.png") as path:
@@ -42,6 +43,6 @@ class KeptPictures:
 
 
 def files_stamp(*paths: Path) -> list[tuple[str, int, int]]:
-    """Names, bytes and times of change of files, and of all that lie in folders: other weights, another stamp."""
+    """Paths, sizes and modification times of files and of the files in folders; changes when weights change."""
     files = [file for path in paths for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -1,6 +1,6 @@
-"""A picture sheet: each row shows the instruction, the numbered inputs, the truth, and what each system made of it.
+"""Picture sheet: rows of instruction, numbered inputs, truth and each system's output.
 
-Under several systems stand their numbers over all scenes.
+With several systems, their scores over all scenes are at the foot.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ..nano.render import Sample
-from .comparison import judge_lines, label_lines, shown_judges, spread_lines, time_lines
+from .comparison import judge_lines, label_lines, reported_judges, spread_lines, time_lines
 from .retention import Report
-from .summary import shown
+from .summary import format_value
 
 TEXT, THUMB, PICTURE, GAP, MARGIN = 260, 92, 192, 8, 20
 HEAD, HEAD_LINE, CAPTION, TITLE = 30, 19, 22, 48
@@ -37,7 +37,7 @@ FootLine = tuple[str, list[tuple[str, str]]]
 
 @dataclass(frozen=True)
 class Row:
-    """One sample with the pictures of the systems by label, and a caption for each of them."""
+    """One sample with the systems' outputs and captions by label."""
 
     sample: Sample
     outputs: Mapping[str, Image.Image]
@@ -49,7 +49,7 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def wrapped(text: str, width: int, size: int) -> str:
-    """The text with line breaks, so that no line is wider than ``width`` pixels (single long words excepted)."""
+    """Insert line breaks so that no line is wider than ``width`` pixels, except single long words."""
     lines: list[str] = []
     for word in text.split():
         if lines and font(size).getlength(f"{lines[-1]} {word}") <= width:
@@ -61,7 +61,7 @@ def wrapped(text: str, width: int, size: int) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the columns of pictures are: ``inputs`` and ``pictures`` are left edges, ``head`` a height, in pixels."""
+    """Layout of the columns in pixels: ``inputs`` and ``pictures`` are left edges, ``head`` is a height."""
 
     columns: tuple[str, ...]
     heads: tuple[str, ...]
@@ -90,12 +90,12 @@ class Layout:
 
 
 def draw_sheet(rows: Sequence[Row], title: str, block: Mapping[str, object] | None = None) -> Image.Image:
-    """The sheet of the given rows; with a ``comparison`` its numbers at the foot, each system's under its pictures.
+    """Draw the sheet of the given rows; with a ``comparison`` its scores at the foot, below each system's pictures.
 
-    Raises ValueError when there is no row.
+    Raises ValueError without rows.
     """
     if not rows:
-        raise ValueError("a sheet needs at least one row")
+        raise ValueError("expected at least one row for the sheet, got none")
     layout = Layout.of(list(rows[0].outputs))
     lines = foot_lines(block) if block else []
     top = MARGIN + TITLE + layout.head
@@ -131,10 +131,10 @@ def _draw_row(sheet: Image.Image, row: Row, layout: Layout, y: int) -> None:
 
 
 def foot_lines(block: Report) -> list[FootLine]:
-    """The numbers of a ``comparison``: a title, then (value, what is kept) of the truth and of each system."""
+    """Lines of a ``comparison``: title, then (value, retained quality) of the truth and of each system."""
     systems, lines = block["systems"], []
-    for judge in shown_judges(block):
-        truth = (shown(judge, block["truth"][judge.name]), "")
+    for judge in reported_judges(block):
+        truth = (format_value(judge, block["truth"][judge.name]), "")
         lines.append((judge.title, [truth, *(judge_lines(judge, block, row) for row in systems)]))
     if "spread" in systems[0]:
         truth = (f"{block['truth']['spread']:.4f}", "")
@@ -145,22 +145,22 @@ def foot_lines(block: Report) -> list[FootLine]:
 
 def _draw_foot(pen: ImageDraw.ImageDraw, lines: Sequence[FootLine], layout: Layout, y: int) -> None:
     pen.line((MARGIN, y - GAP, layout.width - MARGIN, y - GAP), fill=INK)
-    about = "over all scenes: the value; the ratio kept of the first system's (errors inverted, dB as a difference)"
-    about += " and in brackets the lower end of its 95% interval"
-    pen.text((MARGIN, y), about, fill=FAINT, font=font(14))
+    legend = "over all scenes: the value; the ratio retained of the first system (inverted for errors, dB: difference)"
+    legend += ", in brackets the lower end of its 95% interval"
+    pen.text((MARGIN, y), legend, fill=FAINT, font=font(14))
     y += FOOT_HEAD
     for index, (title, cells) in enumerate(lines):
         top = y + index * FOOT_LINE
         if index % 2 == 0:
             pen.rectangle((MARGIN, top - 4, layout.width - MARGIN, top + FOOT_LINE - 5), fill=BAND)
         pen.text((MARGIN + 4, top), title, fill=INK, font=font(15))
-        for x, (value, kept) in zip(layout.pictures, cells, strict=True):
+        for x, (value, quality) in zip(layout.pictures, cells, strict=True):
             pen.text((x, top), value, fill=INK, font=font(15))
-            pen.text((x + FOOT_VALUE, top), kept, fill=BADGE, font=font(15))
+            pen.text((x + FOOT_VALUE, top), quality, fill=BADGE, font=font(15))
 
 
 def _paste_input(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int], number: int) -> None:
-    """A reference, fitted into its square and framed, with the number that the instruction calls it by."""
+    """Draw a reference into its square with a frame and its number in the instruction."""
     pen = ImageDraw.Draw(sheet)
     small = _in_square(picture, THUMB)
     left, top = corner[0] + (THUMB - small.width) // 2, corner[1] + (THUMB - small.height) // 2
@@ -178,13 +178,13 @@ def _in_square(picture: Image.Image, side: int) -> Image.Image:
 
 
 def _head(label: str) -> str:
-    """A column's label on as many lines as it needs: what tells systems apart often comes last."""
+    """Wrap a column's label without cutting its end, which often tells systems apart."""
     lines = label_lines(label, lambda text: wrapped(text, PICTURE, 14).splitlines())
     return "\n".join(_fitted(line, PICTURE, 14) for line in lines)
 
 
 def _fitted(text: str, width: int, size: int) -> str:
-    """The text, cut with an ellipsis where it is too wide."""
+    """Shorten text that is too wide, with an ellipsis."""
     if font(size).getlength(text) <= width:
         return text
     while text and font(size).getlength(text + "…") > width:

@@ -1,6 +1,6 @@
-"""From scores to what is reported: means with intervals, margins over the controls, what is left out and why.
+"""Reports from scores: means with intervals, margins over the controls, and judges that are not reported.
 
-Scores are float [n, MAX_ITEMS] per judge, NaN where there is nothing to score.
+Scores are float [n, MAX_ITEMS] per judge, NaN if there is nothing to score.
 """
 
 from __future__ import annotations
@@ -26,21 +26,22 @@ SHORT = {
     "other_answer": "other",
     "mean_answer": "mean",
 }
-TITLE, OWN = 36, 26  # widths of the table's first columns
+TITLE, MODEL = 36, 26  # widths of the table's first columns
 
 
 def empty(n: int, judges: Sequence[Judge] = JUDGES) -> ByJudge:
+    """Scores of n samples, all NaN."""
     return {judge.name: np.full((n, MAX_ITEMS), np.nan) for judge in judges}
 
 
 @dataclass
 class Scores:
-    """All that was measured on n samples: their tasks, each system (in order) and each control.
+    """Scores of n samples: their tasks, each system (in order) and each control.
 
-    ``spreads``: of each system, float [n, 1], when it made several pictures per sample. ``hidden_spread`` [n, 1]: the
-    same measure between the truth and the truth drawn again, of open scenes between any two answers.
-    ``reached``: of each system, float [n, 1], how many answers its pictures of a scene are nearest to;
-    ``reachable`` [n, 1]: of the truth drawn as often.
+    ``spreads``: float [n, 1] per system, with several pictures per sample. ``hidden_spread``: [n, 1], the same measure
+    between the truth and the truth drawn again, in open scenes between any two answers. ``reached``: float [n, 1] per
+    system, number of answers that its pictures of a scene are nearest to; ``reachable``: [n, 1], the same of the truth
+    drawn as often.
     """
 
     tasks: list[str]
@@ -54,9 +55,9 @@ class Scores:
 
 
 def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """One report per system: ``model``, ``judges`` and ``by_task``. Without systems one, of the controls alone.
+    """One report per system: ``model``, ``judges`` and ``by_task``; without systems one report of the controls.
 
-    Those of the others have what they keep of the first (``retained``); where seeds vary, each has its ``spread``.
+    All but the first have the quality ``retained`` of the first; with several seeds each has its ``spread``.
     """
     if not scores.systems:
         return [
@@ -82,9 +83,9 @@ def summarise(scores: Scores, bootstrap: Bootstrap) -> list[dict[str, Any]]:
 
 
 def seeds_report(scores: Scores, label: str, first: str | None, bootstrap: Bootstrap) -> dict[str, Any]:
-    """What several pictures of a scene show of a system: its spread, and of open scenes the answers it reaches.
+    """Spread of a system over seeds, and in open scenes the answers it reaches.
 
-    first: the system that its spread is compared with.
+    first: label of the system that its spread is compared with.
     """
     spread = spread_entry(scores.spreads[label], scores.spreads[first] if first else None, bootstrap)
     if scores.reachable is None or scores.hidden_spread is None:
@@ -105,12 +106,12 @@ def of_truth(own: np.ndarray, truth: np.ndarray, bootstrap: Bootstrap) -> dict[s
 def entry(
     judge: Judge, measured: ByJudge | None, controls: Mapping[str, ByJudge], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """One judge: the model's mean, the controls' means on the items they are judged on, and the paired margins.
+    """Report of one judge: the model's mean, the controls' means on their judged items, and paired margins.
 
-    ``beats`` of a margin: the 95% interval of the difference lies on the better side of zero.
+    ``beats``: the 95% interval of the difference is on the better side of zero.
     """
     values = {name: scores[judge.name] for name, scores in controls.items()}
-    note = why_not(judge, values, bootstrap)
+    note = reason_not_reported(judge, values, bootstrap)
     result: dict[str, Any] = {
         "title": judge.title,
         "better": "higher" if judge.higher_is_better else "lower",
@@ -123,13 +124,17 @@ def entry(
         result["note"] = note
     if measured is None or note:
         return result
-    own = measured[judge.name]
-    estimate = bootstrap.mean(own)
+    model_scores = measured[judge.name]
+    estimate = bootstrap.mean(model_scores)
     if estimate:
-        result |= {"model": rounded(estimate), "ci95": interval(estimate), "items": int(np.isfinite(own).sum())}
+        result |= {
+            "model": rounded(estimate),
+            "ci95": interval(estimate),
+            "items": int(np.isfinite(model_scores).sum()),
+        }
     result["margins"] = {}
     for name, array in values.items():
-        against = margin(own, array, bootstrap)
+        against = margin(model_scores, array, bootstrap)
         if against:
             low, high = against["ci95"]
             against["beats"] = low > 0 if judge.higher_is_better else high < 0
@@ -137,8 +142,8 @@ def entry(
     return result
 
 
-def why_not(judge: Judge, controls: Mapping[str, np.ndarray], bootstrap: Bootstrap) -> str:
-    """Empty, or why the judge is not reported: it must score the truth better than each control it has to separate."""
+def reason_not_reported(judge: Judge, controls: Mapping[str, np.ndarray], bootstrap: Bootstrap) -> str:
+    """Reason why a judge is not reported, or "": it must score the truth above each control in ``separates``."""
     sign = 1 if judge.higher_is_better else -1
     compared = False
     for name in judge.separates:
@@ -152,7 +157,7 @@ def why_not(judge: Judge, controls: Mapping[str, np.ndarray], bootstrap: Bootstr
 
 
 def margin(first: np.ndarray, second: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any] | None:
-    """first - second, paired on the items that both score, and the ratio of their means; None without such items."""
+    """Difference and ratio of two systems, paired on items that both score; None without such items."""
     difference, ratio = bootstrap.difference(first, second), bootstrap.ratio(first, second)
     if difference is None:
         return None
@@ -165,7 +170,7 @@ def margin(first: np.ndarray, second: np.ndarray, bootstrap: Bootstrap) -> dict[
 
 
 def by_task(tasks: Sequence[str], measured: ByJudge, judges: Report) -> dict[str, dict[str, Any]]:
-    """The model's means of each task, for the judges that are reported."""
+    """The model's means per task, for valid judges."""
     result: dict[str, dict[str, Any]] = {}
     for task in sorted(set(tasks)):
         rows = np.array([one == task for one in tasks])
@@ -177,7 +182,8 @@ def by_task(tasks: Sequence[str], measured: ByJudge, judges: Report) -> dict[str
     return result
 
 
-def shown(judge: Judge, value: float | None) -> str:
+def format_value(judge: Judge, value: float | None) -> str:
+    """Format a score in the judge's unit; "-" for None."""
     if value is None:
         return "-"
     return f"{100 * value:.1f}%" if judge.share else f"{value:.{judge.digits}f}"
@@ -185,38 +191,38 @@ def shown(judge: Judge, value: float | None) -> str:
 
 def with_interval(judge: Judge, value: float | None, bounds: Sequence[float] | None) -> str:
     low, high = bounds or (None, None)
-    return f"{shown(judge, value)} [{shown(judge, low)}, {shown(judge, high)}]"
+    return f"{format_value(judge, value)} [{format_value(judge, low)}, {format_value(judge, high)}]"
 
 
 def table(report: Report) -> str:
-    """The judges as lines of text: the model with its interval, then the controls; * marks one that it does not beat.
+    """Text table of the judges: model with interval, then controls; * marks a control that the model does not beat.
 
-    A later system also has its difference from the first. The controls: truth; redrawn with other hidden scale, flip
-    and offset (the fair ceiling); the empty background; positions shuffled; the last item swapped for another; the
-    first two items exchanged. Of open scenes: truth; another answer, redrawn; the mean of all answers; the empty
+    Further systems also have their difference from the first. Controls: truth; redrawn with other hidden scale, flip
+    and offset (the fair ceiling); empty background; shuffled positions; last item swapped for another; first two items
+    exchanged. Of open scenes: truth; another answer, redrawn; the mean of all answers; the empty
     background; the last item swapped. Below them what only pictures of several seeds show.
     """
     label = report["model"]["label"] if report["model"] else ""
-    against_first = any("versus_first" in found for found in report["judges"].values())
-    head = f"{'':{TITLE}}" + (f"{label[: OWN - 2]:>{OWN}}" if label else "")
-    head += f"{'minus the first':>{OWN}}" if against_first else ""
+    against_first = any("versus_first" in scores for scores in report["judges"].values())
+    head = f"{'':{TITLE}}" + (f"{label[: MODEL - 2]:>{MODEL}}" if label else "")
+    head += f"{'minus the first':>{MODEL}}" if against_first else ""
     judges = reported(report["judges"])
     controls = list(report["judges"][judges[0].name]["controls"])
     head += "".join(f"{SHORT[name]:>10} " for name in controls)
-    cut = [label] if len(label) > OWN - 2 else []
-    lines = [*cut, head.rstrip(), "-" * len(head)]
+    full_label = [label] if len(label) > MODEL - 2 else []
+    lines = [*full_label, head.rstrip(), "-" * len(head)]
     for judge in judges:
-        found = report["judges"][judge.name]
+        scores = report["judges"][judge.name]
         line = f"{judge.title:{TITLE}}"
-        if not found["valid"]:
-            lines.append(f"{line}  {found['note']}")
+        if not scores["valid"]:
+            lines.append(f"{line}  {scores['note']}")
             continue
         if label:
-            line += f"{with_interval(judge, found['model'], found['ci95']):>{OWN}}"
+            line += f"{with_interval(judge, scores['model'], scores['ci95']):>{MODEL}}"
         if against_first:
-            gap = found["versus_first"] or {"difference": None, "ci95": None}
-            line += f"{with_interval(judge, gap['difference'], gap['ci95']):>{OWN}}"
-        lines.append((line + "".join(_control_cell(judge, found, name) for name in controls)).rstrip())
+            gap = scores["versus_first"] or {"difference": None, "ci95": None}
+            line += f"{with_interval(judge, gap['difference'], gap['ci95']):>{MODEL}}"
+        lines.append((line + "".join(_control_cell(judge, scores, name) for name in controls)).rstrip())
     return "\n".join(lines + _seed_lines(report))
 
 
@@ -229,11 +235,11 @@ def _seed_lines(report: Report) -> list[str]:
         if found.get("of_truth") is not None:
             low, high = found["of_truth_ci95"]
             text = f"{found['of_truth']:.3f} [{low:.3f}, {high:.3f}]"
-            lines.append(f"{title:{TITLE}}{text:>{OWN}}")
+            lines.append(f"{title:{TITLE}}{text:>{MODEL}}")
     return lines
 
 
-def _control_cell(judge: Judge, found: Report, name: str) -> str:
-    against = found.get("margins", {}).get(name)
+def _control_cell(judge: Judge, scores: Report, name: str) -> str:
+    against = scores.get("margins", {}).get(name)
     unbeaten = against and name in judge.separates and not against["beats"]
-    return f"{shown(judge, found['controls'].get(name)):>10}{'*' if unbeaten else ' '}"
+    return f"{format_value(judge, scores['controls'].get(name)):>10}{'*' if unbeaten else ' '}"

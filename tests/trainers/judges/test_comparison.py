@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageFilter
 
 from trainers.evaluate import System, main
-from trainers.judges.comparison import comparison_table, gains_table, kept_text
+from trainers.judges.comparison import comparison_table, gains_table, retained_text
 from trainers.judges.kinds import JUDGES
 from trainers.judges.measure import Evaluation, Generate, Plan, compare
-from trainers.judges.plot import draw_plot, kept_of, series_of
-from trainers.judges.retention import equal_steps, gains, kept, pairwise_rms, spread_entry
+from trainers.judges.plot import draw_plot, retained_of, series_of
+from trainers.judges.retention import equal_steps, gains, pairwise_rms, retained_quality, spread_entry
 from trainers.judges.sheet import PICTURE, Layout, draw_sheet, font
 from trainers.judges.statistics import Bootstrap
 from trainers.nano.emoji import SUBSET, Bank
@@ -50,31 +50,35 @@ def noisy() -> np.ndarray:
 
 @pytest.mark.parametrize("judge", [IOU, ERROR])
 def test_a_copy_keeps_all_of_it_with_no_doubt(judge, noisy: np.ndarray) -> None:
-    assert kept(judge, noisy, noisy.copy(), Bootstrap(80, 1)) == {"kind": "ratio", "value": 1.0, "ci95": [1.0, 1.0]}
+    assert retained_quality(judge, noisy, noisy.copy(), Bootstrap(80, 1)) == {
+        "kind": "ratio",
+        "value": 1.0,
+        "ci95": [1.0, 1.0],
+    }
 
 
 def test_decibels_are_a_difference(noisy: np.ndarray) -> None:
-    found = kept(DB, 20 + noisy, 22 + noisy, Bootstrap(80, 1))
+    found = retained_quality(DB, 20 + noisy, 22 + noisy, Bootstrap(80, 1))
     assert found == {"kind": "difference_db", "value": -2.0, "ci95": [-2.0, -2.0]}
 
 
 def test_half_the_quality_is_half_and_twice_the_error_too(noisy: np.ndarray) -> None:
     bootstrap = Bootstrap(80, 1)
-    assert kept(IOU, noisy / 2, noisy, bootstrap)["value"] == 0.5
-    twice = kept(ERROR, 2 * noisy, noisy, bootstrap)
+    assert retained_quality(IOU, noisy / 2, noisy, bootstrap)["value"] == 0.5
+    twice = retained_quality(ERROR, 2 * noisy, noisy, bootstrap)
     assert (twice["value"], twice["ci95"]) == (0.5, [0.5, 0.5])
 
 
 def test_it_is_the_ratio_of_means_over_shared_items_not_the_mean_of_ratios() -> None:
     own, reference = scored([1.0, 1.0, np.nan, 4.0] * 5), scored([2.0, 4.0, 9.0, np.nan] * 5)
-    assert kept(IOU, own, reference, Bootstrap(20, 1))["value"] == pytest.approx(2 / 6, abs=1e-5)
+    assert retained_quality(IOU, own, reference, Bootstrap(20, 1))["value"] == pytest.approx(2 / 6, abs=1e-5)
 
 
 def test_pairing_narrows_the_interval(noisy: np.ndarray) -> None:
     bootstrap = Bootstrap(80, 1)
     own = 0.9 * noisy + scored(np.random.default_rng(1).normal(0, 0.01, 80))
-    paired = kept(IOU, own, noisy, bootstrap)["ci95"]
-    unpaired = kept(IOU, own, noisy[::-1].copy(), bootstrap)["ci95"]
+    paired = retained_quality(IOU, own, noisy, bootstrap)["ci95"]
+    unpaired = retained_quality(IOU, own, noisy[::-1].copy(), bootstrap)["ci95"]
     assert paired[1] < 1
     assert paired[0] < 0.9 < paired[1]
     assert paired[1] - paired[0] < 0.2 * (unpaired[1] - unpaired[0])
@@ -83,13 +87,13 @@ def test_pairing_narrows_the_interval(noisy: np.ndarray) -> None:
 @pytest.mark.parametrize("level", [0.0, -0.3])
 def test_nothing_is_kept_of_nothing(level: float, noisy: np.ndarray) -> None:
     none = {"kind": "ratio", "value": None, "ci95": None}
-    assert kept(IOU, noisy, np.full_like(noisy, level), Bootstrap(80, 1)) == none
+    assert retained_quality(IOU, noisy, np.full_like(noisy, level), Bootstrap(80, 1)) == none
 
 
 def test_the_shown_bound_never_promises_more() -> None:
-    assert kept_text("ratio", 0.9961, [0.9499, 1.01]) == "1.00 (0.94)"
-    assert kept_text("difference_db", -0.04, [-0.51, 0.3]) == "+0.0 (-0.6)"
-    assert kept_text("ratio", None, None) == "-"
+    assert retained_text("ratio", 0.9961, [0.9499, 1.01]) == "1.00 (0.94)"
+    assert retained_text("difference_db", -0.04, [-0.51, 0.3]) == "+0.0 (-0.6)"
+    assert retained_text("ratio", None, None) == "-"
 
 
 # --- which is better
@@ -297,7 +301,7 @@ def test_a_series_is_a_line_over_steps() -> None:
 
 def test_a_plot_is_drawn_with_the_spread(toys: Evaluation, tmp_path: Path) -> None:
     block = toys.report["comparison"]
-    assert kept_of(block["systems"][2], "spread")[0] == toys.report["others"][1]["spread"]["ratio"]
+    assert retained_of(block["systems"][2], "spread")[0] == toys.report["others"][1]["spread"]["ratio"]
     block = json.loads(json.dumps(block))
     block["systems"][3]["judges"]["placement_iou"] |= {"retained": None, "retained_ci95": None}
     draw_plot(block, tmp_path / "plot.png")
@@ -334,7 +338,7 @@ def test_a_lora_brings_its_recipe(tmp_path: Path) -> None:
     [
         (["--model", str(DEFAULT_MODEL), "--plot", "plot.png"], "at least 2"),
         (["--controls-only", "--plot", "plot.pdf"], "--plot must end in .png"),
-        (["--controls-only", "--seeds-per-scene", "0"], "seeds per scene"),
+        (["--controls-only", "--seeds-per-scene", "0"], "seeds_per_scene"),
         (["--model", str(DEFAULT_MODEL), "--steps", "8", "--steps", "0"], "steps"),
     ],
 )
