@@ -21,9 +21,9 @@ NOT_HIDDEN = ("img_in", "txt_in", "proj_out", "conv_in", "conv_out", "embed", "q
 class Muon(Optimizer):
     """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
 
-    torch.optim.Muon (2.13, measured) refuses convolutions, which this one takes as matrices [out, in * kh * kw], and needs
-    1.6 times as long for 48 matrices of width 768, as it orthogonalises one by one. Their steps differ by 2% of the learning
-    rate, and checkpoints store our state.
+    Not torch.optim.Muon (2.13, measured): it refuses convolutions, which this one takes as matrices
+    [out, in * kh * kw], and takes 1.6 times as long for 48 matrices of width 768, which it orthogonalises one by one.
+    Updates differ by at most 2% of the learning rate; checkpoints store this class's state.
     """
 
     def __init__(
