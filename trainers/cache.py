@@ -11,9 +11,11 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,19 @@ from unipic_core.replacing import write_json
 from unipic_core.weights.vae import load_image_vae
 
 from .config.run import ConfigError, DataConfig, PreviewConfig, RunConfig, load_config, required
-from .data.checking import CheckedSource, check_rows, load_rows, print_report, refuse_bad_row, require_usable
+from .data.checking import (
+    CheckedSource,
+    check_rows,
+    load_rows,
+    print_report,
+    refuse_bad_row,
+    require_usable,
+    shard_ranges,
+)
+from .data.cost import LEAST_ROWS, announce, announce_hours, text_width
 from .data.encoding import ShardBuilder
 from .data.index import COMMAND, CachedSamples, open_index
+from .data.parts import CachePart, part_named
 from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
 from .data.rows import Row
 from .data.shards import (
@@ -45,7 +57,7 @@ from .data.shards import (
     shard_path,
     text_path,
 )
-from .data.text_embeddings import encode_text, encoder_fingerprint, text_fingerprint
+from .data.text_embeddings import FP8, encode_text, encoder_fingerprint, text_fingerprint
 from .terminal import exit_code
 
 __all__ = ["Bucket", "PreviewRow", "Rows", "build", "fingerprint", "load_image_vae", "read_cache", "read_preview"]
@@ -59,6 +71,7 @@ def read_cache(data: DataConfig, text: str | None = None) -> dict[str, Bucket]:
     text: fingerprint of the frozen encoder; samples then have its embeddings and no pictures. None: the encoder is
     trained; samples then have pictures. Raises ConfigError that names the missing part and the command that creates it.
     """
+    text = stored_name(data, text)
     parts: dict[str, list[ShardBucket]] = defaultdict(list)
     for path in cached_shards(data):
         shard = Shard(path)
@@ -76,7 +89,7 @@ def read_cache(data: DataConfig, text: str | None = None) -> dict[str, Bucket]:
 
 def cached_samples(data: DataConfig, text: str | None) -> list[CachedSamples]:
     """The samples of each set of a config, from their indices. Arguments and errors as of `read_cache`."""
-    return [open_index(Path(part.folder), cached_shards(part), text) for part in data.parts]
+    return [open_index(Path(part.folder), cached_shards(part), stored_name(part, text)) for part in data.parts]
 
 
 def cached_shards(data: DataConfig) -> list[Path]:
@@ -110,7 +123,7 @@ def read_preview(data: DataConfig, preview: PreviewConfig, text: str | None = No
     path = preview_path(data, preview, read_set_file(Path(data.folder)))
     if not path.exists():
         raise ConfigError(f"the samples of this preview grid are not in {data.folder}; {COMMAND}")
-    return read_preview_file(path, text)
+    return read_preview_file(path, stored_name(data, text))
 
 
 def read_set_file(folder: Path) -> dict[str, Any] | None:
@@ -130,11 +143,11 @@ def settings_of(data: DataConfig) -> dict[str, Any]:
 def build(data: DataConfig, vae: ImageVAE, text: TextEncoder | None, preview: PreviewConfig | None = None) -> None:
     """Create or update the cache. Without `text`, pictures are stored for training the encoder."""
     checked = check_rows(data)
-    name = encoder_fingerprint(text) if text is not None else None
+    name = stored_name(data, encoder_fingerprint(text)) if text is not None else None
     grid_rows = preview_rows(data, preview, checked)
-    encode_latents(data, checked, vae, name, preview, grid_rows)
+    shards = encode_latents(data, checked, vae, name, preview, grid_rows)
     if text is not None and name is not None:
-        add_text(data, name, lambda: text, preview)
+        add_text(data, name, lambda: text, preview, shards)
 
 
 def encode_latents(
@@ -144,24 +157,38 @@ def encode_latents(
     text: str | None,
     preview: PreviewConfig | None,
     grid_rows: Sequence[Row],
-) -> None:
-    """Write every latent shard that is missing, outdated, or lacks required pictures, and the preview samples."""
+    part: CachePart = CachePart(),
+) -> list[Path]:
+    """Write every latent shard of the part that is missing, outdated, or lacks required pictures, and the preview
+    samples; returns the part's shards."""
     folder = Path(data.folder)
     check_same_set(folder, {**checked.source.identity, **settings_of(data), "vae": fingerprint(vae)})
-    for partial in folder.glob("*.partial-*"):  # left by a killed run
-        partial.unlink()
-    count, size = len(checked.source), data.samples_per_shard
-    ranges = {shard_path(folder, at // size): range(at, min(at + size, count)) for at in range(0, count, size)}
+    ranges = list(enumerate(shard_ranges(data, len(checked.source))))
+    shards = {shard_path(folder, i): rows for i, rows in part.of(ranges)}
+    remove_leftovers(folder, shards)
     for_text = None if keeps_vision(data, text) else text
-    missing = [path for path, rows in ranges.items() if not is_current(path, checked.digest(rows), for_text)]
-    with tqdm(total=sum(len(ranges[path]) for path in missing), unit=" samples", desc="latents") as bar:
+    missing = [path for path, rows in shards.items() if not is_current(path, checked.digest(rows), for_text)]
+    count = sum(len(shards[path]) for path in missing)
+    if count >= LEAST_ROWS:
+        announce_hours(checked, vae, shards[missing[0]], count)
+    with tqdm(total=count, unit=" samples", desc="latents") as bar:
         for path in missing:
-            encode_shard(path, data, checked, vae, ranges[path], bar)
-    bad = checked.bad | {i: reason for path in ranges for i, reason in Shard(path).metadata.get("skipped", [])}
+            encode_shard(path, data, checked, vae, shards[path], bar)
+    bad = checked.bad | {i: reason for path in shards for i, reason in Shard(path).metadata.get("skipped", [])}
     require_usable(data, checked, bad)
-    print_report(data, checked, bad)
-    if preview:
+    print_report(data, checked, bad, part)
+    if preview and part.is_first:
         write_preview(preview_path(data, preview, read_set_file(folder)), vae, grid_rows)
+    return list(shards)
+
+
+def remove_leftovers(folder: Path, shards: Iterable[Path]) -> None:
+    """Remove what a killed run left of these shards; other parts are writing theirs."""
+    names = {path.name.removeprefix("shard-") for path in shards}
+    for partial in folder.glob("*.partial-*"):
+        name = partial.name.partition(".partial-")[0]
+        if name.startswith(("shard-", "text-")) and name.rpartition("-")[2] in names:
+            partial.unlink(missing_ok=True)
 
 
 def encode_shard(
@@ -181,9 +208,11 @@ def encode_shard(
     bar.update(done + len(indices) - bar.n)  # skipped rows
 
 
-def add_text(data: DataConfig, name: str, load: Callable[[], TextEncoder], preview: PreviewConfig | None) -> None:
-    """Write missing text embeddings of all latent shards; the encoder is loaded only if any are missing."""
-    shards = [Shard(path) for path in cached_shards(data)]
+def add_text(
+    data: DataConfig, name: str, load: Callable[[], TextEncoder], preview: PreviewConfig | None, paths: Sequence[Path]
+) -> None:
+    """Write missing text embeddings of these shards and the previews; loads the encoder only if any are missing."""
+    shards = [Shard(path) for path in paths]
     previews = [Shard(preview_path(data, preview, read_set_file(Path(data.folder))))] if preview else []
     missing = [shard for shard in (*previews, *shards) if not has_text(shard, name)]
     if missing:
@@ -222,7 +251,8 @@ def check_same_set(folder: Path, record: dict[str, Any]) -> None:
             f"{folder} holds another data set (expected {record}, got {cached}); choose another data.folder or remove "
             "it"
         )
-    write_json(folder / "set.json", record)
+    if cached != record:
+        write_json(folder / "set.json", record)
 
 
 # --- the models ------------------------------------------------------------------------------------------------------
@@ -237,7 +267,14 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def run(config: RunConfig) -> None:
+def stored_name(data: DataConfig, fingerprint: str | None) -> str | None:
+    """Name under which the cache stores an encoder's embeddings; None where it stores pictures instead."""
+    if fingerprint is None or data.text_storage == "live":
+        return None
+    return fingerprint + (FP8 if data.text_storage == "fp8" else "")
+
+
+def run(config: RunConfig, part: CachePart = CachePart()) -> None:
     """Build all caches of a config: one model in memory at a time, and none before the rows are checked."""
     if config.data is None or config.network is None:
         raise ConfigError(f"method {config.method} needs no data cache")
@@ -247,35 +284,48 @@ def run(config: RunConfig) -> None:
     user_previews = config.preview is not None and config.preview.own
     preview = config.preview if user_previews or not validation.holds_out else None
     for i, data in enumerate(config.data.parts):
-        build_one(config, data, None if i else preview)
+        build_one(config, data, None if i else preview, part)
     if validation.data is not None:
-        build_one(config, validation.data, None)
+        build_one(config, validation.data, None, part)
 
 
-def build_one(config: RunConfig, data: DataConfig, preview: PreviewConfig | None) -> None:
-    """Build the cache of one data set. preview: preview samples to encode with it."""
+def build_one(config: RunConfig, data: DataConfig, preview: PreviewConfig | None, part: CachePart) -> None:
+    """Build the part's share of the cache of one data set. preview: preview samples to encode with it."""
     folder = Path(required(config.network).model)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     trains_encoder = config.sft is not None and config.sft.train_text_encoder
-    checked = check_rows(data)
+    checked = check_rows(data, part)
+    preview = preview if part.is_first else None
     grid_rows = preview_rows(data, preview, checked)
-    name = None if trains_encoder else text_fingerprint(folder)
+    name = None if trains_encoder else stored_name(data, text_fingerprint(folder))
+    announce(data, len(checked.digests) - len(checked.bad), None if name is None else text_width(folder))
     vae = load_image_vae(folder / "vae", torch.bfloat16, device)
-    encode_latents(data, checked, vae, name, preview, grid_rows)
+    shards = encode_latents(data, checked, vae, name, preview, grid_rows, part)
     del vae
     if name is not None:
         # bfloat16 is slow on a CPU, and only small encoders run there
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        add_text(data, name, lambda: TextEncoder.from_pretrained(folder, dtype, device), preview)
-    open_index(Path(data.folder), cached_shards(data), name)
+        add_text(data, name, lambda: TextEncoder.from_pretrained(folder, dtype, device), preview, shards)
+    with suppress(ConfigError):  # other parts are still at work; the last one makes it
+        open_index(Path(data.folder), cached_shards(data), name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainers.cache", description=__doc__)
     parser.add_argument("config", help="a YAML file, see trainers/configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example data.workers=4")
+    parser.add_argument(
+        "--part",
+        metavar="i/n",
+        help="encode every n-th shard from the i-th on, beside other processes or machines; under accelerate launch "
+        "each process takes its part by itself",
+    )
     args = parser.parse_intermixed_args(argv)
-    return exit_code(lambda: run(load_config(args.config, args.overrides)), "run the same command again to continue")
+    return exit_code(
+        lambda: run(load_config(args.config, args.overrides), part_named(args.part)),
+        "run the same command again to continue",
+    )
 
 
 if __name__ == "__main__":

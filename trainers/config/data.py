@@ -45,6 +45,8 @@ class DataConfig:
     files), "datasets" (a Hugging Face data set saved on disk), "parquet" or "webdataset" (tars).
     path: file, folder or, of tars, a pattern; images: root of relative image paths (default: the folder of path);
     controls: of kind folder, folders of the references, relative to path (default: subfolders that are named so).
+    text_storage: text embeddings in the cache in "bf16" or "fp8" (half the space; the error is printed), or "live":
+    the frozen encoder stays in memory and computes them when they are needed.
     sources: several sets, each with a cache of its own, in place of folder, kind and path; they take the other keys of
     this section where they have none. alternate: "none" (every batch mixes the sources), or optimizer steps that
     alternate between the "sources", or between the "tasks" text to image and editing.
@@ -64,6 +66,7 @@ class DataConfig:
     samples_per_shard: int = 1024
     workers: int = 1
     bad_rows: str = "skip"
+    text_storage: str = "bf16"
     controls: tuple[str, ...] = ()
     alternate: str = "none"
     sources: tuple[SourceConfig, ...] = ()
@@ -74,6 +77,7 @@ class DataConfig:
         one_of(self, "alternate", ("none", "sources", "tasks"))
         within(self, 0, LARGEST_SEED, "seed")
         one_of(self, "bad_rows", ("skip", "stop"))
+        one_of(self, "text_storage", ("bf16", "fp8", "live"))
         for name in ("size", "reference_budget"):
             if getattr(self, name) % 32:
                 raise ConfigError(f"{name} must be a multiple of 32 pixels, got {getattr(self, name)}")

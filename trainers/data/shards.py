@@ -128,7 +128,14 @@ class TextShard:
 
     def part(self, shapes: str) -> TextBucket:
         ends = np.cumsum([0, *self.lengths[shapes]]).tolist()
-        return TextBucket(self.tensors[f"{shapes}/embeds"], self.tensors[f"{shapes}/uncond"], ends, self.shared[shapes])
+        return TextBucket(
+            self._embeddings(f"{shapes}/embeds"), self._embeddings(f"{shapes}/uncond"), ends, self.shared[shapes]
+        )
+
+    def _embeddings(self, name: str) -> Tensor:
+        """Stored embeddings; those in fp8 are restored, in memory."""
+        stored = self.tensors[name]
+        return stored if f"{name}_scale" not in self.table else stored.float() * self.tensors[f"{name}_scale"]
 
 
 def has_text(shard: Shard, fingerprint: str) -> bool:

@@ -128,6 +128,11 @@ def check_run(
             f"{output} was started with other values of {', '.join(changed)}; choose another output, or allow it with "
             f"{' '.join(f'--allow-config-change {key}' for key in changed)}"
         )
+    if run.get("data") and state.data and run["data"] != state.data and "data" not in allow_change:
+        raise TrainingError(
+            f"{output} was trained on other rows than its cache holds now; take the rows back, choose another output, "
+            "or allow it with --allow-config-change data: rows are then numbered anew"
+        )
     if run["step"] > config.steps:
         raise TrainingError(
             f"steps: expected at least {run['step']}, which {output} has already trained, got {config.steps}"
@@ -224,7 +229,13 @@ def write_checkpoint(
             adapter(folder)
         state.save(folder, accelerator.process_index)
         if accelerator.is_main_process:
-            run = {"step": step, "processes": accelerator.num_processes, "order": "rows", "config": to_dict(config)}
+            run = {
+                "step": step,
+                "processes": accelerator.num_processes,
+                "order": "rows",
+                "data": state.data,
+                "config": to_dict(config),
+            }
             (folder / "run.json").write_text(json.dumps(run, indent=1), encoding="utf-8")
 
 

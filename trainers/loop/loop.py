@@ -10,6 +10,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +38,7 @@ from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
 from .metrics import MetricLog, Metrics
 from .optimizers import lr_factor, make_optimizers
+from .prefetch import Prefetched
 from .state import State
 from .stopping import StopRequest
 from .watching import preview_path, samples_due, save_preview, validate, validation_due
@@ -83,9 +85,8 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     check_space(accelerator, method.exports(), output)
     parts = make_parts(config, method)
     averaged = method.averaged()
-    state = State(list(parts.values()), [average for average, _ in averaged])
+    state = State(list(parts.values()), [average for average, _ in averaged], getattr(method, "data_contents", ""))
     start = resume(accelerator, state, output, config, allow_change)
-    batches = load_batches(config, method, start)
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
     first = start + 1 if start else 0
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first}})
@@ -95,7 +96,7 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
     if start and samples_due(config, start) and not preview_path(output, start).exists():  # interrupted while drawing
         save_preview(accelerator, method, output, start)
     losses_of, saved = SampleLosses(accelerator, config, method), time.monotonic()
-    with StopRequest() as request:
+    with StopRequest() as request, load_batches(config, method, start) as batches:
         for step in range(start, config.steps):
             run_step(losses_of, parts, batches, step, log)
             if MAIN in method.updates(step):
@@ -137,10 +138,17 @@ def save_due(config: RunConfig, done: int) -> bool:
     return done % config.save_every == 0 or done == config.steps
 
 
-def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Batch]:
+@contextmanager
+def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Iterator[Batch]]:
     """Iterate over the batches of all steps from `start` on."""
     steps = MicroSteps(method, start, config.steps, config.accumulation)
-    return iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
+    batches = iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
+    ahead: int = getattr(method, "prefetch", 0)
+    if not ahead:
+        yield batches
+        return
+    with closing(Prefetched(batches, ahead)) as prefetched:
+        yield prefetched
 
 
 def run_step(

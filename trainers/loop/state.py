@@ -29,7 +29,8 @@ class State:
     updates: number of updates of the main part, which sets the decay of its moving average.
     """
 
-    def __init__(self, parts: Iterable[TrainedPart], averages: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Iterable[TrainedPart], averages: Sequence[Tensor], data: str = "") -> None:
+        self.data = data
         self.parts, self.averages = list(parts), list(averages)
         self.updates = 0
         self.sharded = any(is_sharded(p) for part in self.parts for p in part.parameters)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unipic_core.conditioning.sequence import TextCond, unpack_latents
 from unipic_core.model.vae import ImageVAE
+from unipic_core.pipeline.text_encoder import TextEncoder
 from unipic_core.run.plan import resolve
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
@@ -30,7 +31,7 @@ from ..data.batches import data_report, micro_batches_of_process
 from ..data.picture_grid import picture_grid
 from ..data.previews import PreviewRow, decode_latents, row_from_latents
 from ..data.samples import Samples, evenly_spaced, held_out_rows, order_of
-from ..data.text_embeddings import text_fingerprint
+from ..data.text_embeddings import encode_rows, text_fingerprint
 from ..loop.export import Export, export_adapter, export_bytes, export_network
 from ..loop.method import Share
 from ..loop.metrics import Metrics
@@ -51,6 +52,8 @@ class NetworkTraining:
     recipe = RELEASED_BASE
     """Sampling recipe of the student, merged over the base's, which sets the picture sizes."""
     loader_workers = 0
+    prefetch = 2
+    live_text: TextEncoder | None = None
     slots = 1
     prompt_dropout = 0.0
 
@@ -92,6 +95,11 @@ class NetworkTraining:
         counts = {"rows": len(self.train_rows) + held_out, "validation_rows": held_out}
         return {**report, **counts, "largest_tokens": int(lengths.total[self.train_rows].max())}
 
+    @property
+    def data_contents(self) -> str:
+        """Digest of what all cached rows were made from."""
+        return "-".join(one.contents for one in self.samples.sets)
+
     def frozen_encoder(self) -> str | None:
         """Fingerprint of the text encoder whose embeddings the cache must hold; None if it is trained."""
         return text_fingerprint(self.folder)
@@ -101,6 +109,9 @@ class NetworkTraining:
     def place(self, device: torch.device, share: Share) -> None:
         self.device, self.share = device, share
         self.roles.place(device)
+        if self.encoder is not None and any(part.text_storage == "live" for part in self.data.parts):
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            self.live_text = TextEncoder.from_pretrained(self.folder, dtype, device)
 
     def updates(self, step: int) -> tuple[str, ...]:
         return (STUDENT,)
@@ -146,7 +157,14 @@ class NetworkTraining:
         """Read these rows as one padded batch; each prompt is dropped with this probability."""
         draws = [np.random.default_rng([self.config.seed, index, 1, row]).random() for row in rows]
         dropped, name = np.array(draws) < prompt_dropout, f"rows {', '.join(map(str, rows))}"
-        return replace(self.padded_inputs([samples.take(row) for row in rows], dropped, index, name), rows=tuple(rows))
+        return replace(
+            self.padded_inputs([self.with_text(samples.take(row)) for row in rows], dropped, index, name),
+            rows=tuple(rows),
+        )
+
+    def with_text(self, rows: Rows) -> Rows:
+        """The rows with text embeddings, computed now where the cache stores none (data.text_storage live)."""
+        return rows if self.live_text is None or rows.cond is not None else encode_rows(self.live_text, rows)
 
     def without(self, batch: Inputs, rows: Sequence[int]) -> Inputs:
         """The micro-batch without these rows, on the CPU; a filler of zeros if none is left."""
@@ -200,7 +218,7 @@ class NetworkTraining:
 
     def sample_inputs(self, rows: Rows) -> Inputs:
         """Make a batch to sample from, with both guidance branches."""
-        return self.inputs(rows, np.zeros(len(rows.prompts), dtype=bool))
+        return self.inputs(self.with_text(rows), np.zeros(len(rows.prompts), dtype=bool))
 
     @property
     def student_recipe(self) -> Recipe:
