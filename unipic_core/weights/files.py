@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import platform
+import sys
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -28,6 +30,9 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "modul
 
 MAX_SHARDS = 1000
 """Most files of one set of shards."""
+
+_NO_RESERVE = 0x4000 if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0
+"""Linux's MAP_NORESERVE, which Python 3.11 does not name."""
 
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
 _ENDINGS = (".safetensors.index.json", ".safetensors", ".bin.index.json", ".bin")
@@ -145,11 +150,23 @@ class Weights:
         """Map a file once, copy-on-write; None if the system has no address space for it, then tensors are read."""
         if file not in self._maps:
             try:
-                with open(file, "rb") as f:
-                    self._maps[file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._maps[file] = _copy_on_write(file)
             except (OSError, ValueError):
                 self._maps[file] = None
         return self._maps[file]
+
+
+def _copy_on_write(file: Path) -> mmap.mmap:
+    """Map a file so that writes stay in memory. Raises OSError where the system refuses.
+
+    Linux would count a copy-on-write map as memory that may all be written, and refuse one larger than the machine's;
+    the flag asks it not to.
+    """
+    with open(file, "rb") as f:
+        if _NO_RESERVE:
+            flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+            return mmap.mmap(f.fileno(), 0, flags=flags, prot=access)
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def strip_prefix(name: str) -> str:
