@@ -18,7 +18,14 @@ from torch import Tensor
 from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
 from ..unipic_core.conditioning.images import resize_references
 from ..unipic_core.conditioning.picture_numbers import number_cautions
-from ..unipic_core.conditioning.reference_sizes import MAX_REFERENCES, Size
+from ..unipic_core.conditioning.reference_sizes import (
+    MAX_REFERENCES,
+    RELEASE,
+    SHARES,
+    Size,
+    described_sizes,
+    small_references,
+)
 from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, Request, plan
@@ -26,7 +33,18 @@ from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
 from .host.messages import tell
 from .host.pictures.images import to_image
-from .host.pictures.references import BATCHES, FIRST, IMAGES, MASKS, cautions, connected
+from .host.pictures.references import (
+    BATCHES,
+    FIRST,
+    IMAGES,
+    MASKS,
+    REFERENCES,
+    ReferenceSocket,
+    Socket,
+    cautions,
+    connected,
+    reference_weights,
+)
 from .host.pictures.vae import UniPicVAE
 from .host.recipe_attachment import facts_of
 from .host.text import vision_cache as vision
@@ -88,26 +106,29 @@ class MultiImageCompose(io.ComfyNode):
         images: Mapping[str, Tensor] | None = None,
         masks: Mapping[str, Tensor] | None = None,
         batches: str = FIRST,
+        share: str = RELEASE,
+        references: Mapping[str, object] | None = None,
         **others: object,
     ) -> io.NodeOutput:
         _check_sockets(others)
-        _check_vae(vae)
-        sockets = connected(images or {}, masks or {}, batches)
+        _check_parts(clip, vae)
+        sockets = connected(images or {}, masks or {}, references or {}, batches)
         pictures = [picture for socket in sockets for picture in socket.pictures]
-        notes = [*cautions(sockets)] if pictures else [NO_IMAGES]
-        if notes := [*notes, *number_cautions(prompt, len(pictures))]:
-            tell(cls, "; ".join(notes), logging.WARNING)
-        planned = _plan(
-            facts_of(clip.patcher).recipe,
-            [picture.size for picture in pictures],
-            (prompt, negative_prompt),
-            (width, height),
-            batch_size,
-            reference_budget,
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width or None,
+            height=height or None,
+            num_images=batch_size,
+            reference_budget=reference_budget or None,
+            share=share,
+            reference_weights=reference_weights(sockets),
         )
-        references = resize_references(pictures, planned.settings.reference_budget)
-        latents = _reference_latents(vae, references)
-        positive, negative = (_text(clip, text, references, latents) for text in (prompt, negative_prompt))
+        planned = _plan(facts_of(clip.patcher).recipe, [picture.size for picture in pictures], request)
+        _tell(cls, sockets, [picture.size for picture in pictures], planned)
+        resized = resize_references(pictures, planned.settings.reference_budget, share, request.reference_weights)
+        latents = _reference_latents(vae, resized)
+        positive, negative = (_text(clip, text, resized, latents) for text in (prompt, negative_prompt))
         return io.NodeOutput(positive, negative, _empty_latent(vae, planned))
 
 
@@ -149,6 +170,24 @@ def _inputs() -> list[Any]:
             tooltip="Of a batch or an animation at one socket: first = its first picture; all = each is a reference "
             "with a number of its own.",
         ),
+        io.Combo.Input(
+            "share",
+            options=list(SHARES),
+            default=RELEASE,
+            optional=True,
+            tooltip="How the references share their pixels. release = one scale for all, as in the release, so a small "
+            "picture beside a large one stays small; equal = equal areas.",
+        ),
+        io.Autogrow.Input(
+            "references",
+            template=io.Autogrow.TemplateNames(
+                ReferenceSocket.Input("reference", tooltip="From Reference (UniPic): a picture with its mask."),
+                names=list(REFERENCES),
+                min=0,
+            ),
+            tooltip="Pictures from Reference (UniPic), with their masks, weights and switches. Their numbers in the "
+            "prompt follow those of images.",
+        ),
     ]
 
 
@@ -174,11 +213,16 @@ def _check_sockets(others: Mapping[str, object]) -> None:
     if others:
         raise UniPicError(
             f"at most {MAX_REFERENCES} pictures can be composed, as images.image_1 to images.image_{MAX_REFERENCES} "
-            f"with masks.mask_1 to masks.mask_{MAX_REFERENCES}; got {', '.join(sorted(others))}; leave it out"
+            f"with masks.mask_1 to masks.mask_{MAX_REFERENCES}, or references.reference_1 to "
+            f"references.reference_{MAX_REFERENCES}; got {', '.join(sorted(others))}; leave it out"
         )
 
 
-def _check_vae(vae: VAE) -> None:
+def _check_parts(clip: CLIP, vae: VAE) -> None:
+    """UniPicError for other things than a CLIP and the VAE of Qwen-Image."""
+    for name, part, has in (("clip", clip, "tokenize"), ("vae", vae, "latent_dim")):
+        if not hasattr(part, has):
+            raise UniPicError(f"{name} must be that of Load UniPic, got {type(part).__name__}; connect that node")
     if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
             "vae must be the Qwen-Image VAE, got one with other latents; use the VAE of Load UniPic, or Load VAE with "
@@ -186,28 +230,20 @@ def _check_vae(vae: VAE) -> None:
         )
 
 
-def _plan(
-    recipe: Recipe,
-    sizes: Sequence[Size],
-    texts: tuple[str, str],
-    output: Size,
-    batch_size: int,
-    reference_budget: int,
-) -> Plan:
+def _plan(recipe: Recipe, sizes: Sequence[Size], request: Request) -> Plan:
     """The checked choices. Weights that name no output budget may be asked for any size."""
-    width, height = (side or None for side in output)
-    if recipe.output_budget is None and (width or height):
+    if recipe.output_budget is None and (request.width or request.height):
         recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
-    prompt, negative_prompt = texts
-    request = Request(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        width=width,
-        height=height,
-        num_images=batch_size,
-        reference_budget=reference_budget or None,
-    )
     return plan(recipe, sizes, request)
+
+
+def _tell(node: type[io.ComfyNode], sockets: Sequence[Socket], sizes: Sequence[Size], planned: Plan) -> None:
+    """One line: cautions first, then at which size the model sees each reference."""
+    notes = [*cautions(sockets), *([] if sizes else [NO_IMAGES])]
+    notes += small_references(sizes, planned.seen, planned.settings.reference_budget)
+    notes += number_cautions(planned.request.prompt, len(sizes))
+    seen = [described_sizes(sizes, planned.seen)] if sizes else []
+    tell(node, "; ".join([*notes, *seen]), logging.WARNING if notes else logging.INFO)
 
 
 def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tensor]:

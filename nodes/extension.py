@@ -7,12 +7,14 @@ from comfy_api.latest import ComfyExtension, io
 from .compose import MultiImageCompose
 from .load import LoadUniPic
 from .lora import DistillLoRA
+from .reference import UniPicReference
 from .sample import FewStepSampler, UniPicSamplerSelect, UniPicSigmas
 from .sample_images import UniPicSampleImages
 
 NODES: list[type[io.ComfyNode]] = [
     LoadUniPic,
     MultiImageCompose,
+    UniPicReference,
     FewStepSampler,
     DistillLoRA,
     UniPicSampleImages,

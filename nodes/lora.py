@@ -44,6 +44,8 @@ def bundled_loras() -> dict[str, Path]:
 
 def lora_path(name: str) -> Path:
     """File of a name in the list: a bundled one, or one in ComfyUI's `loras` folders. Raises LoRAError."""
+    if not isinstance(name, str):
+        raise LoRAError(f"lora must be the name of a file, got {name!r}; choose one in the list")
     if name.startswith(BUNDLED):
         bundled = bundled_loras()
         if name not in bundled:

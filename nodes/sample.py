@@ -8,13 +8,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..unipic_core.run.kv_cache import REUSE_WITHIN
-from ..unipic_core.run.plan import Settings, resolve
-from ..unipic_core.weights.recipe import LIMITS, SAMPLERS, Recipe
+from ..unipic_core.weights.recipe import LIMITS, MAX_SHIFT, SAMPLERS, SCHEDULES
 from . import CATEGORY
 from .host.messages import tell
-from .host.model.kv_cache import AUTO, KV_CACHE_MODES, with_kv_cache
-from .host.recipe_attachment import facts_of
-from .host.sampling.model_sampling import with_shift_of
+from .host.model.kv_cache import KV_CACHE_MODES, with_kv_cache
+from .host.sampling.choices import AUTO, Widgets, choices
 from .host.sampling.run import prepared, sample
 from .host.sampling.samplers import ksampler
 from .host.sampling.schedules import sigmas_of, target_tokens
@@ -58,6 +56,31 @@ def cache_input() -> io.Combo.Input:
     )
 
 
+def schedule_inputs() -> list[Any]:
+    """The last inputs: saved workflows hold widgets by their places."""
+    return [
+        io.Combo.Input(
+            "schedule",
+            options=[AUTO, *SCHEDULES],
+            default=AUTO,
+            optional=True,
+            tooltip="The times of the steps. auto = from the recipe; base = the release's for base weights, which its "
+            "demo of few-step weights with euler uses too; few_step = the release's for few-step weights; "
+            "fixed_shift = linear times with the same shift at every size, for step LoRAs.",
+        ),
+        io.Float.Input(
+            "shift",
+            default=0.0,
+            min=0.0,
+            max=MAX_SHIFT,
+            step=0.01,
+            optional=True,
+            tooltip="For fixed_shift. Above 1 = more steps at high noise, 1 = linear, 0 = from the recipe; 3 without "
+            "one.",
+        ),
+    ]
+
+
 class FewStepSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -85,17 +108,16 @@ class FewStepSampler(io.ComfyNode):
         sampler: str,
         denoise: float,
         condition_cache: str = AUTO,
+        schedule: str = AUTO,
+        shift: float = 0.0,
     ) -> io.NodeOutput:
-        facts = facts_of(model)
+        x = prepared(model, latent)
+        chosen = choices(model, x, Widgets(steps, cfg, sampler, schedule, shift))
         if condition_cache != AUTO:
             model = with_kv_cache(model, condition_cache)
-        settings = resolve(facts.recipe, steps or None, cfg or None, None if sampler == "auto" else sampler)
-        settings, shift, note = with_shift_of(model, settings, facts.shift)
-        said = ("no recipe: " if facts.recipe == Recipe() else "") + described(settings)
-        tell(cls, f"{said}; {note}" if note else said)
-        tokens = target_tokens(prepared(model, latent))
-        times = sigmas_of(settings, shift, tokens, denoise)
-        return io.NodeOutput(sample(model, positive, negative, latent, seed, settings, times))
+        tell(cls, chosen.line, chosen.level)
+        times = sigmas_of(chosen.settings, chosen.shift, target_tokens(x), denoise)
+        return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen.settings, times))
 
 
 def _sockets() -> list[Any]:
@@ -136,13 +158,8 @@ def _choices() -> list[Any]:
         ),
         denoise_input(),
         cache_input(),
+        *schedule_inputs(),
     ]
-
-
-def described(settings: Settings) -> str:
-    """What a run does, in one line."""
-    guidance = "no guidance" if settings.guidance == 1 else f"guidance {settings.guidance:g}"
-    return f"{settings.steps} steps, {settings.sampler}, {guidance}"
 
 
 class UniPicSigmas(io.ComfyNode):
@@ -159,18 +176,26 @@ class UniPicSigmas(io.ComfyNode):
                 io.Latent.Input("latent", tooltip="The latent to sample. The schedule depends on its size."),
                 steps_input(),
                 denoise_input(),
+                *schedule_inputs(),
             ],
             outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 values, from 1 to 0.")],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: ModelPatcher, latent: dict[str, Any], steps: int, denoise: float) -> io.NodeOutput:
-        facts, tokens = facts_of(model), target_tokens(prepared(model, latent))
-        settings, shift, note = with_shift_of(model, resolve(facts.recipe, steps or None), facts.shift)
-        if note:
-            tell(cls, note)
-        return io.NodeOutput(sigmas_of(settings, shift, tokens, denoise))
+    def execute(
+        cls,
+        model: ModelPatcher,
+        latent: dict[str, Any],
+        steps: int,
+        denoise: float,
+        schedule: str = AUTO,
+        shift: float = 0.0,
+    ) -> io.NodeOutput:
+        x = prepared(model, latent)
+        chosen = choices(model, x, Widgets(steps=steps, schedule=schedule, shift=shift))
+        tell(cls, chosen.times_line, chosen.level)
+        return io.NodeOutput(sigmas_of(chosen.settings, chosen.shift, target_tokens(x), denoise))
 
 
 class UniPicSamplerSelect(io.ComfyNode):

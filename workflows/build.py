@@ -51,15 +51,24 @@ def _pictures(w: Workflow, names: Sequence[str]) -> list[Node]:
 def _compose(w: Workflow, model: Node, pictures: Sequence[Node], prompt: str, batch_size: int = 1) -> Node:
     images = {f"images.image_{i + 1}": picture["image"] for i, picture in enumerate(pictures)}
     texts = {"prompt": prompt, "negative_prompt": " "}
-    others = {"width": 0, "height": 0, "batch_size": batch_size, "reference_budget": 0, "batches": "first"}
+    others = {
+        "width": 0,
+        "height": 0,
+        "batch_size": batch_size,
+        "reference_budget": 0,
+        "batches": "first",
+        "share": "release",
+    }
     wires = {"clip": model["CLIP"], "vae": model["VAE"], **images}
-    return w.add("MultiImageCompose", wires, {**texts, **others}, height=420 + 20 * len(pictures))
+    return w.add("MultiImageCompose", wires, {**texts, **others}, height=470 + 20 * len(pictures))
 
 
 def _few_steps(w: Workflow, model: tuple[Node, str], composed: Node, title: str = "") -> Node:
     wires = {"model": model, **{name: composed[name] for name in ("positive", "negative", "latent")}}
     settings = {"seed": SEED, CONTROL: "fixed", "steps": 0, "cfg": 0, "sampler": "auto", "denoise": 1}
-    return w.add("FewStepSampler", wires, {**settings, "condition_cache": "auto"}, title=title)
+    return w.add(
+        "FewStepSampler", wires, {**settings, "condition_cache": "auto", "schedule": "auto", "shift": 0}, title=title
+    )
 
 
 def _decode(w: Workflow, latent: tuple[Node, str], model: Node) -> Node:
@@ -220,7 +229,8 @@ def stock_nodes() -> Workflow:
     noise = w.add("RandomNoise", values={"noise_seed": STOCK_SEED, CONTROL: "fixed"})
     guider = w.add("BasicGuider", {"model": model["MODEL"], "conditioning": reference["CONDITIONING"]})
     sampler = w.add("UniPicSamplerSelect", values={"sampler": "euler"})
-    sigmas = w.add("UniPicSigmas", {"model": model["MODEL"], "latent": latent["LATENT"]}, {"steps": 0, "denoise": 1})
+    times = {"steps": 0, "denoise": 1, "schedule": "auto", "shift": 0}
+    sigmas = w.add("UniPicSigmas", {"model": model["MODEL"], "latent": latent["LATENT"]}, times)
     choices = {"noise": noise["NOISE"], "guider": guider["GUIDER"], "sampler": sampler["sampler"]}
     wires = {**choices, "sigmas": sigmas["sigmas"], "latent_image": latent["LATENT"]}
     sampled = w.add("SamplerCustomAdvanced", wires)

@@ -77,7 +77,8 @@ def models() -> dict[str, Path]:
 
 def find_model(name: str) -> Path:
     """Folder or file of a name in the list. UniPicError names similar models and the folder for new ones."""
-    paths = models()
+    paths, given = models(), name
+    name = name if isinstance(name, str) else str(name)  # a wire or the API lets anything through
     if name in paths and paths[name].suffix != GGUF:
         return paths[name]
     if name.endswith(GGUF):
@@ -87,7 +88,7 @@ def find_model(name: str) -> Path:
         )
     near = get_close_matches(name, paths, n=3, cutoff=0.5) or list(paths)[:3]
     raise UniPicError(
-        f"there is no model {name!r}; choose one of {', '.join(near)}{', ...' if len(paths) > len(near) else ''}, or "
+        f"there is no model {given!r}; choose one of {', '.join(near)}{', ...' if len(paths) > len(near) else ''}, or "
         f"put {_GET_MODEL} and press R to refresh the list"
     )
 
@@ -105,7 +106,7 @@ def find_part(kind: FileKind, name: str, model: Path) -> Path:
     if name == AUTO and has_part(model, kind):
         return model
     files = {**_bundled(kind), **_files(kind.folder)}
-    if name in files:
+    if isinstance(name, str) and name in files:
         return files[name]
     if name != AUTO:
         raise UniPicError(

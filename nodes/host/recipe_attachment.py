@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
 
 from comfy.model_patcher import ModelPatcher
 
+from ...unipic_core.errors import CheckpointError, UniPicError
+from ...unipic_core.model.config import FULL
 from ...unipic_core.sampling.schedules import Shift
-from ...unipic_core.weights.recipe import Recipe
+from ...unipic_core.weights.recipe import Recipe, recipe_of
+from ...unipic_core.weights.transformer import open_transformer
 
 KEY = "unipic"
 
@@ -30,5 +36,39 @@ def attach(patcher: ModelPatcher, facts: Facts) -> None:
 
 
 def facts_of(patcher: ModelPatcher) -> Facts:
-    """The facts that a ModelPatcher carries; docs/recipes.md's defaults for one of another loader."""
-    return patcher.get_attachment(KEY) or Facts()
+    """The facts that a ModelPatcher carries; of one from a stock loader, those of its file.
+
+    Loaders that keep no path (GGUF) leave nothing to be known: docs/recipes.md's defaults. UniPicError for a file that
+    only Load UniPic can use.
+    """
+    attached = patcher.get_attachment(KEY)
+    if attached is not None:
+        return attached
+    path = stock_file(patcher)
+    if path is None:
+        return Facts()
+    state = path.stat()
+    return _facts_of_file(path, state.st_mtime_ns, state.st_size)
+
+
+def stock_file(patcher: ModelPatcher) -> Path | None:
+    """The file that a stock loader read: ComfyUI keeps it, to load again. None where there is none."""
+    arguments = (getattr(patcher, "cached_patcher_init", None) or (None, ()))[1]
+    first = arguments[0] if arguments else None
+    path = Path(first) if isinstance(first, (str, Path)) else None
+    return path if path is not None and path.is_file() else None
+
+
+@lru_cache(maxsize=8)
+def _facts_of_file(path: Path, changed: int, size: int) -> Facts:
+    """changed, size: of the file, so that one rewritten under its name is read again."""
+    recipe = recipe_of(path)
+    form = recipe.attention_form
+    if path.suffix in (".safetensors", ".sft"):
+        with suppress(CheckpointError):  # a whole checkpoint, or quantised in a form that only ComfyUI reads
+            form = open_transformer(path).config.attention_form
+    if form != FULL:
+        raise UniPicError(
+            f"{path.name} attends in the form {form}, which ComfyUI's own loaders do not have; load it with Load UniPic"
+        )
+    return Facts(recipe)

@@ -74,6 +74,10 @@ class IOType:
     def Output(self, id: str = "", **kwargs: Any) -> Recorded:
         return Recorded(type=self.name, id=id, **kwargs)
 
+    def __call__(self, io_type: str) -> IOType:
+        """io.Custom: a type of one's own."""
+        return IOType(io_type)
+
     def TemplateNames(self, input: Recorded, names: list[str], min: int = 1) -> Recorded:
         return Recorded(input=input, names=names, min=min)
 

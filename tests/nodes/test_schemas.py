@@ -13,9 +13,9 @@ from workflows.kinds import KINDS
 MODELS = ROOT / "unipic_core" / "models"
 IDS = {
     *("LoadUniPic", "MultiImageCompose", "FewStepSampler", "DistillLoRA"),
-    *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect"),
+    *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect", "UniPicReference"),
 }
-SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow"}
+SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow", "UNIPIC_REFERENCE"}
 
 
 def test_the_nodes(schemas) -> None:
@@ -56,7 +56,8 @@ def test_six_pictures_and_six_masks(schemas) -> None:
     growing = {i["id"]: i["template"] for i in compose["inputs"] if i["type"] == "Autogrow"}
     assert growing["images"]["names"] == [f"image_{i}" for i in range(1, 7)]
     assert growing["masks"]["names"] == [f"mask_{i}" for i in range(1, 7)]
-    assert growing["images"]["min"] == growing["masks"]["min"] == 0
+    assert growing["references"]["names"] == [f"reference_{i}" for i in range(1, 7)]
+    assert growing["images"]["min"] == growing["masks"]["min"] == growing["references"]["min"] == 0
 
 
 @pytest.mark.parametrize("name", sorted(IDS))

@@ -216,12 +216,12 @@ def _whole_side(name: str, side: object, budget: int) -> int | None:
 def _checked_size(width: int, height: int, budget: int) -> Size:
     multiple = PIXELS_PER_TOKEN
     requested = f"{width}x{height}"
-    if not _within_budget(width, height, budget):
+    if not within_budget(width, height, budget):
         fitting = _shrunk(width, height, budget)
         raise UniPicError(f"the output size {requested} is over this model's {budget}x{budget} pixels; use {fitting}")
     if width % multiple or height % multiple:
         near = [nearest_multiple(side, multiple) for side in (width, height)]
-        if not _within_budget(near[0], near[1], budget):
+        if not within_budget(near[0], near[1], budget):
             near = [max(side // multiple, 1) * multiple for side in (width, height)]
         raise UniPicError(f"the output size must be multiples of {multiple}, got {requested}; use {near[0]}x{near[1]}")
     return width, height
@@ -236,7 +236,7 @@ def _shrunk(width: int, height: int, budget: int) -> str:
     return f"{short}x{long}" if width < height else f"{long}x{short}"
 
 
-def _within_budget(width: int, height: int, budget: int) -> bool:
+def within_budget(width: int, height: int, budget: int) -> bool:
     """True for at most budget^2 pixels, and for a default size that rounding to 32 lifted above the budget."""
     if width * height <= budget**2:
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from comfy.ldm.flux.math import apply_rope1
 from comfy.ldm.modules.attention import attention_pytorch, optimized_attention_masked
 from torch import Tensor
 
+from ....unipic_core.errors import UniPicError
 from ....unipic_core.model.blocks import JointState, KeyValue, joined
 from ....unipic_core.model.rope import rotation
 
@@ -48,6 +50,23 @@ class HookedState(JointState):
         k, v = joined(self.past, segment, dim=2)
         out = self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
         return out, segment if self.return_kv else None
+
+
+def check_patches(options: Options) -> None:
+    """UniPicError for a patch of the attention that does not take what ComfyUI gives it on Qwen-Image: pe, attn_mask.
+
+    Token merging and tiling of U-Nets are such; on ComfyUI's own network they end in Python's TypeError.
+    """
+    for patch in options.get("patches", {}).get("attn1_patch", ()):
+        try:
+            inspect.signature(patch).bind(None, None, None, pe=None, attn_mask=None, extra_options=None)
+        except TypeError:
+            node = getattr(patch, "__qualname__", type(patch).__name__).split(".")[0]
+            raise UniPicError(
+                f"{node} changes the attention of U-Nets such as SDXL and does not know Qwen-Image's; remove that node"
+            ) from None
+        except ValueError:  # written in C: it has no signature to look at
+            continue
 
 
 def rotation_matrices(ids: Tensor, axes_dims: tuple[int, int, int]) -> Tensor:

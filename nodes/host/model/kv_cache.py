@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import comfy.model_management as management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP, WrappersMP
@@ -84,8 +85,10 @@ class KVCache:
         self._patcher = None
 
     def may_cache(self, inputs: NetworkInputs) -> bool:
-        """Whether a run is going on that may cache: with hooks on weights it may not, since they change in between."""
-        return self._patcher is not None and not self._patcher.hook_patches and inputs.options.get(KV_CACHE) != OFF
+        """Whether a run is going on that may cache: hooks on weights and TrainLoraNode change weights in between."""
+        if self._patcher is None or self._patcher.hook_patches or getattr(management, "in_training", False):
+            return False
+        return inputs.options.get(KV_CACHE) != OFF
 
     def get(self, piece: str, inputs: NetworkInputs, compute: Callable[[], BlockKeyValues]) -> BlockKeyValues:
         """Keys and values of REFERENCES or TEXT in every block, from the cache or computed."""
@@ -169,6 +172,8 @@ def with_kv_cache(model: ModelPatcher, mode: str) -> Any:
 
     UniPicError for APPROXIMATE with a network that has no such cache.
     """
+    if mode not in KV_CACHE_MODES:
+        raise UniPicError(f"condition_cache must be one of {', '.join(KV_CACHE_MODES)}, got {mode!r}")
     clone = model.clone()
     has_cache = isinstance(getattr(model.model.diffusion_model, "kv_cache", None), KVCache)
     if mode == APPROXIMATE and not has_cache:

@@ -22,6 +22,7 @@ from ....unipic_core.weights.formats.quantised import FP8
 from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ....unipic_core.weights.transformer import compute_dtype_of, open_transformer, read_shift
 from ..recipe_attachment import Facts, attach, facts_of
+from ..sampling.conditionings import adapt_conditionings
 from .kv_cache import TIME_ROUNDING, cache_during_runs
 from .latent_format import PictureLatents, read_latent_format
 from .mmdit import network_options
@@ -62,6 +63,7 @@ def load_model(
     patcher.cached_patcher_init = (load_model, (source, weight_dtype, latents, custom_operations))
     attach(patcher, attached)
     round_times(patcher)
+    adapt_conditionings(patcher)
     cache_during_runs(patcher)
     save_with_recipe(patcher)
     return patcher
@@ -81,7 +83,7 @@ def _build(
     operations: Operations | None,
     disable_dynamic: bool,
 ) -> comfy.model_patcher.ModelPatcher:
-    if weight_dtype not in WEIGHT_DTYPES:
+    if weight_dtype not in list(WEIGHT_DTYPES):
         raise UniPicError(f"weight_dtype must be one of {', '.join(WEIGHT_DTYPES)}, got {weight_dtype!r}")
     tensors = state_dict(weights, keep_quantised=weight_dtype != "bf16" and operations is None)
     check_finite(source, tensors)

@@ -24,7 +24,7 @@ from ....unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS,
 from ....unipic_core.model.layers import Operations
 from ....unipic_core.model.mmdit import MMDiTLayers
 from ....unipic_core.sampling.schedules import rounded_time
-from .attention import HookedState, Options, attention_on, rotation_matrices, text_bias
+from .attention import HookedState, Options, attention_on, check_patches, rotation_matrices, text_bias
 from .inputs import NetworkInputs, checked_method, checked_text, packed, positions
 from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, KVCache
 
@@ -183,6 +183,7 @@ class ComfyMMDiT(MMDiTLayers):
 
     def _step_with_hooks(self, x: Tensor, options: Options, control: dict[str, Any] | None) -> Step:
         """`advance` with ComfyUI's hooks around the last segment; the last block is pruned where no hook sees it."""
+        check_patches(options)
         replacements = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         residuals = (control or {}).get("input") or ()

@@ -39,17 +39,20 @@ def shift_of(model: Any) -> float | None:
     return float(sampling.shift) if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow) else None
 
 
-def with_shift_of(model: Any, settings: Settings, shift: Shift) -> tuple[Settings, Shift, str]:
+def with_shift_of(model: Any, settings: Settings, shift: Shift, chosen: bool = False) -> tuple[Settings, Shift, str]:
     """Settings and Shift with the shift of a MODEL's sampling node, and what to tell the user; empty without a node.
 
     The schedules "base" and "fixed_shift" take it at every size. Few-step weights do not: they were distilled at the
-    times of their own schedule. UniPicError for a shift that is not above 0.
+    times of their own schedule; nor does a shift that was chosen in the node give way. UniPicError for a shift that is
+    not above 0.
     """
     k = shift_of(model)
     if k is None:
         return settings, shift, ""
     if not 0 < k < math.inf:
         raise UniPicError(f"the sampling node's shift should be above 0, got {k:g}; 3 is usual, or remove the node")
+    if chosen:
+        return settings, shift, f"the sampling node's shift {k:g} is not used, since a shift was chosen here"
     if settings.schedule == "few_step":
         note = f"the sampling node's shift {k:g} is not used, since these weights were distilled at their own times"
         return settings, shift, note

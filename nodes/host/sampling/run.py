@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ....unipic_core.errors import UniPicError
 from ....unipic_core.run.plan import Settings
+from .conditionings import adapt_conditionings, check_conditioning, check_latent
 from .guidance import with_guidance
 from .model_sampling import check_times
 from .samplers import ksampler
@@ -19,15 +20,15 @@ from .samplers import ksampler
 
 def prepared(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     """The latent as the MODEL takes it, [B, C, 1, H, W]. UniPicError for a model or a latent of another kind."""
+    if not isinstance(model, ModelPatcher):
+        raise UniPicError(f"model must be the MODEL of Load UniPic, got {type(model).__name__}; connect that node")
+    if not isinstance(latent, dict) or not isinstance(latent.get("samples"), Tensor):
+        raise UniPicError(f"latent must be a LATENT, got {type(latent).__name__}; connect that of Multi-Image Compose")
     check_times(model.get_model_object("model_sampling"), type(model.model).__name__)
     scales = [latent.get(f"downscale_ratio_{way}") for way in ("spacial", "temporal")]
     x = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *scales)
     channels = model.get_model_object("latent_format").latent_channels
-    if x.ndim != 5 or x.shape[1] != channels or x.shape[2] != 1:
-        raise UniPicError(
-            f"the model expects a latent [batch, {channels}, 1, height, width], got {list(latent['samples'].shape)}; "
-            "take it from Multi-Image Compose, or encode the picture with the VAE of Load UniPic"
-        )
+    check_latent(x, channels)
     return x
 
 
@@ -61,10 +62,14 @@ def sample(
 ) -> dict[str, Any]:
     """Run the settings' sampler over the sigmas, with the latent's mask and batch_index. Returns a LATENT."""
     x = prepared(model, latent)
+    check_conditioning("positive", positive)
+    check_conditioning("negative", negative)
+    model = model.clone() if settings.guidance == 1 else with_guidance(model)
+    adapt_conditionings(model)  # of a stock loader's, too
     pictures = latent.get("batch_index")
     options = {"pictures": pictures} if settings.sampler == "consistency" and pictures is not None else {}
     samples = comfy.sample.sample_custom(
-        model if settings.guidance == 1 else with_guidance(model),
+        model,
         comfy.sample.prepare_noise(x, seed, pictures),
         settings.guidance,
         ksampler(settings.sampler, **options),

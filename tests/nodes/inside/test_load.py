@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes import load
 from unipic_pack.nodes.host import model_paths as sources
+from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import facts_of
 from unipic_pack.nodes.load import LoadUniPic
+from unipic_pack.nodes.lora import lora_path
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
 from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP
 
@@ -315,3 +317,16 @@ def test_schema() -> None:
     assert [o.io_type for o in schema.outputs] == ["MODEL", "CLIP", "VAE"]
     json.dumps(LoadUniPic.INPUT_TYPES())
     assert LoadUniPic.validate_inputs("gone", "auto", "auto") is True
+
+
+@pytest.mark.parametrize("given", [5, ["a"], None])
+def test_a_number_in_the_place_of_a_file(given: object) -> None:
+    """What a wire or the API lets through."""
+    with pytest.raises(UniPicError, match="there is no model"):
+        sources.find_model(given)
+    with pytest.raises(UniPicError, match="there is no VAE"):
+        sources.find_part(sources.VAE, given, sources.find_model(sources.DEFAULT_MODEL))
+    with pytest.raises(UniPicError, match="weight_dtype must be one of"):
+        load_model(sources.find_model(sources.DEFAULT_MODEL), given)
+    with pytest.raises(UniPicError, match="lora must be the name of a file, got"):
+        lora_path(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import comfy.samplers
 import pytest
 import torch
 import toy
+from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from comfyui import CASES
 from safetensors.torch import load_file
 from torch import Tensor
@@ -29,7 +31,7 @@ from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.run.plan import resolve
 from unipic_pack.unipic_core.sampling.guidance import apply_guidance
 from unipic_pack.unipic_core.sampling.schedules import Shift, base_times, few_step_times
-from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
+from unipic_pack.unipic_core.weights.recipe import RELEASED_BASE, RELEASED_FEW_STEP, Recipe
 
 
 def sigmas(attached: Facts, steps: int | None, tokens: int, denoise: float = 1.0) -> Tensor:
@@ -426,6 +428,46 @@ def test_a_model_without_a_recipe_runs_with_the_releases_defaults(caplog: pytest
     assert "Few-Step Sampler (UniPic): no recipe: 2 steps, euler, guidance 4" in caplog.text
     times = [float(t[0]) for _, t in toy.network(model).calls]
     assert times == pytest.approx(base_times(2, 24)[:-1].tolist(), abs=1e-6)
+
+
+def test_a_schedule_may_be_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    """euler with the schedule base on few-step weights is the release's demo: diffusers' times with their stretch."""
+    model = with_recipe(toy.model())
+    with caplog.at_level("INFO"):
+        few_step(model, toy.latent(), sampler="euler")
+    told = "8 steps, euler, no guidance, schedule few_step; the release's demo of few-step weights with euler has"
+    assert told in caplog.text
+    for chosen, times in (("few_step", few_step_times(4, 24)), ("base", base_times(4, 24))):
+        toy.network(model).calls.clear()
+        few_step(model, toy.latent(), steps=4, sampler="euler", schedule=chosen)
+        assert [float(t[0]) for _, t in toy.network(model).calls] == pytest.approx(times[:-1].tolist(), abs=1e-6)
+        given = sample.UniPicSigmas.execute(model, toy.latent(), 4, 1.0, chosen)[0]
+        toy.close(given, times.float(), 1e-6)
+    linear = sample.UniPicSigmas.execute(model, toy.latent(), 4, 1.0, "fixed_shift", 3.0)[0]
+    toy.close(linear, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0]), 1e-6)
+    with pytest.raises(UniPicError, match="a shift needs the schedule fixed_shift, got the schedule few_step"):
+        few_step(model, toy.latent(), shift=3.0)
+
+
+def test_a_chosen_shift_wins_over_a_sampling_node(caplog: pytest.LogCaptureFixture) -> None:
+    [model] = ModelSamplingAuraFlow().patch_aura(with_recipe(toy.model(), RELEASED_BASE), 5.0)
+    with caplog.at_level("INFO"):
+        given = sample.UniPicSigmas.execute(model, toy.latent(), 2, 1.0, "fixed_shift", 3.0)[0]
+    toy.close(given, torch.tensor([1.0, 0.75, 0.0]), 1e-6)
+    assert "the sampling node's shift 5 is not used, since a shift was chosen here" in caplog.text
+
+
+def test_a_latent_over_the_budget_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """The toy's latents are an eighth of the picture."""
+    model = with_recipe(toy.model(), replace(RELEASED_FEW_STEP, output_budget=48))
+    with caplog.at_level("INFO"):
+        few_step(model, toy.latent())
+    assert "96x64 is over this model's 48x48 pixels" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        few_step(with_recipe(toy.model(), replace(RELEASED_FEW_STEP, output_budget=96)), toy.latent())
+        few_step(with_recipe(toy.model(), replace(RELEASED_FEW_STEP, output_budget=None)), toy.latent())
+    assert "is over" not in caplog.text
 
 
 def test_few_step_sampler_is_lcm_with_our_sigmas() -> None:

@@ -14,9 +14,12 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.sample
 import comfy.samplers
+import comfy.supported_models
 import pytest
 import torch
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.patcher_extension import WrappersMP
+from comfy_extras import nodes_freelunch, nodes_hypertile, nodes_tomesd
 from model_tools import random_inputs, relative, velocity
 from torch import Tensor
 from unipic_pack.unipic_core.conditioning.sequence import (
@@ -238,3 +241,33 @@ def test_flux_kv_cache_node(nano_model: Any) -> None:
     first, second = (velocity(cached, x, 0.5, text, references) for _ in range(2))
     torch.testing.assert_close(second, first, rtol=0, atol=2e-5)
     cached.unpatch_model()
+
+
+def patched_for_unets(node: str, model: Any) -> Any:
+    made = {
+        "TomePatchModel": lambda: nodes_tomesd.TomePatchModel.execute(model, 0.3).args[0],
+        "HyperTile": lambda: nodes_hypertile.HyperTile.execute(model, 256, 2, 0, False)[0],
+    }
+    return made[node]()
+
+
+@pytest.mark.parametrize("node", ["TomePatchModel", "HyperTile"])
+def test_attention_patches_of_unets_are_refused_in_a_sentence(nano_model: Any, node: str) -> None:
+    """On ComfyUI's own network the same call ends in Python's TypeError: neither knows `pe`."""
+    model, (x, text, references) = patched_for_unets(node, nano_model), random_inputs()
+    with pytest.raises(UniPicError, match=f"{node} changes the attention of U-Nets such as SDXL and does not know"):
+        velocity(model, x, 0.5, text, references)
+    sizes = {"num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 5, "joint_attention_dim": 128}
+    ours = nano_model.model.diffusion_model.config.axes_dims_rope
+    network = QwenImageTransformer2DModel(**sizes, axes_dims_rope=ours, operations=comfy.ops.manual_cast)
+    options = model.model_options["transformer_options"]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'pe'"), torch.inference_mode():
+        network(x, torch.tensor([0.5]), text, transformer_options=options)
+
+
+def test_freeu_is_refused_by_its_own_node(nano_model: Any) -> None:
+    """As on ComfyUI's own Qwen-Image: there is no U-Net's number of channels."""
+    config = comfy.supported_models.QwenImage({"image_model": "qwen_image"})
+    assert "model_channels" not in config.unet_config
+    with pytest.raises(KeyError, match="model_channels"):
+        nodes_freelunch.FreeU.execute(nano_model, 1.1, 1.2, 0.9, 0.2)
