@@ -1,4 +1,4 @@
-"""LoadUniPic: MODEL, CLIP and VAE of ComfyUI's own kinds from a model on disk."""
+"""LoadUniPic: ComfyUI's MODEL, CLIP and VAE from a model on disk."""
 
 from __future__ import annotations
 

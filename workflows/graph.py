@@ -1,4 +1,4 @@
-"""Graphs for ComfyUI described once, written twice: as the page saves them (UI) and as its server runs them (API)."""
+"""Graphs for ComfyUI in both formats: as the page saves them (UI) and as the server runs them (API)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TITLE, GAP, PADDING, HEADING = 30, 34, 20, 44
 """Pixels: a node's title bar, the space between nodes, and a group's border and heading."""
 
 CONTROL = "control_after_generate"
-"""The page puts this widget after a seed; the server knows nothing of it."""
+"""Widget that the page adds after a seed; the server does not have it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Node:
     at: tuple[int, int] = (0, 0)
 
     def __getitem__(self, output: str) -> tuple[Node, str]:
-        """One of its outputs, as another node's wire."""
+        """An output, as the wire of another node."""
         assert output in self.kind.outputs, f"{self.kind_name} has {list(self.kind.outputs)}, not {output}"
         return self, output
 
@@ -108,11 +108,11 @@ class Workflow:
         self.columns.append(list(groups))
 
     def api(self) -> dict[str, Any]:
-        """What the server runs."""
+        """API format, which the server runs."""
         return {str(node.id): node.api() for node in self.nodes}
 
     def ui(self) -> dict[str, Any]:
-        """What the page saves."""
+        """UI format, which the page saves."""
         groups = self._place()
         links = self._links()
         nodes = [self._ui_node(node, links) for node in self.nodes]

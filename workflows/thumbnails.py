@@ -1,4 +1,4 @@
-"""Thumbnails of the template browser: what a workflow made, above the pictures that it was made of."""
+"""Thumbnails of the template browser: a workflow's result above its input pictures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PAPER = (246, 242, 232)
 
 
 def thumbnail(workflow: Workflow, result: Image.Image) -> Image.Image:
-    """[384 wide] the result, enlarged, with a strip of its references."""
+    """The result, enlarged to 384 pixels wide, above a strip of its references."""
     names = [node.values["picture"] for node in workflow.nodes if node.kind_name == "UniPicSampleImages"]
     side = min(STRIP, (WIDTH - GAP * (len(names) + 1)) // len(names))
     height = round(result.height * WIDTH / result.width)

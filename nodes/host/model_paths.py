@@ -132,7 +132,7 @@ def _bundled(kind: FileKind) -> dict[str, Path]:
 
 
 def has_part(model: Path, kind: FileKind) -> bool:
-    """Whether a pipeline folder holds weights of this part."""
+    """True if a pipeline folder holds weights of this part."""
     folder = model / ("vae" if kind is VAE else "text_encoder")
     return folder.is_dir() and find_weight_file(folder) is not None
 
@@ -154,7 +154,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _holds_network(folder: Path) -> bool:
-    """Whether there is a transformer/ or ema_transformer/ whose config, if any, does not name another network."""
+    """True for a folder with a transformer/ or ema_transformer/ whose config, if any, does not name another network."""
     folder = model_folder(folder)
     parts = [folder / name for name in TRANSFORMER_FOLDERS if (folder / name).is_dir()]
     return any(class_name(part / "config.json") in (None, NETWORK_CLASS) for part in parts)

@@ -40,11 +40,11 @@ CACHED_TOKENS = "unipic_cached_tokens"
 """Key of a conditioning: its `cached_token_shapes` in the present run."""
 
 SHARED, SEPARATE = "unipic_shared_tokens", "unipic_separate_tokens"
-"""Names of cached tokens in ComfyUI's memory estimate: references, counted once for all conditionings that bring the
+"""Names of cached tokens in ComfyUI's memory estimate: references, counted once for all conditionings that have the
 same ones; and tokens that each conditioning caches for itself."""
 
 REFERENCE_SETS = 2
-"""Sets of references whose keys and values are cached: a positive and a negative may bring different ones."""
+"""Sets of references whose keys and values are cached: a positive and a negative may have different ones."""
 
 TEXTS = 4
 """Texts whose keys and values are cached: two with guidance, and a few for conditionings of an area or a time range."""
@@ -85,7 +85,7 @@ class KVCache:
         self._patcher = None
 
     def may_cache(self, inputs: NetworkInputs) -> bool:
-        """Whether a run is going on that may cache: hooks on weights and TrainLoraNode change weights in between."""
+        """True during a run whose weights do not change; hooks on weights and TrainLoraNode change them."""
         if self._patcher is None or self._patcher.hook_patches or getattr(management, "in_training", False):
             return False
         return inputs.options.get(KV_CACHE) != OFF
@@ -95,7 +95,7 @@ class KVCache:
         return self.exact[piece].get(*inputs.cache_key(piece), compute)
 
     def approximate_references(self, inputs: NetworkInputs) -> ApproximateReferences | None:
-        """The reusable references of these inputs, each text with its own; None unless APPROXIMATE was chosen."""
+        """The reusable references for these inputs, separate for each text; None unless APPROXIMATE was chosen."""
         chosen = inputs.options.get(KV_CACHE) == APPROXIMATE and inputs.attention_form == FULL
         if not chosen or not inputs.has_references or not self.may_cache(inputs):
             return None
@@ -134,7 +134,7 @@ def _count_cached_tokens(executor: Any, noise: Tensor, *args: Any, **kwargs: Any
 
 
 def _same_references(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two conditionings bring references of equal values."""
+    """True if two conditionings have equal references."""
 
     def equal(x: Tensor, y: Tensor) -> bool:
         return x is y or (x.shape == y.shape and x.device == y.device and torch.equal(x, y))
@@ -146,7 +146,7 @@ def _same_references(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _skips_negative(guider: CFGGuider) -> bool:
-    """Whether ComfyUI leaves out the negative, as it does at guidance 1."""
+    """True if ComfyUI leaves out the negative, as it does at guidance 1."""
     stock = type(guider).predict_noise is CFGGuider.predict_noise
     return stock and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization")
 
@@ -161,7 +161,7 @@ def cached_token_shapes(cond: Mapping[str, Any], form: str, mode: str, pictures:
         return {}
     sides = [z.shape[-2:] for z in cond.get("reference_latents") or ()]
     references = sum(math.ceil(height / PATCH) * math.ceil(width / PATCH) for height, width in sides)
-    if form == FULL:  # references attend to the target, so each picture of the batch has its own keys and values
+    if form == FULL:  # references attend to the target, so their keys and values differ for each picture of the batch
         return {SEPARATE: [1, references * pictures]} if mode == APPROXIMATE else {}
     text = cond.get("cross_attn") if TEXT in fixed_pieces(form) else None
     return {SHARED: [1, references], SEPARATE: [1, 0 if text is None else text.shape[1]]}

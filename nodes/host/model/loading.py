@@ -116,7 +116,7 @@ def _dtypes(
     def cast(dtype: torch.dtype | None) -> torch.dtype | None:
         return management.unet_manual_cast(dtype, device, config.supported_inference_dtypes)
 
-    if config.quant_config:  # quantised layers bring their types
+    if config.quant_config:  # quantised layers have a type each
         return compute_dtype_of(weights), cast(None)
     wanted, stored = WEIGHT_DTYPES[weight_dtype], storage_dtype(tensors)
     dtype = stored if wanted is None or (wanted in FP8 and stored in FP8) else wanted

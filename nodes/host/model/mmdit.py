@@ -78,7 +78,7 @@ class ComfyMMDiT(MMDiTLayers):
         """
         options = transformer_options or {}
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
-        if wrappers:  # EasyCache adds to x in place, and in float32 x is the sampler's own latent
+        if wrappers:  # EasyCache adds to x in place, and in float32 x is the sampler's latent itself
             x = x.clone()
         return WrapperExecutor.new_class_executor(self._forward, self, wrappers).execute(
             x, timestep, context, attention_mask, ref_latents, additional_t_cond, options, **kwargs

@@ -112,7 +112,7 @@ def encode_prompt(clip: CLIP, prompt: str, references: Sequence[Image.Image]) ->
 
 
 def changes_weights(clip: CLIP) -> bool:
-    """Whether hooks may change a CLIP's weights while it encodes, so that no result may be cached."""
+    """True if hooks may change a CLIP's weights while it encodes, so that no result may be cached."""
     return bool(clip.patcher.forced_hooks or clip.apply_hooks_to_conds or clip.use_clip_schedule)
 
 

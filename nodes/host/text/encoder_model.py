@@ -80,8 +80,8 @@ class TextModel(sd1_clip.SD1ClipModel):
         hidden, pooled, extra = super().encode_token_weights(tokens)
         start = self.tokenizer.dropped([pair[0] for pair in tokens[KEY][0]])
         mask = extra["attention_mask"][:, start:]
-        kept = {k: v for k, v in extra.items() if k != "attention_mask"}
-        return hidden[:, start:], pooled, kept if bool(mask.all()) else {**kept, "attention_mask": mask}
+        others = {k: v for k, v in extra.items() if k != "attention_mask"}
+        return hidden[:, start:], pooled, others if bool(mask.all()) else {**others, "attention_mask": mask}
 
     def load_sd(self, sd: dict[str, Tensor]) -> Any:
         """Load weights. CheckpointError for those that do not fit, which ComfyUI would only log."""
