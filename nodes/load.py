@@ -14,7 +14,7 @@ import folder_paths
 from comfy.sd import VAE
 from comfy_api.latest import io
 
-from ..unipic_core.errors import UniPicError
+from ..unipic_core.errors import UniPicError, joined_lines
 from ..unipic_core.run.plan import resolve
 from ..unipic_core.weights.formats.safetensors_file import read_table
 from ..unipic_core.weights.recipe import Recipe
@@ -72,7 +72,7 @@ class LoadUniPic(io.ComfyNode):
     def fingerprint_inputs(
         cls, model: str | None = None, text_encoder: str | None = None, vae: str | None = None, **_: object
     ) -> object:
-        """Run again when weights, configs or the recipe on disk changed; a name from a link is not known yet."""
+        """States of the files, so that changed ones are loaded again; None for a name from a wire."""
         if model is None or text_encoder is None or vae is None:
             return None
         try:
@@ -178,5 +178,5 @@ def readable(path: Path, kind: sources.FileKind) -> Iterator[None]:
     except Exception as error:
         if management.is_oom(error):
             raise
-        detail = " ".join(str(error).split())[:200]
+        detail = joined_lines(error)
         raise UniPicError(f"ComfyUI cannot use {path.name} as {kind.label} ({detail}); use {kind.get}") from error

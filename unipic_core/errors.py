@@ -8,6 +8,11 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:150]
 
 
+def joined_lines(error: BaseException, most: int = 200) -> str:
+    """All lines of another library's message as one, at most `most` characters, to be quoted inside a sentence."""
+    return " ".join(str(error).split())[:most]
+
+
 def printable(text: object, keep: str = "") -> str:
     """Escape untrusted text for a terminal: control characters, marks that reverse the direction of writing and bytes
     that are no text are spelt out, as \\x1b. keep: characters to leave as they are."""

@@ -26,7 +26,7 @@ def file_states(path: Path) -> list[FileState]:
 def _below(folder: Path, depth: int) -> Iterator[Path]:
     try:
         entries = list(os.scandir(folder))
-    except OSError:  # gone, or not readable: loading says so
+    except OSError:  # absent or not readable: loading raises the error
         return
     for entry in entries:
         if entry.is_dir():

@@ -83,8 +83,8 @@ def find_model(name: str) -> Path:
         return paths[name]
     if name.endswith(GGUF):
         raise UniPicError(
-            f"Load UniPic does not read GGUF, got {name}; load it with Unet Loader (GGUF) of ComfyUI-GGUF, whose MODEL "
-            "goes to Distill LoRA and Few-Step Sampler, with CLIP and VAE from Load CLIP and Load VAE"
+            f"Load UniPic does not read GGUF, got {name}; use Unet Loader (GGUF) of ComfyUI-GGUF for the MODEL, with "
+            "Load CLIP and Load VAE"
         )
     near = get_close_matches(name, paths, n=3, cutoff=0.5) or list(paths)[:3]
     raise UniPicError(
@@ -127,7 +127,7 @@ def find_part(kind: FileKind, name: str, model: Path) -> Path:
 
 
 def _bundled(kind: FileKind) -> dict[str, Path]:
-    """The bundled models that bring this part, as whole folders, by the name in the node's list."""
+    """Bundled models with this part: name in the node's list -> whole folder."""
     return {f"{path.name} (bundled)": path for path in _model_folders(MODELS) if has_part(path, kind)}
 
 
@@ -161,7 +161,7 @@ def _holds_network(folder: Path) -> bool:
 
 
 def _gguf_files() -> dict[str, Path]:
-    """GGUF files, which ComfyUI's own lists leave out, by their names below a folder for diffusion models."""
+    """GGUF files, which ComfyUI's lists leave out: name below a folder for diffusion models -> file."""
     roots = [Path(root) for kind in ("diffusion_models", "unipic") for root in folder_paths.get_folder_paths(kind)]
     return {path.relative_to(root).as_posix(): path for root in roots for path in sorted(root.glob(f"**/*{GGUF}"))}
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import UniPicError
+from ..errors import UniPicError, joined_lines
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """(q [B, H, Q, D], k and v [B, H, S, D], mask [B, 1, 1, S] bool or None: True = attend) -> [B, H, Q, D]."""
@@ -194,7 +194,7 @@ class Checked:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # any: packages raise whatever their compilers do
-            return self._exclude(f"failed ({' '.join(str(error).split())[:200]})", place, (q, k, v))
+            return self._exclude(f"failed ({joined_lines(error)})", place, (q, k, v))
         if bool(out.isfinite().all()):
             return out
         expected = scaled_dot_product_attention(q, k, v)

@@ -28,7 +28,7 @@ from ..conditioning.reference_sizes import REFERENCE_MULTIPLE, vision_size
 from ..conditioning.sequence import TextCond
 from ..conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions, grid_thw
 from ..errors import CheckpointError, UniPicError
-from ..weights.text_encoder import HEAD, open_encoder, readable_encoder_errors, tokenizer_class
+from ..weights.text_encoder import HEAD, check_encoder_folders, open_encoder, readable_encoder_errors, tokenizer_class
 
 EncoderInputs = dict[str, Tensor]
 """CPU tensors of a batch: input_ids and attention_mask [B, L] long, padded right; pixel_values [P, 1176] float32, the
@@ -62,11 +62,7 @@ class TextEncoder:
     ) -> TextEncoder:
         """Load from a pipeline folder's text_encoder/, tokenizer/ and processor/. Raises CheckpointError."""
         folder = Path(folder)
-        for part in ("text_encoder", "tokenizer"):
-            if not (folder / part).is_dir():
-                raise CheckpointError(
-                    f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
-                )
+        check_encoder_folders(folder)
         open_encoder(folder)
         return cls.from_checked(folder, dtype, device)
 

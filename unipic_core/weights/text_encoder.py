@@ -48,6 +48,15 @@ def encoder_parameters(weights: Weights) -> int:
     return sum(weights.count(name) for name in weights if not name.startswith(HEAD))
 
 
+def check_encoder_folders(folder: Path) -> None:
+    """Raise CheckpointError unless a pipeline folder has text_encoder/ and tokenizer/."""
+    for part in ("text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise CheckpointError(
+                f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
+            )
+
+
 def open_encoder(folder: PathLike) -> Weights:
     """Open the weights of a pipeline folder's text encoder; no tensor is loaded.
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ....unipic_core.conditioning.images import resize_for_vision
 from ....unipic_core.conditioning.prompt import prompt_text, special_token_in
-from ....unipic_core.errors import CheckpointError, UniPicError
+from ....unipic_core.errors import UniPicError
 from ....unipic_core.weights.files import open_weights
-from ....unipic_core.weights.text_encoder import HEAD
+from ....unipic_core.weights.text_encoder import HEAD, check_encoder_folders
 from ..pictures.images import to_image
 from .encoder_config import EncoderConfig
 from .encoder_model import TextModel
@@ -40,11 +40,7 @@ def load_clip(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     Raises CheckpointError that names the missing, damaged or unsuitable part.
     """
     folder = Path(folder)
-    for part in ("text_encoder", "tokenizer"):
-        if not (folder / part).is_dir():
-            raise CheckpointError(
-                f"{folder} has no {part}/ folder; download it from a Qwen-Image-Edit or UniPic 3 repository"
-            )
+    check_encoder_folders(folder)
     config = EncoderConfig.read(folder / "text_encoder" / "config.json")
     tokenizer = Tokenizer.read(folder / "tokenizer", config.image_token, config.text["max_position_embeddings"])
     weights = read_encoder_weights(folder / "text_encoder")

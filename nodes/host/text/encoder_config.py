@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ....unipic_core.conditioning.vision import FRAMES, MERGE, PATCH, POSITIONS, encoder_positions
-from ....unipic_core.errors import CheckpointError
+from ....unipic_core.errors import CheckpointError, joined_lines
 
 _TEXT = {
     "vocab_size": 152064,
@@ -60,9 +60,8 @@ class EncoderConfig:
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from None
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-            detail = " ".join(str(error).split())[:200]
             raise CheckpointError(
-                f"{file} cannot be read ({detail}); download the text_encoder folder again"
+                f"{file} cannot be read ({joined_lines(error)}); download the text_encoder folder again"
             ) from error
 
     @classmethod

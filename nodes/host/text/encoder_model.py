@@ -12,7 +12,7 @@ from comfy.text_encoders import llama, qwen_vl
 from torch import Tensor
 
 from ....unipic_core.conditioning.vision import MERGE, PATCH, grid_thw, vision_patches
-from ....unipic_core.errors import CheckpointError
+from ....unipic_core.errors import CheckpointError, joined_lines
 from .encoder_config import EncoderConfig
 from .tokenizer import KEY, Tokenizer
 
@@ -88,7 +88,7 @@ class TextModel(sd1_clip.SD1ClipModel):
         try:
             missing, unexpected = super().load_sd(sd)
         except RuntimeError as error:
-            detail = " ".join(str(error).split())[:300]
+            detail = joined_lines(error, 300)
             raise CheckpointError(
                 f"the text encoder's weights do not fit its config.json ({detail}); download the text_encoder folder "
                 "again"

@@ -306,7 +306,7 @@ def test_gguf_files_name_their_loader(models_folder: Path) -> None:
     (models_folder / "diffusion_models" / "sub" / "unipic3-Q4_K_M.gguf").write_bytes(b"GGUF")
     assert "sub/unipic3-Q4_K_M.gguf" in options()["model"]
     for name in ("sub/unipic3-Q4_K_M.gguf", "gone.gguf"):
-        with pytest.raises(UniPicError, match=r"does not read GGUF, got .*; load it with Unet Loader \(GGUF\)"):
+        with pytest.raises(UniPicError, match=r"does not read GGUF, got .*; use Unet Loader \(GGUF\)"):
             run(name)
 
 
