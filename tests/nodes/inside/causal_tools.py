@@ -1,4 +1,4 @@
-"""What the tests of causal attention forms share: a run of FewStepSampler, and LoRAs."""
+"""Runs of FewStepSampler, the kv cache and LoRAs for the tests of causal attention forms."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def run(model: Any, cache: str = "auto", cfg: float = 1.0, seed: int = 3, batch:
     return out[0]["samples"]
 
 
-def kept(model: Any) -> dict[str, int]:
+def cached_sets(model: Any) -> dict[str, int]:
+    """REFERENCES and TEXT -> the number of sets in the kv cache."""
     return {piece: len(cache) for piece, cache in model.model.diffusion_model.kv_cache.exact.items()}
 
 

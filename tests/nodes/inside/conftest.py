@@ -44,7 +44,7 @@ def pipeline(golden):
     """The reference implementation, of another copy of the core: give it plain tensors and pictures."""
     root = str(golden.parents[1])
     if root not in sys.path:
-        sys.path.append(root)  # behind ComfyUI, whose own `nodes` must be found first
+        sys.path.append(root)  # behind ComfyUI, whose own `nodes` must come first
     return importlib.import_module("unipic_core.pipeline")
 
 
@@ -59,12 +59,12 @@ def nano_model(nano):
 @pytest.fixture(scope="module")
 def causal_folders(nano, tmp_path_factory):
     """By form: the nano, as if its weights had been trained in it."""
-    made = {}
+    folders = {}
     for form in ("reference_causal", "prefix_causal"):
-        made[form] = shutil.copytree(nano, tmp_path_factory.mktemp(form) / "nano")
-        config = made[form] / "transformer" / "config.json"
+        folders[form] = shutil.copytree(nano, tmp_path_factory.mktemp(form) / "nano")
+        config = folders[form] / "transformer" / "config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "attention_form": form}))
-    return made
+    return folders
 
 
 @pytest.fixture(scope="module")

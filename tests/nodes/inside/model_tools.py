@@ -45,10 +45,10 @@ def velocity(patcher: Any, x: Tensor, sigma: float, text: Tensor, references: li
     management.load_models_gpu([patcher])
     options = {**patcher.model_options["transformer_options"], **kwargs.pop("transformer_options", {})}
     t = torch.full((x.shape[0],), sigma)
-    found = patcher.model.apply_model(
+    x0 = patcher.model.apply_model(
         x, t, c_crossattn=text, ref_latents=references, transformer_options=options, **kwargs
     )
-    return (x - found) / sigma
+    return (x - x0) / sigma
 
 
 def random_inputs(batch: int = 1, words: int = 9, width: int = 128, channels: int = 16) -> tuple[Tensor, Tensor, list]:

@@ -233,7 +233,7 @@ async def _next(message: Any, prompts: dict[str, Events], http: Any, on_progress
 
 
 async def _outputs(http: Any, prompt: str) -> dict[str, Any]:
-    """From the history, which is written a moment after the end is told."""
+    """From the history, which is written a moment after the end is reported."""
     for _ in range(300):
         history = await (await http.get(f"/history/{prompt}")).json()
         if prompt in history:

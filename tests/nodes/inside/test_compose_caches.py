@@ -57,8 +57,8 @@ def batches(monkeypatch):
     return watch
 
 
-def latents(made):
-    return made[0][0][1]["reference_latents"]
+def latents(output):
+    return output[0][0][1]["reference_latents"]
 
 
 def test_nothing_is_encoded_twice(counted):
@@ -85,14 +85,14 @@ def test_pictures_of_one_size_are_encoded_together(tiny, batches):
     assert seen == [1] * 5
     compose.clear_caches()
     seen.clear()
-    made = compose._reference_latents(vae, pictures + pictures[:1])
+    encoded = compose._reference_latents(vae, pictures + pictures[:1])
     assert seen == [3, 1, 1]
-    for got, want in zip(made, alone + alone[:1], strict=True):
+    for got, want in zip(encoded, alone + alone[:1], strict=True):
         assert distance(got, want) < 1e-5
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in compose._references._values.values())
     again = compose._reference_latents(vae, [to_pictures(image(9, 64, 64))[0], pictures[2]])
     assert seen[3:] == [1]
-    assert torch.equal(again[1], made[2])
+    assert torch.equal(again[1], encoded[2])
 
 
 def test_a_stock_vae_gets_one_picture_at_a_time(tiny, batches):
@@ -170,12 +170,12 @@ def test_a_changed_tower_is_noticed(tiny, passes):
     assert distance(run(tiny, image(0), prompt="x", **SMALL)[1][0][0], before[1][0][0]) == 0
     passes.clear()
     norm = clip.cond_stage_model.get_submodule(name.removesuffix(".weight"))
-    kept = norm.weight.detach().clone()
+    before = norm.weight.detach().clone()
     try:
-        norm.load_state_dict({"weight": kept + 1})
+        norm.load_state_dict({"weight": before + 1})
         assert distance(run(tiny, image(0), **SMALL)[0][0][0], changed[0][0][0]) == 0
     finally:
-        norm.load_state_dict({"weight": kept})
+        norm.load_state_dict({"weight": before})
     assert len(passes) == 1
 
 
@@ -183,12 +183,12 @@ def test_changed_weights_are_noticed(counted):
     parts, counts = counted
     before = run(parts, image(0), **SMALL)
     layer = parts[1].first_stage_model.quant_conv
-    kept = layer.bias.detach().clone()
+    before = layer.bias.detach().clone()
     try:
-        layer.load_state_dict({**layer.state_dict(), "bias": kept + 1})
+        layer.load_state_dict({**layer.state_dict(), "bias": before + 1})
         after = run(parts, image(0), **SMALL)
     finally:
-        layer.load_state_dict({**layer.state_dict(), "bias": kept})
+        layer.load_state_dict({**layer.state_dict(), "bias": before})
     assert counts == {"text": 2, "vae": 2}
     assert distance(after[0][0][1]["reference_latents"][0], before[0][0][1]["reference_latents"][0]) > 0.5
 
@@ -214,10 +214,10 @@ def test_caches_are_small_and_on_the_cpu(tiny):
 
 
 def test_a_later_node_cannot_change_what_is_kept(tiny):
-    wishes = {"reference_budget": 32, "width": 32, "height": 32}
-    first = run(tiny, image(), **wishes)
+    sizes = {"reference_budget": 32, "width": 32, "height": 32}
+    first = run(tiny, image(), **sizes)
     first[1][0][1]["reference_latents"].clear()
     first[1][0][1]["strength"] = 0
-    second = run(tiny, image(), **wishes)
+    second = run(tiny, image(), **sizes)
     assert len(second[1][0][1]["reference_latents"]) == 1
     assert "strength" not in second[1][0][1]

@@ -165,9 +165,9 @@ def test_weights_without_a_recipe_are_named(
     for name in ("mine", "Unipic3-DMD"):
         shutil.copytree(golden / "tiny", models_folder / "unipic" / name)
         run(f"unipic/{name}")
-    told = "mine has no recipe, so it runs with 50 steps, euler, guidance 4; if it is"
-    [said] = [r for r in caplog.records if "no recipe" in r.getMessage()]
-    assert (said.levelname, told in said.getMessage()) == ("WARNING", True)
+    text = "mine has no recipe, so it runs with 50 steps, euler, guidance 4; if it is"
+    [record] = [r for r in caplog.records if "no recipe" in r.getMessage()]
+    assert (record.levelname, text in record.getMessage()) == ("WARNING", True)
     shutil.copy(sources.find_model(sources.DEFAULT_MODEL) / "recipe.json", models_folder / "unipic" / "mine")
     run("unipic/mine")
     assert len([r for r in caplog.records if "no recipe" in r.getMessage()]) == 1

@@ -45,11 +45,11 @@ def tiny(golden: Path) -> Any:
 @pytest.fixture(scope="module")
 def pairs(tiny: Any) -> Pairs:
     generator = torch.Generator().manual_seed(0)
-    made = {}
+    pairs = {}
     for name in LAYERS:
         out, into = weight(tiny, name).shape
-        made[name] = tuple(0.3 * torch.randn(s, generator=generator) for s in ((RANK, into), (out, RANK)))
-    return made  # type: ignore[return-value]
+        pairs[name] = tuple(0.3 * torch.randn(s, generator=generator) for s in ((RANK, into), (out, RANK)))
+    return pairs  # type: ignore[return-value]
 
 
 @pytest.fixture
@@ -356,8 +356,8 @@ def test_the_line_is_shown_in_the_node(monkeypatch: pytest.MonkeyPatch, file: Pa
     page = SimpleNamespace(PromptServer=SimpleNamespace(instance=server))
     monkeypatch.setitem(sys.modules, "server", page)
     monkeypatch.setattr(DistillLoRA, "hidden", SimpleNamespace(unique_id="12"))
-    told = line(tiny)
-    assert shown == [(told, "12", "page")]
+    text = line(tiny)
+    assert shown == [(text, "12", "page")]
 
 
 def test_schema() -> None:

@@ -171,7 +171,7 @@ def test_unusual_input_works(executor: Executor, case: str) -> None:
 
 
 def test_interrupted_while_encoding(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user presses stop while a reference is encoded: nothing half-made is kept, and the next run works."""
+    """The user presses stop while a reference is encoded: nothing half-encoded is cached, and the next run works."""
     encode = compose.encode_prompt
 
     def stopped(*args: Any) -> Any:

@@ -92,16 +92,16 @@ def test_nothing_overlaps(pages: Path, make: Any, when: str) -> None:
             assert name == other or apart, f"{name} lies on {other}"
     for node in seen["nodes"]:
         x, y, width, height = node["box"]
-        held = any(
+        inside = any(
             left <= x and top <= y and x + width <= left + w and y + height <= top + h
             for left, top, w, h in (group["box"] for group in seen["groups"])
         )
-        assert held or node["title"] == "Read me", f"{node['title']} stands out of its group"
+        assert inside or node["title"] == "Read me", f"{node['title']} stands out of its group"
 
 
 @pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
 def test_screenshot(pages: Path, make: Any) -> None:
-    """There is something to see, and it is small enough to be kept."""
+    """There is something to see, and it is small enough for the repository."""
     name = make().name
     with Image.open(pages / f"{name}.png") as shot:
         assert shot.width > 1000

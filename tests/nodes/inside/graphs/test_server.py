@@ -38,7 +38,7 @@ def saved(on: Server, events: Events) -> list[Image.Image]:
 def test_workflow(comfy: Server, make: Any) -> None:
     [events] = run(comfy, make().api())
     assert events.ended == "execution_success", events.detail
-    assert events.progress, "no progress was told"
+    assert events.progress, "no progress was reported"
     assert events.progress[-1][0] == events.progress[-1][1] >= 4
     assert events.previews >= events.progress[-1][1] - 1, "a preview for every step"
     pictures = saved(comfy, events)

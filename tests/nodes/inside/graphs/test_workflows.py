@@ -1,6 +1,6 @@
 """Every shipped workflow in this process: the nodes are those it names, and it runs to a saved picture.
 
-UNIPIC_UPDATE_PICTURES=1 also writes the thumbnails, from the pictures that were made.
+UNIPIC_UPDATE_PICTURES=1 also writes the thumbnails, from the results.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def executor() -> Executor:
 
 
 def inputs_of(node: Any) -> dict[str, tuple[Any, ...]]:
-    found = node.INPUT_TYPES()
-    return {**found.get("required", {}), **found.get("optional", {})}
+    inputs = node.INPUT_TYPES()
+    return {**inputs.get("required", {}), **inputs.get("optional", {})}
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -1,4 +1,4 @@
-"""Causal attention forms inside ComfyUI: the core's numbers, what is kept during a run, and that nothing stale is."""
+"""Causal attention forms inside ComfyUI: the core's numbers, the kv cache of a run, and that nothing stale is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import comfy.sample
 import pytest
 import torch
 import toy
-from causal_tools import CAUSAL, STEPS, build, close, conditioning, kept, run
+from causal_tools import CAUSAL, STEPS, build, cached_sets, close, conditioning, run
 from model_tools import lora_file, random_inputs, velocity
 from unipic_pack.nodes.host.model import kv_cache
 from unipic_pack.nodes.host.model.kv_cache import ATTENTION_FORM, KV_CACHE
@@ -39,15 +39,15 @@ pytestmark = pytest.mark.usefixtures("inference")
 @pytest.fixture
 def prefills(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is computed before the target's segment, in order."""
-    made: list[str] = []
+    prefilled: list[str] = []
     original = ComfyMMDiT._segment
 
-    def watched(self: ComfyMMDiT, piece: str, fixed: Any) -> Any:
-        made.append(f"{piece} x{fixed.rows[piece]}")
-        return original(self, piece, fixed)
+    def watched(self: ComfyMMDiT, piece: str, inputs: Any) -> Any:
+        prefilled.append(f"{piece} x{inputs.rows[piece]}")
+        return original(self, piece, inputs)
 
     monkeypatch.setattr(ComfyMMDiT, "_segment", watched)
-    return made
+    return prefilled
 
 
 @pytest.mark.parametrize("form", CAUSAL)
@@ -82,7 +82,7 @@ def test_a_run_reads_its_condition_once(
     texts = 0 if form == "reference_causal" else 1 if cfg == 1 else 2
     assert prefills.count(f"{REFERENCES} x1") == 1
     assert prefills.count(f"{TEXT} x1") == texts
-    assert kept(model) == {REFERENCES: 0, TEXT: 0}, "freed when the run ends"
+    assert cached_sets(model) == {REFERENCES: 0, TEXT: 0}, "freed when the run ends"
     prefills.clear()
     close(run(model, "off", cfg), cached)
     passes = STEPS * (1 if cfg == 1 else 2)
@@ -147,24 +147,24 @@ def opened(causal_models: dict[str, Any]) -> Iterator[Any]:
     network.kv_cache.end_run()
 
 
-def test_hooks_on_weights_and_the_switch_keep_nothing(opened: Any, prefills: list[str]) -> None:
+def test_hooks_on_weights_and_the_switch_cache_nothing(opened: Any, prefills: list[str]) -> None:
     x, text, references = random_inputs()
     for _ in range(2):
         velocity(opened, x, 0.5, text, references)
     assert len(prefills) == 2
-    assert kept(opened) == {REFERENCES: 1, TEXT: 1}
+    assert cached_sets(opened) == {REFERENCES: 1, TEXT: 1}
     velocity(opened, x, 0.5, text, references, transformer_options={KV_CACHE: "off"})
     opened.model.diffusion_model.kv_cache.begin_run(SimpleNamespace(hook_patches={"some": {}}))
     velocity(opened, x, 0.5, text, references)
     assert len(prefills) == 6
-    assert kept(opened) == {REFERENCES: 0, TEXT: 0}
+    assert cached_sets(opened) == {REFERENCES: 0, TEXT: 0}
 
 
 def test_what_is_kept_is_bounded(opened: Any) -> None:
     x, text, references = random_inputs()
     for i in range(6):
         velocity(opened, x, 0.5, text + i, references)
-    assert kept(opened) == {REFERENCES: 1, TEXT: 4}
+    assert cached_sets(opened) == {REFERENCES: 1, TEXT: 4}
 
 
 def test_a_batch_of_two_texts_keeps_its_references_once(opened: Any, prefills: list[str]) -> None:
@@ -177,7 +177,7 @@ def test_a_batch_of_two_texts_keeps_its_references_once(opened: Any, prefills: l
 
 
 def test_off_goes_through_each_block_at_once(causal_models: dict[str, Any]) -> None:
-    """So keys and values of one block are in memory and not of all; kept ones are made in all blocks first."""
+    """So keys and values of one block are in memory and not of all; cached ones are prefilled in all blocks first."""
     model, order = causal_models["prefix_causal"], []
     blocks = model.model.diffusion_model.transformer_blocks
     hooks = [block.register_forward_hook(lambda *_, i=i: order.append(i)) for i, block in enumerate(blocks)]

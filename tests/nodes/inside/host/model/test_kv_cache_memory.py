@@ -1,4 +1,4 @@
-"""The memory of kept keys and values: what ComfyUI's estimate is told, against what a run holds."""
+"""Memory of the kv cache: the bytes in ComfyUI's estimate, against those that a run holds."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def estimates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
     def watched(model: Any, shape: Any, conds: dict[str, list[dict]]) -> Any:
         bare = {k: [{n: v for n, v in c.items() if n != CACHED_TOKENS} for c in cs] for k, cs in conds.items()}
-        found, without = original(model, shape, conds), original(model, shape, bare)
-        seen.append(found[0] - without[0])
-        assert 0 <= found[1] - without[1] <= seen[-1]
-        return found
+        estimate, without = original(model, shape, conds), original(model, shape, bare)
+        seen.append(estimate[0] - without[0])
+        assert 0 <= estimate[1] - without[1] <= seen[-1]
+        return estimate
 
     monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory", watched)
     return seen
@@ -78,7 +78,7 @@ def test_the_estimate_counts_what_a_run_keeps(
 def test_the_estimate_counts_other_references_of_the_negative(
     form: str, causal_models: dict[str, Any], estimates: list[float], cached_at_end: list[int]
 ) -> None:
-    """Two sets are kept where positive and negative differ, one where they are copies of the same."""
+    """Two sets are cached where positive and negative differ, one where they are copies of the same."""
     _, _, references = random_inputs()
     run(causal_models[form], cfg=3, references=references, negative_references=references[:1])
     run(causal_models[form], cfg=3, references=references, negative_references=[r.clone() for r in references])

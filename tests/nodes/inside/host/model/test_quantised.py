@@ -75,11 +75,11 @@ def test_our_sampler_on_both_loaders(form: str, file: Callable[[str], Path], mon
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bf16_multiplies_out_what_the_layers_would(form: str, file: Callable[[str], Path]) -> None:
-    kept, whole = load_model(file(form)), load_model(file(form), "bf16")
+    quantised, whole = load_model(file(form)), load_model(file(form), "bf16")
     assert not layers(whole)
     weights = dict(whole.model.diffusion_model.named_parameters())
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
-    for name, weight in layers(kept).items():
+    for name, weight in layers(quantised).items():
         assert torch.equal(weights[name], weight.dequantize().bfloat16())
 
 

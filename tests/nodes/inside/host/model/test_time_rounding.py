@@ -33,9 +33,11 @@ def tiny(golden: Path) -> Any:
 @pytest.fixture(scope="module")
 def bf16(tiny: Any) -> ComfyMMDiT:
     """The same network with its activations in bfloat16, which ComfyUI chooses on a GPU."""
-    held = tiny.model.diffusion_model
-    network = ComfyMMDiT(**network_options(held.config), operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16)
-    network.load_state_dict(held.state_dict())
+    loaded = tiny.model.diffusion_model
+    network = ComfyMMDiT(
+        **network_options(loaded.config), operations=comfy.ops.disable_weight_init, dtype=torch.bfloat16
+    )
+    network.load_state_dict(loaded.state_dict())
     return network.eval()
 
 

@@ -42,7 +42,7 @@ def distilled(loaded: Any) -> Any:
 @pytest.mark.parametrize("causal_first", [False, True])
 def test_the_picture_is_the_same(loaded: Any, distilled: Any, causal_first: bool) -> None:
     """For both models in turns, though what was compiled for one is there when the other comes; and for another number
-    of references, and after the kept keys of a first step."""
+    of references, and after the cached keys of a first step."""
     torch._dynamo.reset()
     model, clip, vae = loaded
     for names in (["panda"], ["panda", "beach"]):
@@ -61,7 +61,7 @@ def test_another_cache_is_noticed(loaded: Any, cache: str) -> None:
     model, clip, vae = loaded
     pictures = {IMAGES[0]: to_image(load_image(FOLDER / "panda.png"))}
     positive, negative, latent = MultiImageCompose.execute(clip, vae, "the panda", images=pictures).result
-    run, made = (positive, negative, latent, 3, 6, 1.0, "euler", 1.0), compiled(model)
-    FewStepSampler.execute(made, *run)
-    expected, got = (FewStepSampler.execute(m, *run, cache).result[0]["samples"] for m in (model, made))
+    run, compiled_model = (positive, negative, latent, 3, 6, 1.0, "euler", 1.0), compiled(model)
+    FewStepSampler.execute(compiled_model, *run)
+    expected, got = (FewStepSampler.execute(m, *run, cache).result[0]["samples"] for m in (model, compiled_model))
     assert torch.allclose(got, expected, atol=1e-4)

@@ -100,14 +100,14 @@ def test_stock_nodes_take_our_clip(small):
 
 @torch.inference_mode()
 def test_stock_template_and_labels(small):
-    """The stock node's prompt through our tokenizer: its labels are kept as text, its template's prefix is dropped."""
+    """The stock node's prompt through our tokenizer: its labels stay text, its template's prefix is dropped."""
     image = torch.rand(1, 56, 56, 3)
     text = "Picture 1: <|vision_start|><|image_pad|><|vision_end|>Go."
     tokens = small.tokenize(text, images=[image], llama_template=PREFIX + "{}<|im_end|>\n<|im_start|>assistant\n")
     ids = [pair[0] for pair in tokens[KEY][0]]
     assert sum(isinstance(i, dict) for i in ids) == 1
-    kept = len(ids) - small.tokenizer.dropped(ids) + 4 - 1  # the image is 2x2 tokens
-    assert small.encode_from_tokens(tokens).shape[1] == kept
+    length = len(ids) - small.tokenizer.dropped(ids) + 4 - 1  # the image is 2x2 tokens
+    assert small.encode_from_tokens(tokens).shape[1] == length
 
 
 def test_tokens_are_those_of_the_prompt_module(small):
