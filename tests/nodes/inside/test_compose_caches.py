@@ -170,12 +170,12 @@ def test_a_changed_tower_is_noticed(tiny, passes):
     assert distance(run(tiny, image(0), prompt="x", **SMALL)[1][0][0], before[1][0][0]) == 0
     passes.clear()
     norm = clip.cond_stage_model.get_submodule(name.removesuffix(".weight"))
-    before = norm.weight.detach().clone()
+    stored = norm.weight.detach().clone()
     try:
-        norm.load_state_dict({"weight": before + 1})
+        norm.load_state_dict({"weight": stored + 1})
         assert distance(run(tiny, image(0), **SMALL)[0][0][0], changed[0][0][0]) == 0
     finally:
-        norm.load_state_dict({"weight": before})
+        norm.load_state_dict({"weight": stored})
     assert len(passes) == 1
 
 
@@ -183,12 +183,12 @@ def test_changed_weights_are_noticed(counted):
     parts, counts = counted
     before = run(parts, image(0), **SMALL)
     layer = parts[1].first_stage_model.quant_conv
-    before = layer.bias.detach().clone()
+    stored = layer.bias.detach().clone()
     try:
-        layer.load_state_dict({**layer.state_dict(), "bias": before + 1})
+        layer.load_state_dict({**layer.state_dict(), "bias": stored + 1})
         after = run(parts, image(0), **SMALL)
     finally:
-        layer.load_state_dict({**layer.state_dict(), "bias": before})
+        layer.load_state_dict({**layer.state_dict(), "bias": stored})
     assert counts == {"text": 2, "vae": 2}
     assert distance(after[0][0][1]["reference_latents"][0], before[0][0][1]["reference_latents"][0]) > 0.5
 
