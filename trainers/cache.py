@@ -275,7 +275,11 @@ def stored_name(data: DataConfig, fingerprint: str | None) -> str | None:
 
 
 def run(config: RunConfig, part: CachePart = CachePart()) -> None:
-    """Build all caches of a config: one model in memory at a time, and none before the rows are checked."""
+    """Build all caches of a config and its stages: one model in memory at a time, and none before rows are checked."""
+    if config.stages:
+        for stage in config.stages:
+            run(stage, part)
+        return
     if config.data is None or config.network is None:
         raise ConfigError(f"method {config.method} needs no data cache")
     if config.data.kind == "scenes":

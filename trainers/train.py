@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from unipic_core.errors import printable
 
@@ -12,6 +14,8 @@ from .config.run import ConfigError, RunConfig, load_config
 from .loop.checkpointing import TrainingError
 from .loop.loop import train
 from .loop.method import Method
+from .loop.stages import train_stages
+from .tools.memory import GIB, estimate, tokens
 
 
 def make_method(config: RunConfig) -> Method:
@@ -41,6 +45,17 @@ def make_method(config: RunConfig) -> Method:
     return JointTraining(config)
 
 
+def announce(stage: RunConfig) -> None:
+    """Print the steps, sizes, tokens and, where they are computed, the memory of a stage."""
+    if stage.network is None or stage.data is None:
+        return
+    sizes = f"targets to {stage.data.size}^2, references to {stage.data.reference_budget}^2 pixels"
+    text = f"stage {stage.stage}: {stage.steps} steps, {sizes}, at most {tokens(stage)} tokens a sample"
+    with suppress(ConfigError):  # of an encoder that trains along it is not computed
+        text += f", {estimate(stage, int(os.environ.get('WORLD_SIZE', 1))).gpu / GIB:.1f} GiB of each GPU by arithmetic"
+    print(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainers.train", description=__doc__)
     parser.add_argument("config", help="a YAML file, see trainers/configs/")
@@ -55,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        print(f"exported to {train(config, make_method(config), args.allow_config_change)}")
+        if config.stages:
+            exported = train_stages(config, make_method, args.allow_config_change, announce)
+        else:
+            exported = train(config, make_method(config), args.allow_config_change)
+        print(f"exported to {exported}")
     except (ConfigError, TrainingError, ValueError) as error:
         print(f"error: {printable(error)}", file=sys.stderr)
         return 2

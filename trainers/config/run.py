@@ -18,6 +18,7 @@ from .data import ValidationConfig as ValidationConfig
 from .methods import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parse import ConfigError as ConfigError
 from .parse import above, at_least, displayed, one_of, override, parse, within
+from .stages import stage_values
 from .yaml_reader import read_yaml_mapping
 
 Section = typing.TypeVar("Section")
@@ -135,6 +136,7 @@ class RunConfig:
     export: formats of EXPORT_KINDS to write (a LoRA only with adapters); "raw" adds each without the moving average.
     bad_samples: "stop" at a cached sample whose data or loss are not finite, or "skip" it, name it and count it.
     trackers: "tensorboard", "wandb".
+    stages: configs of the stages of a run, each with its name in `stage`; `steps` are theirs together.
     """
 
     method: str
@@ -164,6 +166,8 @@ class RunConfig:
     consistency: ConsistencyMethod | None = None
     dmd: DMDMethod | None = None
     joint: JointMethod | None = None
+    stage: str = ""
+    stages: tuple[RunConfig, ...] = ()
 
     def __post_init__(self) -> None:
         one_of(self, "method", SECTIONS)
@@ -244,6 +248,22 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 def parse_run(data: dict[str, Any]) -> RunConfig:
     """Check nested plain values as a run config. Raises ConfigError that names the key."""
+    if not data.get("stages"):
+        return parse_one({k: v for k, v in data.items() if k != "stages"})
+    stages = []
+    for i, values in enumerate(stage_values(data)):
+        try:
+            stages.append(parse_one(values))
+        except ConfigError as error:
+            raise ConfigError(f"stages[{i}]: {error}") from None
+    last = stages[-1]
+    return dataclasses.replace(
+        last, output=str(data["output"]), stage="", steps=sum(s.steps for s in stages), stages=tuple(stages)
+    )
+
+
+def parse_one(data: dict[str, Any]) -> RunConfig:
+    """`parse_run` of a config without stages."""
     method = data.get("method")
     if not isinstance(method, str) or method not in SECTIONS:
         raise ConfigError(f"method must be one of {', '.join(SECTIONS)}, got {displayed(method)}")
@@ -275,5 +295,5 @@ def with_source_defaults(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Convert to plain values, as stored in checkpoints."""
-    return {k: v for k, v in dataclasses.asdict(config).items() if v is not None}
+    """Convert to plain values, as stored in checkpoints; a run of stages stores one in each."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k != "stages"}

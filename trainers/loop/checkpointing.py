@@ -91,6 +91,18 @@ def resume(
     return run["step"]
 
 
+def start_from_checkpoint(accelerator: Accelerator, state: State, path: Path) -> None:
+    """Take weights and averages of another run's checkpoint, not its optimizers. Raises TrainingError."""
+    read = read_checkpoint(accelerator, state, path)
+    if read is None:
+        raise TrainingError(f"the checkpoint {path}, where this stage starts, is damaged; restore it or train again")
+    try:
+        state.restore_weights(read[1])
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise TrainingError(f"{path} does not fit what this stage trains ({one_line(error)})") from error
+    accelerator.print(f"starting from {path}")
+
+
 def read_checkpoint(accelerator: Accelerator, state: State, path: Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Read run.json and this process's tensors; None in every process if any process fails to read its part."""
     contents, reason = None, ""

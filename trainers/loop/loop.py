@@ -33,7 +33,7 @@ from ..roles.sharding import sum_gradients, whole
 from ..roles.types import NamedParameters
 from ..seeds import mixed_seed
 from .bad_samples import SampleLosses
-from .checkpointing import non_finite, resume, save
+from .checkpointing import non_finite, resume, save, start_from_checkpoint
 from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
 from .metrics import MetricLog, Metrics
@@ -72,21 +72,36 @@ class Part:
         return {f"{self.prefix}grad_norm": float(norm), f"{self.prefix}lr": lr}
 
 
-def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -> Path:
+IN_OUTPUT = Path("export")
+
+
+def train(
+    config: RunConfig,
+    method: Method,
+    allow_change: Sequence[str] = (),
+    start_from: Path | None = None,
+    export: Path | None = IN_OUTPUT,
+) -> Path:
     """Start or resume a run; returns the export folder.
 
-    A resumed run needs the config it was started with, except for the keys in `allow_change`. Raises TrainingError, and
-    KeyboardInterrupt after a stop signal (a checkpoint is saved).
+    A resumed run needs the config it was started with, except for the keys in `allow_change`. start_from: checkpoint of
+    another run whose weights and averages a new run starts with. export: folder of the exports, by default that of the
+    output; None: nothing is exported. Raises TrainingError, and KeyboardInterrupt after a stop signal (a checkpoint is
+    saved).
     """
     output = Path(config.output)
+    export_folder = output / export if export is IN_OUTPUT else export
     accelerator = make_accelerator(config, output)
     method.place(accelerator.device, Share(accelerator.process_index, accelerator.num_processes))
     write_data_report(accelerator, method, output)
-    check_space(accelerator, method.exports(), output)
+    if export_folder is not None:
+        check_space(accelerator, method.exports(), output)
     parts = make_parts(config, method)
     averaged = method.averaged()
     state = State(list(parts.values()), [average for average, _ in averaged], getattr(method, "data_contents", ""))
     start = resume(accelerator, state, output, config, allow_change)
+    if not start and start_from is not None:
+        start_from_checkpoint(accelerator, state, start_from)
     bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
     first = start + 1 if start else 0
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first}})
@@ -122,9 +137,10 @@ def train(config: RunConfig, method: Method, allow_change: Sequence[str] = ()) -
                 save_preview(accelerator, method, output, done)
     bar.close()
     log.close()
-    write_exports(accelerator, method.exports(), output / "export", method.sharded)
+    if export_folder is not None:
+        write_exports(accelerator, method.exports(), export_folder, method.sharded)
     accelerator.end_training()
-    return output / "export"
+    return export_folder or output
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:

@@ -73,15 +73,20 @@ class State:
         return {"parts": stored["parts"], "averages": stored["averages"], "updates": stored["updates"]}
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
-        """Copy the result of `read` into the parts of this run."""
+    def restore_weights(self, state: dict[str, Any]) -> None:
+        """Copy weights and averages of the result of `read` into this run."""
         self.updates = state["updates"]
         for average, stored in zip(self.averages, state["averages"], strict=True):
             local(average).copy_(stored)
         for part in self.parts:
-            stored_part = state["parts"][part.name]
-            for p, stored in zip(part.parameters, stored_part["parameters"], strict=True):
+            for p, stored in zip(part.parameters, state["parts"][part.name]["parameters"], strict=True):
                 local(p.detach()).copy_(stored)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Copy the result of `read` into the parts of this run."""
+        self.restore_weights(state)
+        for part in self.parts:
+            stored_part = state["parts"][part.name]
             for optimizer, stored in zip(part.optimizers, stored_part["optimizers"], strict=True):
                 load_optimizer(optimizer, stored)
             for scheduler, stored in zip(part.schedulers, stored_part["schedulers"], strict=True):

@@ -222,12 +222,12 @@ class NetworkTraining:
 
     @property
     def student_recipe(self) -> Recipe:
-        """Recipe of the student: sampling settings and provenance; picture sizes stay the base's."""
+        """Recipe of the student: sampling settings and provenance; sizes stay the base's, except after stages."""
         provenance = {"method": self.config.method, "steps": self.config.steps, "seed": self.config.seed}
         attention_form = self.roles.config_of(STUDENT).attention_form
-        return replace(
-            self.recipe, reference_budget=None, output_budget=None, attention_form=attention_form, made=provenance
-        )
+        budgets = (self.data.reference_budget, self.data.size) if self.config.stage else (None, None)
+        made = replace(self.recipe, attention_form=attention_form, made=provenance)
+        return replace(made, reference_budget=budgets[0], output_budget=budgets[1])
 
     @property
     def grid_is_cached(self) -> bool:

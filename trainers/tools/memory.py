@@ -311,18 +311,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         config = load_config(args.config, args.overrides)
-        made = estimate(config, args.processes)
+        made = [(stage, estimate(stage, args.processes)) for stage in config.stages or (config,)]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return max(show(stage, estimated, args.processes, args.gib) for stage, estimated in made)
+
+
+def show(config: RunConfig, made: Estimate, processes: int, gib: float | None) -> int:
+    """Print what a run or one of its stages needs; 1 if that is more than `gib` of a GPU."""
+    if config.stage:
+        print(f"stage {config.stage}: {config.steps} steps, at most {tokens(config)} tokens a sample")
     print(table(made))
-    print(summary(config, sizes_of(required(config.network)), tokens(config), args.processes))
+    print(summary(config, sizes_of(required(config.network)), tokens(config), processes))
     if config.dmd is not None:
         print(f"four networks with all parameters would need {four_copies(config).gpu / GIB:.0f} GiB")
-    if args.gib is not None:
-        word = "fits in" if made.gpu <= args.gib * GIB else "does not fit in"
-        print(f"{made.gpu / GIB:.1f} GiB {word} {args.gib:g} GiB")
-    return int(args.gib is not None and made.gpu > args.gib * GIB)
+    if gib is not None:
+        word = "fits in" if made.gpu <= gib * GIB else "does not fit in"
+        print(f"{made.gpu / GIB:.1f} GiB {word} {gib:g} GiB")
+    return int(gib is not None and made.gpu > gib * GIB)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,33 @@
+"""Runs of several stages, one after the other, each from the last checkpoint of the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..config.run import RunConfig
+from .checkpointing import newest_checkpoint, step_of
+from .loop import train
+from .method import Method
+
+
+def train_stages(
+    config: RunConfig,
+    make_method: Callable[[RunConfig], Method],
+    allow_change: Sequence[str] = (),
+    announce: Callable[[RunConfig], None] = lambda stage: None,
+) -> Path:
+    """Start or resume where the last checkpoint stands, between stages or within one; returns the export folder.
+
+    Stages that are done are not opened again. announce: called at the start of each of the others.
+    """
+    before: Path | None = None
+    export = Path(config.output) / "export"
+    for stage in config.stages:
+        last = stage is config.stages[-1]
+        newest = newest_checkpoint(Path(stage.output))
+        if last or newest is None or step_of(newest) < stage.steps:
+            announce(stage)
+            train(stage, make_method(stage), allow_change, before, export if last else None)
+        before = newest_checkpoint(Path(stage.output))
+    return export
