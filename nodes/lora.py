@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import comfy.utils
 import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import WeightAdapterBase
 from comfy_api.latest import io, ui
 from torch import Tensor
 
@@ -80,6 +82,9 @@ def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, Mer
     fitted = lora.fit({name: tuple(parameter.shape) for name, parameter in parameters})
     facts = facts_of(model).with_recipe(lora.recipe)
     resolve(facts.recipe)
+    for layers in fitted.table.values():
+        for layer, _ in layers:
+            layer.check_strength(strength)
     clone = model.clone()
     rounds: list[dict[str, Any]] = []  # a dictionary holds one patch a parameter; several layers may share one
     for parameter, layers in fitted.table.items():
@@ -109,12 +114,39 @@ def switch_attention_form(model: ModelPatcher, name: str, form: str) -> None:
 
 
 def _bias_patch(layer: LoRALayer) -> Any:
-    return ("diff", (layer.parts["diff_b"],))
+    return ("diff", (layer.bias_delta(),))
+
+
+class LayerPatch(WeightAdapterBase):
+    """A layer that changes a weight otherwise than by adding to it, as a patch of ComfyUI's.
+
+    weights: alpha, whether it is rank-stabilised, then name and tensor of each part; ComfyUI may move the tensors.
+    """
+
+    name = "unipic"
+
+    def __init__(self, loaded_keys: set[str], weights: tuple[Any, ...]) -> None:
+        self.loaded_keys, self.weights = loaded_keys, weights
+
+    @classmethod
+    def of(cls, layer: LoRALayer) -> LayerPatch:
+        return cls(set(), (layer.alpha, layer.rank_stabilised, *chain.from_iterable(layer.parts.items())))
+
+    def calculate_weight(
+        self, weight: Tensor, key: str, strength: float, strength_model: float, *_: object, **__: object
+    ) -> Tensor:
+        """The patched weight, in its dtype."""
+        alpha, stabilised, *parts = self.weights
+        layer = LoRALayer(dict(zip(parts[::2], parts[1::2], strict=True)), alpha, stabilised)
+        return layer.applied(weight.float(), strength).to(weight.dtype)
 
 
 def _weight_patch(layer: LoRALayer) -> Any:
     """The layer as a patch of ComfyUI's reader, which gets ComfyUI's key names."""
-    tensors = {f"layer.{_FACTORS.get(part, part)}": tensor for part, tensor in layer.parts.items() if part != "diff_b"}
+    if not layer.additive:
+        return LayerPatch.of(layer)
+    parts = {part: tensor for part, tensor in layer.parts.items() if part not in ("diff_b", "up_bias")}
+    tensors = {f"layer.{_FACTORS.get(part, part)}": tensor for part, tensor in parts.items()}
     if layer.alpha is not None and layer.rank:
         tensors["layer.alpha"] = torch.tensor(layer.scale * layer.rank, dtype=torch.float64)  # it divides by the rank
     return comfy.lora.load_lora(tensors, {"layer": "layer.weight"})["layer.weight"]

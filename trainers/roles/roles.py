@@ -133,6 +133,10 @@ class AdapterRoles(nn.Module):
                 f"{len(different)} differ, first {different[0]}; change adapter.targets"
             )
         for name, layer in lora.layers.items():
+            if set(layer.parts) != {"down", "up"}:
+                raise ConfigError(
+                    f"{path} must be a plain LoRA to train on, got a layer {name} of {', '.join(sorted(layer.parts))}"
+                )
             for role in roles:
                 down, up = self.layers[name].lora_A[role].weight, self.layers[name].lora_B[role].weight
                 if layer.rank != down.shape[0]:

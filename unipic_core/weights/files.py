@@ -28,6 +28,9 @@ PathLike = str | os.PathLike[str]
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "module.", "_orig_mod.")
 """Prefixes that other programs put before the network's parameter names."""
 
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+"""Modules that FSDP, activation checkpointing and torch.compile put around others, anywhere in a name."""
+
 MAX_SHARDS = 1000
 """Most files of one set of shards."""
 
@@ -176,6 +179,13 @@ def strip_prefix(name: str) -> str:
     return name
 
 
+def without_wrappers(name: str) -> str:
+    """`transformer_blocks.0._checkpoint_wrapped_module.attn.x` -> `transformer_blocks.0.attn.x`."""
+    if "_wrapped_module" not in name and "_orig_mod" not in name:
+        return name
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def bare_names(names: Iterable[str]) -> dict[str, str]:
     """Map parameter names without prefix to stored names. If the transformer blocks share one prefix, names without
     that prefix (a VAE, a text encoder) are left out.
@@ -183,11 +193,12 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
     Raises CheckpointError if two stored names differ in their prefix only.
     """
     names = list(names)
-    prefixes = {n[: len(n) - len(strip_prefix(n))] for n in names if strip_prefix(n).startswith("transformer_blocks.")}
-    if len(prefixes) == 1:
+    plain = {without_wrappers(n): n for n in names}
+    prefixes = {n[: len(n) - len(strip_prefix(n))] for n in plain if strip_prefix(n).startswith("transformer_blocks.")}
+    if len(prefixes) == 1 and len(plain) == len(names):
         (prefix,) = prefixes
-        return {n[len(prefix) :]: n for n in names if n.startswith(prefix)}
-    table = {strip_prefix(n): n for n in names}
+        return {n[len(prefix) :]: stored for n, stored in plain.items() if n.startswith(prefix)}
+    table = {strip_prefix(n): stored for n, stored in plain.items()}
     if len(table) != len(names):
         raise CheckpointError(
             f"{len(names) - len(table)} tensors are stored twice, under two prefixes; remove one of the copies"

@@ -15,29 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, LoRAError
-from .files import PREFIXES as NETWORK_PREFIXES
 from .files import PathLike, open_weights
 from .formats.json_file import read_json
+from .lora_keys import parse_key, refused_kind
 from .lora_layers import LoRALayer, Shape
 from .recipe import METADATA_KEY, Recipe, step_lora_recipe
 from .write import write_safetensors
 
-PREFIXES = (
-    *("base_model.model.", "base_model.", *NETWORK_PREFIXES, "unet."),
-    *("lora_unet__", "lora_unet_", "lora_transformer_", "lycoris_", "lora_"),
-)
-"""Prefixes that trainers put before a layer's name, possibly nested. After those of the last row _ stands for dots."""
-
 LORA_KEY = "unipic_lora"
 """Metadata key of LoRAs that `save_lora` writes: ranks, and the alpha (null = the rank) that `up` already includes."""
-
-_LOW_RANK = re.compile(
-    r"(?P<layer>.+?)[._](?:lora_(?P<ab>A|B|down|up)|lora(?:_linear_layer)?\.(?P<du>down|up))"
-    r"(?:\.(?!bias$)[\w-]+)??(?:\.weight)?$"  # an adapter's name may stand before .weight
-)
-_OTHER = re.compile(r"(?P<layer>.+)\.(?P<part>alpha|diff|diff_b|lokr_w[12](?:_[ab])?|hada_w[12]_[ab])$")
-_DORA = re.compile(r"\.(dora_scale|lora_magnitude_vector)\b")
-_SIDE = {"A": "down", "down": "down", "B": "up", "up": "up"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,7 @@ class LoRA:
 
     def _check(self, name: str, parameter: str, shape: Shape, shapes: Mapping[str, Shape]) -> None:
         expected = shapes.get(parameter)
-        if expected is None or tuple(expected) != shape:
+        if expected is None or not LoRALayer.fits(shape, tuple(expected)):
             in_model = list(expected) if expected is not None else "no such parameter"
             raise LoRAError(
                 f"{self.name} does not fit: layer {name} changes {parameter} of shape {list(shape)}, the model has "
@@ -120,21 +106,23 @@ class FittedLoRA:
     report: MergeReport
 
     def apply(self, parameter: str, value: Tensor, strength: float = 1.0) -> Tensor:
-        """Compute value + strength * sum of deltas in float32, returned in value's dtype.
+        """Apply the layers of a parameter in float32, each at this strength; returned in value's dtype.
 
-        Returns `value` itself for a parameter without deltas.
+        Returns `value` itself for a parameter without layers. Raises LoRAError as `LoRALayer.applied`.
         """
         if parameter not in self.table or not strength:
             return value
         total = value.float()
         for layer, is_bias in self.table[parameter]:
-            delta = layer.bias_delta(total.device) if is_bias else layer.weight_delta(total.device)
-            total = total.add(delta, alpha=strength)
+            if is_bias:
+                total = total.add(layer.bias_delta(total.device), alpha=strength)
+            else:
+                total = layer.applied(total, strength)
         return total.to(value.dtype)
 
 
 def read_lora(path: PathLike, *, mapped: bool = False) -> LoRA:
-    """Read a LoRA file or folder (a peft adapter folder too). Raises LoRAError for other weights and for a DoRA.
+    """Read a LoRA file or folder (a peft adapter folder too). Raises LoRAError for other weights and adapters.
 
     mapped: leave the tensors in the memory-mapped file until they are used; enough for a description.
     """
@@ -160,15 +148,16 @@ def build_lora(
     (`step_lora_recipe`). Raises LoRAError like `read_lora`.
     """
     keys = list(keys)
-    if dora := next((name for name in keys if _DORA.search(name)), None):
+    if refused := next(((kind, key) for key in keys if (kind := refused_kind(key))), None):
         raise LoRAError(
-            f"{path.name} is a DoRA ({dora}), which cannot be added to weights; save it merged, or as a plain LoRA"
+            f"{path.name} is {refused[0]} ({refused[1]}), which is not added to weights here; save it merged, or train "
+            "a plain LoRA, DoRA, LoKr or LoHa"
         )
     parts: dict[str, dict[str, Tensor]] = {}
     stored: dict[str, str] = {}
     unread = []
     for key in keys:
-        parsed = _parse(key)
+        parsed = parse_key(key)
         if parsed is None:
             unread.append(key)
         else:
@@ -198,8 +187,8 @@ def build_lora(
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:
     """Add strength times the LoRA to the model's weights in place.
 
-    The negative strength undoes it, up to rounding in the weights' dtype. If any layer does not fit, no weight changes.
-    Raises LoRAError like `LoRA.fit`.
+    The negative strength undoes plain products, up to rounding in the weights' dtype. If any layer does not fit, no
+    weight changes. Raises LoRAError like `LoRA.fit` and `LoRALayer.applied`.
     """
     parameters = dict(model.named_parameters())
     fitted = lora.fit({name: tuple(p.shape) for name, p in parameters.items()})
@@ -252,20 +241,6 @@ def save_lora(
         entries[METADATA_KEY] = recipe.to_json()
     layout = {name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()}
     write_safetensors(Path(path), layout, tensors.items(), entries)
-
-
-def _parse(key: str) -> tuple[str, str, str] | None:
-    """Split a key into (layer without prefix, part, layer as stored); None if it belongs to no known kind of layer."""
-    if match := _LOW_RANK.match(key):
-        part = _SIDE[match["ab"] or match["du"]]
-    elif match := _OTHER.match(key):
-        part = match["part"]
-    else:
-        return None
-    layer = match["layer"].replace(".processor.", ".")
-    while prefix := next((p for p in PREFIXES if layer.startswith(p) and len(p) < len(layer)), None):
-        layer = layer[len(prefix) :]
-    return layer, part, match["layer"]
 
 
 def _aliases(shapes: Mapping[str, Shape]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Delta of one layer of a LoRA file: a low-rank, LoKr or LoHa product, or a plain difference."""
+"""Change of a weight by one layer of a LoRA file: low-rank, LoKr or LoHa product, difference, DoRA, OFT, new weight."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ PARTS = {
     "LoKr": (set[str](), {"lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b"}),
     "LoHa": ({"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}, set[str]()),
     "difference": (set[str](), {"diff", "diff_b"}),
+    "OFT": ({"oft_blocks"}, {"rescale"}),
+    "replacement": ({"set_weight"}, set[str]()),
 }
 """Kind of layer -> (required parts, optional parts)."""
 
 
 @dataclass(frozen=True)
 class LoRALayer:
-    """Parts of one layer, as stored: down [r, in], up [out, r]. alpha: None = the rank.
+    """Parts of one layer, as stored: down [r, in], up [out, r]. alpha: None = the rank; the constraint of an OFT.
+
+    dora_scale: DoRA's magnitudes, [out], [out, 1] or [1, in]. oft_blocks: [n, b, b] for n * b outputs.
 
     rank_stabilised: scale the product by alpha / sqrt(r) instead of alpha / r (rsLoRA).
     """
@@ -38,7 +42,8 @@ class LoRALayer:
         """Kind of layer, a key of PARTS; "" if the parts fit none."""
         names = set(self.parts)
         for kind, (required, optional) in PARTS.items():
-            if required <= names and names <= required | optional | {"diff_b"} and names & (required | optional):
+            beside = {"diff_b", "up_bias", "dora_scale"} if kind in ("low-rank", "LoKr", "LoHa") else {"diff_b"}
+            if required <= names and names <= required | optional | beside and names & (required | optional):
                 return kind
         return ""
 
@@ -56,13 +61,37 @@ class LoRALayer:
             return 1.0
         return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
 
+    @property
+    def additive(self) -> bool:
+        """Whether the layer adds a delta that does not depend on the weight."""
+        return "dora_scale" not in self.parts and self.kind not in ("OFT", "replacement")
+
+    @staticmethod
+    def fits(shape: Shape, expected: Shape) -> bool:
+        """Whether a `weight_shape` is that of a parameter."""
+        return len(shape) == len(expected) and all(n in (-1, m) for n, m in zip(shape, expected, strict=True))
+
     def weight_shape(self) -> Shape | None:
-        """Shape of `weight_delta`, without computing it; None if the layer changes only the bias.
+        """Shape of the weight that the layer changes, -1 for any; None if it changes only the bias.
 
         Raises LoRAError if the parts do not fit each other.
         """
+        shape = self._product_shape()
+        magnitudes = tuple(self.parts["dora_scale"].shape) if "dora_scale" in self.parts else None
+        if shape and magnitudes and magnitudes not in (shape[:1], (shape[0], 1), (1, *shape[1:])):
+            raise LoRAError(f"its DoRA magnitudes {list(magnitudes)} do not fit {list(shape)}; fetch the file again")
+        return shape
+
+    def _product_shape(self) -> Shape | None:
         s = {name: tuple(part.shape) for name, part in self.parts.items()}
         try:
+            if self.kind == "OFT":
+                n, b, c = s["oft_blocks"]
+                if b != c or prod(s.get("rescale", (n * b,))) != n * b:
+                    raise ValueError("blocks")
+                return n * b, -1
+            if self.kind == "replacement":
+                return s["set_weight"]
             if self.kind == "low-rank":
                 return _product(s["up"], s["down"])
             if self.kind == "LoHa":
@@ -78,8 +107,44 @@ class LoRALayer:
         except (KeyError, ValueError) as error:
             raise LoRAError(f"its {self.kind} parts {_shapes(s)} do not multiply; fetch the file again") from error
 
+    def applied(self, weight: Tensor, strength: float) -> Tensor:
+        """The float32 weight with the layer at this strength.
+
+        A change that depends on the weight is taken as a whole: weight + strength * (changed - weight). LoRAError as
+        `check_strength`.
+        """
+        if self.additive:
+            return weight.add(self.weight_delta(weight.device), alpha=strength)
+        self.check_strength(strength)
+        return weight.lerp(self._changed(weight), strength)
+
+    def check_strength(self, strength: float) -> None:
+        """LoRAError for a strength at which the layer means nothing: of one that is not `additive` 0 or less, and of a
+        replacement any but 1."""
+        if self.additive:
+            return
+        if strength <= 0 or (self.kind == "replacement" and strength != 1):
+            expected = "1" if self.kind == "replacement" else "above 0"
+            raise LoRAError(
+                f"the strength of this LoRA should be {expected}, got {strength:g}: it does not add to weights; to "
+                "take it out, load the model again"
+            )
+
+    def _changed(self, weight: Tensor) -> Tensor:
+        """The weight that the layer makes of this one at strength 1."""
+        p = {name: part.to(device=weight.device, dtype=torch.float32) for name, part in self.parts.items()}
+        if self.kind == "replacement":
+            return p["set_weight"]
+        if self.kind == "OFT":
+            rotated = _cayley(p["oft_blocks"], self.alpha) @ weight.unflatten(0, p["oft_blocks"].shape[:2])
+            return rotated.flatten(0, 1) * p.get("rescale", weight.new_ones(len(weight))).reshape(-1, 1)
+        whole, magnitudes = weight + self.weight_delta(weight.device), p["dora_scale"]
+        per_input = magnitudes.ndim == 2 and magnitudes.shape[0] == 1 < len(weight)
+        norm = whole.norm(dim=0 if per_input else 1, keepdim=True)  # DoRA (arXiv 2402.09353), eq. 5
+        return whole * (magnitudes.reshape(1 if per_input else -1, whole.shape[1] if per_input else 1) / norm)
+
     def weight_delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """Delta of the weight at strength 1, of `weight_shape`, in float32."""
+        """Delta of the weight at strength 1, of `weight_shape`, in float32. Of a DoRA, before its magnitudes."""
         p = {name: part.to(device=device, dtype=torch.float32) for name, part in self.parts.items()}
         if self.kind == "low-rank":
             return p["up"].flatten(1) @ p["down"].flatten(1) * self.scale
@@ -93,11 +158,23 @@ class LoRALayer:
 
     @property
     def bias_shape(self) -> Shape | None:
-        return tuple(self.parts["diff_b"].shape) if "diff_b" in self.parts else None
+        part = self.parts.get("diff_b", self.parts.get("up_bias"))
+        return None if part is None else tuple(part.shape)
 
     def bias_delta(self, device: torch.device | str = "cpu") -> Tensor:
         """Delta of the bias at strength 1, of `bias_shape`, in float32."""
-        return self.parts["diff_b"].to(device=device, dtype=torch.float32)
+        parts = ((name, scale) for name, scale in (("diff_b", 1.0), ("up_bias", self.scale)) if name in self.parts)
+        terms = [self.parts[name].to(device=device, dtype=torch.float32) * scale for name, scale in parts]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+
+def _cayley(blocks: Tensor, constraint: float | None) -> Tensor:
+    """The rotations [n, b, b] of an OFT, transposed as they multiply a weight's outputs (LyCORIS, diag_oft.py)."""
+    skew = blocks - blocks.transpose(1, 2)
+    if constraint and (norm := float(skew.norm()) + 1e-8) > constraint:
+        skew = skew * (constraint / norm)
+    one = torch.eye(blocks.shape[1], device=blocks.device)
+    return ((one + skew) @ torch.linalg.inv(one - skew)).transpose(1, 2)
 
 
 def _product(left: Shape, right: Shape) -> Shape:

@@ -24,6 +24,7 @@ from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
 from unipic_pack.nodes.lora import DistillLoRA
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError
+from unipic_pack.unipic_core.weights.lora import read_lora as read_core_lora
 from unipic_pack.unipic_core.weights.lora import save_lora
 from unipic_pack.unipic_core.weights.recipe import RELEASED_BASE, Recipe
 
@@ -169,6 +170,59 @@ def test_products_of_other_kinds_and_biases(file: Path, tiny: Any) -> None:
         torch.testing.assert_close(
             weight(got, name, part), weight(tiny, name, part) + 0.5 * delta, atol=1e-5, rtol=1e-5
         )
+
+
+def kinds(tiny: Any, pairs: Pairs) -> dict[str, dict[str, Tensor]]:
+    """By kind: an adapter of the first of LAYERS."""
+    layer, generator = LAYERS[0], torch.Generator().manual_seed(4)
+    down, up = pairs[layer]
+    out = len(up)
+    plain = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    return {
+        "dora": {**plain, f"{layer}.dora_scale": torch.linspace(0.5, 2, out)[:, None]},
+        "peft dora": {**plain, f"{layer}.lora_magnitude_vector.weight": torch.linspace(0.5, 2, out)},
+        "dora of inputs": {**plain, f"{layer}.dora_scale": torch.linspace(0.5, 2, down.shape[1])[None]},
+        "oft": {f"{layer}.oft_blocks": 0.1 * torch.randn(8, out // 8, out // 8, generator=generator)},
+        "set": {f"{layer}.set_weight": torch.randn(weight(tiny, layer).shape, generator=generator)},
+        "bias": {**plain, f"{layer}.lora_B.bias": torch.ones(out), f"{layer}.network_alpha": torch.tensor(2.0)},
+        "norm": {"transformer_blocks.0.attn.norm_q.w_norm": torch.ones(32)},
+        "wrapped": {
+            f"_fsdp_wrapped_module.{k.replace('0.', '0._checkpoint_wrapped_module.')}": t for k, t in plain.items()
+        },
+    }
+
+
+KINDS = ("dora", "peft dora", "dora of inputs", "oft", "set", "bias", "norm", "wrapped")
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_as_the_core_applies_it(kind: str, strength: float, file: Path, tiny: Any, pairs: Pairs) -> None:
+    save_file({k: t.clone() for k, t in kinds(tiny, pairs)[kind].items()}, file)
+    if kind == "set" and strength != 1:
+        with pytest.raises(LoRAError, match="strength of this LoRA should be 1, got 0.6"):
+            apply(tiny, strength)
+        return
+    got = apply(tiny, strength)
+    names = {n: tuple(p.shape) for n, p in tiny.model.diffusion_model.named_parameters()}
+    fitted = read_core_lora(file).fit(names)
+    assert fitted.table
+    for parameter in fitted.table:
+        name, part = parameter.rsplit(".", 1)
+        base = weight(tiny, name, part)
+        torch.testing.assert_close(
+            weight(got, name, part), fitted.apply(parameter, base, strength), atol=1e-5, rtol=1e-5
+        )
+        assert not torch.allclose(weight(got, name, part), base, atol=1e-3)
+
+
+def test_an_oft_as_the_stock_loader_adds_it(file: Path, tiny: Any, pairs: Pairs) -> None:
+    tensors = {f"diffusion_model.{k}": t.clone() for k, t in kinds(tiny, pairs)["oft"].items()}
+    save_file(tensors, file)
+    # at other strengths the stock patch multiplies by it twice
+    ours, stock = apply(tiny), comfy_nodes.LoraLoaderModelOnly().load_lora_model_only(tiny, NAME, 1.0)[0]
+    torch.testing.assert_close(weight(ours, LAYERS[0]), weight(stock, LAYERS[0]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(velocity(ours), velocity(stock), atol=1e-3, rtol=1e-3)
 
 
 def test_two_namings_of_one_layer_are_both_added(file: Path, tiny: Any, pairs: Pairs) -> None:
