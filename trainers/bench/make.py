@@ -10,8 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from unipic_core.conditioning.picture_files import open_picture
 from unipic_core.replacing import replacing
 
 from ..evaluate import System, find_device, systems_of
@@ -92,7 +91,10 @@ def generate(plan: Plan, out: Path, system: System, device: str, budget: int | N
         except AnswerError as error:
             failures.add({"system": system.label, "id": case.id, "failure": str(error)})
             continue
-        size = Image.open(case.truth).size if plan.bench == "nano" and case.truth else (None, None)
+        size: tuple[int | None, int | None] = (None, None)
+        if plan.bench == "nano" and case.truth:
+            with open_picture(case.truth) as truth:
+                size = truth.size
         made = pipe(
             images=images,
             prompt=case.instruction,

@@ -27,12 +27,15 @@ class PictureStore:
             path.write_text(text + "\n", encoding="utf-8")
 
     def find(self, seed: int) -> tuple[Image.Image, float] | None:
-        """Return the stored RGB picture and its seconds, or None."""
+        """Return the stored RGB picture and its seconds, or None if there is none or it is damaged."""
         path = self.folder / f"{seed}.png"
         if not path.is_file():
             return None
-        with Image.open(path) as picture:
-            return picture.convert("RGB"), float(picture.info["seconds"])
+        try:
+            with Image.open(path, formats=("PNG",)) as picture:
+                return picture.convert("RGB"), float(picture.info["seconds"])
+        except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError):
+            return None  # cut short or replaced by another file: it is made again
 
     def put(self, seed: int, picture: Image.Image, seconds: float) -> None:
         """Store a picture and its seconds."""

@@ -110,7 +110,7 @@ class Bank:
         """The same as a PIL picture, which the renderer resizes. Kept in memory once opened."""
         sprite = self._images.get(asset.key)
         if sprite is None:
-            picture = Image.open(self._paths[asset.key]).convert("RGBA")
+            picture = Image.open(self._paths[asset.key], formats=("WEBP",)).convert("RGBA")
             solid = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= ALPHA_FLOOR))
             sprite = picture.crop(solid.getbbox())
             shrink = self.longest / max(sprite.size)

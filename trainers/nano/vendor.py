@@ -48,7 +48,8 @@ def main() -> None:
     for old in SUBSET.glob("*.webp"):
         old.unlink()
     for asset in chosen():
-        picture = Image.open(paths[asset.key]).convert("RGBA").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+        picture = Image.open(paths[asset.key], formats=("WEBP",)).convert("RGBA")
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         picture.save(SUBSET / f"{asset.key}.webp", quality=QUALITY, method=6)
     files = list(SUBSET.glob("*.webp"))
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.2f} MB in {SUBSET.name}")

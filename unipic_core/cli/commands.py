@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         absent = absent_package(error)
         expected = absent is not None or isinstance(error, (ValueError, OSError))
-        text = absent or with_flags(printable(" ".join(str(error).split()))) or type(error).__name__
+        text = absent or with_flags(printable(" ".join(sentence(error).split()))) or type(error).__name__
         if not expected:
             text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
         print(f"unipic: {text}", file=sys.stderr)
@@ -89,6 +89,13 @@ def with_flags(text: str) -> str:
     for python, flag in FLAGS.items():
         text = text.replace(python, flag)
     return text
+
+
+def sentence(error: Exception) -> str:
+    """The message of an error; of one of the system's the file and the reason, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)[:100]}: {error.strerror}; check the path"
+    return str(error)
 
 
 def absent_package(error: Exception) -> str | None:
@@ -116,24 +123,24 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="compose | info | convert | merge")
     _compose_arguments(commands.add_parser("compose", help="pictures and a prompt in, a picture out"))
     info = commands.add_parser("info", help="what a checkpoint, a LoRA or a model folder is, without loading it")
-    info.add_argument("path", type=Path, help="folder or file")
+    info.add_argument("path", type=path_argument, help="folder or file")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=run_info)
     convert = commands.add_parser(
         "convert", help="write a transformer as one safetensors file that ComfyUI reads", description=FORM_NOTE
     )
-    convert.add_argument("src", type=Path, help=SOURCE)
-    convert.add_argument("dst", type=Path, help="the file to write")
+    convert.add_argument("src", type=path_argument, help=SOURCE)
+    convert.add_argument("dst", type=path_argument, help="the file to write")
     convert.add_argument("--dtype", type=form_argument, choices=FORMS, default="bf16", help="default: %(default)s")
     convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     convert.set_defaults(run=run_convert)
     merge = commands.add_parser(
         "merge", help="bake LoRAs into a transformer: one file, or a model folder", description=FORM_NOTE
     )
-    merge.add_argument("src", type=Path, help=SOURCE)
+    merge.add_argument("src", type=path_argument, help=SOURCE)
     merge.add_argument(
         "dst",
-        type=Path,
+        type=path_argument,
         help="a name that ends in .safetensors: one file for ComfyUI; any other: a folder for diffusers, with the text "
         "encoder and the other parts where SRC has them",
     )
@@ -149,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
 def _compose_arguments(p: argparse.ArgumentParser) -> None:
     p.description = "Pictures and a prompt in, a picture out. The prompt counts the pictures: image 1, image 2, ..."
     p.set_defaults(run=run_compose)
-    p.add_argument("images", nargs="*", type=Path, metavar="IMAGE", help="one to six pictures, in order")
+    p.add_argument("images", nargs="*", type=path_argument, metavar="IMAGE", help="one to six pictures, in order")
     p.add_argument("--prompt", "-p", required=True, help="what to make of them")
     p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
     p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
@@ -175,9 +182,11 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     )
     weights = p.add_argument_group("weights")
     weights.add_argument(
-        "--model", type=Path, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
+        "--model", type=path_argument, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
     )
-    weights.add_argument("--transformer", type=Path, help="take the network from here and all else from --model")
+    weights.add_argument(
+        "--transformer", type=path_argument, help="take the network from here and all else from --model"
+    )
     weights.add_argument("--lora", type=lora_argument, action="append", default=[], metavar=LORA, help=AGAIN)
     sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
     sampling.add_argument("--steps", type=int, help="number of steps")
@@ -232,11 +241,20 @@ def weights_argument(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"expected a number for each picture such as 1,4, got {text!r}") from None
 
 
+def path_argument(text: str) -> Path:
+    """A path; an empty one, which Path reads as the current folder, and an address of the web are refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise argparse.ArgumentTypeError(f"expected a path, got the address {text[:100]!r}; download it first")
+    return Path(text)
+
+
 def lora_argument(text: str) -> tuple[Path, float]:
     """ "FILE" or "FILE=STRENGTH" -> (path, strength)."""
     found = re.fullmatch(r"(.+)=([^=]*)", text)
     if found is None or os.path.exists(text):
-        return Path(text), 1.0
+        return path_argument(text), 1.0
     try:
         return Path(found[1]), float(found[2])
     except ValueError:

@@ -23,6 +23,12 @@ def checked_device(device: torch.device | str) -> torch.device:
         raise UniPicError('no CUDA GPU can be used here; pass device="cpu"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UniPicError(f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA GPUs")
+    try:
+        usable = not torch.empty(1, device=device).is_meta
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable:
+        raise UniPicError(f"this machine has no device {str(device)!r} to compute on; use 'cuda' or 'cpu'")
     return device
 
 

@@ -77,6 +77,8 @@ def find_transformer(path: PathLike) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
+        if path.exists():
+            raise CheckpointError(f"{path} is a device or a pipe, not a file; name a weight file or a folder")
         raise CheckpointError(f"there is no file or folder {path}; check the path")
     for folder in (*(path / name for name in TRANSFORMER_FOLDERS), path):
         if find_weight_file(folder):

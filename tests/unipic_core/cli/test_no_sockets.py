@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,9 +32,10 @@ for command in COMMANDS:
 """
 
 
-def python(code: str) -> tuple[int, str]:
+def python(code: str, folder: Path | None = None) -> tuple[int, str]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=folder)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -66,3 +68,21 @@ def test_no_command_opens_a_socket(tmp_path: Path) -> None:
     ran = [line.split() for line in said.splitlines() if line.startswith("RAN")]
     assert [line[1:3] for line in ran] == [command[:2] for command in commands], said
     assert {line[-1] for line in ran} <= {"0", "None"}, said
+
+
+def test_no_training_opens_a_socket(tmp_path: Path) -> None:
+    """A cache, a training, and a curation."""
+    config = "tests/compat/fixtures/training/config.yaml"
+    shutil.copytree(ROOT / "tests" / "compat" / "fixtures" / "training", (tmp_path / config).parent)
+    shutil.copytree(TINY, tmp_path / "tests" / "golden" / "tiny")
+    new = ["data.folder=cache", "output=run"]
+    commands = [
+        ["trainers.cache", config, *new],
+        ["trainers.train", config, *new],
+        ["unipic_core.cli", "info", "run/export/unipic_sft.safetensors"],
+    ]
+    code, said = python(BLOCKED + RUN.replace("COMMANDS", repr(commands)), tmp_path)
+    assert code == 0, said
+    ran = [line.split()[-1] for line in said.splitlines() if line.startswith("RAN")]
+    assert len(ran) == len(commands), said
+    assert set(ran) <= {"0", "None"}, said

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from unipic_core.conditioning.images import to_rgb
 from unipic_core.conditioning.picture_files import open_picture
 
 from .errors import AnswerError, one_line
@@ -42,7 +43,7 @@ class Picture:
     @property
     def image(self) -> Image.Image:
         """RGB."""
-        return Image.open(io.BytesIO(self.png)).convert("RGB")
+        return Image.open(io.BytesIO(self.png), formats=("PNG",)).convert("RGB")
 
 
 def load_picture(source: PictureSource, max_side: int | None = None, size: tuple[int, int] | None = None) -> Picture:
@@ -81,7 +82,7 @@ def _opened(source: PictureSource) -> Image.Image:
                 raise AnswerError(
                     "picture", f"{name} is {image.width}x{image.height}; at most {MAX_PIXELS:,} pixels are read"
                 )
-            return on_white(ImageOps.exif_transpose(image))
+            return to_rgb(image)
     except AnswerError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on damaged files
@@ -91,17 +92,6 @@ def _opened(source: PictureSource) -> Image.Image:
 
 def _file(source: Path | bytes) -> Path | io.BytesIO:
     return source if isinstance(source, Path) else io.BytesIO(source)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """RGB; transparent parts become white, 16-bit greys keep their upper 8 bits."""
-    if image.mode.startswith("I;16"):
-        image = image.point(lambda value: value / 256).convert("L")
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        paper = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(paper, layer).convert("RGB")
-    return image.convert("RGB")
 
 
 def side_by_side(images: Iterable[Image.Image], gap: int = 8) -> Image.Image:
@@ -117,6 +107,6 @@ def side_by_side(images: Iterable[Image.Image], gap: int = 8) -> Image.Image:
     row = Image.new("RGB", (sum(one.width for one in scaled) + gap * (len(scaled) - 1), height), (255, 255, 255))
     left = 0
     for one in scaled:
-        row.paste(on_white(one), (left, 0))
+        row.paste(to_rgb(one), (left, 0))
         left += one.width + gap
     return row
