@@ -46,7 +46,7 @@ from .host.pictures.references import (
     reference_weights,
 )
 from .host.pictures.vae import UniPicVAE
-from .host.recipe_attachment import facts_of
+from .host.recipe_attachment import attachment_of
 from .host.text import vision_cache as vision
 from .host.text.encoder import Conditioning, changes_weights, encode_prompt
 
@@ -124,7 +124,7 @@ class MultiImageCompose(io.ComfyNode):
             share=share,
             reference_weights=reference_weights(sockets),
         )
-        planned = _plan(facts_of(clip.patcher).recipe, [picture.size for picture in pictures], request)
+        planned = _plan(attachment_of(clip.patcher).recipe, [picture.size for picture in pictures], request)
         _tell(cls, sockets, [picture.size for picture in pictures], planned)
         resized = resize_references(pictures, planned.settings.reference_budget, share, request.reference_weights)
         latents = _reference_latents(vae, resized)
@@ -167,8 +167,8 @@ def _inputs() -> list[Any]:
             options=list(BATCHES),
             default=FIRST,
             optional=True,
-            tooltip="Of a batch or an animation at one socket: first = its first picture; all = each is a reference "
-            "with a number of its own.",
+            tooltip="For a batch or an animation at one socket: first = use its first picture; all = use each as a "
+            "reference with its own number.",
         ),
         io.Combo.Input(
             "share",
@@ -209,7 +209,7 @@ def _growing_inputs() -> list[Any]:
 
 
 def _check_sockets(others: Mapping[str, object]) -> None:
-    """What is connected to sockets that the schema does not have comes along when a graph is sent by the API."""
+    """UniPicError for sockets that the schema does not have, as in graphs that are sent by the API."""
     if others:
         raise UniPicError(
             f"at most {MAX_REFERENCES} pictures can be composed, as images.image_1 to images.image_{MAX_REFERENCES} "
@@ -219,10 +219,10 @@ def _check_sockets(others: Mapping[str, object]) -> None:
 
 
 def _check_parts(clip: CLIP, vae: VAE) -> None:
-    """UniPicError for other things than a CLIP and the VAE of Qwen-Image."""
+    """UniPicError unless clip is a CLIP, and vae the VAE of Qwen-Image."""
     for name, part, has in (("clip", clip, "tokenize"), ("vae", vae, "latent_dim")):
         if not hasattr(part, has):
-            raise UniPicError(f"{name} must be that of Load UniPic, got {type(part).__name__}; connect that node")
+            raise UniPicError(f"{name} must come from Load UniPic, got {type(part).__name__}; connect that node")
     if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
             "vae must be the Qwen-Image VAE, got one with other latents; use the VAE of Load UniPic, or Load VAE with "
@@ -231,14 +231,14 @@ def _check_parts(clip: CLIP, vae: VAE) -> None:
 
 
 def _plan(recipe: Recipe, sizes: Sequence[Size], request: Request) -> Plan:
-    """The checked choices. Weights that name no output budget may be asked for any size."""
+    """The checked plan of a run. Weights without an output budget allow any size."""
     if recipe.output_budget is None and (request.width or request.height):
         recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
     return plan(recipe, sizes, request)
 
 
 def _tell(node: type[io.ComfyNode], sockets: Sequence[Socket], sizes: Sequence[Size], planned: Plan) -> None:
-    """One line: cautions first, then at which size the model sees each reference."""
+    """Show one line: warnings, then the size at which the model sees each reference."""
     notes = [*cautions(sockets), *([] if sizes else [NO_IMAGES])]
     notes += small_references(sizes, planned.seen, planned.settings.reference_budget)
     notes += number_cautions(planned.request.prompt, len(sizes))

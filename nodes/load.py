@@ -26,7 +26,7 @@ from .host.file_states import file_states
 from .host.messages import tell
 from .host.model.latent_format import PictureLatents, fit_preview, read_latent_format
 from .host.model.loading import WEIGHT_DTYPES, load_model
-from .host.recipe_attachment import attach, facts_of
+from .host.recipe_attachment import attach, attachment_of
 
 
 class LoadUniPic(io.ComfyNode):
@@ -92,10 +92,10 @@ class LoadUniPic(io.ComfyNode):
         if latents.latent_rgb_factors is None:
             fit_preview(latents, loaded_vae.decode)
         patcher = load_model(source, weight_dtype, latents)
-        if facts_of(patcher).recipe == Recipe():
+        if attachment_of(patcher).recipe == Recipe():
             tell(cls, without_recipe(source), logging.WARNING)
         clip = load_clip(encoder_path, patcher.model.diffusion_model.config.joint_attention_dim)
-        attach(clip.patcher, facts_of(patcher))
+        attach(clip.patcher, attachment_of(patcher))
         return io.NodeOutput(patcher, clip, loaded_vae)
 
 

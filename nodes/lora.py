@@ -29,7 +29,7 @@ from .host.model.kv_cache import ATTENTION_FORM
 from .host.model.loading import round_times
 from .host.model.model import UniPicModel
 from .host.model.saving import save_with_recipe
-from .host.recipe_attachment import Facts, attach, facts_of
+from .host.recipe_attachment import RecipeAttachment, attach, attachment_of
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."
@@ -80,8 +80,8 @@ def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, Mer
     """
     parameters = model.model.diffusion_model.named_parameters()
     fitted = lora.fit({name: tuple(parameter.shape) for name, parameter in parameters})
-    facts = facts_of(model).with_recipe(lora.recipe)
-    resolve(facts.recipe)
+    attached = attachment_of(model).with_recipe(lora.recipe)
+    resolve(attached.recipe)
     for layers in fitted.table.values():
         for layer, _ in layers:
             layer.check_strength(strength)
@@ -93,9 +93,9 @@ def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, Mer
             patches[NETWORK + parameter] = _bias_patch(layer) if is_bias else _weight_patch(layer)
     for patches in rounds:
         clone.add_patches(patches, strength)
-    if facts.recipe.causal_attention_form:
-        switch_attention_form(clone, lora.name, facts.recipe.causal_attention_form)
-    attach(clone, facts)
+    if attached.recipe.causal_attention_form:
+        switch_attention_form(clone, lora.name, attached.recipe.causal_attention_form)
+    attach(clone, attached)
     if isinstance(model.model, UniPicModel):
         round_times(clone)
     else:  # a UniPicModel's patcher saves its recipe already
@@ -118,9 +118,9 @@ def _bias_patch(layer: LoRALayer) -> Any:
 
 
 class LayerPatch(WeightAdapterBase):
-    """A layer that changes a weight otherwise than by adding to it, as a patch of ComfyUI's.
+    """ComfyUI patch of a layer that does not add to a weight, such as DoRA or OFT.
 
-    weights: alpha, whether it is rank-stabilised, then name and tensor of each part; ComfyUI may move the tensors.
+    weights: alpha, rank-stabilised or not, then name and tensor of each part; ComfyUI may move the tensors.
     """
 
     name = "unipic"
@@ -201,19 +201,19 @@ class DistillLoRA(io.ComfyNode):
             return io.NodeOutput(model, ui=ui.PreviewText(text))
         file = read_lora(lora_path(lora))
         clone, report = add_lora(model, file, strength)
-        text = summary(file, report, facts_of(clone))
+        text = summary(file, report, attachment_of(clone))
         tell(cls, text, logging.WARNING if report.unmatched else logging.INFO)
         return io.NodeOutput(clone, ui=ui.PreviewText(text))
 
 
-def summary(lora: LoRA, report: MergeReport, facts: Facts) -> str:
+def summary(lora: LoRA, report: MergeReport, attached: RecipeAttachment) -> str:
     """The line on the node: number of matched layers, the others, and the settings of a run with the LoRA.
 
-    facts: of the model with the LoRA.
+    attached: to the model with the LoRA.
     """
     total = report.matched + len(report.unmatched)
     text = f"{report.matched} of {total} layers of {lora.name} matched"
     if report.unmatched:
         text += f"; not in this model: {', '.join(report.unmatched[:3])}" + ", ..." * (len(report.unmatched) > 3)
     origin = "the LoRA's recipe" if lora.recipe else "the LoRA has no recipe, so the model's"
-    return f"{text}; {origin}: {resolve(facts.recipe)}"
+    return f"{text}; {origin}: {resolve(attached.recipe)}"

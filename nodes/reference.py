@@ -18,16 +18,15 @@ class UniPicReference(io.ComfyNode):
             node_id="UniPicReference",
             display_name="Reference (UniPic)",
             category=CATEGORY,
-            description="A reference picture with its mask, its weight and a switch in one wire to Multi-Image "
-            "Compose, so that they stay together.",
+            description="A reference picture with its mask, weight and on/off switch, in one wire to Multi-Image "
+            "Compose.",
             search_aliases=["unipic reference", "reference image", "image with mask", "image weight", "参考"],
             inputs=[
-                io.Image.Input("image", tooltip="The picture. Of a batch or an animation, see batches in Compose."),
+                io.Image.Input("image", tooltip="The picture. For a batch or an animation see batches in Compose."),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="What to leave out of the picture: Load Image's MASK, stretched to its size. Masked parts "
-                    "become white.",
+                    tooltip="Parts to leave out, for example Load Image's MASK. They become white.",
                 ),
                 io.Float.Input(
                     "weight",
@@ -35,16 +34,16 @@ class UniPicReference(io.ComfyNode):
                     min=least,
                     max=most,
                     step=0.01,
-                    tooltip="Multiplies the picture's share of the pixels that all references have together: 4 doubles "
-                    "its sides beside a large one. It is no strength.",
+                    tooltip="More or fewer of the pixels that all references share. 4 = twice the width and height "
+                    "beside a large picture. It does not make the model follow the picture more.",
                 ),
                 io.Boolean.Input(
                     "enabled",
                     default=True,
                     label_on="on",
                     label_off="off",
-                    tooltip="Off: the picture is left out, and later ones get smaller numbers in the prompt; Compose "
-                    "says which.",
+                    tooltip="Off = leave the picture out. Later pictures are renumbered; Multi-Image Compose shows "
+                    "how.",
                 ),
             ],
             outputs=[ReferenceSocket.Output(display_name="reference", tooltip="For Multi-Image Compose.")],

@@ -18,7 +18,7 @@ from .host.sampling.samplers import ksampler
 from .host.sampling.schedules import sigmas_of, target_tokens
 
 REUSE_ERROR = "48 dB PSNR on the bundled nano"
-"""Of condition_cache approximate at 8 steps (tests/benchmarks/approximate.py)."""
+"""Error of condition_cache approximate at 8 steps (tests/benchmarks/approximate.py)."""
 
 
 def steps_input() -> io.Int.Input:
@@ -57,7 +57,7 @@ def cache_input() -> io.Combo.Input:
 
 
 def schedule_inputs() -> list[Any]:
-    """The last inputs: saved workflows hold widgets by their places."""
+    """New inputs, which come last: saved workflows hold widgets by position."""
     return [
         io.Combo.Input(
             "schedule",

@@ -1,4 +1,4 @@
-"""What weights say about their own use: MODEL and CLIP carry it from the loader to the nodes that need it."""
+"""The recipe of the weights, attached to MODEL and CLIP on their way from the loader to the other nodes."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ KEY = "unipic"
 
 
 @dataclass(frozen=True)
-class Facts:
-    """recipe: the checkpoint's, with those of its LoRAs over it. shift: the time shift of its scheduler."""
+class RecipeAttachment:
+    """recipe: the checkpoint's, overridden by those of its LoRAs. shift: the time shift of its scheduler."""
 
     recipe: Recipe = field(default_factory=Recipe)
     shift: Shift = field(default_factory=Shift)
 
-    def with_recipe(self, over: Recipe | None) -> Facts:
-        """Another recipe over this one, as a LoRA brings it."""
+    def with_recipe(self, over: Recipe | None) -> RecipeAttachment:
+        """A copy whose recipe is overridden by another, such as a LoRA's."""
         return replace(self, recipe=self.recipe.merge(over))
 
 
-def attach(patcher: ModelPatcher, facts: Facts) -> None:
-    """Let a ModelPatcher (a MODEL, or a CLIP's .patcher) carry the facts; its clones carry them too."""
-    patcher.set_attachments(KEY, facts)
+def attach(patcher: ModelPatcher, attachment: RecipeAttachment) -> None:
+    """Attach a recipe to a ModelPatcher (a MODEL, or a CLIP's .patcher) and its later clones."""
+    patcher.set_attachments(KEY, attachment)
 
 
-def facts_of(patcher: ModelPatcher) -> Facts:
-    """The facts that a ModelPatcher carries; of one from a stock loader, those of its file.
+def attachment_of(patcher: ModelPatcher) -> RecipeAttachment:
+    """The attachment of a ModelPatcher; for one of a stock loader, the recipe of its file.
 
-    Loaders that keep no path (GGUF) leave nothing to be known: docs/recipes.md's defaults. UniPicError for a file that
-    only Load UniPic can use.
+    A loader that stores no path, such as GGUF's, gets the defaults of docs/recipes.md. UniPicError for a file that only
+    Load UniPic can use.
     """
     attached = patcher.get_attachment(KEY)
     if attached is not None:
         return attached
     path = stock_file(patcher)
     if path is None:
-        return Facts()
+        return RecipeAttachment()
     state = path.stat()
-    return _facts_of_file(path, state.st_mtime_ns, state.st_size)
+    return _attachment_of_file(path, state.st_mtime_ns, state.st_size)
 
 
 def stock_file(patcher: ModelPatcher) -> Path | None:
-    """The file that a stock loader read: ComfyUI keeps it, to load again. None where there is none."""
+    """File of a stock loader, which ComfyUI stores to load it again; None for other loaders."""
     arguments = (getattr(patcher, "cached_patcher_init", None) or (None, ()))[1]
     first = arguments[0] if arguments else None
     path = Path(first) if isinstance(first, (str, Path)) else None
@@ -60,8 +60,8 @@ def stock_file(patcher: ModelPatcher) -> Path | None:
 
 
 @lru_cache(maxsize=8)
-def _facts_of_file(path: Path, changed: int, size: int) -> Facts:
-    """changed, size: of the file, so that one rewritten under its name is read again."""
+def _attachment_of_file(path: Path, changed: int, size: int) -> RecipeAttachment:
+    """changed, size: of the file, so that a rewritten one is read again."""
     recipe = recipe_of(path)
     form = recipe.attention_form
     if path.suffix in (".safetensors", ".sft"):
@@ -69,6 +69,7 @@ def _facts_of_file(path: Path, changed: int, size: int) -> Facts:
             form = open_transformer(path).config.attention_form
     if form != FULL:
         raise UniPicError(
-            f"{path.name} attends in the form {form}, which ComfyUI's own loaders do not have; load it with Load UniPic"
+            f"{path.name} has the attention form {form}, which ComfyUI's own loaders do not have; load it with Load "
+            "UniPic"
         )
-    return Facts(recipe)
+    return RecipeAttachment(recipe)

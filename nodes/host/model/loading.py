@@ -21,7 +21,7 @@ from ....unipic_core.weights.files import Weights
 from ....unipic_core.weights.formats.quantised import FP8
 from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ....unipic_core.weights.transformer import compute_dtype_of, open_transformer, read_shift
-from ..recipe_attachment import Facts, attach, facts_of
+from ..recipe_attachment import RecipeAttachment, attach, attachment_of
 from ..sampling.conditionings import adapt_conditionings
 from .kv_cache import TIME_ROUNDING, cache_during_runs
 from .latent_format import PictureLatents, read_latent_format
@@ -57,7 +57,7 @@ def load_model(
             f"{source} expects latents of {config.in_channels // PATCH**2} channels, its VAE makes "
             f"{latents.latent_channels}; they belong to different models: download the folder again"
         )
-    attached = Facts(opened.recipe, read_shift(_pipeline_folder(source)))
+    attached = RecipeAttachment(opened.recipe, read_shift(_pipeline_folder(source)))
     model_config = UniPicConfig(network_options(config), latents, default_mu(attached))
     patcher = _build(source, opened.weights, model_config, weight_dtype, custom_operations, disable_dynamic)
     patcher.cached_patcher_init = (load_model, (source, weight_dtype, latents, custom_operations))
@@ -72,7 +72,7 @@ def load_model(
 def round_times(model: comfy.model_patcher.ModelPatcher) -> None:
     """Set the rounding of times in bfloat16 of a UniPic MODEL from its recipe."""
     options = model.model_options.setdefault("transformer_options", {})
-    options[TIME_ROUNDING] = resolve(facts_of(model).recipe).time_rounding
+    options[TIME_ROUNDING] = resolve(attachment_of(model).recipe).time_rounding
 
 
 def _build(
@@ -101,7 +101,7 @@ def _build(
     return patcher
 
 
-def default_mu(attached: Facts) -> float:
+def default_mu(attached: RecipeAttachment) -> float:
     """Time shift mu for a picture that fills the recipe's output budget; stock samplers and schedulers use it."""
     side = attached.recipe.output_budget or DEFAULT_BUDGET
     return math.log(resolution_shift((side // PIXELS_PER_TOKEN) ** 2, attached.shift))

@@ -21,7 +21,7 @@ from ....unipic_core.errors import UniPicError
 from ....unipic_core.model.config import FULL
 from ....unipic_core.weights.recipe import METADATA_KEY, Recipe
 from ....unipic_core.weights.transformer import CONFIG_KEY, ZERO_COND_MARKER
-from ..recipe_attachment import KEY, facts_of
+from ..recipe_attachment import KEY, attachment_of
 from .kv_cache import ATTENTION_FORM
 from .mmdit import ComfyMMDiT
 
@@ -75,7 +75,7 @@ def attention_form_of(patcher: ModelPatcher) -> str:
 def metadata_tensors(patcher: ModelPatcher) -> dict[str, Tensor]:
     """Recipe and config of a MODEL as tensors of bytes, for the file that it is saved to."""
     form, network = attention_form_of(patcher), patcher.model.diffusion_model
-    tensors = {METADATA_KEY: _bytes(replace(facts_of(patcher).recipe, attention_form=form).to_json())}
+    tensors = {METADATA_KEY: _bytes(replace(attachment_of(patcher).recipe, attention_form=form).to_json())}
     if isinstance(network, ComfyMMDiT):
         tensors[CONFIG_KEY] = _bytes(json.dumps(network.config.with_attention_form(form).to_dict()))
         if network.config.zero_cond_t:
@@ -91,13 +91,13 @@ def _with_recipe(value: object, patcher: ModelPatcher) -> Any:
     if not isinstance(value, list):
         return value
     patches = KeyPatches(value)
-    patches.attention_form, patches.recipe = attention_form_of(patcher), facts_of(patcher).recipe
+    patches.attention_form, patches.recipe = attention_form_of(patcher), attachment_of(patcher).recipe
     return patches
 
 
 def _check_merge(patcher: ModelPatcher, patches: dict[str, Any]) -> None:
     """UniPicError for weights of a MODEL with another attention form; a warning for another recipe."""
-    form, recipe = attention_form_of(patcher), facts_of(patcher).recipe
+    form, recipe = attention_form_of(patcher), attachment_of(patcher).recipe
     for other in (value for value in patches.values() if isinstance(value, KeyPatches)):
         if other.attention_form != form:
             raise UniPicError(

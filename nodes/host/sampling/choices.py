@@ -1,4 +1,4 @@
-"""Every choice of a sampling run: the node's widgets over the recipe of the weights, with what to tell the user."""
+"""Settings of a sampling run: the node's widgets override the recipe of the weights; and the line for the user."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ....unipic_core.conditioning.sequence import VAE_SCALE
 from ....unipic_core.run.plan import Settings, resolve
 from ....unipic_core.sampling.schedules import Shift
 from ....unipic_core.weights.recipe import Recipe
-from ..recipe_attachment import facts_of
+from ..recipe_attachment import attachment_of
 from .model_sampling import with_shift_of
 
 AUTO = "auto"
-"""Value of a widget that leaves its choice to the weights; 0 does for numbers."""
+"""Value of a widget that takes the recipe's; for numbers it is 0."""
 
 FEW_STEP_ADVICE = "for few-step weights choose the sampler consistency and the schedule few_step"
 
 
 @dataclass(frozen=True)
 class Widgets:
-    """What a node asks for; 0 and AUTO leave it to the weights. shift: of the schedule "fixed_shift"."""
+    """Widget values of a node; 0 and AUTO take the recipe's. shift: of the schedule "fixed_shift"."""
 
     steps: int = 0
     cfg: float = 0.0
@@ -35,7 +35,7 @@ class Widgets:
 
 @dataclass(frozen=True)
 class Choices:
-    """settings and shift give the times; notes: remarks on them; known: False = neither weights nor node say how."""
+    """settings and shift set the times; notes: warnings; known: False = the weights have no recipe."""
 
     settings: Settings
     shift: Shift
@@ -44,45 +44,45 @@ class Choices:
 
     @property
     def line(self) -> str:
-        """What the run does, and the remarks, for the node's line."""
+        """Line on the node: the settings and the warnings."""
         remark = [self.settings.remark] if self.settings.remark else []
         return "; ".join([f"{'' if self.known else 'no recipe: '}{self.settings}", *self.notes, *remark])
 
     @property
     def times_line(self) -> str:
-        """As `line`, of the times alone."""
+        """Line on UniPic Sigmas: the times alone, and the warnings."""
         fixed = self.settings.fixed_shift
         times = f"{self.settings.steps} steps, schedule {self.settings.schedule}" + (f" {fixed:g}" if fixed else "")
         return "; ".join([f"{'' if self.known else 'no recipe: '}{times}", *self.notes])
 
     @property
     def level(self) -> int:
-        """How the line is logged."""
+        """Log level of the line."""
         return logging.INFO if self.known else logging.WARNING
 
 
-def choices(model: ModelPatcher, latent: Tensor, asked: Widgets) -> Choices:
-    """The choices for a MODEL and a latent [B, C, 1, H, W]. Raises UniPicError."""
-    facts = facts_of(model)
+def choices(model: ModelPatcher, latent: Tensor, widgets: Widgets) -> Choices:
+    """Settings for a MODEL and a latent [B, C, 1, H, W]. Raises UniPicError."""
+    attached = attachment_of(model)
     settings = resolve(
-        facts.recipe,
-        asked.steps or None,
-        asked.cfg or None,
-        None if asked.sampler == AUTO else asked.sampler,
-        schedule=None if asked.schedule == AUTO else asked.schedule,
-        shift=asked.shift or None,
+        attached.recipe,
+        widgets.steps or None,
+        widgets.cfg or None,
+        None if widgets.sampler == AUTO else widgets.sampler,
+        schedule=None if widgets.schedule == AUTO else widgets.schedule,
+        shift=widgets.shift or None,
     )
-    settings, shift, note = with_shift_of(model, settings, facts.shift, chosen=bool(asked.shift))
-    known = facts.recipe != Recipe()
-    notes = [note, budget_caution(facts.recipe, latent)]
-    if not known and asked.sampler == AUTO and asked.schedule == AUTO:
+    settings, shift, note = with_shift_of(model, settings, attached.shift, chosen=bool(widgets.shift))
+    known = attached.recipe != Recipe()
+    notes = [note, budget_caution(attached.recipe, latent)]
+    if not known and widgets.sampler == AUTO and widgets.schedule == AUTO:
         notes.append(FEW_STEP_ADVICE)
     return Choices(settings, shift, tuple(filter(None, notes)), known)
 
 
 def budget_caution(recipe: Recipe, latent: Tensor) -> str:
-    """A remark on a latent [..., H, W] of more pixels than the weights were trained for; empty where it fits or the
-    recipe names no budget."""
+    """Warning for a latent [..., H, W] of more pixels than the weights were trained for; empty if it fits or the recipe
+    has no output budget."""
     height, width = (side * VAE_SCALE for side in latent.shape[-2:])
     budget = recipe.output_budget
     if budget is None or within_budget(width, height, budget):

@@ -1,4 +1,4 @@
-"""Conditionings of a run as latents [B, C, 1, H, W] want them: areas, masks and references adapted, or refused.
+"""Conditionings for latents [B, C, 1, H, W]: areas, masks and references are adapted or refused.
 
 ComfyUI's area, mask and training nodes were written for latents without a frame axis. A wrapper around a guider's whole
 run changes that run's copies of the conditionings, so the nodes work as they are, with every sampler.
@@ -24,7 +24,7 @@ LEAST_AREA = 8
 
 
 class ReferenceLatents(Sequence[Tensor]):
-    """References of one conditioning. Not a list, since TrainLoraNode walks lists down to single numbers."""
+    """References of one conditioning; not a list, since TrainLoraNode walks lists down to single numbers."""
 
     def __init__(self, latents: Sequence[Tensor]) -> None:
         self.latents = tuple(latents)
@@ -43,13 +43,13 @@ class ReferenceLatents(Sequence[Tensor]):
 
 
 def adapt_conditionings(patcher: ModelPatcher) -> None:
-    """Let a ModelPatcher and its clones adapt the conditionings of each run to its latents. Once is enough."""
+    """Let a ModelPatcher and its clones adapt the conditionings of each run to its latents. Repeatable."""
     if KEY not in patcher.wrappers.get(WrappersMP.OUTER_SAMPLE, {}):
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _adapt_run)
 
 
 def _adapt_run(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Around a guider's whole run. args: sampler, sigmas, denoise_mask, ... Raises UniPicError."""
+    """Wrapper of a guider's whole run. args: sampler, sigmas, denoise_mask, ... Raises UniPicError."""
     guider = executor.class_obj
     model = guider.model_patcher.model
     channels = guider.model_patcher.get_model_object("latent_format").latent_channels
@@ -67,31 +67,31 @@ def check_latent(latent: Tensor, channels: int) -> None:
     if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] != 1 or 0 in latent.shape:
         raise UniPicError(
             f"the model expects a latent [batch, {channels}, 1, height, width], got {list(latent.shape)}; take it from "
-            "Multi-Image Compose, or encode the picture with the VAE of Load UniPic, and turn a picture before it is "
-            "encoded, since Rotate Latent takes the frame axis for a side"
+            "Multi-Image Compose, or encode the picture with the VAE of Load UniPic; rotate pictures before encoding, "
+            "since Rotate Latent mistakes the frame axis for a side"
         )
     check_numbers("the latent", latent)
 
 
-def check_conditioning(name: str, given: object) -> None:
+def check_conditioning(name: str, value: object) -> None:
     """UniPicError unless an input is a CONDITIONING: a list of [text, options]."""
-    pairs = given if isinstance(given, list) else None
+    pairs = value if isinstance(value, list) else None
     if not pairs or not all(len(p) == 2 and isinstance(p[1], dict) for p in pairs if isinstance(p, (list, tuple))):
         raise UniPicError(
-            f"{name} must be a CONDITIONING, got {type(given).__name__}; connect that of Multi-Image Compose"
+            f"{name} must be a CONDITIONING, got {type(value).__name__}; connect that of Multi-Image Compose"
         )
 
 
-def check_numbers(what: str, tensor: Tensor | None) -> None:
+def check_numbers(name: str, tensor: Tensor | None) -> None:
     """UniPicError for NaN and infinity."""
     if tensor is not None and not bool(torch.isfinite(tensor).all()):
-        raise UniPicError(f"{what} holds NaN or infinity; make it again, and look at the node that made it")
+        raise UniPicError(f"{name} holds NaN or infinity; check the node that it comes from")
 
 
 def adapted(cond: dict[str, Any], noise: Tensor, channels: int, text_width: int | None = None) -> dict[str, Any]:
     """A copy of a conditioning for a run on noise [B, C, 1, H, W]. Raises UniPicError.
 
-    text_width: what the network takes, None where that is unknown.
+    text_width: the width that the network takes; None = unknown.
     """
     _check_text(cond.get("cross_attn"), text_width)
     cond = dict(cond)
@@ -106,7 +106,7 @@ def adapted(cond: dict[str, Any], noise: Tensor, channels: int, text_width: int 
 
 
 def _check_text(text: object, width: int | None) -> None:
-    """The network says which width it takes, later and after minutes of loading."""
+    """UniPicError for text of another width, before the network is loaded, which can take minutes."""
     if not isinstance(text, Tensor) or text.ndim != 3 or (width is not None and text.shape[-1] != width):
         got = list(text.shape) if isinstance(text, Tensor) else type(text).__name__
         raise UniPicError(
@@ -119,7 +119,7 @@ def _check_text(text: object, width: int | None) -> None:
 def _masked(mask: Tensor, noise: Tensor, to_bounds: bool) -> dict[str, Any]:
     """A MASK [H, W] or [N, H, W] as [N, 1, H', W'] of the latent's size; N: 1 or one for each picture.
 
-    to_bounds: with the area around it, as "mask bounds" of Conditioning (Set Mask) asks for.
+    to_bounds: add the area around it, the option "mask bounds" of Conditioning (Set Mask).
     """
     height, width = noise.shape[-2:]
     masks = mask.reshape(-1, 1, *mask.shape[-2:]).float()
@@ -142,23 +142,23 @@ def _masked(mask: Tensor, noise: Tensor, to_bounds: bool) -> dict[str, Any]:
 
 
 def _references(latents: Sequence[Tensor], pictures: int, channels: int) -> ReferenceLatents:
-    """References, one picture each, or one for each picture that is made.
+    """References of one sample each, or of one for each picture of the run.
 
-    ComfyUI's cond would cut a batch of them to its first ones; where one picture is made, each is a reference.
+    ComfyUI would cut a batch to its first samples; in a run of one picture each sample is a reference.
     """
-    made: list[Tensor] = []
-    for given in latents:
-        latent = given[:, :, None] if given.ndim == 4 else given
+    references: list[Tensor] = []
+    for reference in latents:
+        latent = reference[:, :, None] if reference.ndim == 4 else reference
         if latent.ndim != 5 or latent.shape[1] != channels or latent.shape[2] != 1:
             raise UniPicError(
-                f"this model expects reference latents [1, {channels}, 1, height, width], got {list(given.shape)}; use "
-                "the VAE of the same Load UniPic, and encode pictures, not a video"
+                f"this model expects reference latents [1, {channels}, 1, height, width], got {list(reference.shape)}; "
+                "use the VAE of the same Load UniPic, and encode pictures, not a video"
             )
         check_numbers("a reference latent", latent)
         if len(latent) not in (1, pictures) and pictures != 1:
             raise UniPicError(
                 f"a reference latent must hold one picture, or one for each of {pictures}, got {len(latent)}; encode "
-                "another picture, or set batch_size to 1"
+                "one picture, or set batch_size to 1"
             )
-        made += latent.split(1) if pictures == 1 else [latent]
-    return ReferenceLatents(made)
+        references += latent.split(1) if pictures == 1 else [latent]
+    return ReferenceLatents(references)

@@ -1,4 +1,4 @@
-"""ComfyUI's sampling nodes on a MODEL: times of another kind are refused, shifts are honoured or remarked on."""
+"""ComfyUI's ModelSampling nodes on a MODEL: their shift is used where it fits, other kinds of times are refused."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ....unipic_core.sampling.schedules import Shift
 
 
 def check_times(sampling: Any, model: str) -> None:
-    """UniPicError unless a MODEL's `model_sampling` is that of a flow and hands sigma on as the network's time.
+    """UniPicError unless a MODEL's `model_sampling` is a flow's and passes sigma to the network as its time.
 
     model: the kind of MODEL, for the message.
     """
     if not isinstance(sampling, comfy.model_sampling.CONST):
         raise UniPicError(
-            f"expected a flow model such as UniPic or Qwen-Image-Edit, got {model} sampled as another kind; connect "
-            "the MODEL of Load UniPic, and remove a ModelSampling node for other models after it"
+            f"expected a flow model such as UniPic or Qwen-Image-Edit, got {model} with another kind of sampling; "
+            "connect the MODEL of Load UniPic, and remove the ModelSampling node after it"
         )
     times = float(sampling.timestep(0.5)) / 0.5
     if not math.isclose(times, 1):
         raise UniPicError(
-            f"this model takes times from 0 to 1, and a node before it multiplies them by {times:g}, as "
-            "ModelSamplingSD3 does; remove it, or use ModelSamplingAuraFlow, which sets the shift alone"
+            f"this model expects times from 0 to 1, got times multiplied by {times:g}, as by ModelSamplingSD3; remove "
+            "that node, or use ModelSamplingAuraFlow, which changes the shift alone"
         )
 
 
 def shift_of(model: Any) -> float | None:
-    """k of t' = k t / (1 + (k - 1) t) that a sampling node gave a MODEL; None where there is no such node."""
+    """Shift k of t' = k t / (1 + (k - 1) t) from a ModelSampling node before this one; None without such a node."""
     sampling = model.object_patches.get("model_sampling")
     if isinstance(sampling, comfy.model_sampling.ModelSamplingFlux):
         return math.exp(sampling.shift)
@@ -40,22 +40,22 @@ def shift_of(model: Any) -> float | None:
 
 
 def with_shift_of(model: Any, settings: Settings, shift: Shift, chosen: bool = False) -> tuple[Settings, Shift, str]:
-    """Settings and Shift with the shift of a MODEL's sampling node, and what to tell the user; empty without a node.
+    """Settings and Shift with the shift of a ModelSampling node, and a line for the user, empty without such a node.
 
-    The schedules "base" and "fixed_shift" take it at every size. Few-step weights do not: they were distilled at the
-    times of their own schedule; nor does a shift that was chosen in the node give way. UniPicError for a shift that is
-    not above 0.
+    The schedules "base" and "fixed_shift" use it at every size. Few-step weights ignore it, since they were distilled
+    at the times of their schedule; so does a run whose shift was chosen in the sampling node itself. UniPicError for a
+    shift that is not above 0.
     """
     k = shift_of(model)
     if k is None:
         return settings, shift, ""
     if not 0 < k < math.inf:
-        raise UniPicError(f"the sampling node's shift should be above 0, got {k:g}; 3 is usual, or remove the node")
+        raise UniPicError(f"the ModelSampling node's shift must be above 0, got {k:g}; set it to 3, or remove the node")
     if chosen:
-        return settings, shift, f"the sampling node's shift {k:g} is not used, since a shift was chosen here"
+        return settings, shift, f"the ModelSampling node's shift {k:g} is ignored: a shift was chosen in this node"
     if settings.schedule == "few_step":
-        note = f"the sampling node's shift {k:g} is not used, since these weights were distilled at their own times"
+        note = f"the ModelSampling node's shift {k:g} is ignored: few-step weights have a fixed schedule"
         return settings, shift, note
     if settings.schedule == "fixed_shift":
-        return replace(settings, fixed_shift=k), shift, f"shift {k:g} of the sampling node"
-    return settings, replace(shift, base_mu=math.log(k), max_mu=math.log(k)), f"shift {k:g} of the sampling node"
+        return replace(settings, fixed_shift=k), shift, f"shift {k:g} of the ModelSampling node"
+    return settings, replace(shift, base_mu=math.log(k), max_mu=math.log(k)), f"shift {k:g} of the ModelSampling node"

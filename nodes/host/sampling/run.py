@@ -65,7 +65,7 @@ def sample(
     check_conditioning("positive", positive)
     check_conditioning("negative", negative)
     model = model.clone() if settings.guidance == 1 else with_guidance(model)
-    adapt_conditionings(model)  # of a stock loader's, too
+    adapt_conditionings(model)  # also a stock loader's MODEL
     pictures = latent.get("batch_index")
     options = {"pictures": pictures} if settings.sampler == "consistency" and pictures is not None else {}
     samples = comfy.sample.sample_custom(

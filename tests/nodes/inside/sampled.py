@@ -7,7 +7,7 @@ from typing import Any
 
 import comfy.sample
 from torch import Tensor
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.host.sampling.guidance import with_guidance
 from unipic_pack.nodes.host.sampling.run import prepared
 from unipic_pack.nodes.host.sampling.samplers import ksampler
@@ -26,7 +26,7 @@ def sample_from(
         start,
         settings.guidance,
         ksampler(settings.sampler, **options),
-        sigmas_of(settings, facts_of(model).shift, tokens),
+        sigmas_of(settings, attachment_of(model).shift, tokens),
         positive,
         negative,
         prepared(model, latent),

@@ -19,7 +19,7 @@ from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
 from unipic_pack.nodes.host.pictures.images import to_image
 from unipic_pack.nodes.host.pictures.vae import load_vae
-from unipic_pack.nodes.host.recipe_attachment import Facts, attach
+from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach
 from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
 from unipic_pack.unipic_core.errors import UniPicError
@@ -36,7 +36,7 @@ def tiny(golden):
 @pytest.fixture(scope="module")
 def small(nano):
     clip = load_clip(nano)
-    attach(clip.patcher, Facts(recipe_of(nano)))
+    attach(clip.patcher, RecipeAttachment(recipe_of(nano)))
     return clip, load_vae(nano)
 
 
@@ -58,8 +58,8 @@ def test_golden_cases(tiny, golden, name):
     folder = golden / "cases" / name
     case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
     images = [to_image(load_image(folder / f"image_{i + 1}.png")) for i in range(len(case["reference_sizes"]))]
-    wishes = {k: case[k] for k in ("negative_prompt", "width", "height", "reference_budget")}
-    positive, negative, latent = run(tiny, *images, prompt=case["prompt"], **wishes)
+    sizes = {k: case[k] for k in ("negative_prompt", "width", "height", "reference_budget")}
+    positive, negative, latent = run(tiny, *images, prompt=case["prompt"], **sizes)
     for cond, which in ((positive, "prompt_embeds"), (negative, "negative_prompt_embeds")):
         [[embeds, extra]] = cond
         assert distance(embeds, tensors[which]) < 1e-4
@@ -149,26 +149,26 @@ def facts_budget(parts):
 
 
 def test_all_of_a_batch_are_references(tiny):
-    wishes = {"reference_budget": 96, "width": 32, "height": 32}
-    together = run(tiny, torch.cat([image(0), image(1)]), image(2), batches="all", **wishes)
-    apart = run(tiny, image(0), image(1), image(2), **wishes)
+    sizes = {"reference_budget": 96, "width": 32, "height": 32}
+    together = run(tiny, torch.cat([image(0), image(1)]), image(2), batches="all", **sizes)
+    apart = run(tiny, image(0), image(1), image(2), **sizes)
     assert distance(together[0][0][0], apart[0][0][0]) == 0
     assert len(together[0][0][1]["reference_latents"]) == 3
-    with pytest.raises(UniPicError, match="at most 6 pictures can be composed, got 7, of which image_1 alone holds 5"):
-        run(tiny, torch.cat([image(0)] * 5), torch.cat([image(1)] * 2), batches="all", **wishes)
+    with pytest.raises(UniPicError, match="at most 6 pictures can be composed, got 7, 5 of them from image_1"):
+        run(tiny, torch.cat([image(0)] * 5), torch.cat([image(1)] * 2), batches="all", **sizes)
 
 
 def test_an_animation_counts_as_its_first_frame(tiny, caplog):
     """Load Image gives every frame, and a mask for each."""
-    wishes = {"reference_budget": 96, "width": 32, "height": 32}
+    sizes = {"reference_budget": 96, "width": 32, "height": 32}
     frames, holes = torch.cat([image(i) for i in range(8)]), torch.zeros(8, 50, 70)
     holes[0, :20], holes[1] = 1, 1
     with caplog.at_level(logging.WARNING):
-        moving = run(tiny, frames, image(9), masks={"mask_1": holes}, **wishes)
-    still = run(tiny, frames[:1], image(9), masks={"mask_1": holes[:1]}, **wishes)
+        moving = run(tiny, frames, image(9), masks={"mask_1": holes}, **sizes)
+    still = run(tiny, frames[:1], image(9), masks={"mask_1": holes[:1]}, **sizes)
     assert distance(moving[0][0][0], still[0][0][0]) == 0
     assert len(moving[0][0][1]["reference_latents"]) == 2
-    assert "image_1 holds 8 pictures, the first is used (batches: all uses each)" in caplog.text
+    assert "image_1 has 8 pictures, and only the first is used; set batches to all" in caplog.text
     assert "in the prompt" not in caplog.text
 
 
@@ -176,9 +176,15 @@ def test_an_animation_counts_as_its_first_frame(tiny, caplog):
     ("sockets", "said"),
     [
         ((1, 2, 3), None),
-        ((1, 3), "image_2 is empty, muted or bypassed, so later pictures move up; image_3 is image 2 in the prompt"),
-        ((2,), "image_1 is empty, muted or bypassed, so later pictures move up; image_2 is image 1 in the prompt"),
-        ((3, 6), "image_1, image_2, image_4, image_5 are empty, muted or bypassed, so later pictures move up"),
+        (
+            (1, 3),
+            "image_2 is empty, muted or bypassed, so later pictures are renumbered; image_3 is image 2",
+        ),
+        (
+            (2,),
+            "image_1 is empty, muted or bypassed, so later pictures are renumbered; image_2 is image 1",
+        ),
+        ((3, 6), "image_1, image_2, image_4, image_5 are empty, muted or bypassed, so later pictures are renumbered"),
     ],
 )
 def test_a_muted_picture_is_told(tiny, caplog, sockets, said):
@@ -221,26 +227,26 @@ def test_no_images_warns(tiny, caplog):
 
 
 def test_masks_go_with_their_images(tiny):
-    wishes = {"reference_budget": 64, "width": 32, "height": 32}
+    sizes = {"reference_budget": 64, "width": 32, "height": 32}
     white, hole = torch.ones_like(image(1)), torch.ones(1, 64, 64)
-    masked = run(tiny, image(0), image(1), masks={"mask_2": hole}, **wishes)
-    blank = run(tiny, image(0), white, **wishes)
+    masked = run(tiny, image(0), image(1), masks={"mask_2": hole}, **sizes)
+    blank = run(tiny, image(0), white, **sizes)
     assert distance(masked[0][0][0], blank[0][0][0]) == 0
-    with pytest.raises(UniPicError, match="mask_3 has no picture; connect image_3"):
-        run(tiny, image(0), masks={"mask_3": hole}, **wishes)
+    with pytest.raises(UniPicError, match="mask_3 is connected, but image_3 is not"):
+        run(tiny, image(0), masks={"mask_3": hole}, **sizes)
 
 
 def test_pictures_that_are_odd(tiny):
-    wishes = {"reference_budget": 64, "width": 32, "height": 32}
+    sizes = {"reference_budget": 64, "width": 32, "height": 32}
     rgba = torch.cat([image(), torch.ones_like(image()[..., :1])], dim=-1)
-    assert distance(run(tiny, rgba, **wishes)[0][0][0], run(tiny, image(), **wishes)[0][0][0]) == 0
+    assert distance(run(tiny, rgba, **sizes)[0][0][0], run(tiny, image(), **sizes)[0][0][0]) == 0
     for odd in (torch.rand(1, 1, 1, 3), torch.rand(1, 20, 30, 1), torch.rand(1, 1, 200, 3)):
-        [[embeds, extra]] = run(tiny, odd, image(), **wishes)[0]
+        [[embeds, extra]] = run(tiny, odd, image(), **sizes)[0]
         assert torch.isfinite(embeds).all()
         assert len(extra["reference_latents"]) == 2
-    [[embeds, _]] = run(tiny, image(), prompt="", **wishes)[0]
+    [[embeds, _]] = run(tiny, image(), prompt="", **sizes)[0]
     assert embeds.shape[1] > 0
-    marked = run(tiny, image(), prompt="<|image_pad|>", negative_prompt="<|im_end|>", **wishes)
+    marked = run(tiny, image(), prompt="<|image_pad|>", negative_prompt="<|im_end|>", **sizes)
     assert marked[0][0][0].shape[1] > embeds.shape[1]
 
 

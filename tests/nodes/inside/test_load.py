@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from unipic_pack.nodes import load
 from unipic_pack.nodes.host import model_paths as sources
 from unipic_pack.nodes.host.model.loading import load_model
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.nodes.lora import lora_path
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
@@ -52,8 +52,8 @@ def test_bundled_nano_needs_nothing() -> None:
     assert options()["model"] == [sources.DEFAULT_MODEL]
     assert options()["text_encoder"] == options()["vae"] == ["auto", sources.DEFAULT_MODEL]
     model, clip, vae = run()
-    assert facts_of(model).recipe.steps
-    assert facts_of(clip.patcher) == facts_of(model)
+    assert attachment_of(model).recipe.steps
+    assert attachment_of(clip.patcher) == attachment_of(model)
     latents = model.model.latent_format
     assert vae.latent_channels == latents.latent_channels == 16
     tokens = clip.tokenize("a red ball")
@@ -153,7 +153,7 @@ def test_recipe_of_a_released_folder(golden: Path, models_folder: Path) -> None:
 
     name = transformer_only(golden, models_folder)
     model = load_model(sources.find_model(name), latents=read_latent_format(golden / "tiny"))
-    assert facts_of(model).recipe == RELEASED_FEW_STEP
+    assert attachment_of(model).recipe == RELEASED_FEW_STEP
 
 
 def test_weights_without_a_recipe_are_named(
@@ -292,7 +292,7 @@ def test_a_folder_of_the_download_cache(models_folder: Path, golden: Path) -> No
     assert name in options()["model"]
     assert sources.find_model(name) == snapshot
     model, clip, vae = run(name)
-    assert facts_of(model).recipe == RELEASED_FEW_STEP
+    assert attachment_of(model).recipe == RELEASED_FEW_STEP
     assert clip.tokenize("a")
     assert vae.latent_channels == 4
     before = LoadUniPic.fingerprint_inputs(name, "auto", "auto")

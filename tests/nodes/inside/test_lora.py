@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from unipic_pack.nodes import lora as lora_module
 from unipic_pack.nodes.host.model.loading import load_model
-from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
+from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach, attachment_of
 from unipic_pack.nodes.lora import DistillLoRA
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError
 from unipic_pack.unipic_core.weights.lora import read_lora as read_core_lora
@@ -280,12 +280,12 @@ def test_our_files_are_the_same_through_the_stock_loader(dtype: str, file: Path,
 
 def test_the_recipe_goes_over_the_models(file: Path, tiny: Any, pairs: Pairs) -> None:
     base = tiny.clone()
-    attach(base, Facts(RELEASED_BASE, facts_of(tiny).shift))
+    attach(base, RecipeAttachment(RELEASED_BASE, attachment_of(tiny).shift))
     save_lora(file, pairs, recipe=STUDENT)
     got = apply(base)
-    assert facts_of(got).recipe == RELEASED_BASE.merge(STUDENT)
-    assert facts_of(got).shift == facts_of(tiny).shift
-    assert facts_of(base).recipe == RELEASED_BASE
+    assert attachment_of(got).recipe == RELEASED_BASE.merge(STUDENT)
+    assert attachment_of(got).shift == attachment_of(tiny).shift
+    assert attachment_of(base).recipe == RELEASED_BASE
     settings = "4 steps, consistency, no guidance"
     assert line(base) == f"4 of 4 layers of test.safetensors matched; the LoRA's recipe: {settings}"
 

@@ -78,20 +78,20 @@ def test_a_switched_off_picture_is_left_out_and_told(tiny: Any, caplog: pytest.L
     with caplog.at_level(logging.WARNING):
         made = run(tiny, wire(image(0)), wire(image(1), enabled=False), wire(image(2)))
     same(made, run(tiny, wire(image(0)), wire(image(2))))
-    assert "reference_2 is switched off, so later pictures move up; reference_3 is image 2 in the prompt" in caplog.text
+    assert "reference_2 is switched off, so later pictures are renumbered; reference_3 is image 2" in caplog.text
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         run(tiny, wire(image(0)), wire(image(1), enabled=False))
     assert "reference_2 is switched off;" in caplog.text
-    assert "move up" not in caplog.text
+    assert "renumbered" not in caplog.text
 
 
 def test_a_muted_reference_is_told(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
     """The page sends reference_1 and reference_3 alone where the second node is muted or bypassed."""
     with caplog.at_level(logging.WARNING):
         run(tiny, wire(image(0)), None, wire(image(2)))
-    told = "reference_2 is empty, muted or bypassed, so later pictures move up; reference_3 is image 2 in the prompt"
-    assert told in caplog.text
+    line = "reference_2 is empty, muted or bypassed, so later pictures are renumbered; reference_3 is image 2"
+    assert line in caplog.text
 
 
 def test_numbers_behind_pictures_of_the_other_sockets_are_told(tiny: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,8 +130,8 @@ def test_sizes_are_told_and_small_ones_warned_of(tiny: Any, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("references", "message"),
     [
-        ({"reference_1": 5}, r"reference_1 takes the wire of Reference \(UniPic\), got int; connect that node"),
-        ({"reference_2": "a.png"}, r"reference_2 takes the wire of Reference \(UniPic\), got str"),
+        ({"reference_1": 5}, r"reference_1 must come from Reference \(UniPic\), got int; connect that node"),
+        ({"reference_2": "a.png"}, r"reference_2 must come from Reference \(UniPic\), got str"),
         (
             {"reference_1": Reference(torch.ones(1, 8, 8, 3), weight=float("nan"))},
             "weight should be a number from 0.01",
@@ -181,4 +181,4 @@ def test_in_a_graph_and_old_graphs_without_the_new_inputs() -> None:
     node_of(literal, "MultiImageCompose")["references.reference_2"] = 5
     done = executor.run(literal)
     assert not done.success
-    assert "reference_2 takes the wire of Reference (UniPic), got int" in done.error["exception_message"]
+    assert "reference_2 must come from Reference (UniPic), got int" in done.error["exception_message"]

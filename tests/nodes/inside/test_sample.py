@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from unipic_pack.nodes import sample
 from unipic_pack.nodes.host.model.loading import load_model
-from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
+from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach, attachment_of
 from unipic_pack.nodes.host.sampling.guidance import guide, with_guidance
 from unipic_pack.nodes.host.sampling.samplers import ksampler, seeded_noise
 from unipic_pack.nodes.host.sampling.schedules import sigmas_of, target_tokens
@@ -34,17 +34,17 @@ from unipic_pack.unipic_core.sampling.schedules import Shift, base_times, few_st
 from unipic_pack.unipic_core.weights.recipe import RELEASED_BASE, RELEASED_FEW_STEP, Recipe
 
 
-def sigmas(attached: Facts, steps: int | None, tokens: int, denoise: float = 1.0) -> Tensor:
+def sigmas(attached: RecipeAttachment, steps: int | None, tokens: int, denoise: float = 1.0) -> Tensor:
     """The times of a model with this recipe."""
     return sigmas_of(resolve(attached.recipe, steps), attached.shift, tokens, denoise)
 
 
-FEW = sigmas(Facts(RELEASED_FEW_STEP), 4, 24)
+FEW = sigmas(RecipeAttachment(RELEASED_FEW_STEP), 4, 24)
 CONSISTENCY, EULER = ksampler("consistency"), ksampler("euler")
 
 
 def with_recipe(patcher: Any, recipe: Recipe = RELEASED_FEW_STEP, shift: Shift = Shift()) -> Any:
-    attach(patcher, Facts(recipe, shift))
+    attach(patcher, RecipeAttachment(recipe, shift))
     return patcher
 
 
@@ -156,7 +156,7 @@ def test_golden_latents_after_every_step(name: str, golden: Path, tiny: Any) -> 
     case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
     settings = resolve(Recipe(), case["steps"], case["true_cfg_scale"], case["sampler"])
     shape = LatentShape.of_pixels(case["width"], case["height"])
-    sigmas = sigmas_of(settings, facts_of(tiny).shift, shape.num_tokens)
+    sigmas = sigmas_of(settings, attachment_of(tiny).shift, shape.num_tokens)
     toy.close(sigmas, tensors["times"].float(), 1e-6)
 
     references = [
@@ -282,7 +282,7 @@ def test_the_masked_part_of_the_latent_stays(name: str, denoise: float) -> None:
     assert float((out["samples"] - before)[..., 6:].abs().max()) > 0.1
     assert out["noise_mask"] is mask
     start = comfy.sample.prepare_noise(before, 7)
-    for x, t in toy.network(model).calls:  # the network sees the kept part with one noise, at the right time
+    for x, t in toy.network(model).calls:  # the network sees the unmasked part with one noise, at the right time
         toy.close(x[..., :6], ((1 - t) * before + t * start)[..., :6], 1e-6)
 
 
@@ -324,21 +324,21 @@ def test_masks_that_do_not_fit_the_batch() -> None:
 
 def test_sigmas_are_the_cores() -> None:
     shift = Shift(base_mu=0.2, max_mu=1.4)
-    few = sigmas(Facts(RELEASED_FEW_STEP, shift), None, 100)
+    few = sigmas(RecipeAttachment(RELEASED_FEW_STEP, shift), None, 100)
     assert few.dtype == torch.float32
     toy.close(few.double(), few_step_times(8, 100, shift), 1e-7)
-    stock = sigmas(Facts(), 6, 4096)  # a model that our loader did not make
+    stock = sigmas(RecipeAttachment(), 6, 4096)  # a model that our loader did not make
     toy.close(stock.double(), base_times(6, 4096), 1e-7)
-    assert len(sigmas(Facts(), None, 4096)) == 51
+    assert len(sigmas(RecipeAttachment(), None, 4096)) == 51
     assert float(few[0]) == 1
     assert float(few[-1]) == 0
 
 
 def test_denoise_is_the_tail_of_a_longer_schedule() -> None:
-    held = Facts(RELEASED_FEW_STEP)
-    toy.close(sigmas(held, 4, 24, 0.5), sigmas(held, 8, 24)[-5:])
-    toy.close(sigmas(held, 8, 24, 0.8), sigmas(held, 10, 24)[-9:])
-    toy.close(sigmas(held, 3, 24, 0.99), sigmas(held, 3, 24))  # as KSampler: int(3 / 0.99) is 3
+    attached = RecipeAttachment(RELEASED_FEW_STEP)
+    toy.close(sigmas(attached, 4, 24, 0.5), sigmas(attached, 8, 24)[-5:])
+    toy.close(sigmas(attached, 8, 24, 0.8), sigmas(attached, 10, 24)[-9:])
+    toy.close(sigmas(attached, 3, 24, 0.99), sigmas(attached, 3, 24))  # as KSampler: int(3 / 0.99) is 3
     before = torch.randn(1, 4, 1, 8, 12, generator=torch.Generator().manual_seed(3))
     out = few_step(with_recipe(toy.model()), {"samples": before}, denoise=0.0)["samples"]
     toy.close(out, before)
@@ -454,7 +454,7 @@ def test_a_chosen_shift_wins_over_a_sampling_node(caplog: pytest.LogCaptureFixtu
     with caplog.at_level("INFO"):
         given = sample.UniPicSigmas.execute(model, toy.latent(), 2, 1.0, "fixed_shift", 3.0)[0]
     toy.close(given, torch.tensor([1.0, 0.75, 0.0]), 1e-6)
-    assert "the sampling node's shift 5 is not used, since a shift was chosen here" in caplog.text
+    assert "the ModelSampling node's shift 5 is ignored: a shift was chosen" in caplog.text
 
 
 def test_a_latent_over_the_budget_is_told(caplog: pytest.LogCaptureFixture) -> None:

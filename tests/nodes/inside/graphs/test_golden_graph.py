@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sampled import sample_from
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.host.pictures.images import to_image
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.unipic_core.conditioning.images import load_image
 from unipic_pack.unipic_core.conditioning.sequence import LatentShape, pack_latents, unpack_latents
@@ -53,7 +53,7 @@ def test_case(loaded: tuple[Any, ...], golden: Path, name: str) -> None:
             reference_budget=case["reference_budget"],
             images=images,
         ).result
-        settings = resolve(facts_of(model).recipe, case["steps"], case["true_cfg_scale"], case["sampler"])
+        settings = resolve(attachment_of(model).recipe, case["steps"], case["true_cfg_scale"], case["sampler"])
         start = unpack_latents(tensors["noise"], shape)
         out = sample_from(model, settings, start, step_noise, positive, negative, latent)
         x0, decoded = pack_latents(model.model.process_latent_in(out)), vae.decode(out)

@@ -12,7 +12,7 @@ from torch import Tensor
 from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL
 from unipic_pack.nodes.host.pictures.images import to_image
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.nodes.sample_images import FOLDER
 from unipic_pack.unipic_core.conditioning.images import load_image
@@ -49,7 +49,7 @@ def by_nodes(loaded: tuple[Any, ...], count: int, sampler: str, cfg: float, shap
     pictures = {IMAGES[i]: to_image(load_image(FOLDER / f"{name}.png")) for i, name in enumerate(PICTURES[:count])}
     positive, negative, latent = MultiImageCompose.execute(clip, vae, PROMPT, images=pictures).result
     start, *added = (unpack_latents(n, shape) for n in noises(shape, model.model.diffusion_model.config.in_channels))
-    settings = resolve(facts_of(model).recipe, STEPS, cfg, sampler)
+    settings = resolve(attachment_of(model).recipe, STEPS, cfg, sampler)
     used = added if sampler == "consistency" else []
     out = sample_from(model, settings, start, used, positive, negative, latent)
     return pack_latents(model.model.process_latent_in(out))

@@ -12,7 +12,7 @@ import torch
 import toy
 from safetensors.torch import save_file
 from unipic_pack.nodes import sample
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.weights.recipe import METADATA_KEY, RELEASED_BASE, RELEASED_FEW_STEP, Recipe
 
@@ -30,18 +30,18 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def test_the_name_of_the_file_is_read(load: Any) -> None:
-    assert facts_of(load("unipic3dmd.safetensors")).recipe == RELEASED_FEW_STEP
-    assert facts_of(load("unipic3-base.safetensors").clone()).recipe == RELEASED_BASE
-    assert facts_of(load("mine.safetensors")).recipe == Recipe()
+    assert attachment_of(load("unipic3dmd.safetensors")).recipe == RELEASED_FEW_STEP
+    assert attachment_of(load("unipic3-base.safetensors").clone()).recipe == RELEASED_BASE
+    assert attachment_of(load("mine.safetensors")).recipe == Recipe()
 
 
 def test_the_recipe_in_the_file_is_read_and_read_again_when_it_changes(load: Any, tmp_path: Path) -> None:
     model = load("mine.safetensors", {METADATA_KEY: Recipe(steps=5).to_json()})
-    assert facts_of(model).recipe.steps == 5
+    assert attachment_of(model).recipe.steps == 5
     save_file({"x": torch.zeros(3)}, tmp_path / "mine.safetensors", {METADATA_KEY: Recipe(steps=6).to_json()})
-    assert facts_of(model).recipe.steps == 6
+    assert attachment_of(model).recipe.steps == 6
     os.remove(tmp_path / "mine.safetensors")
-    assert facts_of(model).recipe == Recipe()
+    assert attachment_of(model).recipe == Recipe()
 
 
 def test_a_few_step_model_of_the_stock_loader_runs_few_steps(load: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -54,7 +54,7 @@ def test_a_few_step_model_of_the_stock_loader_runs_few_steps(load: Any, caplog: 
 
 def test_a_causal_form_is_refused_since_stock_loaders_do_not_have_it(load: Any) -> None:
     model = load("mine.safetensors", {METADATA_KEY: Recipe(attention_form="prefix_causal").to_json()})
-    with pytest.raises(UniPicError, match=r"mine.safetensors attends in the form prefix_causal, .* load it with Load"):
+    with pytest.raises(UniPicError, match=r"mine.safetensors has the attention form prefix_causal, .* load it with"):
         sample.UniPicSigmas.execute(model, toy.latent(), 0, 1.0)
 
 

@@ -17,7 +17,7 @@ from unipic_pack.nodes.host.model import kv_cache
 from unipic_pack.nodes.host.model.kv_cache import ATTENTION_FORM, KV_CACHE
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.lora import add_lora, switch_attention_form
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,
@@ -126,7 +126,7 @@ def test_a_causal_lora_switches_the_form(form: str, nano: Path, causal_folders: 
     full, causal = load_model(nano), load_model(causal_folders[form])
     tensors = lora_file("transformer.{}.lora_{}.weight")
     switched = add_lora(full, build(tensors, Recipe(attention_form=form)), 1.0)[0]
-    assert facts_of(switched).recipe.causal_attention_form == form
+    assert attachment_of(switched).recipe.causal_attention_form == form
     before = run(full)
     close(run(switched), run(add_lora(causal, build(tensors), 1.0)[0]))
     close(run(full), before)

@@ -23,7 +23,7 @@ from torch import Tensor
 from unipic_pack.nodes.host.model.latent_format import PictureLatents, fit_preview, read_latent_format
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT, network_options
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,
     TextCond,
@@ -151,13 +151,13 @@ def test_ksampler_is_what_the_core_computes(nano: Path, nano_model: Any) -> None
 
 
 def test_default_shift_is_that_of_the_recipes_output(nano: Path, nano_model: Any) -> None:
-    attached = facts_of(nano_model)
+    attached = attachment_of(nano_model)
     assert attached.recipe.output_budget == json.loads((nano / "recipe.json").read_text())["output_budget"]
     tokens = (attached.recipe.output_budget // 16) ** 2
     k = resolution_shift(tokens, attached.shift)
     middle = float(nano_model.model.model_sampling.sigma(torch.tensor(0.5)))
     assert middle == pytest.approx(k / (1 + k), abs=1e-6)
-    assert facts_of(nano_model.clone()) == attached
+    assert attachment_of(nano_model.clone()) == attached
 
 
 def test_references_count_in_the_memory_estimate(golden: Path, tiny: Any, nano_model: Any) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from unipic_pack.nodes.host.model import loading
 from unipic_pack.nodes.host.model.latent_format import read_latent_format
 from unipic_pack.nodes.host.model.loading import load_model
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.unipic_core.conditioning.sequence import (
     LatentShape,
     TextCond,
@@ -138,7 +138,7 @@ def test_reload_without_dynamic_offload(nano: Path, nano_model: Any) -> None:
     torch.testing.assert_close(
         velocity(patcher, x, 0.5, text, references), velocity(nano_model, x, 0.5, text, references)
     )
-    assert facts_of(patcher) == facts_of(nano_model)
+    assert attachment_of(patcher) == attachment_of(nano_model)
 
 
 @pytest.mark.parametrize("with_lora", [False, True])

@@ -17,7 +17,7 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave, ModelS
 from safetensors import safe_open
 from safetensors.torch import load_file
 from unipic_pack.nodes.host.model.loading import load_model
-from unipic_pack.nodes.host.recipe_attachment import Facts, attach, facts_of
+from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach, attachment_of
 from unipic_pack.nodes.lora import DistillLoRA, bundled_loras
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
 from unipic_pack.unipic_core.weights.recipe import Recipe
@@ -47,16 +47,16 @@ def causal(nano_model: Any) -> Any:
 def test_a_causal_lora_is_saved_with_its_form_and_recipe(causal: Any, save: Any) -> None:
     again = load_model(save(causal))
     assert again.model.diffusion_model.config.attention_form == "prefix_causal"
-    recipe = facts_of(causal).recipe
-    assert facts_of(again).recipe == replace(recipe, attention_form="prefix_causal")
+    recipe = attachment_of(causal).recipe
+    assert attachment_of(again).recipe == replace(recipe, attention_form="prefix_causal")
     torch.testing.assert_close(run(again), run(causal), rtol=0, atol=2e-5)
 
 
 def test_a_clone_is_saved_with_what_it_carries(nano_model: Any, save: Any) -> None:
     recipe, clone = Recipe(steps=3, guidance=2.0, sampler="euler", made={"by": "hand"}), nano_model.clone().clone()
-    attach(clone, Facts(recipe))
-    assert facts_of(load_model(save(clone))).recipe == recipe
-    assert facts_of(load_model(save(nano_model))).recipe == facts_of(nano_model).recipe
+    attach(clone, RecipeAttachment(recipe))
+    assert attachment_of(load_model(save(clone))).recipe == recipe
+    assert attachment_of(load_model(save(nano_model))).recipe == attachment_of(nano_model).recipe
 
 
 def test_the_core_and_other_readers(causal: Any, save: Any) -> None:
@@ -109,7 +109,7 @@ def test_models_of_one_form_merge(nano_model: Any, causal: Any, caplog: pytest.L
     torch.testing.assert_close(run(half), run(nano_model), rtol=0, atol=2e-4)
     assert "recipes" not in caplog.text
     other = nano_model.clone()
-    attach(other, Facts(Recipe(steps=3)))
+    attach(other, RecipeAttachment(Recipe(steps=3)))
     with caplog.at_level(logging.WARNING):
         ModelMergeSimple().merge(nano_model, other, 0.0)
     assert caplog.text.count("different recipes; the first model's is used") == 1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from unipic_pack.nodes.host.model.kv_cache import TIME_ROUNDING
 from unipic_pack.nodes.host.model.loading import load_model, round_times
 from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT, network_options
-from unipic_pack.nodes.host.recipe_attachment import attach, facts_of
+from unipic_pack.nodes.host.recipe_attachment import attach, attachment_of
 from unipic_pack.nodes.lora import add_lora
 from unipic_pack.unipic_core.conditioning.sequence import pack_latents
 from unipic_pack.unipic_core.weights.lora import read_lora, save_lora
@@ -74,7 +74,7 @@ def test_the_recipe_decides(golden: Path, tiny: Any, tmp_path: Path) -> None:
 
     assert rounding(tiny) == "bf16_thousandths", "of weights without a recipe, which run as the base"
     few = tiny.clone()
-    attach(few, replace(facts_of(tiny), recipe=RELEASED_FEW_STEP))
+    attach(few, replace(attachment_of(tiny), recipe=RELEASED_FEW_STEP))
     round_times(few)
     assert (rounding(few), rounding(tiny)) == ("bf16", "bf16_thousandths")
     file, width = tmp_path / "lora.safetensors", tiny.model.diffusion_model.config.width

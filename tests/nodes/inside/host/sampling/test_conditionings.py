@@ -164,7 +164,7 @@ def test_what_does_not_belong_is_one_sentence_in_our_node(nano_model: Any, case:
 def test_a_turned_latent_is_one_sentence(nano_model: Any, turned: str) -> None:
     """Rotate Latent takes the frame axis for a side."""
     [held] = stock.LatentRotate().rotate({"samples": noise(1, CHANNELS, 1, 8, 8)}, turned)
-    with pytest.raises(UniPicError, match="turn a picture before it is encoded, since Rotate Latent takes the frame"):
+    with pytest.raises(UniPicError, match="rotate pictures before encoding, since Rotate Latent mistakes the frame"):
         sample.FewStepSampler.execute(nano_model, text(), text(), held, 7, 1, 0.0, "auto", 1.0)
 
 
