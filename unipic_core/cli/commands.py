@@ -1,6 +1,6 @@
-"""The command line: compose pictures, say what a checkpoint is, convert one, merge LoRAs. `unipic --help` says how.
+"""The command line: compose pictures, describe a checkpoint, convert one, merge LoRAs. See `unipic --help`.
 
-Exit codes: 0 done; 2 bad input, with one line on stderr; 1 an unforeseen error; 130 interrupted. --debug shows
+Exit codes: 0 success; 2 bad input, with one line on stderr; 1 unexpected error; 130 interrupted. --debug shows
 tracebacks.
 """
 
@@ -19,15 +19,15 @@ from .. import __version__
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, printable, progress_bar, readable_warnings
 
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
-FORMS = ("bf16", "fp32", "fp8_scaled")
+STORAGE_DTYPES = ("bf16", "fp32", "fp8_scaled")
 SOURCE = "pipeline folder, transformer folder, or a .safetensors or .bin file"
 INSTALL = 'pip install -c constraints.txt -e ".[pipeline]"'
 LORA = "FILE[=STRENGTH]"
-OVERWRITE = "replace DST if it is there"
-AGAIN = "may be given again; strength 1 unless said"
-FORM_NOTE = (
-    "If the weights attend in a causal form (`unipic info` says so), only unipic and the node Load UniPic compute it: "
-    "other programs read the result as full attention and make wrong pictures without an error."
+OVERWRITE = "replace DST if it exists"
+REPEATABLE = "repeatable; default strength 1"
+CAUSAL_NOTE = (
+    "If the weights have a causal attention form (see `unipic info`), only unipic and the node Load UniPic compute it: "
+    "other programs compute full attention and give wrong pictures without an error."
 )
 
 EXAMPLES = """examples:
@@ -39,14 +39,14 @@ EXAMPLES = """examples:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors in one line."""
+    """Argument parser that prints errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
+    """Run a command and return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal of another encoding
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.run(args)
         return 0
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written is left", file=sys.stderr)
+        print("interrupted; no partial file is left", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         expected = absent is not None or isinstance(error, (ValueError, OSError))
         text = absent or with_flags(printable(" ".join(sentence(error).split()))) or type(error).__name__
         if not expected:
-            text = f"unforeseen {type(error).__name__}: {text} (run again with --debug and report it)"
+            text = f"unexpected {type(error).__name__}: {text} (run again with --debug and report it)"
         print(f"unipic: {text}", file=sys.stderr)
         return 2 if expected else 1
 
@@ -81,25 +81,25 @@ FLAGS = {
     "overwrite=True": "--overwrite",
     'storage="fp8"': "--storage fp8",
 }
-"""How the errors of the Python API name what the command line has flags for."""
+"""Argument of the Python API, as its errors name it -> flag of the command line."""
 
 
 def with_flags(text: str) -> str:
-    """An error of the Python API in the words of the command line."""
+    """Replace arguments of the Python API in an error's text by the command line's flags."""
     for python, flag in FLAGS.items():
         text = text.replace(python, flag)
     return text
 
 
 def sentence(error: Exception) -> str:
-    """The message of an error; of one of the system's the file and the reason, without its number."""
+    """Message of an error; for an OSError the file and the reason, without its number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{os.fsdecode(error.filename)[:100]}: {error.strerror}; check the path"
     return str(error)
 
 
 def absent_package(error: Exception) -> str | None:
-    """What to install, if the error is that of a package that only the pipeline needs."""
+    """Message with the command to install a package that the error reports missing; None for other errors."""
     if not isinstance(error, ModuleNotFoundError) or not error.name:
         return None
     package = error.name.partition(".")[0]
@@ -112,7 +112,7 @@ def absent_package(error: Exception) -> str | None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Build the parser of the whole command line."""
     top = Parser(
         prog="unipic",
         description="Compose one to six pictures and a prompt into a new picture with UniPic 3.",
@@ -122,30 +122,34 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"unipic {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="compose | info | convert | merge")
     _compose_arguments(commands.add_parser("compose", help="pictures and a prompt in, a picture out"))
-    info = commands.add_parser("info", help="what a checkpoint, a LoRA or a model folder is, without loading it")
+    info = commands.add_parser("info", help="describe a checkpoint, a LoRA or a model folder, without loading it")
     info.add_argument("path", type=path_argument, help="folder or file")
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=run_info)
     convert = commands.add_parser(
-        "convert", help="write a transformer as one safetensors file that ComfyUI reads", description=FORM_NOTE
+        "convert", help="write a transformer as one safetensors file that ComfyUI reads", description=CAUSAL_NOTE
     )
     convert.add_argument("src", type=path_argument, help=SOURCE)
     convert.add_argument("dst", type=path_argument, help="the file to write")
-    convert.add_argument("--dtype", type=form_argument, choices=FORMS, default="bf16", help="default: %(default)s")
+    convert.add_argument(
+        "--dtype", type=dtype_argument, choices=STORAGE_DTYPES, default="bf16", help="default: %(default)s"
+    )
     convert.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     convert.set_defaults(run=run_convert)
     merge = commands.add_parser(
-        "merge", help="bake LoRAs into a transformer: one file, or a model folder", description=FORM_NOTE
+        "merge", help="add LoRAs to a transformer's weights: one file, or a model folder", description=CAUSAL_NOTE
     )
     merge.add_argument("src", type=path_argument, help=SOURCE)
     merge.add_argument(
         "dst",
         type=path_argument,
         help="a name that ends in .safetensors: one file for ComfyUI; any other: a folder for diffusers, with the text "
-        "encoder and the other parts where SRC has them",
+        "encoder and the other parts of SRC",
     )
-    merge.add_argument("--lora", type=lora_argument, action="append", required=True, metavar=LORA, help=AGAIN)
-    merge.add_argument("--dtype", type=form_argument, choices=FORMS, help="default: that of SRC; folders hold no fp8")
+    merge.add_argument("--lora", type=lora_argument, action="append", required=True, metavar=LORA, help=REPEATABLE)
+    merge.add_argument(
+        "--dtype", type=dtype_argument, choices=STORAGE_DTYPES, help="default: that of SRC; folders cannot be fp8"
+    )
     merge.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     merge.set_defaults(run=run_merge)
     for command in (*commands.choices.values(),):
@@ -157,10 +161,10 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     p.description = "Pictures and a prompt in, a picture out. The prompt counts the pictures: image 1, image 2, ..."
     p.set_defaults(run=run_compose)
     p.add_argument("images", nargs="*", type=path_argument, metavar="IMAGE", help="one to six pictures, in order")
-    p.add_argument("--prompt", "-p", required=True, help="what to make of them")
+    p.add_argument("--prompt", "-p", required=True, help="the picture to compose, in words")
     p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
     p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
-    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     p.add_argument(
         "--size", type=size_argument, metavar="WxH", help="multiples of 16 (default: the first picture's aspect)"
     )
@@ -172,26 +176,26 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         "--share",
         metavar="NAME",
         default="release",
-        help="of the pixels that all pictures share: release = one scale for all, equal = equal areas (%(default)s)",
+        help="division of the pixels that all pictures share: release = one scale, equal = equal areas (%(default)s)",
     )
     p.add_argument(
         "--reference-weights",
         type=weights_argument,
         metavar="W,W,...",
-        help="one number for each picture that multiplies its share; 4 doubles its sides beside a large one",
+        help="one factor on the share of each picture; 4 doubles the sides of a small picture beside a large one",
     )
     weights = p.add_argument_group("weights")
     weights.add_argument(
         "--model", type=path_argument, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
     )
     weights.add_argument(
-        "--transformer", type=path_argument, help="take the network from here and all else from --model"
+        "--transformer", type=path_argument, help="folder or file of the network, in place of --model's"
     )
-    weights.add_argument("--lora", type=lora_argument, action="append", default=[], metavar=LORA, help=AGAIN)
-    sampling = p.add_argument_group("sampling (default: what the weights' recipe says)")
+    weights.add_argument("--lora", type=lora_argument, action="append", default=[], metavar=LORA, help=REPEATABLE)
+    sampling = p.add_argument_group("sampling (default: from the weights' recipe)")
     sampling.add_argument("--steps", type=int, help="number of steps")
     sampling.add_argument("--cfg", type=float, help="guidance scale; 0 or 1 switches it off and halves the time")
-    sampling.add_argument("--sampler", metavar="NAME", help="consistency, which few-step weights want, or euler")
+    sampling.add_argument("--sampler", metavar="NAME", help="consistency, for few-step weights, or euler")
     sampling.add_argument(
         "--reference-budget", type=int, metavar="PIXELS", help="side of the square all pictures share"
     )
@@ -199,10 +203,10 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         "--schedule",
         metavar="NAME",
         default="auto",
-        help="times of the steps: auto (as the weights want), base (of the release's base weights, and of its Euler "
+        help="times of the steps: auto (from the weights' recipe), base (the release's base weights, and its Euler "
         "demo of few-step ones), few_step, or fixed_shift (linear, shifted by --shift)",
     )
-    sampling.add_argument("--shift", type=float, metavar="K", help="of --schedule fixed_shift (default: 3)")
+    sampling.add_argument("--shift", type=float, metavar="K", help="time shift of --schedule fixed_shift (default: 3)")
     machine = p.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cuda, cuda:1 or cpu (default: %(default)s)")
     machine.add_argument(
@@ -212,20 +216,20 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         "--attention",
         metavar="NAME",
         default="sdpa",
-        help="sdpa (default), matmul, or flash or sage where their packages are; sage rounds to 8 bits",
+        help="sdpa (default), matmul, or, if their packages are installed, flash or sage; sage rounds to 8 bits",
     )
-    machine.add_argument("--compile", action="store_true", help="minutes before the first step, then faster steps")
+    machine.add_argument("--compile", action="store_true", help="compile the network: minutes, then faster steps")
     machine.add_argument(
         "--storage",
         metavar="NAME",
         default="auto",
-        help="of the network's matrices: fp8 halves their memory, full holds them in --dtype; auto: fp8 where the file "
-        "has them so",
+        help="storage of the network's matrices: fp8 halves their memory, full = in --dtype; auto: fp8 if the file is "
+        "in fp8",
     )
 
 
 def size_argument(text: str) -> tuple[int, int]:
-    """ "1024x768" -> (1024, 768)."""
+    """Parse "1024x768" to (1024, 768)."""
     try:
         width, height = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -234,7 +238,7 @@ def size_argument(text: str) -> tuple[int, int]:
 
 
 def weights_argument(text: str) -> list[float]:
-    """ "1,4" -> [1.0, 4.0]."""
+    """Parse "1,4" to [1.0, 4.0]."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
@@ -242,7 +246,7 @@ def weights_argument(text: str) -> list[float]:
 
 
 def path_argument(text: str) -> Path:
-    """A path; an empty one, which Path reads as the current folder, and an address of the web are refused."""
+    """Parse a path; refuse an empty one, which Path reads as the current folder, and a web address."""
     if not text.strip():
         raise argparse.ArgumentTypeError("expected a path, got an empty text")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
@@ -251,40 +255,40 @@ def path_argument(text: str) -> Path:
 
 
 def lora_argument(text: str) -> tuple[Path, float]:
-    """ "FILE" or "FILE=STRENGTH" -> (path, strength)."""
-    found = re.fullmatch(r"(.+)=([^=]*)", text)
-    if found is None or os.path.exists(text):
+    """Parse "FILE" or "FILE=STRENGTH" to (path, strength)."""
+    match = re.fullmatch(r"(.+)=([^=]*)", text)
+    if match is None or os.path.exists(text):
         return path_argument(text), 1.0
     try:
-        return Path(found[1]), float(found[2])
+        return Path(match[1]), float(match[2])
     except ValueError:
-        if os.path.exists(found[1]):
+        if os.path.exists(match[1]):
             raise argparse.ArgumentTypeError(
-                f"the strength of {found[1]} should be a number, got {found[2]!r}"
+                f"the strength of {match[1]} should be a number, got {match[2]!r}"
             ) from None
         return Path(text), 1.0
 
 
-def form_argument(text: str) -> str:
-    """A form of weights; "fp8" is short for the one that ComfyUI reads."""
+def dtype_argument(text: str) -> str:
+    """Parse a storage dtype; "fp8" is short for "fp8_scaled"."""
     return "fp8_scaled" if text == "fp8" else text
 
 
 def output_argument(text: str) -> Path:
-    """A file that can be written: its ending known and its folder there."""
+    """Parse the path of an output picture: a known ending, in an existing, writable folder."""
     path = Path(text)
     if path.suffix.lower() not in ENDINGS:
         raise argparse.ArgumentTypeError(f"{text!r} should end in {', '.join(ENDINGS)}")
     try:
-        what = "is a folder; name a file in it" if path.is_dir() else ""
+        mistake = "is a folder; name a file in it" if path.is_dir() else ""
         if not path.parent.is_dir():
-            what = f"cannot be written: no folder {path.parent}"
-        elif not what and not os.access(path if path.exists() else path.parent, os.W_OK):
-            what = "may not be written; choose another place"
+            mistake = f"cannot be written: no folder {path.parent}"
+        elif not mistake and not os.access(path if path.exists() else path.parent, os.W_OK):
+            mistake = "may not be written; choose another place"
     except OSError as error:
-        what = f"cannot be written: {error.strerror}"
-    if what:
-        raise argparse.ArgumentTypeError(f"{text[:100]!r} {what}")
+        mistake = f"cannot be written: {error.strerror}"
+    if mistake:
+        raise argparse.ArgumentTypeError(f"{text[:100]!r} {mistake}")
     return path
 
 
@@ -292,14 +296,14 @@ def output_argument(text: str) -> Path:
 
 
 def run_compose(args: argparse.Namespace) -> None:
-    """Load, compose with a progress bar, write."""
+    """Compose pictures and write them."""
     from .compose import compose
 
     compose(args)
 
 
 def run_info(args: argparse.Namespace) -> None:
-    """Print what a path holds."""
+    """Print a description of a path."""
     from ..weights.describe import describe, format_description
 
     table = describe(args.path)
@@ -307,7 +311,7 @@ def run_info(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Write one safetensors file."""
+    """Write a transformer as one safetensors file."""
     from ..replacing import require_new
     from ..weights.convert import convert
 
@@ -318,7 +322,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> None:
-    """Write a checkpoint with LoRAs in its weights."""
+    """Write a checkpoint with LoRAs added to its weights."""
     from ..weights.merge import merge
 
     with progress_bar("merging", unit="B") as advance:

@@ -1,4 +1,4 @@
-"""The command `unipic compose`: checks what was asked for, loads, composes, writes."""
+"""The command `unipic compose`: check the arguments, load, compose, write."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
 
 
 def compose(args: argparse.Namespace) -> None:
-    """Load, compose with a progress bar, write."""
+    """Run the command: load, compose with a progress bar, write."""
     check_destinations(args)
     images = [load_image(path) for path in args.images]
     if args.model == DEFAULT_MODEL and not DEFAULT_MODEL.is_dir():
         raise UniPicError("the bundled model is not installed; name a model folder with --model")
     opened = open_checked(args, [image.size for image in images])
-    tell_references(opened.plan, [image.size for image in images])
-    with progress_bar("composing") as advance:  # around loading, which the bar's package may be absent for
+    report_references(opened.plan, [image.size for image in images])
+    with progress_bar("composing") as advance:  # before loading, since the bar's package may be missing
         pipe = load_pipeline(args, opened)
         steps = opened.plan.settings.steps
         out = pipe.run(images, opened.plan.request, callback=lambda step, *_: advance(step + 1, steps))
@@ -50,8 +50,8 @@ def compose(args: argparse.Namespace) -> None:
         print(printable(path))
 
 
-def tell_references(planned: Plan, sizes: list[Size]) -> None:
-    """Print at which size the model sees each picture; warn of small ones, and of numbers that the prompt misses."""
+def report_references(planned: Plan, sizes: list[Size]) -> None:
+    """Print the resized size of each reference; warn of small ones and of picture numbers that do not match."""
     if sizes:
         print(f"references: {described_sizes(sizes, planned.seen)}", file=sys.stderr)
     cautions = small_references(sizes, planned.seen, planned.settings.reference_budget)
@@ -60,30 +60,30 @@ def tell_references(planned: Plan, sizes: list[Size]) -> None:
 
 
 def check_destinations(args: argparse.Namespace) -> None:
-    """UniPicError if a picture would be written over something that is not to be replaced."""
+    """Raise UniPicError if an output would overwrite an input, or another file without permission."""
     seed, count = checked_seed(args.seed, args.num_images)
     check_outputs(output_paths(args.out, seed, count), files_read(args), args.overwrite)
 
 
 def files_read(args: argparse.Namespace) -> list[Path]:
-    """Pictures and weight files that the arguments name."""
+    """List the pictures and weight files among the arguments."""
     return [*args.images, *(path for path, _ in args.lora), *([args.transformer] if args.transformer else [])]
 
 
 def still_free(path: Path, args: argparse.Namespace) -> Path:
-    """The path, or a free name with a warning if something has appeared there since it was checked."""
+    """Return the path, or a free name with a warning if a file appeared there after the first check."""
     try:
         check_outputs([path], files_read(args), args.overwrite)
     except UniPicError as error:
         free = free_path(path)
-        warnings.warn(f"{error}; it appeared meanwhile, and the picture is written to {free}", stacklevel=2)
+        warnings.warn(f"{error}; it appeared during the run, so the picture is written to {free}", stacklevel=2)
         return free
     return path
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Everything that a run needs, opened and checked, before gigabytes are read."""
+    """Inputs of a run, opened and checked before gigabytes are read."""
 
     pipeline: OpenedPipeline
     loras: tuple[tuple[LoRA, float], ...]
@@ -92,21 +92,21 @@ class Opened:
 
 
 def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
-    """Open the weights' headers and check all arguments. sizes: of the pictures. Raises UniPicError."""
+    """Open the weights' headers and check all arguments. sizes: of the references. Raises UniPicError."""
     check_machine(device_name(args), args.attention, args.compile)
     opened = open_pipeline(args.model, args.transformer)
     loras = tuple((read_lora(path, mapped=True), strength) for path, strength in args.lora)
     added = AddedLoRAs()
     for lora, strength in loras:
         added = added.add(lora.path, lora.recipe, strength)
-        resolve(added.over(opened.model.recipe))  # as load_lora will, one by one
+        resolve(added.over(opened.model.recipe))  # the checks of load_lora, LoRA by LoRA
     recipe = added.over(opened.model.recipe)
     places = memory_plan(opened, number_type(args)[1], torch.device(device_name(args)), args.storage)
     planned = plan(recipe, sizes, request_of(args))
     if unknown(recipe, args):
         name = (args.transformer or args.model).name
         warnings.warn(
-            f"{name} brings no recipe and its name says nothing, so it runs with {planned.settings}; if it is a "
+            f"{name} has no recipe and its name is of no known kind, so it runs with {planned.settings}; if it is a "
             "few-step model, add --sampler consistency",
             stacklevel=2,
         )
@@ -114,14 +114,14 @@ def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
 
 
 def unknown(recipe: Recipe, args: argparse.Namespace) -> bool:
-    """Whether neither the weights nor the arguments say how many evaluations a picture takes."""
+    """True if neither the recipe nor the arguments determine the number of evaluations of the network."""
     if (recipe.sampler or args.sampler) is not None:
         return False
     return (recipe.steps is None and args.steps is None) or (recipe.guidance is None and args.cfg is None)
 
 
 def request_of(args: argparse.Namespace) -> Request:
-    """The request that the arguments make."""
+    """Build the Request from the arguments."""
     width, height = args.size or (None, None)
     return Request(
         prompt=args.prompt,
@@ -142,8 +142,8 @@ def request_of(args: argparse.Namespace) -> Request:
 
 
 def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
-    """The pipeline with its LoRAs, on the device asked for."""
-    from transformers.utils import logging  # takes a second, which bad arguments should not wait for
+    """Load the pipeline with its LoRAs to the device."""
+    from transformers.utils import logging  # takes a second, so after the checks of the arguments
 
     if not args.debug:
         logging.set_verbosity_error()
@@ -162,19 +162,19 @@ def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
 
 
 def number_type(args: argparse.Namespace) -> tuple[str, torch.dtype]:
-    """The type to compute in, by the command line's name and by torch's."""
+    """Dtype to compute in: (its name on the command line, its torch dtype)."""
     name = ("fp32" if device_name(args) == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
     return name, getattr(torch, DTYPES[name])
 
 
 def device_name(args: argparse.Namespace) -> str:
-    """The device that was asked for, or the best that is there."""
-    given: str = args.device
-    return given if given != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    """Name of the requested device; "auto" is a GPU if there is one, else the CPU."""
+    name: str = args.device
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings: object) -> dict[str, Any]:
-    """What made a picture, for its file."""
+    """Record of a picture's prompt, inputs and settings, for its file."""
     return {
         "prompt": args.prompt,
         "negative_prompt": args.negative,
@@ -192,13 +192,13 @@ def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings:
     }
 
 
-def save_image(image: Any, path: Path, made_by: dict[str, Any]) -> None:
-    """Write aside and rename: no half-written file is ever seen. PNG keeps `made_by` in its text chunk "unipic"."""
+def save_image(image: Any, path: Path, provenance: dict[str, Any]) -> None:
+    """Write a picture atomically. A PNG stores `provenance` as JSON in its text chunk "unipic"."""
     kind = {"png": "PNG", "webp": "WEBP"}.get(path.suffix.lower()[1:], "JPEG")
     options: dict[str, Any] = {"quality": 95}
     if kind == "PNG":
         info = PngInfo()
-        info.add_text("unipic", json.dumps(made_by))
+        info.add_text("unipic", json.dumps(provenance))
         options = {"pnginfo": info}
     try:
         with replacing(path) as partial:

@@ -1,4 +1,4 @@
-"""Open a pipeline folder and load its parts; missing ones are named with where to get them."""
+"""Open a pipeline folder and load its parts; messages name missing parts and their source."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .text_encoder import TextEncoder
 from .vae import VAE
 
 NEEDED = tuple(part for part in PARTS if part not in ("transformer", "processor", "scheduler"))
-"""Folders that a pipeline needs beside the network; the released image processor and schedule are known without."""
+"""Folders that a pipeline needs beside the network; image processor and schedule default to the released ones."""
 
 SOURCE = "Qwen/Qwen-Image-Edit (text_encoder, tokenizer, processor, vae and scheduler; about 17 GB)"
 
@@ -57,7 +57,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class OpenedPipeline:
-    """A pipeline folder, opened once and checked, with the network from there or elsewhere; nothing is loaded yet."""
+    """A pipeline folder, opened and checked once, with its network or another one; no tensor is loaded."""
 
     folder: Path
     model: OpenedModel
@@ -65,9 +65,9 @@ class OpenedPipeline:
     vae: OpenedVAE
 
     def sizes(self, dtype: torch.dtype, fp8: bool = False) -> PartSizes:
-        """Bytes of all parts once loaded, from headers alone. fp8: the network's matrices are held so.
+        """Bytes of all parts once loaded, from the files' headers. fp8: the network's matrices are stored in fp8.
 
-        kv_cache: at the recipe's budget; nothing but in a causal form.
+        The kv_cache is counted at the recipe's reference budget; it is 0 for the attention form "full".
         """
         weights, config = self.model.weights, self.model.config
         matrices = [weights.count(n) for n in weights if is_block_matrix(n, weights.shape(n))]
@@ -84,7 +84,7 @@ class OpenedPipeline:
 
 
 def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> OpenedPipeline:
-    """Open the network from `transformer` if given, else from `folder`, which holds the rest. CheckpointError."""
+    """Open a pipeline folder; `transformer` replaces its network. Raises CheckpointError."""
     folder = model_folder(folder)
     require_folder(folder, transformer)
     model = open_transformer(folder if transformer is None else transformer)
@@ -92,20 +92,20 @@ def open_pipeline(folder: str | Path, transformer: str | Path | None = None) -> 
 
 
 def check_storage(storage: str) -> None:
-    """UniPicError for a storage of the network that is none of STORAGES."""
+    """Raise UniPicError for a storage that is none of STORAGES."""
     if storage not in STORAGES:
         raise UniPicError(f"the storage must be one of {', '.join(STORAGES)}, got {storage!r}")
 
 
 def memory_plan(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device, storage: str) -> MemoryPlan:
-    """Where the parts will lie, before anything is loaded. storage: one of STORAGES. UniPicError if they cannot."""
+    """Plan the memory of all parts before loading. storage: one of STORAGES. Raises UniPicError if they do not fit."""
     check_dtype(dtype)
     check_storage(storage)
     return plan_memory(device, opened.sizes(dtype, holds_fp8(opened.model, storage)))
 
 
 def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str, storage: str = "auto") -> Parts:
-    """Load every part. storage: of the network's matrices, one of STORAGES. Raises UniPicError."""
+    """Load all parts. storage: of the network's matrices, one of STORAGES. Raises UniPicError."""
     device = checked_device(device)
     planned = memory_plan(opened, dtype, device, storage)
     folder, recipe = opened.folder, opened.model.recipe
@@ -114,18 +114,18 @@ def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device 
         place = torch.device("cpu") if planned.turns else device
         encoder = TextEncoder.from_checked(folder, dtype, place)
         vae = VAE.from_pretrained(opened.vae, dtype, place)
-        held = Storage(holds_fp8(opened.model, storage), planned.left_behind)
-        if held == Storage():
+        network_storage = Storage(holds_fp8(opened.model, storage), planned.left_behind)
+        if network_storage == Storage():
             network = load_transformer(opened.model, dtype=dtype, device=place)
         else:
-            network = load_stored(opened.model, held, dtype, place)
+            network = load_stored(opened.model, network_storage, dtype, place)
     network.requires_grad_(False)
     check_fit(network, encoder, vae)
     return Parts(network, encoder, vae, recipe, shift, device, planned.turns)
 
 
 def require_folder(folder: Path, transformer: str | Path | None) -> None:
-    """CheckpointError naming the parts that a folder lacks and where to get them."""
+    """Raise CheckpointError, with the missing parts and their source, unless `folder` is a pipeline folder."""
     if folder.is_file():
         raise CheckpointError(
             f"{folder} is one file, expected a pipeline folder; give the file as transformer= and, as the model, a "
@@ -135,9 +135,9 @@ def require_folder(folder: Path, transformer: str | Path | None) -> None:
         raise CheckpointError(f"there is no model folder {folder}; download one, or check the path")
     missing = [name for name in NEEDED if not (folder / name).is_dir()]
     if missing:
-        held = "the network's weights only and " if transformer is None and _has_transformer(folder) else ""
-        hint = ", and give this folder as transformer=" if held else ", and put them into the folder"
-        raise CheckpointError(f"{folder} has {held}no {'/, '.join(missing)}/; download {SOURCE}{hint}")
+        network_only = "the network's weights only and " if transformer is None and _has_transformer(folder) else ""
+        hint = ", and give this folder as transformer=" if network_only else ", and put them into the folder"
+        raise CheckpointError(f"{folder} has {network_only}no {'/, '.join(missing)}/; download {SOURCE}{hint}")
 
 
 def _has_transformer(folder: Path) -> bool:
@@ -149,7 +149,7 @@ def _has_transformer(folder: Path) -> bool:
 
 
 def check_fit(network: MMDiT, encoder: TextEncoder, vae: VAE) -> None:
-    """CheckpointError if the parts belong to models of different sizes."""
+    """Raise CheckpointError if the sizes of network, encoder and VAE do not match."""
     hidden = encoder.network.get_input_embeddings().weight.shape[1]
     if network.config.joint_attention_dim != hidden:
         raise CheckpointError(
@@ -157,9 +157,9 @@ def check_fit(network: MMDiT, encoder: TextEncoder, vae: VAE) -> None:
             "transformer and the folder belong to different models"
         )
     config, channels = network.config, PATCH**2 * vae.channels
-    made = config.patch_size**2 * config.out_channels
-    if (config.in_channels, made) != (channels, channels):
+    outputs = config.patch_size**2 * config.out_channels
+    if (config.in_channels, outputs) != (channels, channels):
         raise CheckpointError(
-            f"the network takes {config.in_channels} channels a token and gives {made}, the VAE has {channels}; "
+            f"the network takes {config.in_channels} channels a token and gives {outputs}, the VAE has {channels}; "
             "the transformer and the folder belong to different models"
         )

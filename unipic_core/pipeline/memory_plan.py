@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline lie, decided from the files' headers and the free memory before anything is loaded."""
+"""Memory plan of a pipeline: device or main memory for each part, from the files' headers and the free memory."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 from ..errors import UniPicError
 
 WORKING_BYTES = 4 * 2**30
-"""Kept free for activations of network and VAE. A 1024x1024 output with six references in bfloat16 takes 0.7 GiB in the
-network and 1.3 GiB in the VAE, counted tensor by tensor; kernels have workspaces, and the allocator leaves holes."""
+"""Memory reserved for activations of network and VAE. A 1024x1024 output with six references in bfloat16 takes 0.7 GiB
+in the network and 1.3 GiB in the VAE, counted by tensors; the rest is for workspaces of kernels and fragmentation."""
 
 ENCODER_BYTES = 2 * 2**30
-"""Kept free for activations of the condition encoder."""
+"""Memory reserved for activations of the condition encoder."""
 
 MemoryInfo = Callable[[torch.device], tuple[int, int]]
 """device -> (free, total) bytes, as torch.cuda.mem_get_info."""
@@ -26,10 +26,10 @@ _MEMINFO = Path("/proc/meminfo")
 
 @dataclass(frozen=True)
 class PartSizes:
-    """Bytes that each part takes once loaded.
+    """Bytes of each part once loaded.
 
-    network: all of the network but its blocks' matrices. block: the matrices of one of its `blocks`. restored: room for
-    the largest matrix where matrices are restored for each product. kv_cache: what a run keeps.
+    network: the network without its blocks' matrices. block: the matrices of one of its `blocks`. restored: the largest
+    matrix, if matrices are dequantised for each product. kv_cache: cached keys and values of a run.
     """
 
     network: int
@@ -52,14 +52,14 @@ class PartSizes:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """turns: one part at a time is on the device, the others wait in the main memory. left_behind: the matrices of so
-    many of the network's last blocks stay in the main memory, from where each product copies its own."""
+    """Placement of the parts. turns: one part at a time is on the device, the others are in main memory. left_behind:
+    number of last blocks of the network whose matrices stay in main memory and are copied for each product."""
 
     turns: bool = False
     left_behind: int = 0
 
     def note(self, blocks: int) -> str:
-        """What to tell of it, for a network of so many blocks; empty where everything is on the device."""
+        """Describe the plan in one sentence, for a network of `blocks` blocks; empty if all parts are on the device."""
         if not self.turns:
             return ""
         note = "the GPU cannot hold all parts, so they take turns on it"
@@ -67,7 +67,7 @@ class MemoryPlan:
             return note
         return (
             f"{note}, and {self.left_behind} of the network's {blocks} blocks are copied to it in every step; "
-            "--storage fp8 halves what is copied"
+            "--storage fp8 halves the bytes copied"
         )
 
 
@@ -77,17 +77,17 @@ def plan_memory(
     memory: MemoryInfo | None = None,
     main: Callable[[], int | None] | None = None,
 ) -> MemoryPlan:
-    """Everything on the device; else one part at a time; else with some of the network's blocks left behind.
+    """Plan all parts on the device; else one part at a time; else with some of the network's blocks in main memory.
 
-    memory: of the device, only asked of CUDA. main: bytes of the main memory and its swap, None where nobody knows.
-    UniPicError in one sentence where the parts fit nowhere.
+    memory: free and total bytes of a CUDA device. main: bytes of main memory and swap, None if unknown. Raises
+    UniPicError if the parts fit nowhere.
     """
     if device.type != "cuda":
         _require_main_memory(sizes, (main or main_memory)())
         return MemoryPlan()
     free, _ = (memory or torch.cuda.mem_get_info)(device)
-    held = sum(sizes.parts.values()) + sizes.kv_cache
-    if held + sizes.restored + WORKING_BYTES <= free:
+    loaded = sum(sizes.parts.values()) + sizes.kv_cache
+    if loaded + sizes.restored + WORKING_BYTES <= free:
         return MemoryPlan()
     working = sizes.kv_cache + sizes.restored + WORKING_BYTES
     _require_device_memory(device, sizes, working, free)
@@ -97,7 +97,7 @@ def plan_memory(
 
 
 def _require_device_memory(device: torch.device, sizes: PartSizes, working: int, free: int) -> None:
-    """UniPicError naming the part that the device cannot hold alone with what it works in."""
+    """Raise UniPicError if one part, with its activations, is larger than the device's free memory."""
     needed = {
         "the condition encoder": sizes.text_encoder + ENCODER_BYTES,
         "the network without its blocks": sizes.network + working,
@@ -106,8 +106,8 @@ def _require_device_memory(device: torch.device, sizes: PartSizes, working: int,
     part, most = max(needed.items(), key=lambda entry: entry[1])
     if most > free:
         raise UniPicError(
-            f"{device} has {_size(free)} free, and {part} takes {_size(most)} with what it works in, even one part at "
-            'a time; close other programs on it, run the weights in ComfyUI, or pass device="cpu"'
+            f"{part} needs {_size(most)} with its activations, {device} has {_size(free)} free; close other programs "
+            'on it, run the weights in ComfyUI, or pass device="cpu"'
         )
 
 
@@ -115,13 +115,13 @@ def _require_main_memory(sizes: PartSizes, total: int | None) -> None:
     needed = sum(sizes.parts.values())
     if total is not None and needed > total:
         raise UniPicError(
-            f"the weights take {_size(needed)} of main memory and this machine has {_size(total)} with its swap; hold "
+            f"the weights need {_size(needed)} of main memory, this machine has {_size(total)} with its swap; store "
             'the network in fp8 with storage="fp8", use torch.bfloat16, or a machine with more memory'
         )
 
 
 def main_memory() -> int | None:
-    """Bytes of main memory and swap in all; None where the system does not say."""
+    """Total bytes of main memory and swap; None on systems without /proc/meminfo."""
     try:
         lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
         return sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))

@@ -1,4 +1,4 @@
-"""Where the parts lie: all on the device, or one at a time when its memory is short."""
+"""Placement of the parts on the device, all of them or one at a time; checks of the device."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..model.compile import check_compiler
 
 
 def checked_device(device: torch.device | str) -> torch.device:
-    """The device, or UniPicError if this machine has none of its kind."""
+    """Return the device; raise UniPicError if this machine does not have it."""
     try:
         device = torch.device(device)
     except RuntimeError:
         raise UniPicError(f"there is no device {str(device)!r}; use 'cuda', 'cuda:1' or 'cpu'") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UniPicError('no CUDA GPU can be used here; pass device="cpu"')
+        raise UniPicError('no CUDA GPU is usable on this machine; pass device="cpu"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UniPicError(f"there is no {device}; this machine has {torch.cuda.device_count()} CUDA GPUs")
     try:
@@ -33,7 +33,7 @@ def checked_device(device: torch.device | str) -> torch.device:
 
 
 def check_machine(device: torch.device | str, attention: str, compile: bool) -> None:
-    """UniPicError if this machine lacks the device, the attention's package, or what torch.compile needs."""
+    """Raise UniPicError if this machine lacks the device, the attention's package, or a compiler for torch.compile."""
     place = checked_device(device)
     attention_named(attention)
     if compile:
@@ -41,14 +41,14 @@ def check_machine(device: torch.device | str, attention: str, compile: bool) -> 
 
 
 class Placement:
-    """Parts with a method .to(device). Offloading: only the part in use is on the device, the others on the CPU."""
+    """Moves parts with a method .to(device). offload: only the part in use is on the device, the others on the CPU."""
 
     def __init__(self, device: torch.device, offload: bool) -> None:
         self.device = device
         self.offload = offload
 
     def place(self, parts: Mapping[str, Any], name: str) -> Any:
-        """The named part, on the device."""
+        """Move the named part to the device and return it."""
         if self.offload:
             for other, part in parts.items():
                 if other != name:
@@ -65,7 +65,7 @@ def empty_cache(device: torch.device) -> None:
 
 @contextmanager
 def readable_out_of_memory(advice: str) -> Iterator[None]:
-    """Turns running out of memory, on a GPU or on the CPU, into a UniPicError that says what to lower."""
+    """Turn out-of-memory errors, on a GPU or on the CPU, into a UniPicError with this advice."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""One to six images and a prompt in, a picture out."""
+"""UniPicPipeline: compose one to six reference images and a prompt into a picture."""
 
 from __future__ import annotations
 
@@ -45,10 +45,11 @@ CACHED_TEXTS = 16
 
 @dataclass
 class UniPicOutput:
-    """images: a list of pictures; "pt": a tensor [B, 3, H, W] in [-1, 1]; "latent": packed latents [B, N_O, 4C].
+    """Result of a run. images: a list of pictures; for "pt" a tensor [B, 3, H, W] in [-1, 1]; for "latent" packed
+    latents [B, N_O, 4C].
 
-    seeds: image i comes again alone with seeds[i], up to rounding, unless its noise was given (latents, step_noise).
-    settings: what None stood for.
+    seeds: seeds[i] alone reproduces image i, up to rounding, unless latents or step_noise were given. settings: the
+    resolved settings of the run.
     """
 
     images: Any
@@ -57,7 +58,7 @@ class UniPicOutput:
 
 
 class UniPicPipeline:
-    """The condition encoder, the VAE and the network, with what their weights say about how to use them."""
+    """Condition encoder, VAE and network, with the recipe of their weights."""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class UniPicPipeline:
         self.base_recipe = recipe
         self._loras = AddedLoRAs()
         self._stored: Weights | None = None
-        """The file of a network in fp8, of which LoRAs make its matrices anew."""
+        """Weights of a network in fp8, from which its matrices are computed again when a LoRA is added."""
         self._added: list[tuple[LoRA, float]] = []
         self.shift = shift
         self.placement = Placement(torch.device(device), offload)
@@ -83,7 +84,7 @@ class UniPicPipeline:
         self._vision_cache: LRU[Tensor] = LRU(CACHED_VISION)
         self._text_cache: LRU[TextCond] = LRU(CACHED_TEXTS)
         self._kv_cache = KVCache()
-        self._own_form = transformer.config.attention_form
+        self._base_attention_form = transformer.config.attention_form
 
     @classmethod
     def from_pretrained(
@@ -96,13 +97,13 @@ class UniPicPipeline:
         compile: bool = False,
         storage: str = "auto",
     ) -> UniPicPipeline:
-        """From a pipeline folder; `transformer` takes the network from another folder or file.
+        """Load a pipeline folder; `transformer` replaces the network by that of another folder or file.
 
         attention: a name in attention.ATTENTIONS. compile: torch.compile for the network's blocks, minutes before the
-        first step and faster steps after it. storage: how the network's matrices are held, see STORAGES; "fp8" halves
-        their memory. Where a GPU cannot hold all, parts take turns, and some of the network's blocks are copied from
-        the main memory in every step. Raises UniPicError: missing parts are named with what to download; without a GPU
-        pass device="cpu".
+        first step and faster steps after it. storage: of the network's matrices, one of STORAGES; "fp8" halves their
+        memory. If a GPU cannot hold all parts, they take turns on it, and some of the network's blocks are copied from
+        main memory in every step. Raises UniPicError with the parts to download if some are missing; without a GPU pass
+        device="cpu".
         """
         check_machine(device, attention, compile)
         return cls.from_opened(open_pipeline(folder, transformer), torch_dtype, device, attention, compile, storage)
@@ -117,7 +118,7 @@ class UniPicPipeline:
         compile: bool = False,
         storage: str = "auto",
     ) -> UniPicPipeline:
-        """`from_pretrained` of what `open_pipeline` has opened."""
+        """Load like `from_pretrained` from an OpenedPipeline."""
         check_machine(device, attention, compile)
         pipe = cls(**vars(load_parts(opened, torch_dtype, device, storage)))
         pipe._stored = opened.model.weights if holds_matrices_in_fp8(pipe.transformer) else None
@@ -132,39 +133,39 @@ class UniPicPipeline:
 
     @property
     def recipe(self) -> Recipe:
-        """The checkpoint's, with those of the LoRAs that are in its weights over it, in the order they came."""
+        """Recipe of the checkpoint, overridden by those of its LoRAs in order."""
         return self._loras.over(self.base_recipe)
 
     def load_lora(self, lora: str | Path | LoRA, strength: float = 1.0) -> MergeReport:
-        """Add a LoRA to the network's weights; its recipe, if it has one, goes over the checkpoint's.
+        """Add a LoRA to the network's weights; its recipe, if any, overrides the checkpoint's.
 
-        Load it again with -strength to take it out, recipe and all; strength 0 changes nothing. Raises LoRAError when
-        nothing matches, and UniPicError for a strength that is not a finite number.
+        Loading it again with -strength undoes it, recipe included; strength 0 changes nothing. Raises LoRAError if no
+        layer matches, and UniPicError for a strength that is not a finite number.
         """
         lora = lora if isinstance(lora, LoRA) else read_lora(lora)
         loras = self._loras.add(lora.path, lora.recipe, strength)
         recipe = loras.over(self.base_recipe)
         resolve(recipe)  # refuses what this version does not have before the weights change
         self._kv_cache.clear()  # of the old weights: WeightsKey does not see writes to inference tensors
-        with torch.inference_mode():  # weights that were loaded under it can be written under it alone
+        with torch.inference_mode():  # weights loaded in inference mode can be written only in it
             if self._stored is None:
                 report = merge_lora(self.transformer, lora, float(strength))
             else:
                 report = merge_into_stored(self.transformer, self._stored, self._added, lora, float(strength))
                 self._added.append((lora, float(strength)))
         self._loras = loras
-        form = recipe.causal_attention_form or self._own_form
-        self.transformer.config = self.transformer.config.with_attention_form(form)
+        attention_form = recipe.causal_attention_form or self._base_attention_form
+        self.transformer.config = self.transformer.config.with_attention_form(attention_form)
         if report.unmatched:
-            strange = f"{len(report.unmatched)} not known here ({', '.join(report.unmatched[:3])})"
-            warnings.warn(f"{lora.name}: {report.matched} layers added, {strange}", stacklevel=2)
+            unmatched = f"{len(report.unmatched)} match no layer of the network ({', '.join(report.unmatched[:3])})"
+            warnings.warn(f"{lora.name}: {report.matched} layers added, {unmatched}", stacklevel=2)
         return report
 
     def clear_cache(self) -> None:
-        """Forget what was made of references and prompts.
+        """Empty the caches of encoded references, prompts, and keys and values.
 
-        Changed weights and other parts are noticed without it, but for weights that were loaded under
-        torch.inference_mode and then written to by anything other than load_lora.
+        Needed only after writing to weights that were loaded in torch.inference_mode by other means than load_lora; all
+        other changes of weights and parts are detected.
         """
         self._reference_cache.clear()
         self._vision_cache.clear()
@@ -194,17 +195,16 @@ class UniPicPipeline:
         share: str = RELEASE,
         reference_weights: Sequence[float] | None = None,
     ) -> UniPicOutput:
-        """Compose. None means: from the recipe, else the released weights' (docs/recipes.md).
+        """Compose a picture. None = from the recipe, else the default of the released weights (docs/recipes.md).
 
-        images: 0 to 6 references in the order that the prompt counts them. height, width: multiples of 16 within the
-        output budget; by default the first reference's aspect. true_cfg_scale: 1 = no unconditional pass. sampler:
-        "consistency" or "euler". seed: image i of num_images uses seed + i. latents: packed start noise [B, N_O, 4C];
-        step_noise: the noises that the consistency sampler adds, one [B, N_O, 4C] per step but the last.
-        callback(step, t, x_t, x0) after each step counted from 0: t is the time reached and x_t the latent there, so t
-        is 0 in the last step; x0 is what the step predicted. output_type: "pil", "pt" or "latent". schedule: "base",
-        "few_step", or "fixed_shift" with `shift`. share: how the references share their budget, "release" (one scale
-        for all) or "equal" (equal areas); reference_weights: one for each, which multiply the shares. Raises
-        UniPicError.
+        images: 0 to 6 references in the order of their numbers in the prompt. height, width: in pixels, multiples of 16
+        within the output budget; default the first reference's aspect. true_cfg_scale: guidance; 1 = no unconditional
+        pass. sampler: "consistency" or "euler". seed: image i of num_images uses seed + i. latents: packed start noise
+        [B, N_O, 4C]. step_noise: noises added by the consistency sampler, [B, N_O, 4C] for each step but the last.
+        callback: called as callback(step, t, x_t, x0) after each step, counted from 0; t is the time reached, 0 after
+        the last step, x_t the latent at t, x0 the prediction. output_type: "pil", "pt" or "latent". schedule: "base",
+        "few_step", or "fixed_shift" with `shift`. share: division of the reference budget, "release" (one scale for
+        all) or "equal" (equal areas). reference_weights: one factor on the share of each reference. Raises UniPicError.
         """
         request = Request(
             prompt=prompt,
@@ -234,7 +234,7 @@ class UniPicPipeline:
         callback: Callback | None = None,
         output_type: str = "pil",
     ) -> UniPicOutput:
-        """Compose as `__call__` does, from a request."""
+        """Compose like `__call__`, from a Request."""
         if output_type not in OUTPUT_TYPES:
             raise UniPicError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         originals = checked_images(images)
@@ -246,12 +246,12 @@ class UniPicPipeline:
             references, cond, uncond = self._encode(originals, planned)
             packed = pack_with_references(start, shape, [references] * len(start))
             x0 = self._sample(packed, cond, uncond, noise, settings, callback)
-            made = x0 if output_type == "latent" else self._decode(x0, shape)
+            output = x0 if output_type == "latent" else self._decode(x0, shape)
         seeds = [planned.seed + i for i in range(len(start))]
-        return UniPicOutput(to_images(made) if output_type == "pil" else made, seeds, settings)
+        return UniPicOutput(to_images(output) if output_type == "pil" else output, seeds, settings)
 
     def _encode(self, originals: list[Image.Image], planned: Plan) -> tuple[list[Tensor], TextCond, TextCond | None]:
-        """The references' latents [1, C, 1, h, w], the prompt, and the negative prompt where guidance asks for it."""
+        """Encode the references to latents [1, C, 1, h, w], the prompt, and with guidance the negative prompt."""
         request, settings = planned.request, planned.settings
         references = resize_references(originals, settings.reference_budget, request.share, request.reference_weights)
         cond = self._encode_text(references, request.prompt)
@@ -267,36 +267,36 @@ class UniPicPipeline:
         settings: Settings,
         callback: Callback | None,
     ) -> Tensor:
-        """x0 [B, N_O, 4C] of the whole run. packed: the start noise with the references."""
+        """Sample x0 [B, N_O, 4C]. packed: the start noise with the references."""
         times = settings.times(packed.num_target_tokens, self.shift).tolist()
         try:
-            velocity = self._velocity(packed, cond, uncond, settings)  # here, because it holds the conditions
+            velocity = self._velocity(packed, cond, uncond, settings)  # inside, since it holds the kv_cache
             if settings.sampler == "euler":
                 return sample_euler(velocity, packed.target, times, callback)
             return sample_consistency(velocity, packed.target, times, noise, callback)
         finally:
-            if self.placement.offload:  # the memory is for the next part, or for the next try
+            if self.placement.offload:  # free the memory for the next part, or for another attempt
                 self._kv_cache.clear()
 
     def _use(self, name: str) -> Any:
-        """A part, on the device."""
+        """Move a part to the device and return it."""
         parts = {"transformer": self.transformer, "text_encoder": self.text_encoder, "vae": self.vae}
         return self.placement.place(parts, name)
 
     def _encode_text(self, references: list[Image.Image], prompt: str) -> TextCond:
-        """The prompt's embeddings; the vision tower runs once for all prompts on the same references."""
+        """Encode a prompt; the vision tower runs once for all prompts with the same references."""
         encoder, weights = self.text_encoder, WeightsKey(self.text_encoder.network)
         pictures = tuple(image_key(r) for r in references)
 
-        def make() -> TextCond:
+        def encode() -> TextCond:
             self._use("text_encoder")
             vision = self._vision_cache.get((weights, pictures), lambda: encoder.vision([references]))
             return encoder.encode([references], [prompt], vision)
 
-        return self._text_cache.get((weights, encoder.positions, pictures, prompt), make)
+        return self._text_cache.get((weights, encoder.positions, pictures, prompt), encode)
 
     def _encode_references(self, references: list[Image.Image]) -> list[Tensor]:
-        """Latents [1, C, 1, h, w] of the resized references."""
+        """Encode the resized references to latents [1, C, 1, h, w]."""
 
         def encode(pictures: list[Image.Image]) -> Sequence[Tensor]:
             pixels = torch.stack([to_tensor(picture) for picture in pictures]).to(self.device)
@@ -306,18 +306,18 @@ class UniPicPipeline:
         return self._reference_cache.encode(references, WeightsKey(self.vae.model), encode)
 
     def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, settings: Settings) -> Velocity:
-        """v(x_t, t) in float32, guided if there is an unconditional text."""
+        """Velocity function (x_t, t) -> v in float32, guided if there is an unconditional text."""
         batch = packed.tokens.shape[0]
         transformer = self._use("transformer")
         texts = [cond] if uncond is None else [cond, uncond]
-        kept = {id(text): self._kv_cache.get(transformer, packed.row(0), text) for text in texts}
+        key_values = {id(text): self._kv_cache.get(transformer, packed.row(0), text) for text in texts}
 
-        def network(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
-            fed = rounded_time(t, settings.time_rounding, transformer.dtype)
-            return transformer(latents, fed, text.expand(batch), cache=kept[id(text)])
+        def conditional_velocity(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
+            time = rounded_time(t, settings.time_rounding, transformer.dtype)
+            return transformer(latents, time, text.expand(batch), cache=key_values[id(text)])
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
-            return guided_velocity(network, packed.with_target(x_t), t, cond, uncond, settings.guidance)
+            return guided_velocity(conditional_velocity, packed.with_target(x_t), t, cond, uncond, settings.guidance)
 
         return velocity
 

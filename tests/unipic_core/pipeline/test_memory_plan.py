@@ -75,7 +75,7 @@ def test_a_card_that_is_too_small_is_one_sentence() -> None:
 
 
 def test_main_memory_is_checked_too() -> None:
-    with pytest.raises(UniPicError, match=r'take 56\.3 GB of main memory and this machine has 48\.0 GB.*storage="fp8"'):
+    with pytest.raises(UniPicError, match=r'need 56\.3 GB of main memory, this machine has 48\.0 GB.*storage="fp8"'):
         planned(BF16, 31, 48 * 10**9)
     assert planned(FP8, 31, 48 * 10**9).turns
     assert planned(BF16, 79, 10**9) == MemoryPlan(), "what goes straight to the device needs none"

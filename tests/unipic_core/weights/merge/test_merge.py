@@ -227,4 +227,4 @@ def test_the_help_says_who_computes_a_causal_form(command: str, capsys: pytest.C
     with pytest.raises(SystemExit):
         main([command, "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "only unipic and the node Load UniPic compute it: other programs read the result as full attention" in said
+    assert "only unipic and the node Load UniPic compute it: other programs compute full attention" in said
