@@ -237,11 +237,11 @@ def test_an_absent_package_is_named_before_anything_is_loaded(
     assert said.endswith('-e ".[pipeline]"')
 
 
-def test_a_module_of_our_own_that_is_absent_is_unforeseen(
+def test_a_module_of_our_own_that_is_absent_is_unexpected(
     golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "unipic_core.weights.describe", None)
-    assert "unforeseen ModuleNotFoundError" in fails(["info", str(golden / "tiny")], capsys, code=1)
+    assert "unexpected ModuleNotFoundError" in fails(["info", str(golden / "tiny")], capsys, code=1)
 
 
 def test_unknown_weights_are_told_with_what_was_chosen(
@@ -256,13 +256,15 @@ def test_unknown_weights_are_told_with_what_was_chosen(
 
     monkeypatch.setattr(command, "load_pipeline", stop)
     tiny = golden / "tiny"
-    text = "warning: tiny brings no recipe and its name says nothing, so it runs with 50 steps, euler, guidance 4; if "
+    text = (
+        "warning: tiny has no recipe and its name is of no known kind, so it runs with 50 steps, euler, guidance 4; if "
+    )
     assert text in said(tiny)
     assert "8 steps, euler, guidance 4" in said(tiny, "--steps", "8")
     assert "8 steps, euler, no guidance" not in said(tiny, "--steps", "8", "--cfg", "0")
-    assert "brings no recipe" not in said(tiny, "--sampler", "consistency")
+    assert "has no recipe" not in said(tiny, "--sampler", "consistency")
     known = shutil.copytree(tiny, picture.parent / "UniPic-3-DMD")
-    assert "brings no recipe" not in said(known)
+    assert "has no recipe" not in said(known)
 
 
 def test_each_picture_s_size_is_told_and_a_small_one_warned_of(
@@ -312,12 +314,12 @@ def test_a_schedule_may_be_chosen(golden: Path, picture: Path, monkeypatch: pyte
     assert "the schedule must be one of few_step, base, fixed_shift, got 'karras'" in said("--schedule", "karras")
 
 
-def test_unforeseen_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_unexpected_errors(golden: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     def broken(*_: Any) -> None:
         raise KeyError("surprise")
 
     monkeypatch.setattr(command, "load_pipeline", broken)
-    assert "unforeseen KeyError: 'surprise'" in fails(compose(golden / "tiny", picture), capsys, code=1)
+    assert "unexpected KeyError: 'surprise'" in fails(compose(golden / "tiny", picture), capsys, code=1)
 
 
 def test_interrupted_while_writing(

@@ -67,10 +67,10 @@ def test_keys_and_values_count() -> None:
 
 
 def test_a_card_that_is_too_small_is_one_sentence() -> None:
-    with pytest.raises(UniPicError, match=r"has 16\.6 GB free, and the condition encoder takes 17\.3 GB .*ComfyUI"):
+    with pytest.raises(UniPicError, match=r"the condition encoder needs 17\.3 GB .* has 16\.6 GB free; .*ComfyUI"):
         planned(BF16, 15.5)
     small = replace(BF16, text_encoder=10**9, network=3 * 10**9)
-    with pytest.raises(UniPicError, match="the network without its blocks takes 7.3 GB"):
+    with pytest.raises(UniPicError, match="the network without its blocks needs 7.3 GB"):
         planned(small, 5)
 
 
@@ -144,7 +144,7 @@ def test_the_command_line_refuses_before_it_loads(
     out = str(tmp_path / "out.png")
     assert main(["compose", "--prompt", "a cat", "--device", "cpu", "--out", out]) == 2
     line = capsys.readouterr().err
-    assert "of main memory and this machine has 0.0 GB" in line
+    assert "of main memory, this machine has 0.0 GB" in line
     assert "--storage fp8, use --dtype bf16" in line
     assert main(["compose", "--prompt", "a cat", "--device", "cpu", "--out", out, "--storage", "int3"]) == 2
     assert "the storage must be one of auto, full, fp8, got 'int3'" in capsys.readouterr().err
