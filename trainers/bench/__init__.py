@@ -1,1 +1,1 @@
-"""Benchmarks: ``cases`` reads them, ``make`` composes, ``score`` judges, ``aggregates`` and ``report`` sum up."""
+"""Benchmarks: ``cases`` reads them, ``make`` composes, ``score`` judges, ``aggregates`` and ``report`` summarise."""

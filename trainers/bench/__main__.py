@@ -1,10 +1,10 @@
-"""Make, score and report the pictures of a benchmark.
+"""Generate, score and report the pictures of a benchmark.
 
     python -m trainers.bench run --bench own --root FILE.jsonl --model PATH --out DIR
     python -m trainers.bench score --out DIR [--judge FILE.yaml [--record FILE] | --replay FILE] [--controls]
     python -m trainers.bench report --out DIR
 
-Each may be interrupted; the same command goes on.
+Each command can be interrupted; running it again continues.
 """
 
 from __future__ import annotations
@@ -22,40 +22,45 @@ from .score import score
 
 
 def parser() -> argparse.ArgumentParser:
-    form = argparse.RawDescriptionHelpFormatter
-    top = argparse.ArgumentParser(prog="trainers.bench", description=__doc__, formatter_class=form)
+    formatter = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="trainers.bench", description=__doc__, formatter_class=formatter)
     commands = top.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("run", help="make pictures")
+    make = commands.add_parser("run", help="generate pictures")
     make.add_argument("--bench", required=True, choices=BENCHES)
-    make.add_argument("--root", type=Path, help="the benchmark's folder; own and multicom: a file of JSON lines")
-    make.add_argument("--n", type=int, help="the first N cases")
-    make.add_argument("--seed", type=int, default=0)
+    make.add_argument("--root", type=Path, help="the benchmark's folder; for own and multicom a JSONL file")
+    make.add_argument("--n", type=int, help="only the first N cases")
+    make.add_argument("--seed", type=int, default=0, help="of the noise and of drawn scenes (%(default)s)")
     make.add_argument("--model", action="append", default=[], metavar="PATH", help="repeatable, once per system")
     for name, kind in (("lora", str), ("steps", int), ("cfg", float), ("label", str)):
-        make.add_argument(f"--{name}", action="append", default=[], type=kind, help="once, or once per system")
+        make.add_argument(
+            f"--{name}", action="append", default=[], type=kind, help="once for all systems, or once per system"
+        )
     make.add_argument("--sampler", action="append", default=[], choices=["consistency", "euler"])
-    make.add_argument("--budget", type=int, help="reference budget in pixels a side")
-    make.add_argument("--pictures", action="append", default=[], metavar="LABEL=DIR", help="made by another program")
-    make.add_argument("--device", default="auto")
+    make.add_argument("--budget", type=int, help="side of the reference budget in pixels")
+    make.add_argument(
+        "--pictures", action="append", default=[], metavar="LABEL=DIR", help="pictures of another program"
+    )
+    make.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
     make.set_defaults(controls_only=False)
     judge = commands.add_parser("score", help="add scores")
     judge.add_argument(
-        "--judge", type=Path, metavar="FILE.yaml", help="a server of yours; without it: PSNR to the truth"
+        "--judge", type=Path, metavar="FILE.yaml", help="settings of a judge on your server; without: PSNR to the truth"
     )
-    judge.add_argument("--record", type=Path, metavar="FILE", help="write the judge's answers down")
-    judge.add_argument("--replay", type=Path, metavar="FILE", help="answers of a recording instead of a server")
-    judge.add_argument("--template", help="a question template's name")
-    judge.add_argument("--templates", type=Path, metavar="DIR", help="texts of a checkout of the benchmark")
-    judge.add_argument("--controls", action="store_true", help="test the judge on pictures whose order is known")
-    judge.add_argument("--weights", type=Path, metavar="DIR", help="MICo-Bench's weights")
+    judge.add_argument("--record", type=Path, metavar="FILE", help="record the judge's answers")
+    judge.add_argument("--replay", type=Path, metavar="FILE", help="use recorded answers instead of a server")
+    judge.add_argument("--template", help="name of a question template")
+    judge.add_argument("--templates", type=Path, metavar="DIR", help="question texts from a checkout of the benchmark")
+    judge.add_argument("--controls", action="store_true", help="test the judge on pictures of known order")
+    judge.add_argument("--weights", type=Path, metavar="DIR", help="weights of MICo-Bench")
     judge.add_argument("--w-one", action="store_true", help="MICo-Bench without weights: W = 1")
-    show = commands.add_parser("report", help="tables and a page to browse")
+    show = commands.add_parser("report", help="write tables and an HTML page")
     for command in (make, judge, show):
         command.add_argument("--out", type=Path, required=True, metavar="DIR")
     return top
 
 
 def run_command(args: argparse.Namespace) -> None:
+    """Run the chosen command. Raises ValueError in one sentence for bad input."""
     if args.command == "report":
         report(args.out)
         print(args.out / "report.html")
@@ -65,7 +70,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return exit_code(lambda: run_command(args), "run the same command to go on")
+    return exit_code(lambda: run_command(args), "run the same command again to continue")
 
 
 if __name__ == "__main__":

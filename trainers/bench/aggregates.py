@@ -1,4 +1,4 @@
-"""Scores of cases summed up as each benchmark does it; a missing score is left out and counted, never filled in."""
+"""Aggregate scores as each benchmark defines them; missing scores are excluded and counted, never filled in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scored:
-    """One case of one system."""
+    """Score of one case of one system."""
 
     task: str
     sources: int
@@ -18,7 +18,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """``value`` is None when a group that it needs has no score; judged of total: "n of m"."""
+    """Aggregate score; ``value`` is None if a required group has no score. judged, total: numbers of cases."""
 
     name: str
     value: float | None
@@ -37,18 +37,19 @@ NAMES = {
 
 
 def mean(values: Sequence[float]) -> float | None:
+    """Mean; None without values."""
     return sum(values) / len(values) if values else None
 
 
 def aggregate(bench: str, scored: Sequence[Scored]) -> Aggregate:
-    """Macro over groups for GEdit-Bench, over halves for MultiCom-Bench; over cases for the others."""
+    """Macro average over groups (GEdit-Bench), over halves (MultiCom-Bench), or mean over cases."""
     values: dict[str, list[float]] = defaultdict(list)
     for one in scored:
         if one.score is not None:
             half = "2-3 sources" if one.sources <= 3 else "4-6 sources"
             values[half if bench == "multicom" else one.task].append(one.score)
-    groups = {name: sum(found) / len(found) for name, found in sorted(values.items())}
-    everything = [score for found in values.values() for score in found]
+    groups = {name: sum(scores) / len(scores) for name, scores in sorted(values.items())}
+    everything = [score for scores in values.values() for score in scores]
     if bench == "multicom":
         value = mean(list(groups.values())) if len(groups) == 2 else None
     elif bench == "gedit":
@@ -61,7 +62,7 @@ def aggregate(bench: str, scored: Sequence[Scored]) -> Aggregate:
 def case_score(
     bench: str, score: float | None, values: Mapping[str, float | None], weight: float | None
 ) -> float | None:
-    """A judge's 0..10 in the benchmark's units: MICo-Bench W x SC x PQ (0..100), MultiCom-Bench 0..1, else 0..10.
+    """Convert a judge's 0..10 to a benchmark's unit: MICo-Bench W x SC x PQ (0..100), MultiCom-Bench 0..1, else 0..10.
 
     Raises ValueError for MICo-Bench without a weight.
     """

@@ -1,7 +1,7 @@
-"""Cases of a benchmark: sources, an instruction, and where the picture of a system is expected.
+"""Cases of a benchmark: sources, instruction, and the path of a system's picture.
 
-Own cases and MultiCom-Bench's form are JSON lines {id, instruction, sources, truth?, task?}; GEdit-Bench is a
-gedit.jsonl of its own fields with input_image as a path; MICo-Bench is its checkout with the pictures beside it.
+Own cases and MultiCom-Bench are JSON lines {id, instruction, sources, truth?, task?}; GEdit-Bench is a
+gedit.jsonl with its fields and input_image as a path; MICo-Bench is its checkout with the pictures beside it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TEMPLATES = {"own": "compose", "nano": "compose", "mico": "reference", "gedit": 
 
 @dataclass(frozen=True)
 class Case:
-    """``result``: path of a system's picture below its folder. extra: language and intersection of GEdit-Bench."""
+    """One case. result: path of the picture in a system's folder; extra: language and intersection of GEdit-Bench."""
 
     id: str
     task: str
@@ -36,11 +36,11 @@ class Case:
 
 
 def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Path) -> tuple[list[Case], list[str]]:
-    """The first ``n`` cases, and the ids not covered: those above six sources. Raises ValueError."""
+    """Read the first ``n`` cases, and the ids of cases with more than six sources. Raises ValueError."""
     if bench == "nano":
         return draw_cases(n or 12, seed, out), []
     if root is None:
-        raise ValueError(f"--root is missing: the files of {bench}")
+        raise ValueError(f"--root is missing; give the files of {bench}")
     if bench == "mico":
         cases = [_mico(root, task, row) for task in MICO_TASKS for row in _rows(root / f"{task}.jsonl")]
     elif bench == "gedit":
@@ -51,7 +51,7 @@ def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Pat
     covered = [case for case in cases if case.id not in left_out][:n]
     ids = [case.id for case in covered]
     if not covered or len(set(ids)) < len(ids):
-        raise ValueError(f"{root} has {'two cases of one id' if covered else 'no case'}; each needs an id of its own")
+        raise ValueError(f"{root} has {'two cases with one id; each needs another' if covered else 'no cases'}")
     return covered, left_out
 
 
@@ -62,19 +62,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def _text(row: Mapping[str, object], name: str) -> str:
     value = row.get(name)
     if not isinstance(value, (str, int)) or not str(value).strip():
-        raise ValueError(f"a case lacks {name!r}: {str(row)[:80]}")
+        raise ValueError(f"a case has no {name!r}: {str(row)[:80]}")
     return str(value)
 
 
 def file_name(text: str) -> str:
-    """A name for files: letters that could leave the folder become underscores."""
+    """Make a safe file name: characters that could leave the folder become underscores."""
     return re.sub(r"[^\w.-]", "_", text).lstrip(".") or "_"
 
 
 def _own(folder: Path, number: int, row: Mapping[str, object]) -> Case:
     sources = row.get("sources")
     if not isinstance(sources, list) or not sources:
-        raise ValueError(f"case {number} needs 'sources', a list of pictures, got {sources!r}")
+        raise ValueError(f"case {number}: expected 'sources', a list of pictures, got {sources!r}")
     name = str(row.get("id", number))
     task = str(row.get("task") or ("2-3 sources" if len(sources) <= 3 else "4-6 sources"))
     truth = str(folder / str(row["truth"])) if row.get("truth") else None
@@ -84,10 +84,10 @@ def _own(folder: Path, number: int, row: Mapping[str, object]) -> Case:
 
 def _mico(root: Path, task: str, row: Mapping[str, Any]) -> Case:
     name = str(row["idx"] if row.get("idx") is not None else _text(row, "ed_idx"))
-    words = str(row.get("refined_prompt") or _text(row, "prompt"))
+    instruction = str(row.get("refined_prompt") or _text(row, "prompt"))
     sources = tuple(str(root / str(one)) for one in row.get("input", ()))
     truth = str(root / _text(row, "reference"))
-    return Case(f"{task}/{name}", task, words, sources, truth, f"{task}/{file_name(name)}.png", {})
+    return Case(f"{task}/{name}", task, instruction, sources, truth, f"{task}/{file_name(name)}.png", {})
 
 
 def _gedit(root: Path, row: Mapping[str, object]) -> Case:
@@ -99,7 +99,7 @@ def _gedit(root: Path, row: Mapping[str, object]) -> Case:
 
 
 def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
-    """Scenes of unseen assets with their truth, drawn into ``out``/inputs."""
+    """Draw scenes of unseen assets with their truth into ``out``/inputs."""
     from ..judges.measure import Plan
     from ..judges.panel import Case as Scene
 
@@ -121,7 +121,7 @@ def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a folder holds: the benchmark, its cases, the systems by label. Stored as bench.json."""
+    """Run of a benchmark, stored as bench.json: its cases, and the systems by label."""
 
     bench: str
     seed: int
@@ -130,6 +130,7 @@ class Plan:
     systems: Mapping[str, Mapping[str, Any]]
 
     def save(self, out: Path) -> None:
+        """Write bench.json."""
         from unipic_core.replacing import replacing
 
         with replacing(out / "bench.json") as path:
@@ -140,12 +141,12 @@ class Plan:
 
     @classmethod
     def load(cls, out: Path) -> Plan:
-        """Raises JudgeError without a run in the folder."""
+        """Read bench.json. Raises JudgeError if the folder holds no run."""
         try:
             data = json.loads((out / "bench.json").read_text(encoding="utf-8"))
             cases = tuple(Case(**{**one, "sources": tuple(one["sources"])}) for one in data["cases"])
             return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"])
         except (OSError, ValueError, KeyError, TypeError):
             raise JudgeError(
-                f"{out} holds no run of trainers.bench; begin with: trainers.bench run --out {out}"
+                f"{out} holds no run of trainers.bench; start with python -m trainers.bench run --out {out}"
             ) from None

@@ -1,4 +1,4 @@
-"""One page to browse the cases of a run: no network, answers escaped, thumbnails of at most 50 MB in all."""
+"""HTML page of a run's cases: self-contained, answers escaped, thumbnails of at most 50 MB in total."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ esc = html.escape
 
 
 def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
-    """The whole page."""
+    """Render the page."""
     about = {name: summary[name] for name in ("version", "seed", "systems", "judge", "not_covered")}
     tasks = sorted({case.task for case in plan.cases})
     options = "".join(f'<option value="{esc(task, quote=True)}">{esc(task)}' for task in tasks)
@@ -40,10 +40,11 @@ def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
         f"</summary><pre style='max-width:none;max-height:none'>{esc(json.dumps(about, indent=1))}</pre></details>",
         controls_table(summary["controls"]),
         f"<table><tr><th>score{labels}</tr>",
-        *(score_row(judge, found) for judge, found in summary["scores"].items()),
-        "</table><small>value [95% over cases]; below it the paired difference to the first system, its interval, and ",
-        "how many cases are judged</small>",
-        *(group_table(judge, found) for judge, found in summary["scores"].items() if not judge.startswith(PIXELS)),
+        *(score_row(judge, scores) for judge, scores in summary["scores"].items()),
+        "</table><small>value [95% over cases]; below it the paired difference from the first system, its interval, "
+        "and ",
+        "the number of judged cases</small>",
+        *(group_table(judge, scores) for judge, scores in summary["scores"].items() if not judge.startswith(PIXELS)),
         f"<p>task <select id=t><option value=''>all{options}</select> <label><input type=checkbox id=f> failures only",
         f"</label></p><table><tr><th>case<th>sources<th>truth{labels}</tr>",
         *(case_row(plan, rows, list(summary["scores"]), case, out, spent) for case in plan.cases),
@@ -52,19 +53,20 @@ def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
     return "".join(parts)
 
 
-def controls_table(found: dict[str, Any] | None) -> str:
-    if not found:
+def controls_table(fitness: dict[str, Any] | None) -> str:
+    """Render the judge's test on controls."""
+    if not fitness:
         return "<p>The judge was not tested on controls.</p>"
-    names = "".join(f"<th>{esc(name)}" for name in found["means"])
-    means = "".join(f"<td>{number(one['mean'])} {bounds(one['ci95'])}" for one in found["means"].values())
-    return f"<p><b>{esc(found['sentence'])}</b></p><table><tr>{names}</tr><tr>{means}</tr></table>"
+    names = "".join(f"<th>{esc(name)}" for name in fitness["means"])
+    means = "".join(f"<td>{number(one['mean'])} {bounds(one['ci95'])}" for one in fitness["means"].values())
+    return f"<p><b>{esc(fitness['sentence'])}</b></p><table><tr>{names}</tr><tr>{means}</tr></table>"
 
 
-def score_row(judge: str, found: dict[str, Any]) -> str:
-    """One judge, or one measure of the pixels: a cell per system."""
-    name = next(iter(found.values()))["name"] if found else ""
+def score_row(judge: str, scores: dict[str, Any]) -> str:
+    """Render one judge, or one pixel measure: a cell per system."""
+    name = next(iter(scores.values()))["name"] if scores else ""
     cells = [f"<td>{esc(judge)}<br><small>{esc(name)}</small>"]
-    for one in found.values():
+    for one in scores.values():
         gap = f"{one['minus_first']:+.3f} {bounds(one['minus_first_ci95'])}; " if one["minus_first_ci95"] else ""
         failures = ", ".join(f"{kind}: {count}" for kind, count in one["failures"].items())
         more = f"{gap}{one['judged']}" + (f" ({failures})" if failures else "")
@@ -72,35 +74,35 @@ def score_row(judge: str, found: dict[str, Any]) -> str:
     return "<tr>" + "".join(cells) + "</tr>"
 
 
-def group_table(judge: str, found: dict[str, Any]) -> str:
-    """By task and by number of sources."""
+def group_table(judge: str, scores: dict[str, Any]) -> str:
+    """Render one judge's scores by task and by number of sources."""
     text = [f"<details><summary>{esc(judge)}: by task and by number of sources</summary><table><tr><th>"]
-    text += [f"<th>{esc(label)}" for label in found]
+    text += [f"<th>{esc(label)}" for label in scores]
     for kind, words in (("by_task", "{}"), ("by_sources", "{} sources")):
-        for group in sorted({group for one in found.values() for group in one[kind]}):
-            cells = "".join(f"<td>{number(one[kind].get(group))}" for one in found.values())
+        for group in sorted({group for one in scores.values() for group in one[kind]}):
+            cells = "".join(f"<td>{number(one[kind].get(group))}" for one in scores.values())
             text.append(f"<tr><td>{esc(words.format(group))}{cells}</tr>")
     return "".join(text) + "</table></details>"
 
 
 def case_row(plan: Plan, rows: Rows, judges: list[str], case: Case, out: Path, spent: list[int]) -> str:
-    """``spent``: bytes of thumbnails so far, counted on."""
-    found = {label: {judge: rows.get((label, case.id, judge)) for judge in judges} for label in plan.systems}
-    bad = "1" if any(row and row.get("failure") for many in found.values() for row in many.values()) else ""
+    """Render one case. spent: bytes of thumbnails so far, updated."""
+    scores = {label: {judge: rows.get((label, case.id, judge)) for judge in judges} for label in plan.systems}
+    bad = "1" if any(row and row.get("failure") for by_judge in scores.values() for row in by_judge.values()) else ""
     text = [f'<tr class=case data-task="{esc(case.task, quote=True)}" data-bad="{bad}"><td class=words>']
     text.append(f"<b>{esc(case.id)}</b> {esc(case.task)}<br>{esc(case.instruction)}<td>")
     text += [img(Path(path), spent) for path in case.sources]
     text.append("<td>" + (img(Path(case.truth), spent) if case.truth else "-"))
-    for label, many in found.items():
+    for label, by_judge in scores.items():
         text.append("<td>" + img(result_path(out, label, case), spent))
-        text += [score_cell(judge, row) for judge, row in many.items() if row]
+        text += [score_cell(judge, row) for judge, row in by_judge.items() if row]
     return "".join(text) + "</tr>"
 
 
 def score_cell(judge: str, row: dict[str, Any]) -> str:
     if row.get("failure"):
-        words = f"{judge}: {row['failure']}: {row['message']}"
-        return f"<div class=bad>{esc(words)}</div>"
+        text = f"{judge}: {row['failure']}: {row['message']}"
+        return f"<div class=bad>{esc(text)}</div>"
     if row["score"] is None:
         return ""
     name = esc(judge.removeprefix(f"{PIXELS}: "))
@@ -111,7 +113,7 @@ def score_cell(judge: str, row: dict[str, Any]) -> str:
 
 
 def img(path: Path, spent: list[int]) -> str:
-    """A thumbnail inside the page."""
+    """Embed a thumbnail."""
     picture = thumbnail(path)
     if picture is None:
         return '<span class="bad">no picture</span>'
@@ -119,7 +121,7 @@ def img(path: Path, spent: list[int]) -> str:
     picture.save(buffer, "JPEG", quality=80)
     data = base64.b64encode(buffer.getvalue()).decode()
     if spent[0] + len(data) > LARGEST:
-        return "(left out: the page would pass 50 MB)"
+        return "(omitted: the page would exceed 50 MB)"
     spent[0] += len(data)
     return f'<img src="data:image/jpeg;base64,{data}" alt="">'
 

@@ -1,4 +1,4 @@
-"""Thumbnails, and the first cases of a run as one picture."""
+"""Thumbnails, and a picture of a run's first cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHEET_ROWS = 12
 
 
 def thumbnail(path: Path) -> Image.Image | None:
-    """RGB of at most THUMB pixels a side; None when there is none that can be read."""
+    """RGB thumbnail of at most THUMB pixels per side; None for an unreadable picture."""
     try:
         return load_picture(path, THUMB).image
     except AnswerError:
@@ -24,7 +24,7 @@ def thumbnail(path: Path) -> Image.Image | None:
 
 
 def sheet(plan: Plan, rows: Rows, out: Path) -> Image.Image:
-    """The first cases as one picture: sources, truth, each system with its scores below."""
+    """Draw the first cases: sources, truth, and each system with its scores below."""
     strips = []
     blank = Image.new("RGB", (THUMB, THUMB), (235, 235, 235))
     for case in plan.cases[:SHEET_ROWS]:
@@ -32,12 +32,12 @@ def sheet(plan: Plan, rows: Rows, out: Path) -> Image.Image:
         captions = [""] * len(paths)
         for label in plan.systems:
             paths.append(result_path(out, label, case))
-            found = [
+            scores = [
                 row["score"]
                 for (s, i, _), row in rows.items()
                 if (s, i) == (label, case.id) and row["score"] is not None
             ]
-            captions.append(f"{label[:16]} " + " ".join(f"{one:.1f}" for one in found[:2]))
+            captions.append(f"{label[:16]} " + " ".join(f"{one:.1f}" for one in scores[:2]))
         cells = []
         for path, caption in zip(paths, captions, strict=True):
             cell = Image.new("RGB", (THUMB, THUMB + 18), (255, 255, 255))
@@ -45,9 +45,9 @@ def sheet(plan: Plan, rows: Rows, out: Path) -> Image.Image:
             ImageDraw.Draw(cell).text((2, THUMB + 3), caption, fill=(40, 40, 40))
             cells.append(cell)
         strips.append(side_by_side(cells))
-    whole = Image.new("RGB", (max(one.width for one in strips), sum(one.height for one in strips)), (255, 255, 255))
+    result = Image.new("RGB", (max(one.width for one in strips), sum(one.height for one in strips)), (255, 255, 255))
     top = 0
     for strip in strips:
-        whole.paste(strip, (0, top))
+        result.paste(strip, (0, top))
         top += strip.height
-    return whole
+    return result

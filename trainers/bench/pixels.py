@@ -1,4 +1,4 @@
-"""Scores without a judge behind a server: PSNR to a truth, and for the nano's scenes the judges of their pixels."""
+"""Scores without a judge on a server: PSNR to a truth, and for drawn scenes the pixel judges."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from .make import result_path
 
 PIXELS = "pixels"
 PSNR = f"{PIXELS}: PSNR to the truth, dB"
-MOST_DB = 99.0
+MAX_DB = 99.0
 
 
 def score_pixels(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
-    """Append what is missing to ``file``. Raises ValueError when no case has a truth."""
+    """Append missing scores to ``file``. Raises ValueError if no case has a truth."""
     if not any(case.truth for case in plan.cases):
-        raise ValueError("no case has a truth to compare with; give --judge FILE.yaml or --replay FILE")
+        raise ValueError("no case has a truth to compare with; use --judge FILE.yaml or --replay FILE")
     for label in plan.systems:
         for case in plan.cases:
             if case.truth and (label, case.id, PSNR) not in done:
-                found = psnr(result_path(out, label, case), Path(case.truth))
-                file.add({"system": label, "id": case.id, "judge": PSNR, **found})
+                result = psnr(result_path(out, label, case), Path(case.truth))
+                file.add({"system": label, "id": case.id, "judge": PSNR, **result})
     if plan.bench == "nano":
         score_scenes(plan, out, file, done)
 
 
 def psnr(path: Path, truth_path: Path) -> dict[str, Any]:
-    """The score in dB, or why there is none; the output is resized to the truth."""
+    """Score in dB, or the failure; the output is resized to the truth."""
     try:
         truth = load_picture(truth_path)
         output = load_picture(path, size=truth.size)
     except AnswerError as error:
         return {"score": None, "failure": error.kind, "message": str(error)}
     squares = np.mean((np.asarray(truth.image, float) - np.asarray(output.image, float)) ** 2)
-    return {"score": float(min(MOST_DB, 10 * np.log10(255**2 / max(squares, 1e-9))))}
+    return {"score": float(min(MAX_DB, 10 * np.log10(255**2 / max(squares, 1e-9))))}
 
 
 def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
-    """The judges of drawn scenes: placement, appearance, identity; a picture's score is the mean over its items."""
+    """Apply the judges of drawn scenes: placement, appearance, identity; scores are means over a picture's items."""
     from ..judges.kinds import JUDGES
     from ..judges.measure import Plan as Scenes
     from ..judges.panel import Case as Scene
@@ -68,12 +68,12 @@ def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str
 
 
 def _scene_row(panel: Any, scene: Any, path: Path, case: Case) -> dict[str, dict[str, Any]]:
-    """By judge: its score, None where the scene has nothing for it, or the failure."""
+    """Score per judge, None if the scene has nothing to score, or the failure."""
     from ..judges.kinds import JUDGES
 
     try:
         picture = load_picture(path, size=scene.sample.target.size).image
     except AnswerError as error:
         return {judge.name: {"score": None, "failure": error.kind, "message": str(error)} for judge in JUDGES}
-    found = {name: values[0][np.isfinite(values[0])] for name, values in panel.judge(scene, [picture]).items()}
-    return {name: {"score": float(values.mean()) if len(values) else None} for name, values in found.items()}
+    scores = {name: values[0][np.isfinite(values[0])] for name, values in panel.judge(scene, [picture]).items()}
+    return {name: {"score": float(values.mean()) if len(values) else None} for name, values in scores.items()}

@@ -1,4 +1,4 @@
-"""Tables, the benchmarks' own files, the page and the sheet of a run."""
+"""Report of a run: tables, result files in the benchmarks' formats, page and sheet."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def report(out: Path) -> dict[str, Any]:
         path.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
     for judge in judges:
         if not judge.startswith(PIXELS):
-            write_forms(plan, rows, judge, out)
+            write_benchmark_files(plan, rows, judge, out)
     with replacing(out / "report.html") as path:
         path.write_text(page(plan, rows, summary, out), encoding="utf-8")
     with replacing(out / "sheet.png") as path:
@@ -56,18 +56,18 @@ def _json(path: Path) -> Any:
 
 
 def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
-    """By system: the benchmark's aggregate, by task and by number of sources, failures by kind, paired difference."""
+    """Summarise per system: the benchmark's aggregate, by task and number of sources, failures, paired difference."""
     bootstrap = Bootstrap(len(plan.cases), plan.seed)
     columns: dict[str, np.ndarray] = {}
     result: dict[str, Any] = {}
     bench = "own" if judge.startswith(PIXELS) else plan.bench
     for label in plan.systems:
-        found = [rows.get((label, case.id, judge), {}) for case in plan.cases]
-        scored = [Scored(c.task, len(c.sources), r.get("score")) for c, r in zip(plan.cases, found, strict=True)]
+        judged = [rows.get((label, case.id, judge), {}) for case in plan.cases]
+        scored = [Scored(c.task, len(c.sources), r.get("score")) for c, r in zip(plan.cases, judged, strict=True)]
         total = aggregate(bench, scored)
         by_count: dict[str, list[float]] = defaultdict(list)
         failures: dict[str, int] = defaultdict(int)
-        for one, row in zip(scored, found, strict=True):
+        for one, row in zip(scored, judged, strict=True):
             if one.score is not None:
                 by_count[str(one.sources)].append(one.score)
             else:
@@ -90,12 +90,12 @@ def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
     return result
 
 
-def write_forms(plan: Plan, rows: Rows, judge: str, out: Path) -> None:
-    """GEdit-Bench's CSV per group, MICo-Bench's scores/TASK.json and summary.json, in each system's folder."""
+def write_benchmark_files(plan: Plan, rows: Rows, judge: str, out: Path) -> None:
+    """Write GEdit-Bench's CSV per group, or MICo-Bench's scores/TASK.json and summary.json, per system."""
     for label in plan.systems:
         folder = out / "results" / file_name(label)
-        found = [(case, rows[key]) for case in plan.cases if (key := (label, case.id, judge)) in rows]
-        scored = [(case, row) for case, row in found if row.get("score") is not None]
+        judged = [(case, rows[key]) for case in plan.cases if (key := (label, case.id, judge)) in rows]
+        scored = [(case, row) for case, row in judged if row.get("score") is not None]
         if plan.bench == "gedit":
             _gedit_files(scored, folder, label, out)
         if plan.bench == "mico":

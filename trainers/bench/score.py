@@ -1,4 +1,4 @@
-"""Add scores: those of a judge behind a server or out of a recording, and those that need no judge."""
+"""Score pictures with a judge on a server, with recorded answers, or without a judge."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ CONTROLS = {
 }
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
-"""Scores by (system, case, judge)."""
+"""Score rows by (system, case, judge)."""
 
 
 def score(args: argparse.Namespace) -> None:
-    """Everything missing in ``out``/scores.jsonl; rows that failed are asked again. Raises ValueError."""
+    """Append missing scores to ``out``/scores.jsonl; failed rows are retried. Raises ValueError."""
     plan = Plan.load(args.out)
     file = LineFile(args.out / "scores.jsonl")
     if not args.judge and not args.replay:
@@ -66,7 +66,7 @@ def score(args: argparse.Namespace) -> None:
         print(control_sentence(plan, asker, template, args.out))
 
     def one(job: tuple[str, Case]) -> None:
-        """Written where it is made, so that a fault of one case loses no answer to another."""
+        """Written at once, so that a fault of another case loses no answer."""
         label, case = job
         weight = 1.0 if args.w_one else weights.get(case.id)
         file.add(judged_row(plan, asker, template, args.out, label, case, weight) | {"judge": name})
@@ -78,6 +78,7 @@ def score(args: argparse.Namespace) -> None:
 
 
 def open_judge(args: argparse.Namespace, plan: Plan) -> tuple[Asker, Template]:
+    """Open the server or the recording, and the question template."""
     config = read_judge(args.judge) if args.judge else None
     asker: Asker
     if args.replay:
@@ -91,33 +92,34 @@ def open_judge(args: argparse.Namespace, plan: Plan) -> tuple[Asker, Template]:
 
 
 def read_weights(folder: Path | None) -> dict[str, float]:
-    """MICo-Bench's weights/TASK.json, by "TASK/ID". Raises ValueError."""
+    """Read MICo-Bench's weights/TASK.json as "TASK/ID" -> weight. Raises ValueError."""
     if folder is None:
         return {}
-    found = {
+    weights = {
         f"{path.stem}/{name}": float(value)
         for path in sorted(folder.glob("*.json"))
         for name, value in json.loads(path.read_text(encoding="utf-8")).items()
     }
-    if not found:
+    if not weights:
         raise ValueError(f"{folder} holds no weights; expected TASK.json with a number per case")
-    return found
+    return weights
 
 
 def finished(out: Path) -> Rows:
-    """Rows by (system, case, judge), the last of each, without those that failed."""
+    """Latest rows without failed ones."""
     rows = all_rows(out)
     return {key: row for key, row in rows.items() if not row.get("failure")}
 
 
 def all_rows(out: Path) -> Rows:
+    """Latest row of each system, case and judge."""
     path = out / "scores.jsonl"
     rows = read_lines(path) if path.exists() else iter(())
     return {(row["system"], row["id"], row["judge"]): row for row in rows}
 
 
 def shown_case(plan: Plan, case: Case, output: Path, max_side: int) -> Shown:
-    """Pictures as the judge sees them; GEdit-Bench resizes the output to its source. Raises AnswerError."""
+    """Load a case as the judge sees it; for GEdit-Bench the output is resized to its source. Raises AnswerError."""
     sources = tuple(load_picture(Path(path), max_side) for path in case.sources)
     size = sources[0].size if plan.bench == "gedit" else None
     reference = load_picture(Path(case.truth), max_side) if case.truth else None
@@ -133,19 +135,19 @@ def judged_row(
     except AnswerError as error:
         return row | {"failure": error.kind, "message": str(error)}
     if plan.bench == "mico" and weight is None:
-        return row | {"failure": "weight", "message": f"there is no weight for {case.id}"}
-    found = judge_case(asker, template, shown)
-    row |= {"values": dict(found.values), "weight": weight, "readings": found.as_row()["readings"]}
-    if found.failures:
-        first = found.failures[0]
+        return row | {"failure": "weight", "message": f"expected a weight for {case.id}, got none"}
+    judgement = judge_case(asker, template, shown)
+    row |= {"values": dict(judgement.values), "weight": weight, "readings": judgement.as_row()["readings"]}
+    if judgement.failures:
+        first = judgement.failures[0]
         return row | {"failure": first.failure, "message": first.message}
-    return row | {"score": case_score(plan.bench, found.score, found.values, weight)}
+    return row | {"score": case_score(plan.bench, judgement.score, judgement.values, weight)}
 
 
 def control_sentence(plan: Plan, asker: Asker, template: Template, out: Path) -> str:
-    """Controls of the nano's scenes: write controls.json, return its sentence. Raises ValueError for other sets."""
+    """Judge the controls of drawn scenes, write controls.json and return its sentence. ValueError for other sets."""
     if plan.bench != "nano":
-        raise ValueError("--controls needs scenes whose controls can be drawn: run --bench nano")
+        raise ValueError("--controls needs drawn scenes: run with --bench nano")
     from ..judges.measure import Plan as Scenes
     from ..judges.panel import Case as Scene
     from ..judges.panel import control_pictures
@@ -159,10 +161,10 @@ def control_sentence(plan: Plan, asker: Asker, template: Template, out: Path) ->
         pictures = control_pictures(bank, scene, Scene.of(bank, scene).sample)
         sources = tuple(load_picture(Path(path), side) for path in case.sources)
         truth = load_picture(pictures["truth"][0], side)
-        for ours in CONTROLS.values():
-            jobs.append(Shown(case.instruction, load_picture(pictures[ours][0], side), sources, truth))
-    found = in_order(lambda one: judge_case(asker, template, one).score, jobs, asker.config.concurrency)
-    scores = np.array([np.nan if one is None else one for one in found]).reshape(-1, len(CONTROLS))
+        for control in CONTROLS.values():
+            jobs.append(Shown(case.instruction, load_picture(pictures[control][0], side), sources, truth))
+    answers = in_order(lambda one: judge_case(asker, template, one).score, jobs, asker.config.concurrency)
+    scores = np.array([np.nan if one is None else one for one in answers]).reshape(-1, len(CONTROLS))
     result = fitness({name: scores[:, column] for column, name in enumerate(CONTROLS)}, plan.seed)
     (out / "controls.json").write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
     return result.sentence

@@ -1,4 +1,4 @@
-"""`python -m trainers.curves RUN [RUN ...] --out FILE.png`: the curves of runs, from their metrics.jsonl."""
+"""`python -m trainers.curves RUN [RUN ...] --out FILE.png`: plot the metrics of runs from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ NOT_DRAWN = ("step", "lr", "grad_norm", "seconds_per_step", "samples_per_second"
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Read the records of a run folder or a metrics.jsonl file."""
     path = run / "metrics.jsonl" if run.is_dir() else run
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 5) -> None:
-    """One panel per metric, one line per run; a mean over `smooth` records to both sides above the raw values."""
+    """Draw one panel per metric and one line per run: raw values, and their mean over `smooth` records on each side."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -32,8 +33,8 @@ def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 5) -> None:
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
-            around = [values[max(0, i - smooth) : i + smooth + 1] for i in range(len(values))]
-            means = [sum(some) / len(some) for some in around]
+            windows = [values[max(0, i - smooth) : i + smooth + 1] for i in range(len(values))]
+            means = [sum(window) / len(window) for window in windows]
             (line,) = panel.plot(steps, means, label=label)
             panel.plot(steps, values, alpha=0.2, color=line.get_color())
         panel.set(title=name, xlabel="step")
@@ -48,7 +49,7 @@ def draw_curves(runs: Sequence[Path], out: Path, smooth: int = 5) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="trainers.curves", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders, or metrics.jsonl files")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     args = parser.parse_args()
     draw_curves(args.runs, args.out)
 

@@ -58,8 +58,8 @@ def test_a_training_of_low_rank_is_found_whole(tuned: Path) -> None:
     assert set(found.layers) == {
         n for n, _ in before.named_modules() if n.startswith("trans") and n.endswith(AdapterConfig().layers)
     }
-    assert 0.999 < found.kept < found.in_layers < 1
-    assert extract(TINY, tuned, 1).kept < 0.8
+    assert 0.999 < found.share < found.share_in_layers < 1
+    assert extract(TINY, tuned, 1).share < 0.8
 
 
 def test_the_file_gives_the_tuned_network_and_its_form(
@@ -93,11 +93,11 @@ def test_training_goes_on_from_it_in_its_form(tuned: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--rank", "3", "--out", "a.bin"], "should end in .safetensors"),
+        (["--rank", "3", "--out", "a.bin"], "must end in .safetensors"),
         (["--rank", "0"], "at least 1"),
-        (["--rank", "4096"], "at most the side of every layer"),
-        (["--target", "to_nothing"], "ends in one of to_nothing"),
-        (["--same"], "the same weights"),
+        (["--rank", "4096"], "at most the width of every layer"),
+        (["--target", "to_nothing"], "got to_nothing"),
+        (["--same"], "equal weights"),
         (["--missing"], "no/such"),
     ],
 )

@@ -218,7 +218,7 @@ def test_the_command_line(capsys):
     assert memory.main([path, "network.weights=fp8", "network.block_swap=0", "--gib", "24"]) == 1
     assert "does not fit in 24 GiB" in capsys.readouterr().out
     assert "four networks" not in out
-    for name, message in (("nano-vae", "method vae"), ("nano-sft-joint", "a text encoder that trains along")):
+    for name, message in (("nano-vae", "method vae"), ("nano-sft-joint", "a trained text encoder")):
         assert memory.main([str(CONFIGS / f"{name}.yaml")]) == 2
         assert message in capsys.readouterr().err
 

@@ -1,11 +1,11 @@
-"""A vision-language judge behind an OpenAI-compatible server that the user runs.
+"""Vision-language judge on an OpenAI-compatible server that the user runs.
 
-``config`` its settings; ``client`` asks, over ``endpoint``; ``recording`` records and replays; ``templates`` are files
-with a version; ``judge`` asks a template's questions of a case and ``parse`` reads the answers; ``controls`` tests
-whether a judge can be trusted. Nothing here imports the model.
+``config``: settings; ``client``: requests, over ``endpoint``; ``recording``: record and replay; ``templates``:
+versioned question files; ``judge``: ask a template's questions about a case, with ``parse`` for the answers;
+``controls``: test of a judge. Nothing here imports the model.
 
-For one's own questions: ``client.ask(Question((text, load_picture(path)), schema))`` and a function of ``parse``;
-``in_order`` runs many at a bounded concurrency; ``Endpoint.post`` reaches other paths of the same server.
+For custom questions: ``client.ask(Question((text, load_picture(path)), schema))`` and a function of ``parse``;
+``in_order`` runs many with bounded concurrency; ``Endpoint.post`` reaches other paths of the server.
 """
 
 from .client import Abilities, Asker, Client, in_order, object_schema

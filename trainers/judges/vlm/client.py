@@ -1,4 +1,4 @@
-"""Ask an OpenAI-compatible server: one question, or many at a bounded concurrency in their order."""
+"""Client of an OpenAI-compatible server: single questions, or many in order with bounded concurrency."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ PATH = "/chat/completions"
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a probe found the server to honour: log-probabilities of tokens, and a form of ``response_format``."""
+    """Abilities of a server: token log-probabilities, and the supported type of ``response_format``."""
 
     logprobs: bool = False
     response_format: str = "none"
 
 
 class Asker(Protocol):
-    """A server, or the recording of one."""
+    """Server, or a recording of one."""
 
     config: JudgeConfig
 
@@ -39,11 +39,11 @@ class Asker(Protocol):
     def abilities(self) -> Abilities: ...
 
     def ask(self, question: Question, seed: int | None = None) -> Answer:
-        """Raises AnswerError for this question, JudgeError when asking further is of no use."""
+        """Raises AnswerError for a failure of this question, JudgeError if further questions would fail too."""
 
 
 class Client:
-    """A judge behind ``config.base_url``. Safe to use from several threads; probed before the first question."""
+    """Judge at ``config.base_url``; thread-safe; probes the server before the first question."""
 
     def __init__(
         self, config: JudgeConfig, *, abilities: Abilities | None = None, sleep: Callable[[float], None] = time.sleep
@@ -63,19 +63,19 @@ class Client:
 
     @property
     def abilities(self) -> Abilities:
-        """Probed with two short questions without a picture, once. Raises JudgeError."""
+        """Abilities of the server, probed once with short questions without pictures. Raises JudgeError."""
         with self._lock:
             if self._abilities is None:
                 self._abilities = self._probe()
             return self._abilities
 
     def ask(self, question: Question, seed: int | None = None) -> Answer:
-        """The answer to one question; ``seed`` defaults to the judge's. See ``Asker.ask``."""
+        """Ask one question; ``seed`` defaults to the judge's. Errors: see ``Asker.ask``."""
         config = self.config
         if len(question.pictures) > config.max_images:
             raise AnswerError(
                 "rejected",
-                f"{len(question.pictures)} pictures in a question; judge.max_images is {config.max_images}",
+                f"expected at most {config.max_images} pictures (judge.max_images), got {len(question.pictures)}",
             )
         seed = config.seed if seed is None else seed
         key = question.key(config.model, config.temperature, seed)
@@ -84,21 +84,21 @@ class Client:
 
     def _probe(self) -> Abilities:
         config = self.config
-        logprobs = config.logprobs == "auto" and self._honours_logprobs()
+        logprobs = config.logprobs == "auto" and self._supports_logprobs()
         if config.response_format != "auto":
             return Abilities(logprobs, config.response_format)
-        forms = ("json_schema", "json_object")
-        return Abilities(logprobs, next((form for form in forms if self._honours(form)), "none"))
+        formats = ("json_schema", "json_object")
+        return Abilities(logprobs, next((name for name in formats if self._supports_format(name)), "none"))
 
-    def _honours_logprobs(self) -> bool:
+    def _supports_logprobs(self) -> bool:
         question = Question(("Answer with the digit 7 and nothing else.",), first_tokens=True, max_tokens=16)
         answer = self._attempt(question, Abilities(logprobs=True))
         return answer is not None and any(choice.alternatives for choice in answer.tokens)
 
-    def _honours(self, form: str) -> bool:
+    def _supports_format(self, response_format: str) -> bool:
         schema = object_schema({"answer": {"type": "integer"}})
         question = Question(('Answer with the number seven, as JSON: {"answer": 7}',), schema, max_tokens=64)
-        answer = self._attempt(question, Abilities(response_format=form))
+        answer = self._attempt(question, Abilities(response_format=response_format))
         if answer is None:
             return False
         try:
@@ -107,7 +107,7 @@ class Client:
             return False
 
     def _attempt(self, question: Question, abilities: Abilities) -> Answer | None:
-        """None when the server does not take the request, or cuts the answer."""
+        """Ask a probe question; None if the server rejects it or cuts the answer."""
         try:
             reply = self.endpoint.post_json(PATH, request_body(question, self.config, self.config.seed, abilities))
             return read_reply(reply, "", self.endpoint.hide_key)
@@ -126,7 +126,7 @@ def object_schema(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def request_body(question: Question, config: JudgeConfig, seed: int, abilities: Abilities) -> dict[str, Any]:
-    """The JSON of one chat completion."""
+    """JSON body of one chat completion."""
     body: dict[str, Any] = {
         "model": config.model,
         "messages": [{"role": "user", "content": question.content}],
@@ -138,15 +138,15 @@ def request_body(question: Question, config: JudgeConfig, seed: int, abilities: 
     if question.first_tokens and abilities.logprobs:
         body |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
     if question.schema is not None and abilities.response_format == "json_schema":
-        form = {"name": "answer", "strict": True, "schema": dict(question.schema)}
-        body["response_format"] = {"type": "json_schema", "json_schema": form}
+        json_schema = {"name": "answer", "strict": True, "schema": dict(question.schema)}
+        body["response_format"] = {"type": "json_schema", "json_schema": json_schema}
     elif question.schema is not None and abilities.response_format == "json_object":
         body["response_format"] = {"type": "json_object"}
     return body
 
 
 def read_reply(reply: Reply, key: str, hide: Callable[[str], str] = str) -> Answer:
-    """Check a chat completion. Raises JudgeError for another protocol, AnswerError for an answer without an end."""
+    """Check a chat completion. Raises JudgeError for another protocol, AnswerError for an incomplete answer."""
     data = reply.data
     try:
         choice = data["choices"][0]
@@ -154,10 +154,10 @@ def read_reply(reply: Reply, key: str, hide: Callable[[str], str] = str) -> Answ
         text = message.get("content")
     except (KeyError, IndexError, TypeError, AttributeError):
         raise JudgeError(
-            f"the server's answer has no choices[0].message ({hide(one_line(data, 100))}); it has no chat API"
+            f"expected choices[0].message in the server's answer, got {hide(one_line(data, 100))}; it has no chat API"
         ) from None
     if choice.get("finish_reason") == "length":
-        raise AnswerError("cut", "the answer was cut at max_tokens; raise judge.max_tokens")
+        raise AnswerError("cut", "the answer was cut at max_tokens; increase judge.max_tokens")
     if message.get("refusal") or choice.get("finish_reason") == "content_filter":
         raise AnswerError("refused", f"the judge declined: {hide(one_line(message.get('refusal') or 'filtered'))}")
     if not isinstance(text, str) or not text.strip():
@@ -169,7 +169,7 @@ def read_reply(reply: Reply, key: str, hide: Callable[[str], str] = str) -> Answ
 
 
 def _tokens(choice: dict[str, Any]) -> tuple[TokenChoice, ...]:
-    """Log-probabilities of the generated tokens; empty when there are none or they have another form."""
+    """Log-probabilities of the generated tokens; empty if missing or malformed."""
     try:
         return tuple(
             TokenChoice(
@@ -183,10 +183,10 @@ def _tokens(choice: dict[str, Any]) -> tuple[TokenChoice, ...]:
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], concurrency: int) -> Iterator[R]:
-    """Results in the order of the items, at most ``concurrency`` at once; the first item alone.
+    """Yield results in the order of the items, at most ``concurrency`` at once; the first item runs alone.
 
-    Alone, because a server may load its model for minutes at the first request. An exception, Ctrl-C included, ends
-    the iteration; calls in flight are not waited for longer than they take.
+    It runs alone because a server may load its model for minutes at the first request. An exception, Ctrl-C included,
+    ends the iteration after the calls in flight.
     """
     items = iter(items)
     for first in items:

@@ -1,4 +1,4 @@
-"""Settings of a judge: which server, which model, how it is asked. No address is built in."""
+"""Settings of a judge: server, model, sampling. There is no default address."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from .errors import JudgeError, one_line
+from ...config.yaml_reader import ConfigError, read_yaml_mapping
+from .errors import JudgeError
 
 RESPONSE_FORMATS = ("auto", "json_schema", "json_object", "none")
 LOGPROBS = ("auto", "off")
 RESERVED = ("model", "messages", "temperature", "seed", "max_tokens", "stream", "n", "logprobs", "top_logprobs")
-"""Keys of the request that ``extra`` may not replace: each has an option or is fixed."""
+"""Request keys that ``extra`` must not contain: each has an option or is fixed."""
 
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """The ``judge:`` section of a YAML file.
 
-    base_url: as http://localhost:8000/v1. api_key_env: name of the environment variable that holds the key; the key
-    itself is never written anywhere. timeout: seconds for one answer; first_timeout: for the first one, while a server
-    loads its model. max_images: what the server takes in one request. image_max_side: pixels. passes: answers per
-    question, with seeds seed, seed + 1, ... . logprobs and response_format: "auto" probes the server once. extra: more
-    keys of the request, as {reasoning_effort: none}. tries, max_wait: requests per question, and the longest pause
-    between two of them in seconds.
+    base_url: such as http://localhost:8000/v1. api_key_env: name of the environment variable with the key, which is
+    never written anywhere. timeout: seconds per answer; first_timeout: for the first one, while the server loads its
+    model. max_images: limit of the server per request. image_max_side: pixels. passes: answers per question, with
+    seeds seed, seed + 1, ... . logprobs, response_format: "auto" probes the server once. extra: additional request
+    keys, such as {reasoning_effort: none}. tries: requests per question; max_wait: longest pause between them, seconds.
     """
 
     base_url: str
@@ -68,10 +66,10 @@ class JudgeConfig:
             raise JudgeError(f"judge.extra must be a mapping of request keys, got {self.extra!r}")
         taken = sorted(set(self.extra) & {*RESERVED, "response_format"})
         if taken:
-            raise JudgeError(f"judge.extra may not hold {taken[0]!r}; it has an option or is fixed")
+            raise JudgeError(f"judge.extra may not hold {taken[0]!r}; it has its own option or is fixed")
 
     def public(self) -> dict[str, Any]:
-        """Everything a report may show; the key is not part of the settings at all."""
+        """Settings for reports; the key is not part of the settings."""
         return asdict(self) | {"extra": dict(self.extra)}
 
 
@@ -92,7 +90,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def parse_judge(values: object, source: str = "the judge") -> JudgeConfig:
-    """Settings from a mapping, with or without the outer ``judge:`` key. Raises JudgeError naming the key."""
+    """Parse settings from a mapping, with or without the outer ``judge:`` key. Raises JudgeError that names the key."""
     if isinstance(values, Mapping) and set(values) == {"judge"}:
         values = values["judge"]
     if not isinstance(values, Mapping):
@@ -103,19 +101,17 @@ def parse_judge(values: object, source: str = "the judge") -> JudgeConfig:
             raise JudgeError(f"{source} has an unknown key {key!r}; known: {', '.join(known)}")
     for name, one in known.items():
         if one.default is MISSING and one.default_factory is MISSING and name not in values:
-            raise JudgeError(f"{source} lacks {name}; there is no default address or model")
-    given: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
+            raise JudgeError(f"{source} needs {name}; there is no default address or model")
+    settings: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     for name in ("base_url", "model"):
-        given.setdefault(name, "")
-    return JudgeConfig(**given)
+        settings.setdefault(name, "")
+    return JudgeConfig(**settings)
 
 
 def read_judge(path: Path) -> JudgeConfig:
-    """Settings from a YAML file. Raises JudgeError in one sentence."""
+    """Read settings from a YAML file. Raises JudgeError in one sentence."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JudgeError(f"cannot read {path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JudgeError(f"{path} is not valid YAML: {one_line(error)}") from None
+        values = read_yaml_mapping(path)
+    except ConfigError as error:
+        raise JudgeError(str(error)) from None
     return parse_judge(values, str(path))

@@ -1,4 +1,4 @@
-"""Is a judge fit? It must order pictures whose order is known: truth, redrawn, shuffled, swapped, background alone."""
+"""Fitness test: a judge must order pictures of known order: truth, redrawn, shuffled, swapped, background alone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..statistics import Bootstrap, Estimate, interval, rounded
 
 ORDER = ("truth", "redrawn", "shuffled", "swapped", "background alone")
 EQUAL = ("truth", "redrawn")
-"""Equally right pictures: they may tie, but not come out in the other order."""
+"""Equally correct pictures: they may tie, but not be in reverse order."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One neighbouring pair of the order: mean of better - worse, paired by case, with a 95% interval."""
+    """Neighbouring pair of the order: mean of better - worse, paired by case, with a 95% interval."""
 
     better: str
     worse: str
@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Fitness:
-    """means: by control, with their intervals; ``fit`` when every step holds."""
+    """Result of the test. means: per control, with intervals; ``fit``: every step holds."""
 
     means: Mapping[str, Estimate | None]
     steps: tuple[Step, ...]
@@ -67,13 +67,13 @@ class Fitness:
 
 
 def fitness(scores: Mapping[str, np.ndarray], seed: int = 0) -> Fitness:
-    """From scores by control, float [n] with NaN where missing, of the same n cases. Raises ValueError for other names.
+    """Test scores by control, float [n] of the same n cases, NaN if missing. Raises ValueError for unknown names.
 
-    A step holds when its interval lies above 0; between equally right pictures, when it does not lie below 0.
+    A step holds if its interval is above 0; between equally correct pictures, if it is not below 0.
     """
     unknown = [name for name in scores if name not in ORDER]
     if unknown:
-        raise ValueError(f"controls are {', '.join(ORDER)}; got {unknown[0]!r}")
+        raise ValueError(f"expected the controls {', '.join(ORDER)}, got {unknown[0]!r}")
     columns = {name: np.asarray(scores[name], float)[:, None] for name in ORDER if name in scores}
     n = len(next(iter(columns.values()))) if columns else 0
     if n < 2:

@@ -1,4 +1,4 @@
-"""One HTTP server: bounded answers, deadlines, retries; no redirects, and no proxy for addresses of this machine."""
+"""HTTP client of one server: bounded answers, deadlines, retries; no redirects, no proxy for local addresses."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 from .errors import AnswerError, JudgeError, one_line
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 529})
-OF_THE_QUESTION = frozenset({400, 413, 422})
-LARGEST_REPLY = 64 << 20
+QUESTION_ERRORS = frozenset({400, 413, 422})
+MAX_REPLY_BYTES = 64 << 20
 """Bytes; enough for a base64 picture of an image endpoint."""
 CHUNK = 1 << 16
 FIRST_WAIT = 0.5  # seconds; doubled with each try
@@ -32,7 +32,7 @@ FAILURES_IN_A_ROW = 3
 
 @dataclass(frozen=True)
 class Reply:
-    """A JSON object, the seconds of the try that brought it, and how many tries it took."""
+    """JSON object, the seconds of the successful try, and the number of tries."""
 
     data: dict[str, Any]
     seconds: float
@@ -53,7 +53,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class _Again(Exception):
-    """A failed try that may be repeated, after ``wait`` seconds if the server names them."""
+    """Failed try that may be repeated, after ``wait`` seconds if the server states them."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
@@ -61,7 +61,7 @@ class _Again(Exception):
 
 
 class Endpoint:
-    """Requests to one base address. Safe to use from several threads."""
+    """Requests to one base address; thread-safe."""
 
     def __init__(
         self,
@@ -93,8 +93,8 @@ class Endpoint:
     def post(self, path: str, body: bytes, content_type: str) -> Reply:
         """POST and read a JSON object, with retries.
 
-        Raises AnswerError when this request alone fails (kinds "rejected" and "server"), and JudgeError when further
-        requests cannot do better: nobody listens, the key or the address is wrong, or three requests in a row failed.
+        Raises AnswerError if only this request fails (kinds "rejected" and "server"), and JudgeError if further
+        requests would fail too: no server, a wrong key or address, or three failed requests in a row.
         """
         message = ""
         for attempt in range(1, self.tries + 1):
@@ -114,7 +114,7 @@ class Endpoint:
         raise AnswerError("server", f"no answer after {tries}: {message}")
 
     def _count(self, failed: bool) -> int:
-        """Requests that failed in a row, this one included."""
+        """Count failed requests in a row, this one included."""
         with self._lock:
             self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
             self._answered = self._answered or not failed
@@ -143,7 +143,7 @@ class Endpoint:
             raise self._unreachable(error, timeout) from None
 
     def _object(self, raw: bytes) -> dict[str, Any]:
-        """The JSON object of an answer with status 200."""
+        """Parse the JSON object of an answer with status 200."""
         try:
             data = json.loads(raw)
         except (ValueError, RecursionError):
@@ -157,18 +157,22 @@ class Endpoint:
         return data
 
     def _refusal(self, error: urllib.error.HTTPError, timeout: float) -> Exception:
-        """The exception for a status other than 200, with the server's sentence; its key, if it echoes it, hidden."""
-        code, said = error.code, self.hide_key(_sentence(error, timeout))
+        """Exception for a status other than 200 with the server's explanation; an echoed key is hidden."""
+        code, explanation = error.code, self.hide_key(_sentence(error, timeout))
         if code in RETRIED:
-            return _Again(f"HTTP {code} ({said})", _retry_after(error.headers))
-        if code in OF_THE_QUESTION:
-            return AnswerError("rejected", f"HTTP {code}: {said}")
+            return _Again(f"HTTP {code} ({explanation})", _retry_after(error.headers))
+        if code in QUESTION_ERRORS:
+            return AnswerError("rejected", f"HTTP {code}: {explanation}")
         if 300 <= code < 400:
             where = urlsplit(error.headers.get("Location") or "").netloc or "another address"
-            return JudgeError(f"{self.base_url} redirects to {one_line(where, 80)}; it is not followed; name it")
+            return JudgeError(
+                f"{self.base_url} redirects to {one_line(where, 80)}; redirects are not followed; use that address"
+            )
         if code in (401, 403):
-            return JudgeError(f"{self.base_url} refuses the key (HTTP {code}: {said}); set judge.api_key_env")
-        return JudgeError(f"{self.base_url} answered HTTP {code}: {said}; check the address and the model's name")
+            return JudgeError(f"{self.base_url} refuses the key (HTTP {code}: {explanation}); set judge.api_key_env")
+        return JudgeError(
+            f"{self.base_url} answered HTTP {code}: {explanation}; check the address and the model's name"
+        )
 
     def _unreachable(self, reason: object, timeout: float) -> Exception:
         if isinstance(reason, TimeoutError):
@@ -176,7 +180,7 @@ class Endpoint:
         if isinstance(reason, ConnectionRefusedError):
             return _Again("connection refused: no server is listening")
         if isinstance(reason, socket.gaierror):
-            return JudgeError(f"there is no host {self.host!r} ({one_line(reason.strerror or reason)})")
+            return JudgeError(f"the host {self.host!r} does not exist ({one_line(reason.strerror or reason)})")
         if isinstance(reason, ssl.SSLCertVerificationError):
             return JudgeError(f"the certificate of {self.host} is not trusted ({one_line(reason.verify_message)})")
         return _Again(f"the connection broke ({one_line(reason) or type(reason).__name__})")
@@ -186,13 +190,13 @@ class Endpoint:
 
 
 def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
-    """The whole body before ``deadline`` (monotonic seconds), however slowly it drips; _Again when cut or too long."""
+    """Read the body before ``deadline`` (monotonic seconds). Raises _Again if it is cut, too slow or too long."""
     parts, size = [], 0
     while chunk := reply.read1(CHUNK):
         parts.append(chunk)
         size += len(chunk)
-        if size > LARGEST_REPLY:
-            raise _Again(f"the answer is longer than {LARGEST_REPLY >> 20} MiB")
+        if size > MAX_REPLY_BYTES:
+            raise _Again(f"the answer is longer than {MAX_REPLY_BYTES >> 20} MiB")
         if time.monotonic() > deadline:
             raise _Again("the answer did not end in time")
     if reply.length:
@@ -201,15 +205,15 @@ def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def _sentence(error: urllib.error.HTTPError, timeout: float) -> str:
-    """The server's explanation out of an error's body: OpenAI's and FastAPI's forms, else plain text."""
+    """Extract the explanation from an error body: OpenAI's and FastAPI's formats, else plain text."""
     try:
         raw = error.read(CHUNK)
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     try:
         data = json.loads(raw)
-        found = data.get("error", data.get("detail", data.get("message", data)))
-        text = found.get("message", found) if isinstance(found, dict) else found
+        detail = data.get("error", data.get("detail", data.get("message", data)))
+        text = detail.get("message", detail) if isinstance(detail, dict) else detail
     except (ValueError, AttributeError):
         text = raw.decode("utf-8", "replace")
         if text.lstrip().startswith("<"):
@@ -218,7 +222,7 @@ def _sentence(error: urllib.error.HTTPError, timeout: float) -> str:
 
 
 def _retry_after(headers: email.message.Message) -> float | None:
-    """Seconds, where the server names them as a number."""
+    """Seconds of a numeric Retry-After header, or None."""
     try:
         seconds = float(headers.get("Retry-After", ""))
     except ValueError:
@@ -234,25 +238,27 @@ def checked_url(url: str) -> str:
     except ValueError:
         parts, port_fits = urlsplit(""), False
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_fits:
-        raise JudgeError(f"judge.base_url must be as http://localhost:8000/v1, got {one_line(url, 80)!r}")
+        raise JudgeError(
+            f"judge.base_url must be an address such as http://localhost:8000/v1, got {one_line(url, 80)!r}"
+        )
     if parts.username or parts.password:
         raise JudgeError("judge.base_url holds a name or password; use judge.api_key_env")
     if parts.query or parts.fragment:
-        raise JudgeError(f"judge.base_url may not hold '?' or '#', got {one_line(url, 80)!r}")
+        raise JudgeError(f"judge.base_url must not contain '?' or '#', got {one_line(url, 80)!r}")
     return url.strip().rstrip("/")
 
 
 def is_this_machine(host: str) -> bool:
-    """Loopback and the machine's other addresses; False for names that do not resolve."""
+    """True for loopback and other addresses of this machine; False for names that do not resolve."""
     try:
-        found = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)}
+        addresses = {info[4][0] for info in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)}
     except (OSError, UnicodeError):
         return False
-    return bool(found) and all(_is_own_address(str(address)) for address in found)
+    return bool(addresses) and all(_is_local_address(str(address)) for address in addresses)
 
 
-def _is_own_address(address: str) -> bool:
-    """Loopback, or an address that a socket here can be bound to."""
+def _is_local_address(address: str) -> bool:
+    """True for loopback and addresses that a local socket can bind to."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if ip.is_loopback or ip.is_unspecified:
         return True
@@ -266,12 +272,12 @@ def _is_own_address(address: str) -> bool:
 
 
 def key_from_environment(name: str | None) -> str | None:
-    """The API key in the environment variable ``name``. Raises JudgeError, which never shows it."""
+    """Read the API key from the environment variable ``name``. Raises JudgeError, without the key."""
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
         raise JudgeError(f"the environment variable {name} (judge.api_key_env) is empty; put the key into it")
     if not key.isascii() or not key.isprintable():
-        raise JudgeError(f"the environment variable {name} holds letters that no key has; set it anew")
+        raise JudgeError(f"the environment variable {name} contains characters that no key has; set it again")
     return key

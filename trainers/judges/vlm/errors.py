@@ -1,4 +1,4 @@
-"""Faults of a judge: those that stop a run, and those of one question, which leave its score missing."""
+"""Errors of a judge: those that stop a run, and those of one question, whose score stays missing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ FailureKind = Literal["unparsed", "refused", "cut", "rejected", "server", "pictu
 
 
 class JudgeError(ValueError):
-    """A fault that stops the run: one sentence with what was expected, what came and what to do."""
+    """Error that stops the run: one sentence with what was expected, what came and what to do."""
 
 
 class AnswerError(ValueError):
-    """A fault of one question; the run goes on and counts it by ``kind``."""
+    """Error of one question; the run continues and counts it by ``kind``."""
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
@@ -22,6 +22,6 @@ class AnswerError(ValueError):
 
 
 def one_line(text: object, limit: int = 200) -> str:
-    """Another program's words for the inside of a sentence: control characters removed, at most ``limit`` letters."""
+    """Text of another program for use in a message: no control characters, at most ``limit`` characters."""
     words = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
     return words if len(words) <= limit else words[: limit - 3] + "..."

@@ -1,4 +1,4 @@
-"""Grounded mode: boxes of what changed first, then crops of them beside the whole pictures (SpatialReward's idea)."""
+"""Grounded mode: ask for boxes of changes, then show their crops beside the whole pictures (as SpatialReward)."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ ASK = (
     'about. Answer with JSON only: {"boxes": [[x1, y1, x2, y2]]}, whole numbers on a grid from 0 to 1000, the origin '
     "in the upper left corner."
 )
-MOST_BOXES = 3
+MAX_BOXES = 3
 MARGIN = 0.05  # of the picture, around a box
 Box = tuple[float, float, float, float]
 
 
 def changed_parts(asker: Asker, sources: Sequence[Picture], output: Picture, seed: int) -> tuple[Part, ...]:
-    """Labels and crops of the first source and the output at the boxes that the judge names. Raises AnswerError."""
-    shown: list[Part] = ["The source picture:", sources[0]] if sources else []
+    """Labels and crops of the first source and the output at the boxes that the judge returns. Raises AnswerError."""
+    source: list[Part] = ["The source picture:", sources[0]] if sources else []
     boxes = {"boxes": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}
-    question = Question((*shown, "The picture to judge:", output, ASK), object_schema(boxes))
-    found = parse_boxes(asker.ask(question, seed).text, MOST_BOXES)
+    question = Question((*source, "The picture to judge:", output, ASK), object_schema(boxes))
+    changes = parse_boxes(asker.ask(question, seed).text, MAX_BOXES)
     room = max(0, (asker.config.max_images - 1 - len(sources)) // 2)
     parts: list[Part] = []
-    for number, box in enumerate(found[:room], 1):
+    for number, box in enumerate(changes[:room], 1):
         if sources:
             parts += [f"Region {number} of the source:", crop(sources[0], box)]
         parts += [f"Region {number} of the picture to judge:", crop(output, box)]
@@ -35,7 +35,7 @@ def changed_parts(asker: Asker, sources: Sequence[Picture], output: Picture, see
 
 
 def crop(picture: Picture, box: Box) -> Picture:
-    """The box (0..1) with a margin, as a picture."""
+    """Crop a box (0..1) with a margin."""
     left, top, right, bottom = box
     width, height = picture.size
     edges = (

@@ -1,4 +1,4 @@
-"""A judge's view of one case: a template's questions asked, parsed and combined; missing where an answer is missing."""
+"""Judge one case: ask a template's questions, parse and combine the answers; None if an answer is missing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .values import combine
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures of one case and its words. ``captions``: one per source, for questions about a single one."""
+    """Pictures and texts of one case. ``captions``: one per source, for questions about a single source."""
 
     instruction: str
     output: Picture
@@ -30,7 +30,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Reading:
-    """One question in one pass. value: combined, None with a failure. how: "text" or "logprobs"."""
+    """Answer to one question in one pass. value: combined, None after a failure. how: "text" or "logprobs"."""
 
     question: str
     seed: int
@@ -46,7 +46,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Judgement:
-    """score: 0..10, the mean over the passes; None when any question of any pass is missing. values: by question."""
+    """score: 0..10, mean over the passes; None if any answer of any pass is missing. values: by question."""
 
     score: float | None
     values: Mapping[str, float | None]
@@ -58,19 +58,19 @@ class Judgement:
         return [one for one in self.readings if one.failure]
 
     def as_row(self) -> dict[str, Any]:
-        """For a line of JSON."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
 def judge_case(asker: Asker, template: Template, shown: Shown) -> Judgement:
-    """Ask every question of the template in every pass. Raises JudgeError alone."""
+    """Ask every question of the template in every pass. Raises only JudgeError."""
     config = asker.config
     readings: list[Reading] = []
     passes: list[float | None] = []
     for which in range(config.passes):
-        found = _one_pass(asker, template, shown, config.seed + which)
-        readings += found
-        values = [None if one.value is None else _scaled(template, one) for one in found]
+        answers = _one_pass(asker, template, shown, config.seed + which)
+        readings += answers
+        values = [None if one.value is None else _scaled(template, one) for one in answers]
         passes.append(_combined(values, template))
     by_question = {
         one.id: _mean([r.value for r in readings if r.question.split("#")[0] == one.id]) for one in template.questions
@@ -100,7 +100,7 @@ def ask_question(
     index: int | None = None,
     crops: Sequence[Part] = (),
 ) -> Reading:
-    """One question, about source ``index`` if it is asked of each. A failure is part of the reading."""
+    """Ask one question, about source ``index`` if given. A failure is part of the reading."""
     name = question.id if index is None else f"{question.id}#{index + 1}"
     try:
         asked = build_question(question, shown, index, crops)
@@ -116,20 +116,20 @@ def ask_question(
 
 
 def answer_count(question: QuestionTemplate, shown: Shown) -> int:
-    """Numbers expected: the named ones, and one per source where the template says so."""
+    """Number of expected numbers: the named ones, and one per source if the template asks for it."""
     return len(question.answers) + (len(shown.sources) if question.per_source_answers else 0)
 
 
 def build_question(
     question: QuestionTemplate, shown: Shown, index: int | None = None, crops: Sequence[Part] = ()
 ) -> Question:
-    """Texts and pictures in their order. Raises AnswerError when a picture is missing."""
+    """Assemble texts and pictures in order. Raises AnswerError if a picture is missing."""
     parts: list[Part] = [question.rules.strip()] if question.rules.strip() else []
     pictures = [labelled for role in question.pictures for labelled in _pictures(role, shown, index)]
     caption = shown.captions[index] if index is not None and index < len(shown.captions) else "the main subject"
-    words = {"instruction": shown.instruction, "count": str(len(shown.sources)), "caption": caption}
+    placeholders = {"instruction": shown.instruction, "count": str(len(shown.sources)), "caption": caption}
     ask = question.ask.strip()
-    for key, text in words.items():
+    for key, text in placeholders.items():
         ask = ask.replace("{" + key + "}", text)
     if question.text_file:
         return Question((ask, *(picture for _, picture in pictures)), first_tokens=question.kind in ("yes_no", "digit"))
@@ -140,7 +140,7 @@ def build_question(
 
 
 def _schema(question: QuestionTemplate, shown: Shown) -> dict[str, Any] | None:
-    """Of answers in JSON: reasoning first, so that the numbers follow from it."""
+    """JSON schema of the answer: reasoning first, so that the numbers follow from it."""
     if question.kind != "scores":
         return None
     count = answer_count(question, shown)
@@ -153,10 +153,10 @@ def _pictures(role: str, shown: Shown, index: int | None) -> list[tuple[str, Pic
         return [("The picture to judge:", shown.output)]
     if role == "reference":
         if shown.reference is None:
-            raise AnswerError("picture", "the case has no reference picture, which this template compares with")
+            raise AnswerError("picture", "this template needs a reference picture, got none")
         return [("The reference picture:", shown.reference)]
     if not shown.sources:
-        raise AnswerError("picture", "the case has no source picture, which this template compares with")
+        raise AnswerError("picture", "this template needs a source picture, got none")
     if role == "sources_row":
         row = side_by_side([one.image for one in shown.sources])
         return [("The source pictures, numbered from the left:", encode_picture(row))]
@@ -166,7 +166,7 @@ def _pictures(role: str, shown: Shown, index: int | None) -> list[tuple[str, Pic
 
 
 def read_numbers(question: QuestionTemplate, answer: Answer, count: int) -> tuple[list[float], str]:
-    """The numbers of an answer, and whether they came from "logprobs" or the "text". Raises AnswerError."""
+    """Read the numbers of an answer and their origin, "logprobs" or "text". Raises AnswerError."""
     if question.kind == "yes_no":
         share = yes_probability(answer.tokens)
         if share is not None:
@@ -184,7 +184,7 @@ def read_numbers(question: QuestionTemplate, answer: Answer, count: int) -> tupl
 
 
 def _scaled(template: Template, reading: Reading) -> float:
-    """The value on 0..10."""
+    """Scale a value to 0..10."""
     assert reading.value is not None
     question = next(one for one in template.questions if one.id == reading.question.split("#")[0])
     low, high = (0.0, 1.0) if question.kind == "yes_no" else (0.0, question.high)

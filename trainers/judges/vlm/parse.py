@@ -1,4 +1,4 @@
-"""Numbers and decisions out of a judge's text. An answer that does not parse raises; nothing is ever guessed."""
+"""Parse numbers and decisions from a judge's text. Unparsable answers raise AnswerError; nothing is guessed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ NAMED_LINE = re.compile(r"^\W*([A-Za-z][\w ,&/-]*?)\W*:\W*(\d+(?:\.\d+)?)(?:\s*/
 
 
 def without_thinking(text: str) -> str:
-    """The text after a thinking model's scratch work. Raises AnswerError when the thinking never ends."""
+    """Text after a thinking model's reasoning. Raises AnswerError if the reasoning does not end."""
     rest = re.split(r"</think(?:ing)?>", text)[-1]
     if re.search(r"<think(?:ing)?>", rest):
-        raise AnswerError("cut", "the answer ends inside its thinking; raise judge.max_tokens")
+        raise AnswerError("cut", "the answer ends inside its thinking; increase judge.max_tokens")
     return rest.strip()
 
 
@@ -33,9 +33,9 @@ def _unreadable(text: str, expected: str) -> NoReturn:
 
 
 def parse_scores(text: str, count: int, low: float = 0, high: float = 10) -> list[float]:
-    """``count`` numbers in [low, high]: the last "score" list, else the last list of numbers.
+    """Parse ``count`` numbers in [low, high]: the last "score" list, else the last list of numbers.
 
-    For one number, also a "score" without brackets. Raises AnswerError; never clips and never fills in.
+    For one number, also a "score" without brackets. Raises AnswerError; never clips or fills in.
     """
     answer = without_thinking(text)
     found = SCORE_LIST.findall(answer) or NUMBER_LIST.findall(answer)
@@ -58,7 +58,7 @@ def _is_number(value: object) -> bool:
 
 
 def parse_lines(text: str, count: int, low: float = 1, high: float = 5) -> list[float]:
-    """``count`` lines "Name: number" (ImgEdit's form), the last ones. Raises AnswerError."""
+    """Parse the last ``count`` lines "Name: number" (ImgEdit's format). Raises AnswerError."""
     answer = without_thinking(text)
     found = [float(match[2]) for line in answer.splitlines() if (match := NAMED_LINE.match(line.strip()))]
     if len(found) < count or not all(low <= value <= high for value in found[-count:]):
@@ -67,7 +67,7 @@ def parse_lines(text: str, count: int, low: float = 1, high: float = 5) -> list[
 
 
 def parse_yes_no(text: str) -> bool:
-    """True for yes. Raises AnswerError when the text holds neither or both; JSON {"answer": "yes"} is accepted."""
+    """True for yes. Raises AnswerError if the text has neither or both; JSON {"answer": "yes"} is accepted."""
     answer = without_thinking(text)
     words = set(re.findall(r"\b(yes|no)\b", answer.lower()))
     first = re.match(r"\W*(yes|no)\W*[.,;:!\n]", answer.lower())
@@ -79,7 +79,7 @@ def parse_yes_no(text: str) -> bool:
 
 
 def parse_object(text: str) -> dict[str, Any]:
-    """The last JSON object of the text, fences and words around it ignored. Raises AnswerError."""
+    """Parse the last JSON object of the text, ignoring fences and text around it. Raises AnswerError."""
     answer = without_thinking(text)
     decoder = json.JSONDecoder()
     found, at = None, answer.find("{")
@@ -95,9 +95,9 @@ def parse_object(text: str) -> dict[str, Any]:
 
 
 def parse_boxes(text: str, most: int = 4, grid: int = 1000) -> list[tuple[float, float, float, float]]:
-    """Boxes left, top, right, bottom in 0..1 out of {"boxes": [[x1, y1, x2, y2], ...]} on a grid of 0..1000.
+    """Parse boxes left, top, right, bottom in 0..1 from {"boxes": [[x1, y1, x2, y2], ...]} on a grid of 0..1000.
 
-    At most ``most``, in the order given; an empty list when nothing changed. Raises AnswerError.
+    At most ``most``, in their order; [] if nothing changed. Raises AnswerError.
     """
     boxes = parse_object(text).get("boxes")
     expected = f"boxes of four numbers from 0 to {grid}"

@@ -1,4 +1,4 @@
-"""Pictures as a judge receives them: upright RGB on white, shrunk to a longest side, as PNG in a data URL."""
+"""Pictures for a judge: upright RGB on white, limited in size, as PNG in a data URL."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from unipic_core.conditioning.picture_files import open_picture
 from .errors import AnswerError, one_line
 
 MAX_PIXELS = 100_000_000
-"""Larger pictures are refused before they are decoded."""
+"""Larger pictures are refused before decoding."""
 
 PictureSource = Path | bytes | Image.Image
-"""A file, a file's content, or a decoded picture."""
+"""Path, file content, or decoded picture."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """``png``: the bytes that are sent; ``size``: (width, height) in pixels; ``digest``: sha256 of size and pixels.
+    """``png``: bytes to send; ``size``: (width, height) in pixels; ``digest``: sha256 of size and pixels.
 
-    The digest does not depend on the PNG encoder, so that a recording outlives an update of it.
+    The digest does not depend on the PNG encoder, so recordings stay valid after its updates.
     """
 
     png: bytes
@@ -47,9 +47,9 @@ class Picture:
 
 
 def load_picture(source: PictureSource, max_side: int | None = None, size: tuple[int, int] | None = None) -> Picture:
-    """Prepare one picture; ``size`` resizes it to (width, height), ``max_side`` shrinks its longer side.
+    """Load a picture; ``size`` resizes it to (width, height), ``max_side`` limits its longer side.
 
-    Animations give their first frame. Raises AnswerError (kind "picture") for missing, damaged or huge files.
+    The first frame of animations is used. Raises AnswerError (kind "picture") for missing, damaged or huge files.
     """
     image = _opened(source)
     if size is not None and image.size != size:
@@ -62,7 +62,7 @@ def load_picture(source: PictureSource, max_side: int | None = None, size: tuple
 
 
 def encode_picture(image: Image.Image) -> Picture:
-    """An RGB picture as PNG."""
+    """Encode an RGB picture as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=4)
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
@@ -73,7 +73,7 @@ def _opened(source: PictureSource) -> Image.Image:
     """Upright RGB on white."""
     name = str(source) if isinstance(source, Path) else "a picture"
     if isinstance(source, Path) and not source.exists():
-        raise AnswerError("picture", f"there is no picture {name}")
+        raise AnswerError("picture", f"the picture {name} does not exist")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -85,7 +85,7 @@ def _opened(source: PictureSource) -> Image.Image:
             return to_rgb(image)
     except AnswerError:
         raise
-    except Exception as error:  # Pillow's readers raise nearly anything on damaged files
+    except Exception as error:  # Pillow raises many types for damaged files
         detail = one_line(error, 100) or type(error).__name__
         raise AnswerError("picture", f"{name} cannot be read as a picture ({detail})") from None
 
@@ -95,7 +95,7 @@ def _file(source: Path | bytes) -> Path | io.BytesIO:
 
 
 def side_by_side(images: Iterable[Image.Image], gap: int = 8) -> Image.Image:
-    """Pictures in one row on white, all as high as the lowest of them. Raises ValueError without any."""
+    """Place pictures in a row on white, scaled to the smallest height. Raises ValueError without pictures."""
     images = list(images)
     if not images:
         raise ValueError("expected at least one picture to put side by side, got none")

@@ -1,7 +1,6 @@
-"""Answers of one token read from log-probabilities: P(yes), and the expected digit.
+"""Single-token answers from log-probabilities: P(yes), and the expected digit.
 
-The judge's uncertainty becomes part of the score, so that near-equal pictures are not tied (Flow-Factory's VLM judges
-read them in the same way).
+The judge's uncertainty becomes part of the score, so near-equal pictures are not tied (as in Flow-Factory's judges).
 """
 
 from __future__ import annotations
@@ -11,8 +10,8 @@ from collections.abc import Mapping, Sequence
 
 from .question import TokenChoice
 
-LEAST_MASS = 0.5
-"""Share of the probability that must lie on the answers asked for; below it the text is parsed instead."""
+MIN_MASS = 0.5
+"""Smallest probability of the allowed answers in total; below it the text is parsed instead."""
 
 
 def after_thinking(tokens: Sequence[TokenChoice]) -> Sequence[TokenChoice]:
@@ -23,7 +22,7 @@ def after_thinking(tokens: Sequence[TokenChoice]) -> Sequence[TokenChoice]:
 
 
 def answer_probabilities(tokens: Sequence[TokenChoice], answers: Mapping[str, float]) -> dict[str, float] | None:
-    """Probabilities of the given answers where the first of them was generated, made to sum to 1; None if unclear."""
+    """Normalised probabilities of the answers at the first generated one; None if unclear."""
     for choice in after_thinking(tokens):
         if _word(choice.token) not in answers:
             continue
@@ -33,7 +32,7 @@ def answer_probabilities(tokens: Sequence[TokenChoice], answers: Mapping[str, fl
             if word in mass:
                 mass[word] += math.exp(min(logprob, 0.0))
         total = sum(mass.values())
-        return {word: share / total for word, share in mass.items()} if total >= LEAST_MASS else None
+        return {word: share / total for word, share in mass.items()} if total >= MIN_MASS else None
     return None
 
 
@@ -43,13 +42,13 @@ def _word(token: str) -> str:
 
 def yes_probability(tokens: Sequence[TokenChoice]) -> float | None:
     """P(yes) / (P(yes) + P(no)), or None."""
-    found = answer_probabilities(tokens, {"yes": 1.0, "no": 0.0})
-    return None if found is None else found["yes"]
+    probabilities = answer_probabilities(tokens, {"yes": 1.0, "no": 0.0})
+    return None if probabilities is None else probabilities["yes"]
 
 
 def expected_digit(tokens: Sequence[TokenChoice], low: int = 0, high: int = 9) -> float | None:
     """Mean of the digits low..high under their probabilities, or None. Raises ValueError for more than one digit."""
     if not 0 <= low < high <= 9:
-        raise ValueError(f"digits must be within 0..9, got {low}..{high}")
-    found = answer_probabilities(tokens, {str(digit): float(digit) for digit in range(low, high + 1)})
-    return None if found is None else sum(int(digit) * share for digit, share in found.items())
+        raise ValueError(f"digits must be in 0..9, got {low}..{high}")
+    probabilities = answer_probabilities(tokens, {str(digit): float(digit) for digit in range(low, high + 1)})
+    return None if probabilities is None else sum(int(digit) * share for digit, share in probabilities.items())

@@ -1,4 +1,4 @@
-"""One question to a judge, the request it becomes, and the key its answer is recorded under."""
+"""Question to a judge, its request content, and the key of its recorded answer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Part = str | Picture
 
 @dataclass(frozen=True)
 class Question:
-    """Texts and pictures in the order in which the judge sees them; what stays the same comes first, for its cache.
+    """Texts and pictures in the judge's order; constant parts come first, for the server's prefix cache.
 
-    schema: JSON schema of the answer, sent where the server takes one. first_tokens: ask for log-probabilities, for
-    answers of one token. max_tokens: overrides the judge's.
+    schema: JSON schema of the answer, sent if the server supports it. first_tokens: request log-probabilities, for
+    single-token answers. max_tokens: overrides the judge's.
     """
 
     parts: tuple[Part, ...]
@@ -41,7 +41,7 @@ class Question:
         ]
 
     def key(self, model: str, temperature: float, seed: int) -> str:
-        """16 hexadecimal digits of model, sampling, and parts with pictures by their pixels; order matters."""
+        """Digest of model, sampling and parts (pictures by their pixels, in order), 16 hex digits."""
         parts = [part if isinstance(part, str) else f"picture {part.digest}" for part in self.parts]
         text = json.dumps([model, temperature, seed, parts])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -49,7 +49,7 @@ class Question:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """A generated token with the log-probabilities of the likeliest tokens in its place, itself included."""
+    """Generated token with the log-probabilities of the most likely tokens at its position."""
 
     token: str
     alternatives: Mapping[str, float]
@@ -57,7 +57,7 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class Answer:
-    """A judge's reply. ``tokens`` is empty without log-probabilities; ``seconds`` are the server's at recording."""
+    """Answer of a judge. tokens: () without log-probabilities; seconds: of the server when recorded."""
 
     text: str
     key: str

@@ -1,7 +1,7 @@
-"""Answers in a file: record them beside a server, replay them without one.
+"""Record answers of a server, and replay them without one.
 
-A recording is JSON lines: a head with the judge's settings and abilities, then one line per question that was asked.
-Lines are appended and flushed one by one, so a run killed at any moment leaves a file that the next run goes on with.
+A recording is JSON lines: a head with the judge's settings and abilities, then one line per question. Lines are
+flushed one by one, so a killed run leaves a file that the next run continues.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from .question import Answer, Question, TokenChoice
 
 HEAD = "judge recording"
 FORMAT = 1
-KEPT_TOKENS = 64
-"""Log-probabilities are kept of the last tokens only: the answer follows the thinking."""
+STORED_TOKENS = 64
+"""Log-probabilities are stored for the last tokens only: the answer follows the thinking."""
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """JSON objects of a file of lines; a last line that a kill cut short is left out.
+    """Read the JSON objects of a file of lines, without an incomplete last line of a killed run.
 
-    Raises JudgeError for a missing file and for a damaged line elsewhere.
+    Raises JudgeError for a missing file and for other damaged lines.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -48,7 +48,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 class LineFile:
-    """Append JSON objects, each safe on disk before ``add`` returns. Safe to use from several threads."""
+    """Append JSON objects, each synced to disk before ``add`` returns; thread-safe."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +57,7 @@ class LineFile:
         _drop_cut_line(path)
 
     def add(self, value: dict[str, Any]) -> None:
-        """Raises JudgeError when the disk is full; what was written before stays readable."""
+        """Append one object. Raises JudgeError on a full disk; earlier lines stay readable."""
         line = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8", "surrogatepass") + b"\n"
         with self._lock:
             before = self.path.stat().st_size if self.path.exists() else 0
@@ -75,7 +75,7 @@ class LineFile:
 
 
 def _drop_cut_line(path: Path) -> None:
-    """Remove a last line without its end."""
+    """Remove an incomplete last line."""
     if path.exists():
         data = path.read_bytes()
         if data and not data.endswith(b"\n"):
@@ -83,13 +83,13 @@ def _drop_cut_line(path: Path) -> None:
 
 
 class Recorder:
-    """Ask another asker and write down each answer and each failure of a question."""
+    """Asker that records each answer and failure of another asker."""
 
     def __init__(self, asker: Asker, path: Path) -> None:
         self.asker, self.config = asker, asker.config
-        known = list(read_lines(path)) if path.exists() else []
+        recorded = list(read_lines(path)) if path.exists() else []
         self._file = LineFile(path)
-        if not known:
+        if not recorded:
             self._file.add({HEAD: FORMAT, "judge": self.config.public(), "abilities": vars(self.abilities)})
 
     @property
@@ -106,7 +106,7 @@ class Recorder:
             raise
         row |= {"answer": answer.text, "model": answer.model, "seconds": answer.seconds, "tries": answer.tries}
         if answer.tokens:
-            row["tokens"] = [[one.token, dict(one.alternatives)] for one in answer.tokens[-KEPT_TOKENS:]]
+            row["tokens"] = [[one.token, dict(one.alternatives)] for one in answer.tokens[-STORED_TOKENS:]]
         self._file.add(row)
         return answer
 
@@ -119,23 +119,23 @@ def _row(question: Question, config: JudgeConfig, seed: int) -> dict[str, Any]:
 
 
 class Replay:
-    """Answers out of a recording; the last one of a key counts. ``config`` replaces the recorded settings."""
+    """Asker that replays a recording; the last answer of a key counts. ``config`` replaces the recorded settings."""
 
     def __init__(self, path: Path, config: JudgeConfig | None = None) -> None:
         self.path = path
         rows = read_lines(path)
         head = next(rows, {})
         if head.get(HEAD) != FORMAT:
-            raise JudgeError(f"{path} is no recording of a judge; make one with --record")
+            raise JudgeError(f"{path} is not a recording of a judge; make one with --record")
         try:
             self.config = config or parse_judge(head["judge"], f"the judge in {path}")
             self.abilities = Abilities(**head["abilities"])
             self._rows: dict[str, dict[str, Any]] = {str(row["key"]): row for row in rows}
         except (KeyError, TypeError):
-            raise JudgeError(f"{path} is a damaged recording; make it anew with --record") from None
+            raise JudgeError(f"{path} is a damaged recording; make it again with --record") from None
 
     def ask(self, question: Question, seed: int | None = None) -> Answer:
-        """Raises JudgeError for a question that was never asked, AnswerError as it was recorded."""
+        """Return the recorded answer. Raises JudgeError for an unrecorded question, and recorded AnswerErrors."""
         config = self.config
         key = question.key(config.model, config.temperature, config.seed if seed is None else seed)
         row = self._rows.get(key)

@@ -1,7 +1,7 @@
-"""Question templates: YAML files with a version. The bundled ones are written for this project.
+"""Question templates: versioned YAML files. The bundled ones are written for this project.
 
-Scores compare with published ones only when the benchmark's text is used: ``--templates DIR`` reads it out of a user's
-checkout, as text files NAME.QUESTION.txt or as the string constants of vie_prompts.py, which is never executed.
+Scores are comparable with published ones only with the benchmark's texts: ``--templates DIR`` reads them from a user's
+checkout, as text files NAME.QUESTION.txt or as string constants of vie_prompts.py, which is never executed.
 """
 
 from __future__ import annotations
@@ -12,22 +12,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
-
+from ...config.yaml_reader import ConfigError, read_yaml_mapping
 from .errors import JudgeError, one_line
 from .values import Combine, Kind
 
 FOLDER = Path(__file__).parent / "templates"
 ROLES = ("sources", "source", "reference", "output", "sources_row")
-"""sources: every source; source: the first, or the one a question is about; sources_row: all side by side in one."""
+"""sources: every source; source: the first, or the one of the question; sources_row: all in one picture."""
 
 
 @dataclass(frozen=True)
 class QuestionTemplate:
-    """One question. rules: fixed text, sent first; then the pictures, each after its label; then ask.
+    """Question of a template. rules: constant text, sent first; then the labelled pictures; then ask.
 
     ``{instruction}``, ``{count}`` and ``{caption}`` are filled in. answers: names of the numbers. per_source: asked
-    once per source. label: "Image {n}" where a number is wanted. constants: names in vie_prompts.py.
+    once per source. constants: names in vie_prompts.py.
     """
 
     id: str
@@ -47,7 +46,7 @@ class QuestionTemplate:
 
 @dataclass(frozen=True)
 class Template:
-    """``overall``: how the questions' values, each scaled to 0..10, become the case's score."""
+    """Template. overall: combination of the questions' values, each scaled to 0..10, into the case's score."""
 
     name: str
     version: str
@@ -62,14 +61,15 @@ class Template:
 
 
 def bundled_templates() -> list[str]:
+    """Names of the bundled templates."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load_template(name: str, folder: Path | None = None) -> Template:
-    """A template by its name; ``folder`` replaces its texts or the whole of it. Raises JudgeError."""
+    """Load a template by name; ``folder`` replaces its texts, or all of it. Raises JudgeError."""
     path = folder / f"{name}.yaml" if folder and (folder / f"{name}.yaml").is_file() else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        raise JudgeError(f"there is no template {one_line(name, 60)!r}; bundled: {', '.join(bundled_templates())}")
+        raise JudgeError(f"template: expected one of {', '.join(bundled_templates())}, got {one_line(name, 60)!r}")
     template = read_template(path)
     if folder is None:
         return template
@@ -79,9 +79,9 @@ def load_template(name: str, folder: Path | None = None) -> Template:
 
 
 def read_template(path: Path) -> Template:
-    """Parse and check one file. Raises JudgeError naming the key."""
+    """Read and check a template file. Raises JudgeError that names the key."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml_mapping(path)
         questions = tuple(_question(one) for one in values["questions"])
         template = Template(
             path.stem,
@@ -90,10 +90,10 @@ def read_template(path: Path) -> Template:
             values.get("overall", "geometric"),
             bool(values.get("grounded", False)),
         )
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except (ConfigError, KeyError, TypeError, AttributeError) as error:
         raise JudgeError(f"{path} is not a template: {one_line(error, 120)}") from None
     if not questions or template.overall not in get_args(Combine):
-        raise JudgeError(f"{path} needs questions and an overall of {', '.join(get_args(Combine))}")
+        raise JudgeError(f"{path} needs questions, and overall must be one of {', '.join(get_args(Combine))}")
     return template
 
 
@@ -112,7 +112,7 @@ def _question(values: Mapping[str, Any]) -> QuestionTemplate:
 
 
 def _with_texts(template: Template, folder: Path) -> Template:
-    """The template with the texts of a checkout. Raises JudgeError when it holds none of them."""
+    """Replace the texts of a template by those of a checkout. Raises JudgeError if one is missing."""
     constants = _constants(folder)
     questions = []
     for question in template.questions:
@@ -132,14 +132,14 @@ def _with_texts(template: Template, folder: Path) -> Template:
 
 
 def _constants(folder: Path) -> dict[str, str]:
-    """String constants of the first vie_prompts.py under ``folder``, read from its syntax tree."""
-    found = sorted(folder.rglob("vie_prompts.py"))
-    if not found:
+    """String constants of the first vie_prompts.py under ``folder``, from its syntax tree."""
+    files = sorted(folder.rglob("vie_prompts.py"))
+    if not files:
         return {}
     try:
-        tree = ast.parse(found[0].read_text(encoding="utf-8"))
+        tree = ast.parse(files[0].read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise JudgeError(f"{found[0]} cannot be read: {one_line(error)}") from None
+        raise JudgeError(f"{files[0]} cannot be read: {one_line(error)}") from None
     return {
         target.id: node.value.value
         for node in tree.body

@@ -1,4 +1,4 @@
-"""Before a run: which pictures leave this machine, and where to."""
+"""Notice before a run: which pictures leave this machine, and for which host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .templates import Template
 
 
 def transfer_notice(config: JudgeConfig, pictures: int, questions: int) -> str:
-    """One sentence with the host, the number of pictures and their largest side; it names another machine as such."""
+    """One sentence: host, number of pictures, their largest side, and whether they leave this machine."""
     from urllib.parse import urlsplit
 
     host = urlsplit(checked_url(config.base_url)).hostname or ""
@@ -19,7 +19,7 @@ def transfer_notice(config: JudgeConfig, pictures: int, questions: int) -> str:
 
 
 def pictures_per_case(template: Template, sources: int) -> tuple[int, int]:
-    """(questions, pictures) of one case in one pass, crops of the grounded mode not counted."""
+    """Numbers of (questions, pictures) of one case in one pass, without crops of the grounded mode."""
     questions = pictures = 0
     for one in template.questions:
         times = sources if one.per_source else 1

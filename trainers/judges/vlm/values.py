@@ -1,4 +1,4 @@
-"""How the numbers of one question become a value, and the values of a case its score."""
+"""Combination of a question's numbers into a value, and of a case's values into its score."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Combine = Literal["min", "mean", "geometric", "product"]
 
 
 def combine(values: Sequence[float], how: Combine) -> float:
-    """min, mean, geometric mean, or product of at least one number of 0 or more."""
+    """Combine numbers >= 0 (at least one) by minimum, mean, geometric mean or product."""
     if how == "min":
         return min(values)
     if how == "mean":

@@ -92,7 +92,7 @@ def test_nobody_listens_slow_and_unknown_names():
     server.server_close()
     with pytest.raises(JudgeError, match="connection refused"):
         client(server, tries=1).ask(Question(("rate",)))
-    with pytest.raises(JudgeError, match="lacks base_url"):
+    with pytest.raises(JudgeError, match="needs base_url"):
         parse_judge({"model": "x"})
     with pytest.raises(JudgeError, match="unknown key 'key'"):
         parse_judge({"base_url": "http://localhost/v1", "model": "x", "key": "k"})
