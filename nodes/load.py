@@ -122,25 +122,31 @@ def load_clip(path: Path, width: int) -> comfy.sd.CLIP:
 
     Raises UniPicError.
     """
-    if path.is_dir():
-        from .host.text.encoder import load_clip as from_folder
+    from .host.text.encoder import bundled_folder, load_saved, saved_prefix
+    from .host.text.encoder import load_clip as from_folder
 
+    if path.is_dir():
         return from_folder(path)
     shapes = checked_shapes(path, "a text encoder", sources.TEXT_ENCODER)
-    got = next((shape[1] for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), width)
+    embedding = next((shape for name, shape in shapes.items() if name.endswith("embed_tokens.weight")), (0, width))
+    got = embedding[1]
     if got != width:
         raise UniPicError(
             f"this model expects text of width {width}, got {got} from {path.name}, which belongs to another model; "
             "choose auto, or another text encoder"
         )
+    if folder := bundled_folder(embedding):
+        return from_folder(folder, weights_file=path)
     embeddings = folder_paths.get_folder_paths("embeddings")
     with readable(path, sources.TEXT_ENCODER):
+        if saved_prefix(shapes):
+            return load_saved(path, embeddings)
         return comfy.sd.load_clip([str(path)], embeddings, comfy.sd.CLIPType.QWEN_IMAGE)
 
 
 def load_vae(path: Path) -> comfy.sd.VAE:
     """The VAE of a pipeline folder's vae/, or of a file: in two dimensions if it is the Qwen-Image VAE. UniPicError."""
-    if path.is_dir() or config_of_file(checked_shapes(path, "a VAE", sources.VAE)) is not None:
+    if path.is_dir() or _is_image_vae(path):
         from .host.pictures.vae import load_vae as load_image_vae
 
         return load_image_vae(path)
@@ -150,6 +156,12 @@ def load_vae(path: Path) -> comfy.sd.VAE:
         vae.throw_exception_if_invalid()
     vae.patcher.cached_patcher_init = (comfy.sd.load_vae_patcher, (str(path), metadata, None))
     return vae
+
+
+def _is_image_vae(path: Path) -> bool:
+    """Whether a file, or a checkpoint with all parts, holds the Qwen-Image VAE in ComfyUI's layout."""
+    shapes = checked_shapes(path, "a VAE", sources.VAE)
+    return config_of_file(shapes) is not None
 
 
 def check_vae(vae: VAE, latents: PictureLatents, path: Path) -> None:
@@ -164,6 +176,8 @@ def check_vae(vae: VAE, latents: PictureLatents, path: Path) -> None:
 def checked_shapes(path: Path, expected: str, kind: sources.FileKind) -> dict[str, tuple[int, ...]]:
     """Shapes of a file's tensors, without loading them. UniPicError if it is damaged or another kind of weights."""
     shapes = {name: spec.shape for name, spec in read_table(path)[0].items()}
+    prefix = sources.checkpoint_prefix(shapes, kind)
+    shapes = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix)}
     looks = looks_like(shapes)
     if looks not in (expected, "unknown weights"):
         raise UniPicError(f"expected {expected}, got {path.name}, which looks like {looks}; use {kind.get}")

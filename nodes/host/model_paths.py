@@ -6,7 +6,7 @@ A name from a workflow is only compared with the names in these folders, so it c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,8 +14,9 @@ from pathlib import Path
 import folder_paths
 
 from ...unipic_core import MODELS
-from ...unipic_core.errors import UniPicError
+from ...unipic_core.errors import CheckpointError, UniPicError
 from ...unipic_core.weights.files import find_weight_file
+from ...unipic_core.weights.formats.safetensors_file import read_table
 from ...unipic_core.weights.hub_cache import model_folder
 from ...unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ...unipic_core.weights.transformer import NETWORK_CLASS, class_name
@@ -131,8 +132,21 @@ def _bundled(kind: FileKind) -> dict[str, Path]:
     return {f"{path.name} (bundled)": path for path in _model_folders(MODELS) if has_part(path, kind)}
 
 
+def checkpoint_prefix(names: Iterable[str], kind: FileKind) -> str:
+    """Prefix of a part's names in a checkpoint with all parts, as Save Checkpoint writes it; "" in a file of one."""
+    prefix = "vae." if kind is VAE else "text_encoders."
+    names = list(names)
+    whole = any(name.startswith("model.diffusion_model.") for name in names)
+    return prefix if whole and any(name.startswith(prefix) for name in names) else ""
+
+
 def has_part(model: Path, kind: FileKind) -> bool:
-    """True if a pipeline folder holds weights of this part."""
+    """True if a pipeline folder, or a checkpoint with all parts, holds weights of this part."""
+    if model.is_file():
+        try:
+            return bool(checkpoint_prefix(read_table(model)[0], kind))
+        except CheckpointError:  # loading it says what is wrong
+            return False
     folder = model / ("vae" if kind is VAE else "text_encoder")
     return folder.is_dir() and find_weight_file(folder) is not None
 

@@ -7,7 +7,7 @@ causal 3-D kernels acts, and its temporal resamplers (`time_conv`) do not act at
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -24,6 +24,8 @@ from .formats.json_file import read_json
 from .transformer import check_keys
 
 VAE_CLASS = "AutoencoderKLQwenImage"
+
+CHECKPOINT_PREFIX = "vae."
 
 _LARGEST = 1 << 16
 _MOST_BLOCKS = 100
@@ -98,13 +100,19 @@ def open_vae(source: PathLike) -> OpenedVAE:
         config, weights = read_vae_config(source), open_weights(source)
         return OpenedVAE(source, config, weights, {name: name for name in weights})
     weights = open_weights(source)
-    inferred = config_of_file(weights.shapes())
+    prefix = vae_prefix(weights)
+    inferred = config_of_file({name[len(prefix) :]: weights.shape(name) for name in weights if name.startswith(prefix)})
     if inferred is None:
         raise CheckpointError(
             f"{source} is not the Qwen-Image VAE in ComfyUI's layout; use qwen_image_vae.safetensors, or a vae/ folder"
         )
-    names = {name: name_in_file(name, inferred) for name in _video_shapes(inferred)}
+    names = {name: prefix + name_in_file(name, inferred) for name in _video_shapes(inferred)}
     return OpenedVAE(source, inferred, weights, names)
+
+
+def vae_prefix(names: Iterable[str]) -> str:
+    """Prefix of a VAE's names in a file: "vae." in a checkpoint with all parts, as ComfyUI saves it; else ""."""
+    return CHECKPOINT_PREFIX if any(name.startswith(f"{CHECKPOINT_PREFIX}decoder.") for name in names) else ""
 
 
 def load_image_vae(

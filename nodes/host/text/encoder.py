@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from comfy.sd import CLIP
 from PIL import Image
 from torch import Tensor
 
+from ....unipic_core import MODELS
 from ....unipic_core.conditioning.images import resize_for_vision
 from ....unipic_core.conditioning.prompt import prompt_text, special_token_in
 from ....unipic_core.errors import UniPicError
@@ -34,16 +35,20 @@ STOCK_LEAST_PIXELS = 3136
 Conditioning = list[list[Any]]
 
 
-def load_clip(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def load_clip(folder: Path, disable_dynamic: bool = False, weights_file: Path | None = None) -> comfy.sd.CLIP:
     """The CLIP of a pipeline folder's text_encoder/ and tokenizer/; weights in their storage type.
 
-    Raises CheckpointError that names the missing, damaged or unsuitable part.
+    weights_file: weights to take in place of the folder's, as Save CLIP or Save Checkpoint wrote them. Raises
+    CheckpointError that names the missing, damaged or unsuitable part.
     """
     folder = Path(folder)
     check_encoder_folders(folder)
     config = EncoderConfig.read(folder / "text_encoder" / "config.json")
     tokenizer = Tokenizer.read(folder / "tokenizer", config.image_token, config.text["max_position_embeddings"])
-    weights = read_encoder_weights(folder / "text_encoder")
+    weights = saved_weights(weights_file) if weights_file else read_encoder_weights(folder / "text_encoder")
     target = comfy.supported_models_base.ClipTarget(lambda **_: tokenizer, partial(TextModel, config, tokenizer))
     clip = comfy.sd.CLIP(
         target,
@@ -52,12 +57,41 @@ def load_clip(folder: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         model_options=_options(weights),
         disable_dynamic=disable_dynamic,
     )
-    clip.patcher.cached_patcher_init = (_load_patcher, (folder,))
+    clip.patcher.cached_patcher_init = (_load_patcher, (folder, weights_file))
     return clip
 
 
-def _load_patcher(folder: Path, disable_dynamic: bool = False) -> Any:
-    return load_clip(folder, disable_dynamic).patcher
+def _load_patcher(folder: Path, weights_file: Path | None, disable_dynamic: bool = False) -> Any:
+    return load_clip(folder, disable_dynamic, weights_file).patcher
+
+
+def bundled_folder(embedding: Sequence[int]) -> Path | None:
+    """The bundled model whose encoder has an embedding of this shape: a file of its weights has no tokenizer."""
+    for folder in sorted(path.parent for path in MODELS.glob("*/text_encoder")):
+        weights = open_weights(folder / "text_encoder")
+        if any(weights.shape(name) == tuple(embedding) for name in weights if comfy_name(name) == EMBEDDING):
+            return folder
+    return None
+
+
+def load_saved(path: Path, embeddings: list[str]) -> comfy.sd.CLIP:
+    """ComfyUI's own CLIP of a file that Save CLIP or Save Checkpoint wrote, which Load CLIP does not recognise."""
+    kind = comfy.sd.CLIPType.QWEN_IMAGE
+    return comfy.sd.load_text_encoder_state_dicts([saved_weights(path)], embeddings, kind)
+
+
+def saved_prefix(names: Iterable[str]) -> str:
+    """Prefix of an encoder's names in a file of Save CLIP or Save Checkpoint; "" for names as Load CLIP reads them."""
+    found = (re.fullmatch(r"(.*?)model\.(?:language_model\.)?embed_tokens\.weight", name) for name in names)
+    return next((match[1] for match in found if match), "")
+
+
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    """An encoder's weights by ComfyUI's names, without the prefix under which a file has them."""
+    stored = comfy.utils.load_torch_file(str(path), safe_load=True)
+    prefix = saved_prefix(stored)
+    names = {name: comfy_name(name[len(prefix) :]) for name in stored if name.startswith(prefix)}
+    return {name: stored[old] for old, name in names.items() if not name.startswith(HEAD)}
 
 
 def _options(weights: dict[str, Tensor]) -> dict[str, Any]:

@@ -74,15 +74,16 @@ def _json(config: MMDiTConfig) -> str:
     return json.dumps(config.to_dict())
 
 
-def stock_loader(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """ComfyUI's `load_diffusion_model` with SIZES, which it would not detect, in place of the release's."""
+def stock_loader(monkeypatch: pytest.MonkeyPatch, config: MMDiTConfig = SIZES) -> Callable[..., Any]:
+    """ComfyUI's `load_diffusion_model` with these sizes, which it would not detect, in place of the release's."""
     detect = comfy.model_detection.detect_unet_config
+    names = ("num_attention_heads", "attention_head_dim", "joint_attention_dim", "axes_dims_rope", "out_channels")
 
     def small(*args: Any, **kwargs: Any) -> Any:
-        found = detect(*args, **kwargs)
-        sizes = {"num_attention_heads": SIZES.num_attention_heads, "joint_attention_dim": SIZES.joint_attention_dim}
-        return {**found, **sizes} if found and found.get("image_model") == "qwen_image" else found
+        detected = detect(*args, **kwargs)
+        if not detected or detected.get("image_model") != "qwen_image":
+            return detected
+        return {**detected, **{name: getattr(config, name) for name in names}}
 
     monkeypatch.setattr(comfy.model_detection, "detect_unet_config", small)
-
     return comfy.sd.load_diffusion_model
