@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from unipic_pack.nodes.host import model_paths as sources
 from unipic_pack.nodes.host.model.loading import load_model
-from unipic_pack.nodes.host.recipe_attachment import facts_of
+from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.load import LoadUniPic
 from unipic_pack.nodes.lora import DistillLoRA, bundled_loras
 from unipic_pack.unipic_core.weights.convert import convert
@@ -98,7 +98,7 @@ def test_a_network_comes_back(
     references = [z[..., :4, :4] for z in references]
     want = velocity(model, x, 0.5, text, references)
     assert relative(velocity(again, x, 0.5, text, references), want) < MOST.get(writer, 0.02)
-    kept, live = facts_of(again).recipe, facts_of(model).recipe
+    kept, live = attachment_of(again).recipe, attachment_of(model).recipe
     assert (kept.steps, kept.sampler, kept.guidance) == (live.steps, live.sampler, live.guidance)
     assert open_transformer(file).config == open_transformer(nano).config
     stock = stock_loader(monkeypatch, open_transformer(nano).config)(str(file))
@@ -120,7 +120,7 @@ def test_a_causal_lora_keeps_form_and_recipe(
     again = load_model(file)
     assert again.model.diffusion_model.config.attention_form == "prefix_causal"
     assert open_transformer(file).recipe.attention_form == "prefix_causal"
-    kept, live = facts_of(again).recipe, facts_of(causal).recipe
+    kept, live = attachment_of(again).recipe, attachment_of(causal).recipe
     assert (kept.steps, kept.sampler, kept.guidance) == (live.steps, live.sampler, live.guidance)
     assert relative(sampled(again), sampled(causal)) < (0.03 if writer.startswith("convert") else 2e-3)
 
