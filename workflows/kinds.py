@@ -43,7 +43,7 @@ KINDS = {
         {"model": "MODEL", "latent": "LATENT"},
         ("steps", "denoise", "schedule", "shift"),
         {"sigmas": "SIGMAS"},
-        (300, 160),
+        (300, 230),
     ),
     "UniPicSamplerSelect": Kind({}, ("sampler",), {"sampler": "SAMPLER"}, (300, 60)),
     "DistillLoRA": Kind({"model": "MODEL"}, ("lora", "strength"), {"model": "MODEL"}, (300, 170)),

@@ -37,19 +37,28 @@ class HookedState(JointState):
         return k, v.transpose(1, 2)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int = 0) -> tuple[Tensor, KeyValue | None]:
-        """As `JointState.attend`. Patches get q and k before rotation, as in ComfyUI's own network."""
+        """As `JointState.attend`. Patches get q and k before rotation and the text's mask [B, L], as in ComfyUI's own
+        network, which leaves a mask aside that they return."""
         q, k, v = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
         rope, mask = self.rope, self.mask
         extra = {**self.options, "img_slice": [self.words, q.shape[2]]}
+        text_mask = self._text_mask(k.shape[2])
         for patch in self.options.get("patches", {}).get("attn1_patch", ()):
-            out = patch(q, k, v, pe=rope, attn_mask=mask, extra_options=extra)
+            out = patch(q, k, v, pe=rope, attn_mask=text_mask, extra_options=extra)
             q, k, v = out.get("q", q), out.get("k", k), out.get("v", v)
-            rope, mask = out.get("pe", rope), out.get("attn_mask", mask)
+            rope, text_mask = out.get("pe", rope), out.get("attn_mask", text_mask)
         q = apply_rope1(q, rope[:, :, start : start + q.shape[2]])
         segment = apply_rope1(k, rope[:, :, : k.shape[2]]), v
         k, v = joined(self.past, segment, dim=2)
         out = self.attention(q, k, v, q.shape[1], mask, transformer_options=self.options, skip_reshape=True)
         return out, segment if self.return_kv else None
+
+    def _text_mask(self, keys: int) -> Tensor | None:
+        """The bias [B, L] of this segment's text; keys: how many this segment has, at the end of the mask's."""
+        if self.mask is None or not self.words:
+            return None
+        start = self.mask.shape[-1] - keys
+        return self.mask[:, 0, start : start + self.words]
 
 
 def check_patches(options: Options) -> None:

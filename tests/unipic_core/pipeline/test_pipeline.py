@@ -205,3 +205,21 @@ def test_out_of_memory_says_what_to_lower(tiny: UniPicPipeline, monkeypatch: Any
 def test_other_runtime_errors_are_not_memory() -> None:
     with pytest.raises(RuntimeError, match="shapes"), readable_out_of_memory("x"):
         raise RuntimeError("shapes do not match")
+
+
+def test_shares_and_weights_reach_the_references(tiny: UniPicPipeline) -> None:
+    images = [picture(0, 96, 64), picture(1, 32, 32)]
+    wishes = {**SMALL, "reference_budget": 128}
+    plain = tiny(images, "a", **wishes).images
+    assert torch.equal(tiny(images, "a", **wishes, reference_weights=[2, 2]).images, plain)
+    for other in ({"share": "equal"}, {"reference_weights": [1, 9]}):
+        assert not torch.equal(tiny(images, "a", **wishes, **other).images, plain)
+    with pytest.raises(UniPicError, match="one weight for each of 2 pictures, got 1"):
+        tiny(images, "a", **wishes, reference_weights=[2])
+
+
+def test_a_schedule_may_be_chosen(tiny: UniPicPipeline) -> None:
+    times: list[float] = []
+    wishes = {**SMALL, "num_inference_steps": 4}
+    tiny([picture()], "a", **wishes, schedule="fixed_shift", shift=3.0, callback=lambda _, t, *__: times.append(t))
+    assert times == pytest.approx([0.9, 0.75, 0.5, 0.0])

@@ -20,10 +20,15 @@ import pytest
 from PIL import Image
 from running import UPDATE, server
 from unipic_pack.workflows import build
+from unipic_pack.workflows.graph import Group, Workflow
+from unipic_pack.workflows.kinds import KINDS
 
 PACKAGES = ("puppeteer-core@24", "@sparticuz/chromium@147")
 SCREENSHOTS = comfyui.ROOT / "docs" / "workflows"
 MAX_BYTES = 150_000
+OLD, MUTED = "an-old-workflow", "a-muted-reference"
+MUTE = 2
+"""LiteGraph's mode of a muted node."""
 INSTALL_SECONDS, PAGE_SECONDS = 900, 1800
 
 
@@ -53,10 +58,60 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(comfyui.ROOT / "tests" / "nodes" / "page.mjs", folder)
     out = tmp_path_factory.mktemp("pages")
     files = [str(build.FOLDER / f"{make().name}.json") for make in build.ALL]
+    for name, ui in ((OLD, old()), (MUTED, muted())):
+        (out / f"{name}.workflow").mkdir()
+        path = out / f"{name}.workflow" / f"{name}.json"
+        path.write_text(json.dumps(ui), encoding="utf-8")
+        files.append(str(path))
     command = ["node", str(folder / "page.mjs"), server().url, str(out), "--run", *files]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PAGE_SECONDS * len(files))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return out
+
+
+def old() -> dict[str, Any]:
+    """A workflow that was saved before the last widgets and sockets were added."""
+    folder = comfyui.ROOT / "tests" / "compat" / "fixtures" / "workflows"
+    return json.loads((folder / "01-compose-two-references.json").read_text(encoding="utf-8"))
+
+
+def muted() -> dict[str, Any]:
+    """Three Reference nodes, the second of which is muted."""
+    w = Workflow(MUTED, KINDS)
+    choices = {"model": build.NANO, "text_encoder": "auto", "vae": "auto", "weight_dtype": "as stored"}
+    model = w.add("LoadUniPic", values=choices)
+    pictures = [w.add("UniPicSampleImages", values={"picture": name}) for name in ("panda", "beach", "crown")]
+    wires = [w.add("UniPicReference", {"image": p["image"]}, {"weight": 1.0, "enabled": True}) for p in pictures]
+    sockets = {f"references.reference_{i + 1}": wire["reference"] for i, wire in enumerate(wires)}
+    values = {"prompt": "Image 1.", "negative_prompt": " ", "width": 0, "height": 0, "batch_size": 1}
+    values |= {"reference_budget": 0, "batches": "first", "share": "release"}
+    made = w.add("MultiImageCompose", {"clip": model["CLIP"], "vae": model["VAE"], **sockets}, values)
+    decoded = w.add("VAEDecode", {"samples": made["latent"], "vae": model["VAE"]})
+    saved = w.add("SaveImage", {"images": decoded["IMAGE"]}, {"filename_prefix": MUTED})
+    w.column(Group("all", [model, *pictures, *wires, made, decoded, saved]))
+    ui = w.ui()
+    next(node for node in ui["nodes"] if node["id"] == wires[1].id)["mode"] = MUTE
+    return ui
+
+
+def test_an_old_workflow_runs_with_the_new_inputs_at_their_defaults(pages: Path) -> None:
+    report = report_of(pages, OLD)
+    assert report["missing"] == report["red"] == report["errors"] == []
+    assert report["run"] == {"ok": True}
+    given = {node["class_type"]: node["inputs"] for node in report["api"].values()}
+    compose, sampler = given["MultiImageCompose"], given["FewStepSampler"]
+    assert (compose["batches"], compose["share"]) == ("first", "release")
+    assert (sampler["condition_cache"], sampler["schedule"], sampler["shift"]) == ("auto", "auto", 0)
+    assert {name for name in compose if "." in name} == {"images.image_1", "images.image_2"}
+
+
+def test_a_muted_reference_leaves_a_gap_that_the_node_can_tell(pages: Path) -> None:
+    report = report_of(pages, MUTED)
+    assert report["missing"] == report["red"] == report["errors"] == []
+    assert report["run"] == {"ok": True}
+    given = {node["class_type"]: node["inputs"] for node in report["api"].values()}
+    sockets = {name for name in given["MultiImageCompose"] if "." in name}
+    assert sockets == {"references.reference_1", "references.reference_3"}
 
 
 def report_of(pages: Path, name: str) -> dict[str, Any]:

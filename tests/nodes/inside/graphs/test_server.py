@@ -109,7 +109,7 @@ def test_help_and_translations(comfy: Server) -> None:
     known = json.loads(comfy.get("/object_info"))
     ours = {name for name, node in known.items() if node["python_module"] == f"custom_nodes.{PACK_FOLDER}"}
     assert ours == set(KINDS) & ours
-    assert len(ours) == 7
+    assert len(ours) == 8
     for name in ours:
         assert name in translations["en"]["nodeDefs"]
         assert name in translations["zh"]["nodeDefs"]

@@ -243,6 +243,46 @@ def test_flux_kv_cache_node(nano_model: Any) -> None:
     cached.unpatch_model()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_patches_get_what_comfyuis_network_gives(nano_model: Any, masked: bool) -> None:
+    """Kinds, shapes and options of every argument, and the text's mask itself."""
+
+    def described(*args: Tensor, **more: Any) -> dict[str, Any]:
+        options = more.pop("extra_options")
+        known = {
+            name: options[name] for name in ("img_slice", "block_index", "block_type", "reference_image_num_tokens")
+        }
+        tensors = [(t.shape, t.dtype) for t in args]
+        shapes = {name: None if t is None else (t.shape, t.dtype) for name, t in more.items()}
+        return {"tensors": tensors, "named": shapes, "options": known, "mask": more["attn_mask"]}
+
+    def recorded(into: list[Any]) -> Any:
+        def patch(*args: Tensor, **more: Any) -> dict[str, Any]:
+            into.append(described(*args, **more))
+            return {"attn_mask": None}
+
+        return {"patches": {"attn1_patch": [patch]}}
+
+    x, text, references = random_inputs()
+    mask = torch.tensor([[1] * 6 + [0] * 3]) if masked else None
+    ours: list[Any] = []
+    made = velocity(nano_model, x, 0.5, text, references, attention_mask=mask, transformer_options=recorded(ours))
+    plain = velocity(nano_model, x, 0.5, text, references, attention_mask=mask)
+    torch.testing.assert_close(made, plain, rtol=0, atol=1e-5)
+    config = nano_model.model.diffusion_model.config
+    sizes = {"num_layers": 6, "attention_head_dim": 32, "num_attention_heads": 5, "joint_attention_dim": 128}
+    network = QwenImageTransformer2DModel(
+        **sizes, axes_dims_rope=config.axes_dims_rope, operations=comfy.ops.manual_cast
+    )
+    theirs: list[Any] = []
+    network(x, torch.tensor([0.5]), text, mask, references, transformer_options=recorded(theirs))
+    assert len(ours) == len(theirs) == 6
+    for mine, stock in zip(ours[:1], theirs[:1], strict=True):  # the stock one hands the patch's mask to later patches
+        assert {**mine, "mask": None} == {**stock, "mask": None}
+        assert (mine["mask"] is None) == (stock["mask"] is None) == (not masked)
+        assert not masked or torch.equal(mine["mask"], stock["mask"])
+
+
 def patched_for_unets(node: str, model: Any) -> Any:
     made = {
         "TomePatchModel": lambda: nodes_tomesd.TomePatchModel.execute(model, 0.3).args[0],
