@@ -98,7 +98,7 @@ def text_runs(parts: Parts, kind: Kind, size: int) -> dict[str, Run]:
     with torch.no_grad():
         seen = encoder.vision_of(prepared)
     return {
-        "text encoder, vision tower": partial(_without_gradient, encoder.see, prepared),
+        "text encoder, vision tower": partial(_without_gradient, encoder.vision_of, prepared),
         "text encoder, language model": partial(_without_gradient, encoder.forward, prepared, seen),
     }
 

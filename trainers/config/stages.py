@@ -11,7 +11,7 @@ FIXED = ("method", "output", "network", "seed", "stages", "stage")
 """Keys that no stage may change."""
 
 
-def stage_values(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+def stage_values(data: Mapping[str, object]) -> list[dict[str, Any]]:
     """The plain config of each stage of `data["stages"]`. Raises ConfigError that names the stage."""
     stages = data["stages"]
     if not isinstance(stages, (list, tuple)) or not all(isinstance(stage, dict) for stage in stages):
@@ -44,7 +44,7 @@ def stage_of(common: Mapping[str, Any], stage: Mapping[str, Any], i: int) -> dic
     return {**values, "data": data, "stage": name, "output": f"{common.get('output')}/stage-{i + 1}-{name}"}
 
 
-def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, Any]:
     """Nested tables, with the values of `above` over those of `below`."""
     both = {**below}
     for key, value in above.items():

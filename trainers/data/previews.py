@@ -46,7 +46,7 @@ class PreviewRow:
     truth: Image.Image
 
 
-def preview_path(data: DataConfig, preview: PreviewConfig, record: dict[str, Any] | None) -> Path:
+def preview_path(data: DataConfig, preview: PreviewConfig, record: dict[str, object] | None) -> Path:
     """Path of the encoded preview samples; its digest covers the selection and the cache's set.json (`record`)."""
     selection: list[Any] = [asdict(sample) for sample in preview.own] or [data.kind, preview.samples]
     text = json.dumps([selection, data.size, data.reference_budget, record], sort_keys=True)

@@ -93,7 +93,7 @@ class State:
                 load_scheduler(scheduler, stored)
 
 
-def bytes_in(tree: Any) -> int:
+def bytes_in(tree: object) -> int:
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(tree, Tensor):
         return tree.nbytes

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ ENCODER_BYTES = 2 * 2**30
 MemoryInfo = Callable[[torch.device], tuple[int, int]]
 """device -> (free, total) bytes, as torch.cuda.mem_get_info."""
 
-_MEMINFO = Path("/proc/meminfo")
+_MEMINFO = Path("/proc/meminfo" if sys.platform == "linux" else os.devnull)
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,13 @@ def _require_main_memory(sizes: PartSizes, total: int | None) -> None:
 
 
 def main_memory() -> int | None:
-    """Total bytes of main memory and swap; None on systems without /proc/meminfo."""
+    """Total bytes of main memory and swap; None where the system does not say (outside Linux)."""
     try:
-        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        lines = dict(
+            line.split(":", 1)
+            for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines()
+            if ":" in line
+        )
         return sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
     except (OSError, ValueError, KeyError, IndexError):
         return None

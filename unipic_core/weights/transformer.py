@@ -58,7 +58,7 @@ _NAME_PARTS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def looks_like(names: Mapping[str, Any] | list[str]) -> str:
+def looks_like(names: Mapping[str, object] | list[str]) -> str:
     """Guess the kind of weights from tensor names: "a FLUX transformer", "a VAE", ..., or "unknown weights"."""
     text = "\n".join("." + name for name in names)
     for kind, parts in _NAME_PARTS:

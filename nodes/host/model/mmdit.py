@@ -93,7 +93,7 @@ class ComfyMMDiT(MMDiTLayers):
         ref_latents: Sequence[Tensor] | None = None,
         additional_t_cond: Tensor | None = None,
         transformer_options: Options | None = None,
-        control: dict[str, Any] | None = None,
+        control: dict[str, object] | None = None,
         ref_latents_method: str | None = None,
         **unipic_options: object,
     ) -> Tensor:
@@ -130,7 +130,7 @@ class ComfyMMDiT(MMDiTLayers):
         earlier: Sequence[Segment],
         past: Sequence[BlockKeyValues],
         options: Options,
-        control: dict[str, Any] | None,
+        control: dict[str, object] | None,
         method: str,
         approximate: ApproximateReferences | None,
     ) -> Tensor:

@@ -30,7 +30,7 @@ class UniPicModel(comfy.model_base.QwenImage):
         c_concat: object = None,
         c_crossattn: object = None,
         control: object = None,
-        transformer_options: dict[str, Any] | None = None,
+        transformer_options: dict[str, object] | None = None,
         **kwargs: object,
     ) -> Tensor:
         """The stock call, with OPTION_KEYS as arguments too: torch.compile would not notice a change of them, since

@@ -13,7 +13,7 @@ from ....unipic_core.run.plan import Settings
 from ....unipic_core.sampling.schedules import Shift
 
 
-def check_times(sampling: Any, model: str) -> None:
+def check_times(sampling: object, model: str) -> None:
     """UniPicError unless a MODEL's `model_sampling` is a flow's and passes sigma to the network as its time.
 
     model: the kind of MODEL, for the message.
@@ -39,7 +39,7 @@ def shift_of(model: Any) -> float | None:
     return float(sampling.shift) if isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow) else None
 
 
-def with_shift_of(model: Any, settings: Settings, shift: Shift, chosen: bool = False) -> tuple[Settings, Shift, str]:
+def with_shift_of(model: object, settings: Settings, shift: Shift, chosen: bool = False) -> tuple[Settings, Shift, str]:
     """Settings and Shift with the shift of a ModelSampling node, and a line for the user, empty without such a node.
 
     The schedules "base" and "fixed_shift" use it at every size. Few-step weights ignore it, since they were distilled

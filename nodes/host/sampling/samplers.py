@@ -71,7 +71,7 @@ def sample_euler(
     model: object,
     x: Tensor,
     sigmas: Tensor,
-    extra_args: dict[str, Any] | None = None,
+    extra_args: dict[str, object] | None = None,
     callback: Callback | None = None,
     disable: bool | None = None,
 ) -> Tensor:
@@ -137,7 +137,7 @@ class _Run:
 
 @contextmanager
 def _run(
-    model: object, sigmas: Tensor, extra_args: dict[str, Any] | None, callback: Callback | None, disable: bool | None
+    model: object, sigmas: Tensor, extra_args: dict[str, object] | None, callback: Callback | None, disable: bool | None
 ) -> Iterator[_Run]:
     """A run with a progress bar on the console. UniPicError for sigmas that are not a flow's, and for NaN."""
     in_range = (sigmas >= 0) & (sigmas <= 1)  # false for NaN; 0 is for the end alone

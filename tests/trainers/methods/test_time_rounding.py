@@ -26,7 +26,7 @@ def released(run, folder: Path) -> str:
 
 def fed(method, monkeypatch) -> list:
     """(x_t, t) of every call of a network in one loss, and the batch."""
-    calls, batch = [], method.batch(0).pieces[0]
+    calls, batch = [], method.batch(0).micro_batches[0]
     role = type(method).role
 
     def watched(self, name, batch, text=None):
@@ -64,4 +64,4 @@ def test_a_consistency_tangent_is_taken_at_exact_times(run, changed, tmp_path, m
     (_, after), (_, before), (_, t) = [call for call in calls if isinstance(call[1], torch.Tensor)][-3:]
     assert not torch.equal(t, t.bfloat16().float())
     torch.testing.assert_close(after - before, (t + 5e-3).clamp(max=1) - (t - 5e-3).clamp(min=0))
-    assert method.own_recipe.time_rounding == "none", "so that the student is sampled as it was trained"
+    assert method.student_recipe.time_rounding == "none", "so that the student is sampled as it was trained"

@@ -162,7 +162,7 @@ class Machine(pickle._Unpickler):
         self.append(Tables())  # type: ignore[attr-defined]
 
     @staticmethod
-    def _set(table: object, items: list[Any]) -> None:
+    def _set(table: object, items: list[object]) -> None:
         if not isinstance(table, Tables) or not all(isinstance(key, str | int | float) for key in items[::2]):
             raise Refused
         table.update(zip(items[::2], items[1::2], strict=True))
