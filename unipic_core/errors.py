@@ -9,7 +9,7 @@ def one_line(error: BaseException) -> str:
 
 
 def joined_lines(error: BaseException, most: int = 200) -> str:
-    """All lines of another library's message as one, at most `most` characters, to be quoted inside a sentence."""
+    """Another library's message in one line, at most `most` characters, to be quoted inside a sentence."""
     return " ".join(str(error).split())[:most]
 
 

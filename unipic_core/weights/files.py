@@ -162,8 +162,8 @@ class Weights:
 def _copy_on_write(file: Path) -> mmap.mmap:
     """Map a file so that writes stay in memory. Raises OSError where the system refuses.
 
-    Linux would count a copy-on-write map as memory that may all be written, and refuse one larger than the machine's;
-    the flag asks it not to.
+    Without the flag Linux reserves memory for a copy-on-write map as if all of it were written, and refuses a map
+    larger than the machine's memory.
     """
     with open(file, "rb") as f:
         if _NO_RESERVE:
@@ -180,7 +180,7 @@ def strip_prefix(name: str) -> str:
 
 
 def without_wrappers(name: str) -> str:
-    """`transformer_blocks.0._checkpoint_wrapped_module.attn.x` -> `transformer_blocks.0.attn.x`."""
+    """Remove wrappers: `transformer_blocks.0._checkpoint_wrapped_module.attn.x` -> `transformer_blocks.0.attn.x`."""
     if "_wrapped_module" not in name and "_orig_mod" not in name:
         return name
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
@@ -272,7 +272,7 @@ def _read_shards(index: Path) -> tuple[Table, dict[str, str]]:
     if len(weight_map) > MAX_TENSORS or len(set(weight_map.values())) > MAX_SHARDS:
         raise CheckpointError(
             f"{index} names {len(weight_map):,} tensors in {len(set(weight_map.values())):,} files, expected at most "
-            f"{MAX_TENSORS:,} in {MAX_SHARDS:,}; the file is not trustworthy, and is not read"
+            f"{MAX_TENSORS:,} in {MAX_SHARDS:,}; the file is not trustworthy and was not read"
         )
     shards = {file: _inside(index, file) for file in sorted(set(weight_map.values()))}
     for file, path in shards.items():

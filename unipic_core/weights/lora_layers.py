@@ -63,12 +63,12 @@ class LoRALayer:
 
     @property
     def additive(self) -> bool:
-        """Whether the layer adds a delta that does not depend on the weight."""
+        """True if the layer adds a delta that does not depend on the weight."""
         return "dora_scale" not in self.parts and self.kind not in ("OFT", "replacement")
 
     @staticmethod
     def fits(shape: Shape, expected: Shape) -> bool:
-        """Whether a `weight_shape` is that of a parameter."""
+        """True if a `weight_shape`, in which -1 is any number, equals the shape of a parameter."""
         return len(shape) == len(expected) and all(n in (-1, m) for n, m in zip(shape, expected, strict=True))
 
     def weight_shape(self) -> Shape | None:
@@ -108,10 +108,10 @@ class LoRALayer:
             raise LoRAError(f"its {self.kind} parts {_shapes(s)} do not multiply; fetch the file again") from error
 
     def applied(self, weight: Tensor, strength: float) -> Tensor:
-        """The float32 weight with the layer at this strength.
+        """Apply the layer at this strength to a float32 weight.
 
-        A change that depends on the weight is taken as a whole: weight + strength * (changed - weight). LoRAError as
-        `check_strength`.
+        A change that depends on the weight is interpolated: weight + strength * (changed - weight). Raises LoRAError
+        like `check_strength`.
         """
         if self.additive:
             return weight.add(self.weight_delta(weight.device), alpha=strength)
@@ -119,8 +119,8 @@ class LoRALayer:
         return weight.lerp(self._changed(weight), strength)
 
     def check_strength(self, strength: float) -> None:
-        """LoRAError for a strength at which the layer means nothing: of one that is not `additive` 0 or less, and of a
-        replacement any but 1."""
+        """Raise LoRAError for a strength without meaning: 0 or less for a layer that is not `additive`, and any but 1
+        for a replacement."""
         if self.additive:
             return
         if strength <= 0 or (self.kind == "replacement" and strength != 1):
@@ -131,7 +131,7 @@ class LoRALayer:
             )
 
     def _changed(self, weight: Tensor) -> Tensor:
-        """The weight that the layer makes of this one at strength 1."""
+        """Weight after a layer that is not `additive`, at strength 1."""
         p = {name: part.to(device=weight.device, dtype=torch.float32) for name, part in self.parts.items()}
         if self.kind == "replacement":
             return p["set_weight"]
@@ -144,7 +144,7 @@ class LoRALayer:
         return whole * (magnitudes.reshape(1 if per_input else -1, whole.shape[1] if per_input else 1) / norm)
 
     def weight_delta(self, device: torch.device | str = "cpu") -> Tensor:
-        """Delta of the weight at strength 1, of `weight_shape`, in float32. Of a DoRA, before its magnitudes."""
+        """Delta of the weight at strength 1, of `weight_shape`, in float32; for a DoRA without its magnitudes."""
         p = {name: part.to(device=device, dtype=torch.float32) for name, part in self.parts.items()}
         if self.kind == "low-rank":
             return p["up"].flatten(1) @ p["down"].flatten(1) * self.scale
@@ -169,7 +169,7 @@ class LoRALayer:
 
 
 def _cayley(blocks: Tensor, constraint: float | None) -> Tensor:
-    """The rotations [n, b, b] of an OFT, transposed as they multiply a weight's outputs (LyCORIS, diag_oft.py)."""
+    """Rotations [n, b, b] of an OFT, transposed to multiply a weight's outputs (LyCORIS, diag_oft.py)."""
     skew = blocks - blocks.transpose(1, 2)
     if constraint and (norm := float(skew.norm()) + 1e-8) > constraint:
         skew = skew * (constraint / norm)

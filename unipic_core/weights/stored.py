@@ -1,4 +1,4 @@
-"""Load the network for little memory: its blocks' matrices in fp8, and some of the blocks in the main memory."""
+"""Load the network with little memory: its blocks' matrices in fp8, and some of the blocks in main memory."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from .lora import LoRA, MergeReport
 from .transformer import OpenedModel
 
 STORAGES = ("auto", "full", "fp8")
-"""How the blocks' matrices are held: "auto" as in the file where that is scaled fp8, else in the type to compute in;
-"full" always in that; "fp8" always in fp8, with one scale each."""
+"""Storage of the blocks' matrices: "full" in the dtype to compute in; "fp8" in fp8 with one scale each; "auto" as in
+the file if it has scaled fp8, else "full"."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """fp8: whether the blocks' matrices are in fp8. left_behind: so many of the last blocks stay in the main memory."""
+    """Storage of the blocks' matrices. fp8: in fp8. left_behind: number of last blocks that stay in main memory."""
 
     fp8: bool = False
     left_behind: int = 0
 
 
 def holds_fp8(opened: OpenedModel, storage: str) -> bool:
-    """Whether the blocks' matrices are held in fp8. storage: one of STORAGES."""
+    """True if the blocks' matrices will be stored in fp8. storage: one of STORAGES."""
     if storage != "auto":
         return storage == "fp8"
     weights = opened.weights
@@ -38,7 +38,7 @@ def holds_fp8(opened: OpenedModel, storage: str) -> bool:
 
 
 def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, device: torch.device | str) -> MMDiT:
-    """`load_transformer` with the blocks' matrices held as `storage` asks; all else is on the device in `dtype`."""
+    """Load like `load_transformer`, with the blocks' matrices in `storage` and all else on the device in `dtype`."""
     network = MMDiT(opened.config, operations=StoredOperations, device="meta", compute_dtype=dtype)
     leave_behind(network, storage.left_behind)
     for module_name, module in network.named_modules():
@@ -56,7 +56,7 @@ def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, devic
 
 
 def leave_behind(network: MMDiT, blocks: int) -> None:
-    """Let the matrices of the last so many blocks stay in the main memory."""
+    """Let the matrices of the last `blocks` blocks stay in main memory."""
     for block in network.transformer_blocks[len(network.transformer_blocks) - blocks :]:
         for module in block.modules():
             if isinstance(module, StoredLinear):
@@ -64,7 +64,7 @@ def leave_behind(network: MMDiT, blocks: int) -> None:
 
 
 def _matrix(weights: Weights, name: str, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """A matrix as it is held, and its scale; what the file has in scaled fp8 is not rounded again."""
+    """Read a matrix in its storage dtype, and its scale; scaled fp8 of the file is not rounded again."""
     if not fp8:
         return weights.get(name).to(dtype), None
     if weights.dtype(name) not in FP8:
@@ -77,10 +77,10 @@ def _matrix(weights: Weights, name: str, fp8: bool, dtype: torch.dtype) -> tuple
 def merge_into_stored(
     network: MMDiT, weights: Weights, before: Sequence[tuple[LoRA, float]], lora: LoRA, strength: float
 ) -> MergeReport:
-    """Add a LoRA to a network of `load_stored` whose matrices are in fp8. Raises LoRAError as `LoRA.fit`.
+    """Add a LoRA to a network of `load_stored` whose matrices are in fp8. Raises LoRAError like `LoRA.fit`.
 
-    Each matrix is made anew of the file's weights with all LoRAs, and rounded to fp8 once: a change smaller than a step
-    of fp8 would be lost if it were added to what is rounded already. before: the LoRAs that are in it.
+    Each matrix is computed again from the file's weights with all LoRAs and rounded to fp8 once: added to the rounded
+    matrix, a change smaller than a step of fp8 would be lost. before: the LoRAs that the network has.
     """
     parameters = dict(network.named_parameters())
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -99,5 +99,5 @@ def merge_into_stored(
 
 
 def holds_matrices_in_fp8(network: MMDiT) -> bool:
-    """Whether a network of `load_stored` or `load_transformer` holds matrices in fp8."""
+    """True if a network from `load_stored` or `load_transformer` has matrices in fp8."""
     return any(isinstance(m, StoredLinear) and m.weight.dtype in FP8 for m in network.modules())

@@ -218,10 +218,10 @@ def test_int8_is_multiplied_out(scale_shape: tuple[int, ...], tmp_path: Path, st
 @pytest.mark.parametrize(
     ("settings", "parts", "message"),
     [
-        ("text", {}, "how transformer_blocks.0.attn.to_q is quantised cannot be read"),
-        ({"format": 3}, {}, "how transformer_blocks.0.attn.to_q is quantised cannot be read"),
-        ({"format": "int8_tensorwise"}, {}, "calls .*to_q int8_tensorwise, and stores it as float32; it is damaged"),
-        ({"format": "float8_e4m3fn"}, {}, "calls .*to_q float8_e4m3fn, and stores it as float32; it is damaged"),
+        ("text", {}, "the quantisation of transformer_blocks.0.attn.to_q cannot be read"),
+        ({"format": 3}, {}, "the quantisation of transformer_blocks.0.attn.to_q cannot be read"),
+        ({"format": "int8_tensorwise"}, {}, "describes .*to_q as int8_tensorwise and stores it as float32; fetch"),
+        ({"format": "float8_e4m3fn"}, {}, "describes .*to_q as float8_e4m3fn and stores it as float32; fetch"),
         ({"format": "x" * 100_000}, {}, "the description of .*to_q is not a short text"),
     ],
 )
@@ -236,7 +236,7 @@ def test_descriptions_that_do_not_fit(
 def test_scales_that_do_not_fit(tmp_path: Path, state: State) -> None:
     values = torch.zeros(state["transformer_blocks.0.attn.to_q.weight"].shape, dtype=torch.int8)
     for parts, message in (
-        ({}, "as int8_tensorwise without its weight_scale; the file is damaged"),
+        ({}, "as int8_tensorwise without its weight_scale; fetch the file again"),
         ({"weight_scale": torch.ones(3)}, r"scale of .*to_q has shape \(3,\); expected one number or one per row"),
     ):
         file = make_file(tmp_path, with_layer(state, {"format": "int8_tensorwise"}, parts, values))

@@ -1,4 +1,4 @@
-"""JSON of a model folder, of a size that its kind may have."""
+"""Read JSON files of a model folder, with a limit of their size."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from ...errors import CheckpointError, one_line
 
 MAX_CONFIG = 1 << 20
-"""Most bytes of a config: a thousand times those of the released ones."""
+"""Largest config in bytes: a thousand times the released ones."""
 
 MAX_INDEX = 1 << 23
-"""Most bytes of an index of shards, as of the header of a safetensors file."""
+"""Largest index of shards in bytes, the same as for the header of a safetensors file."""
 
 
 def read_json(path: Path, most: int = MAX_CONFIG) -> Any:
-    """The content of a JSON file of at most `most` bytes. Raises CheckpointError."""
+    """Read a JSON file of at most `most` bytes. Raises CheckpointError."""
     try:
         with open(path, "rb") as file:
             text = file.read(most + 1)
@@ -31,7 +31,7 @@ def read_json(path: Path, most: int = MAX_CONFIG) -> Any:
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """The content of JSON text. CheckpointError that names its source."""
+    """Parse JSON text. source: name for the message. Raises CheckpointError."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,8 @@
-"""Pickled weight files as tables of tensors: where each storage lies in the file, without loading any.
+"""Tensor tables of pickled weight files: the place of every storage in the file, without loading any.
 
-Both forms of `torch.save` are read: a zip with `data.pkl` and a record for each storage, and the older stream of
-pickles. `torch.load` says where a storage lies only if the records come in the order of their numbers, which PyTorch
-2.6 and later do not keep; it would load the whole file first.
+Reads both formats of `torch.save`: a zip with `data.pkl` and a record for each storage, and the older stream of
+pickles. `torch.load` gives places only if the records are in the order of their numbers, which PyTorch 2.6 and later do
+not guarantee; otherwise it would load the whole file.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from .pickle_machine import MAX_PICKLE, Limited, Machine, Refused, Stored, Table
 from .tensor_spec import Table, TensorSpec
 
 MAX_RECORDS, MAX_DIRECTORY = 100_000, 1 << 24
-"""Most files in a zip, and the longest list of them in bytes."""
+"""Most files in a zip, and the longest directory in bytes."""
 
 MAX_GROWTH, SMALL = 4, 1 << 20
-"""Tensors may fill this many times the bytes of their file, and some bytes more: several may share a storage, and one
-may repeat it."""
+"""Tensors may have MAX_GROWTH times the bytes of their file, plus SMALL: several may share a storage, and one may
+repeat it."""
 
 _BIG_ENDIAN = "its numbers are big-endian; save it again on another computer"
 _UNREADABLE = (
@@ -35,10 +35,10 @@ _LEGACY_MAGIC, _LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001
 
 
 def read_pickle(path: Path) -> Table:
-    """Table of a pickled state dict; nested ones ("state_dict", or one key around all) are unwrapped.
+    """Read the table of a pickled state dict; unwraps nested ones ("state_dict", or one key around all).
 
-    Nothing that the pickle names is called but the few functions that `torch.save` names for tensors, and these are
-    replaced by ones of `pickle_machine`. Raises CheckpointError.
+    No function that the pickle names is called: those that `torch.save` names for tensors are replaced by functions of
+    `pickle_machine`, all others are refused. Raises CheckpointError.
     """
     try:
         table = _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
@@ -58,13 +58,13 @@ def _check_growth(path: Path, table: Table) -> None:
     size, needed = os.path.getsize(path), sum(spec.nbytes for spec in table.values())
     if needed > MAX_GROWTH * size + SMALL:
         raise CheckpointError(
-            f"{path} has {size:,} bytes and describes tensors of {needed:,}, many of them the same bytes again; the "
-            "file is not trustworthy, and is not read"
+            f"{path} has {size:,} bytes and describes tensors of {needed:,}, which repeat the same bytes; the file is "
+            "not trustworthy and was not read"
         )
 
 
 def _read_zip(path: Path) -> Table:
-    """Table of a zip of `torch.save`."""
+    """Read the table of a zip of `torch.save`."""
     _check_directory(path)
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         infos = {info.filename: info for info in archive.infolist()}
@@ -85,15 +85,14 @@ def _read_zip(path: Path) -> Table:
 
 
 def _check_directory(path: Path) -> None:
-    """CheckpointError for a zip whose list of files is longer than any weight file's; read from its last bytes, since
-    ZipFile reads all of the list at once."""
+    """Raise CheckpointError for a zip with a longer directory than any weight file's, before ZipFile reads it."""
     with open(path, "rb") as file:
         end = zipfile._EndRecData(file)  # type: ignore[attr-defined]
     count, length = (end[4], end[5]) if end else (0, 0)
     if count > MAX_RECORDS or length > MAX_DIRECTORY:
         raise CheckpointError(
             f"{path} lists {count:,} files in {length:,} bytes, expected at most {MAX_RECORDS:,}; the file is not "
-            "trustworthy, and is not read"
+            "trustworthy and was not read"
         )
 
 
@@ -105,7 +104,7 @@ def _check_byte_order(path: Path, file: BinaryIO, info: zipfile.ZipInfo | None) 
 
 
 def _place(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
-    """Where a record's bytes begin. CheckpointError if they are compressed."""
+    """Offset of a record's bytes in the file. Raises CheckpointError if they are compressed."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
         raise CheckpointError(
             f"{path} holds {info.filename.rpartition('/')[2]} compressed, which PyTorch never writes; save it again "
@@ -117,7 +116,8 @@ def _place(path: Path, file: BinaryIO, info: zipfile.ZipInfo) -> int:
 
 
 def _read_legacy(path: Path) -> Table:
-    """Table of the older stream: magic number, version, system, tables, storage keys, then size and bytes of each."""
+    """Read the table of the older stream: magic number, version, system, tensors, storage keys, then size and bytes of
+    each storage."""
     with open(path, "rb") as file:
         limited = Limited(file, MAX_PICKLE)
         if (magic := Machine(limited).load()) != _LEGACY_MAGIC:
@@ -145,20 +145,20 @@ def _read_legacy(path: Path) -> Table:
 
 
 def _tensors(loaded: object) -> dict[str, Stored]:
-    """The state dict inside what was pickled."""
+    """Unwrap an unpickled object to its state dict."""
     for _ in range(3):
         if not isinstance(loaded, Tables):
             break
-        found = {str(key): value for key, value in loaded.items() if isinstance(value, Stored)}
-        if found:
-            return found
+        tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Stored)}
+        if tensors:
+            return tensors
         inner = [v for k, v in loaded.items() if isinstance(v, Tables) and (k == "state_dict" or len(loaded) == 1)]
         loaded = inner[0] if inner else None
     raise ValueError("it holds no table of tensors")
 
 
 def _spec(path: Path, name: str, stored: Stored, places: dict[str, tuple[int, int]]) -> TensorSpec:
-    """Where a tensor lies, checked against the room of its storage."""
+    """Locate a tensor in the file and check it against the size of its storage."""
     offset, room = places.get(stored.storage.key, (0, 0))
     contiguous = stored.stride == _plain_strides(stored.shape) or 0 in stored.shape
     stride = None if contiguous else stored.stride
@@ -178,8 +178,10 @@ def _plain_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _refusal(path: Path, error: Refused) -> str:
-    """One sentence on what a pickle asked for."""
+    """Message for a refused pickle."""
     if error.function and re.fullmatch(r"[\w.]{1,100}", error.function):
-        what = f"asks to run code when opened ({error.function})"
-        return f"{path} {what} and was refused; use a .safetensors version of these weights"
+        return (
+            f"{path} asks to run code when opened ({error.function}) and was refused; use a .safetensors version of "
+            "these weights"
+        )
     return f"{path} is not a pickle of plain tensors and was refused; use a .safetensors version of these weights"

@@ -1,7 +1,7 @@
-"""The part of Python's unpickler that tensors need: it calls nothing that a file names, and bounds time and memory.
+"""Restricted unpickler for tables of tensors: calls no function that a file names, and bounds time and memory.
 
-PyTorch's own restricted unpickler builds tensors, and has no limit on the length of a pickle or on the keys of its
-tables (hashing nested tuples takes exponential time).
+PyTorch's restricted unpickler builds tensors, and limits neither the length of a pickle nor the keys of its tables
+(hashing nested tuples takes exponential time).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO, ClassVar
 import torch
 
 MAX_PICKLE = 1 << 22
-"""Longest pickle in bytes: ten times that of the released network."""
+"""Longest pickle in bytes: ten times the released network's."""
 
 MAX_READS = 1_000_000
-"""Most reads of one pickle, about one for each of its instructions: a second."""
+"""Most reads of one pickle, about one per instruction; they take a second."""
 
 MAX_DIMENSIONS = 64
 
@@ -44,7 +44,7 @@ _STORAGES = {
 
 
 class Refused(pickle.UnpicklingError):
-    """A pickle asks for something that no table of tensors needs. function: what it names, or ""."""
+    """A pickle needs more than a table of tensors does. function: name of the function that it calls, or ""."""
 
     def __init__(self, function: str = "") -> None:
         super().__init__(function)
@@ -52,7 +52,7 @@ class Refused(pickle.UnpicklingError):
 
 
 class Limited:
-    """A file of which a pickle may read so many bytes, in so many reads."""
+    """File with a limit of bytes and of reads."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         if size > MAX_PICKLE:
@@ -74,12 +74,12 @@ class Limited:
 
 
 class Tables(dict[Any, Any]):
-    """A dictionary of a pickle; OrderedDict and dict alike."""
+    """Unpickled dict or OrderedDict."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """A pickled storage: its name in the file, its type of numbers."""
+    """A pickled storage. key: its name in the file."""
 
     key: str
     dtype: torch.dtype
@@ -92,7 +92,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Stored:
-    """A pickled tensor: which numbers of its storage, first and stride in elements of dtype."""
+    """A pickled tensor: a view of a storage, with first index and stride in elements of dtype."""
 
     storage: Storage
     first: int
@@ -102,7 +102,7 @@ class Stored:
 
 
 class Machine(pickle._Unpickler):
-    """Unpickles tables of tensors, as Stored, and plain numbers, texts and lists; raises Refused for all else."""
+    """Unpickler of tables of tensors, as Stored, and plain numbers, texts and lists; raises Refused for all else."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         ord(getattr(pickle, name)): pickle._Unpickler.dispatch[ord(getattr(pickle, name))] for name in _OPCODES
@@ -118,7 +118,7 @@ class Machine(pickle._Unpickler):
             raise Refused from error
 
     def find_class(self, module: str, name: str) -> Any:
-        """The replacement of a name that `torch.save` writes."""
+        """Return the replacement of a name that `torch.save` writes; raise Refused for any other."""
         if module in ("torch", "torch.cuda", "torch.storage") and name in _STORAGES:
             return _STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -128,7 +128,7 @@ class Machine(pickle._Unpickler):
         raise Refused(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Storage:
-        """A storage: ("storage", type, key, device, number of elements), and for older files what it is a view of."""
+        """Read ("storage", type, key, device, number of elements), with the base of a view in older files."""
         kind, dtype, key, _, _, *view = pid
         if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
             raise Refused
@@ -137,7 +137,7 @@ class Machine(pickle._Unpickler):
         return Storage(key, dtype)
 
     def load_frame(self) -> None:
-        """A frame only says how many bytes follow; they are read, and counted, one by one."""
+        """Skip the length of a frame; its bytes are read and counted one by one."""
         self.read(8)  # type: ignore[attr-defined]
 
     def load_reduce(self) -> None:
@@ -147,7 +147,7 @@ class Machine(pickle._Unpickler):
         self.stack[-1] = function(*arguments)  # type: ignore[attr-defined]
 
     def load_build(self) -> None:
-        """Attributes, such as a state dict's versions, are left aside."""
+        """Discard attributes, such as a state dict's versions."""
         self.stack.pop()  # type: ignore[attr-defined]
 
     def load_setitem(self) -> None:
@@ -178,7 +178,7 @@ class Machine(pickle._Unpickler):
 
 
 def _tensor(storage: object, first: object, shape: object, stride: object, *rest: object) -> Stored:
-    """`torch._utils._rebuild_tensor_v2`, and v3 with the type as the third of the rest."""
+    """Replace `torch._utils._rebuild_tensor_v2`, and v3, which has the dtype as the third of `rest`."""
     dtype = rest[2] if len(rest) > 2 and isinstance(rest[2], torch.dtype) else None
     if not isinstance(storage, Storage) or not isinstance(shape, tuple) or not isinstance(stride, tuple):
         raise Refused
@@ -195,7 +195,7 @@ def _parameter(data: object, *_: object) -> object:
 
 
 def _subclass(function: Callable[..., Any], _: object, arguments: object, *__: object) -> Stored:
-    """A tensor with Python attributes, which are left aside."""
+    """Rebuild a tensor with Python attributes, without the attributes."""
     if function is not _tensor or not isinstance(arguments, tuple):
         raise Refused
     return _tensor(*arguments)

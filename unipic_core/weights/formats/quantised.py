@@ -1,7 +1,7 @@
-"""Quantised layers as ComfyUI stores them: `X.weight` in few bits, its scales and a description `X.comfy_quant` beside.
+"""Quantised layers in ComfyUI's layout: `X.weight` in few bits, its scales, and a description `X.comfy_quant`.
 
-Formats are those of ComfyUI's `QUANT_ALGOS` (QUANTIZATION.md there). fp8 with one scale, or one per row, and int8 are
-multiplied out here; rotated and block-wise formats, and those of newer versions, only ComfyUI itself computes with.
+The formats are those of ComfyUI's `QUANT_ALGOS` (see its QUANTIZATION.md). fp8 with one scale, or one per row, and int8
+are dequantised here; rotated and block-wise formats, and those of newer versions, are computed by ComfyUI only.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .tensor_spec import Table, TensorSpec
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 DESCRIPTION = "comfy_quant"
-"""End of the name of the tensor that describes a quantised layer: JSON as bytes."""
+"""Last part of the name of the tensor that describes a quantised layer, JSON as bytes."""
 
 SCALES = ("weight_scale", "scale_weight")
-"""Ends of the names of a layer's scale, now and in older files."""
+"""Last part of the name of a layer's scale, in current and older files."""
 
 _OLDER_PARTS = (*SCALES, "input_scale", "scale_input")
 _LONGEST = 1 << 16
 _PACKED = {"nvfp4": 2, "convrot_w4a4": 2, "asym_w4a8_int8": 2}
-"""Values in each stored byte, where it is more than one."""
+"""Format -> values in each stored byte, if more than one."""
 
 _STORED = {
     "float8_e4m3fn": torch.float8_e4m3fn,
@@ -48,13 +48,13 @@ _NEEDED = {
     "asym_w4a8_int8": ("weight_s_rel", "weight_s_channel"),
 }
 _PADDING = (1, 16, 32, 128)
-"""Rows and columns are filled up to a multiple of one of these."""
+"""Rows and columns are padded to a multiple of one of these."""
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """How one weight is stored. format: ComfyUI's name for it. settings: its description. parts: the layer's other
-    tensors by the ends of their names, weight and bias excepted."""
+    """Quantisation of one weight. format: ComfyUI's name. settings: content of the description. parts: the layer's
+    tensors besides weight and bias, by the last part of their names."""
 
     format: str
     settings: Mapping[str, Any]
@@ -66,24 +66,23 @@ class Quantisation:
 
     @property
     def readable(self) -> bool:
-        """Whether `dequantise` can multiply the weight out."""
+        """True if `dequantise` supports the format."""
         rotated = self.settings.get("convrot") or _table(self.settings.get("params")).get("convrot")
         return self.format.startswith("float8") or (self.format == "int8_tensorwise" and not rotated)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the weight that the stored one stands for, padding included."""
+        """Shape of the dequantised weight, padding included. stored: shape of the stored weight."""
         return (*stored[:-1], stored[-1] * _PACKED.get(self.format, 1)) if stored else stored
 
     def holds(self, stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-        """Whether a stored weight of this shape can stand for one of `shape`; of unknown formats any of two dimensions
-        may."""
+        """True if a stored weight of shape `stored` can represent one of `shape`; for unknown formats, any 2-D one."""
         if self.readable or len(shape) != 2 or len(stored) != 2:
             return stored == shape
         pairs = zip(self.shape(stored), shape, strict=True)
         return self.format not in _STORED or all(any(n == -(-m // pad) * pad for pad in _PADDING) for n, m in pairs)
 
     def dequantise(self, stored: Tensor) -> Tensor:
-        """The weight in float32. Only of a `readable` format."""
+        """Dequantise a stored weight of a `readable` format to float32."""
         value = stored.float()
         if self.scale is None:
             return value
@@ -92,7 +91,7 @@ class Quantisation:
 
 
 def take_quantised(file: Path, table: Table, metadata: Mapping[str, str]) -> dict[str, Quantisation]:
-    """Remove from a table all that quantisation added to it; weight name -> how it is stored.
+    """Remove the tensors that quantisation added to a table; return weight name -> its quantisation.
 
     Raises CheckpointError for descriptions that cannot be read or do not fit their weights.
     """
@@ -101,7 +100,7 @@ def take_quantised(file: Path, table: Table, metadata: Mapping[str, str]) -> dic
     for name in table:
         layer, _, end = name.rpartition(".")
         ends.setdefault(layer, set()).add(end)
-    found = {}
+    quantised = {}
     for layer, names in ends.items():
         described = DESCRIPTION in names or layer in declared
         others = names - {"weight", "bias"} if described else names & set(_OLDER_PARTS)
@@ -113,41 +112,45 @@ def take_quantised(file: Path, table: Table, metadata: Mapping[str, str]) -> dic
         quantisation = Quantisation(settings["format"], settings, parts)
         _check(file, layer, quantisation, weight)
         if quantisation.scale is not None or not quantisation.format.startswith("float8"):
-            found[f"{layer}.weight"] = quantisation
+            quantised[f"{layer}.weight"] = quantisation
     for name in [n for n in table if n.rpartition(".")[2] == "scaled_fp8"]:
         del table[name]
-    return found
+    return quantised
 
 
 def _settings(
     file: Path, layer: str, description: TensorSpec | None, declared: object, weight: TensorSpec
 ) -> dict[str, Any]:
-    """Content of a layer's description, of the metadata's, or for older files what they mean."""
+    """Read a layer's description from its tensor or the metadata; for older files return the equivalent one."""
     if description is not None:
         if description.nbytes > _LONGEST or description.dtype != torch.uint8:
-            raise CheckpointError(f"{file}: the description of {layer} is not a short text; the file is damaged")
+            raise CheckpointError(f"{file}: the description of {layer} is not a short text; fetch the file again")
         declared = _json(bytes(description.read().flatten().tolist()))
     elif declared is None:
         declared = {"format": _dtype_name(weight), "full_precision_matrix_mult": True}
     settings = dict(_table(declared))
     if not isinstance(settings.get("format"), str):
         raise CheckpointError(
-            f"{file}: how {layer} is quantised cannot be read, expected a table with a format; the file is damaged"
+            f"{file}: the quantisation of {layer} cannot be read, expected a JSON object with a format; fetch the file "
+            "again"
         )
     return settings
 
 
 def _check(file: Path, layer: str, quantisation: Quantisation, weight: TensorSpec) -> None:
-    form = quantisation.format
-    if (form in _STORED and weight.dtype != _STORED[form]) or (form.startswith("float8") and weight.dtype not in FP8):
-        raise CheckpointError(f"{file} calls {layer} {form}, and stores it as {_dtype_name(weight)}; it is damaged")
-    if missing := [part for part in _NEEDED.get(form, ()) if part not in quantisation.parts]:
-        raise CheckpointError(f"{file} quantises {layer} as {form} without its {missing[0]}; the file is damaged")
+    name, dtype = quantisation.format, weight.dtype
+    if (name in _STORED and dtype != _STORED[name]) or (name.startswith("float8") and dtype not in FP8):
+        raise CheckpointError(
+            f"{file} describes {layer} as {name} and stores it as {_dtype_name(weight)}; fetch the file again"
+        )
+    if missing := [part for part in _NEEDED.get(name, ()) if part not in quantisation.parts]:
+        raise CheckpointError(f"{file} quantises {layer} as {name} without its {missing[0]}; fetch the file again")
     scale = quantisation.scale
     shapes = ((), (1,), weight.shape[:1], (*weight.shape[:1], 1))
     if quantisation.readable and scale is not None and scale.shape not in shapes:
         raise CheckpointError(
-            f"{file}: the scale of {layer} has shape {scale.shape}; expected one number or one per row"
+            f"{file}: expected one number or one per row as the scale of {layer}, got shape {scale.shape}; convert the "
+            "weights again"
         )
 
 
@@ -156,7 +159,7 @@ def _declared_layers(file: Path, metadata: Mapping[str, str]) -> Mapping[str, An
         return {}
     content = _json(metadata["_quantization_metadata"].encode())
     if not isinstance(content, dict) or not isinstance(content.get("layers"), dict):
-        raise CheckpointError(f"the quantisation metadata of {file} is not readable; the file is damaged")
+        raise CheckpointError(f"the quantisation metadata of {file} is not readable; fetch the file again")
     return content["layers"]
 
 

@@ -132,7 +132,7 @@ def aliases(path: Path) -> Path:
     return saved(path, OrderedDict((f"{i}.lora_A.weight", base[: 1 << 18]) for i in range(3_000)))
 
 
-FEW, MANY, PLAIN = "list of tensors has", "is not trustworthy, and is not read", "not a pickle of plain tensors"
+FEW, MANY, PLAIN = "list of tensors has", "is not trustworthy and was not read", "not a pickle of plain tensors"
 KINDS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "expanded": ("weights", lambda d: saved(d / "a.bin", {"a": torch.zeros(1).expand(1 << 20, 1 << 20)}), MANY),
     "one storage 3,000 times": ("lora", lambda d: aliases(d / "a.bin"), MANY),
