@@ -237,7 +237,10 @@ def test_scales_that_do_not_fit(tmp_path: Path, state: State) -> None:
     values = torch.zeros(state["transformer_blocks.0.attn.to_q.weight"].shape, dtype=torch.int8)
     for parts, message in (
         ({}, "as int8_tensorwise without its weight_scale; fetch the file again"),
-        ({"weight_scale": torch.ones(3)}, r"scale of .*to_q has shape \(3,\); expected one number or one per row"),
+        (
+            {"weight_scale": torch.ones(3)},
+            r"expected one number or one per row as the scale of .*to_q, got shape \(3,\)",
+        ),
     ):
         file = make_file(tmp_path, with_layer(state, {"format": "int8_tensorwise"}, parts, values))
         with pytest.raises(CheckpointError, match=message):
