@@ -1,4 +1,4 @@
-"""Curate a data set, or look at conflict rules.
+"""Curate a data set, or show conflict rules.
 
 python -m trainers.curate conflicts FILE.yaml --matrix [--out matrix.png]
 python -m trainers.curate conflicts FILE.yaml hat mug person
@@ -19,7 +19,7 @@ from .conflicts.wording import instruction
 
 
 def conflicts(args: argparse.Namespace) -> None:
-    """Print the matrix, or who takes which slot in one set of categories."""
+    """Print the matrix, or the slot of each category in one picture."""
     rules = read_rules(args.file)
     if args.matrix:
         print(describe(rules))
@@ -36,22 +36,22 @@ def conflicts(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    top = argparse.ArgumentParser(
         prog="trainers.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = made.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command", required=True)
     one = commands.add_parser("conflicts", help="which categories may share a picture")
-    one.add_argument("file", type=Path)
-    one.add_argument("categories", nargs="*", help="solve one picture of these")
+    one.add_argument("file", type=Path, help="a YAML file of rules")
+    one.add_argument("categories", nargs="*", help="check one picture with these")
     one.add_argument("--matrix", action="store_true", help="print the table")
-    one.add_argument("--out", type=Path, help="draw the matrix into this picture")
+    one.add_argument("--out", type=Path, help="write the matrix as a picture")
     one.set_defaults(run=conflicts)
-    return made
+    return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return exit_code(lambda: args.run(args), "run the same command to go on")
+    return exit_code(lambda: args.run(args), "run the same command again to continue")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m trainers.nano`: see make_model.py."""
+"""Command `python -m trainers.nano` (make_model.py)."""
 
 from .make_model import main
 

@@ -1,7 +1,7 @@
 """Drawn backgrounds: smooth, bright places with a known ground line, at any size.
 
 A place is a function ``(canvas, rng) -> None`` drawing in unit coordinates (x to the right, y down, both 0 to 1).
-Everything is drawn at twice the size and averaged down, which is the anti-aliasing.
+Pictures are drawn at twice the size and averaged down for anti-aliasing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Place:
-    """``ground``: fraction of the height where feet stand. ``preposition``: what a sentence says before the name."""
+    """Kind of background. ground: fraction of the height where feet stand; preposition: before its name."""
 
     name: str
     preposition: str
@@ -98,7 +98,7 @@ class Canvas:
         self.pen.polygon([(self._x(x), self._y(y)) for x, y in points], fill=fill)
 
     def ellipse(self, x: float, y: float, width: float, height: float, fill: Colour) -> None:
-        """Given by its centre and its full width and height (fractions of the picture's width and height)."""
+        """Draw an ellipse by its centre and full width and height, as fractions of the picture."""
         box = (self._x(x - width / 2), self._y(y - height / 2), self._x(x + width / 2), self._y(y + height / 2))
         self.pen.ellipse(box, fill=fill)
 
@@ -345,7 +345,7 @@ PLACES: dict[str, Place] = {
 }
 WITH_MOOD = ("field", "beach", "sea", "sky", "city", "snow", "desert", "forest", "garden")
 
-# What an edit asks for in words. One fixed picture each, so that the words alone determine the target.
+# Backgrounds that an edit names in words: one fixed picture each, so that the words determine the target.
 CANONICAL: dict[str, Background] = {
     "on a beach by day": Background("beach", 3),
     "on a beach at sunset": Background("beach", 3, "sunset"),
@@ -366,14 +366,14 @@ CANONICAL: dict[str, Background] = {
 
 
 def sample_background(rng: np.random.Generator) -> Background:
-    """Any place; outdoors at sunset or at night in three cases of ten."""
+    """Draw a random place; outdoors at sunset or at night in three cases of ten."""
     kind = str(rng.choice(list(PLACES)))
     mood = str(rng.choice(["day", "sunset", "night"], p=[0.7, 0.18, 0.12])) if kind in WITH_MOOD else "day"
     return Background(kind, int(rng.integers(1 << 31)), mood)
 
 
 def draw(background: Background, width: int, height: int) -> Image.Image:
-    """The background as an RGB picture of ``width`` x ``height``."""
+    """Draw a background as an RGB picture of ``width`` x ``height``."""
     canvas = Canvas(width * SUPERSAMPLING, height * SUPERSAMPLING, background.mood)
     background.place.draw(canvas, np.random.default_rng(background.seed))
     return canvas.image.reduce(SUPERSAMPLING)

@@ -1,9 +1,9 @@
-"""Writes ``catalogue.json`` from Unicode's ``emoji-test.txt`` and the folder of pictures.
+"""Write ``catalogue.json`` from Unicode's ``emoji-test.txt`` and the folder of pictures.
 
     python -m trainers.nano.build_catalogue --names emoji-test.txt --files FOLDER
 
-Needed only to change the catalogue; the result is committed. Names and groups come from Unicode, the tables below say
-what Unicode does not: which subgroups are things, what a person already wears or holds, which pictures contain scenery.
+Needed only to change the catalogue; the result is committed. Names and groups come from Unicode; the tables below add
+which subgroups are objects, what a person already wears or holds, and which pictures contain scenery.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def family_of(design: str) -> str:
 
 
 def gender_of(entry: Entry) -> str | None:
-    """From the code points, else from the name."""
+    """Gender by the code points, else by the name; None if neither states it."""
     words = set(re.findall(r"[a-z]+", entry.name.lower()))
     if {"1f469", "2640"} & set(entry.key.split("-")) or words & {"woman", "girl", "mermaid", "princess", "mrs"}:
         return "woman"
@@ -140,7 +140,7 @@ def gender_of(entry: Entry) -> str | None:
 
 
 def spoken_name(entry: Entry) -> str:
-    """Short and natural: 'man: red hair' becomes 'red-haired man'."""
+    """Short natural name: 'man: red hair' becomes 'red-haired man'."""
     if entry.key in RENAMED:
         return RENAMED[entry.key]
     name = entry.name.replace("’", "'").replace("getting ", "getting a ").replace("mx claus", "Claus")
@@ -162,7 +162,7 @@ def pose_of(entry: Entry, family: str) -> str:
 
 
 def heldout(family: str, kind: str) -> bool:
-    """A seeded hash of the family decides, so new pictures never move old ones to the other side."""
+    """True for held-out families, by a seeded hash, so that new pictures never move old ones to the other split."""
     digest = hashlib.sha256(f"{SPLIT_SEED}:{family}".encode()).digest()
     return int.from_bytes(digest[:4], "big") / 2**32 < HELDOUT_SHARE[kind]
 
@@ -205,7 +205,7 @@ def object_row(entry: Entry, twins: dict[str, str]) -> dict[str, object]:
 
 
 def build(entries: list[Entry], available: set[str]) -> list[dict[str, object]]:
-    """All usable designs, persons first; each row says which split its family fell into."""
+    """Build the rows of all usable designs, persons first, with the split of their family."""
     twins = twin_families()
     rows = []
     for entry in entries:

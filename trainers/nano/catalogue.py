@@ -1,4 +1,4 @@
-"""The catalogue of assets: what each picture shows, and on which side of the train / held-out split its design lies."""
+"""Catalogue of assets: content of each picture, and its side of the train / held-out split."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Asset:
 
 
 def with_tone(design: str, tone: str) -> str:
-    """The key of a design in a skin tone: the modifier follows the first code point."""
+    """Key of a design in a skin tone: the modifier follows the first code point."""
     first, _, rest = design.partition("-")
     return "-".join(part for part in (first, TONES[tone], rest) if part)
 
@@ -54,7 +54,7 @@ def in_split(asset: Asset, split: Split) -> bool:
 
 @cache
 def load() -> tuple[Asset, ...]:
-    """Every asset, persons expanded to their skin tones, in the committed order."""
+    """Load all assets, persons expanded to their skin tones, in the committed order."""
     rows = json.loads(Path(__file__).with_name("catalogue.json").read_text(encoding="utf-8"))
     assets: list[Asset] = []
     for row in rows:

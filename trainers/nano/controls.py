@@ -1,7 +1,7 @@
-"""Controls of the evaluation: what a judge must score highest, and what it must tell from it.
+"""Controls of the evaluation: pictures that a judge must score below the truth, and the fair ceiling.
 
-Each takes the scene that the truth was rendered from and returns a Sample whose references and instruction are the
-truth's; only the target (with its placements) differs.
+Each takes the scene of the truth and returns a Sample with the truth's references and instruction; only the target
+(with its placements) differs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def recomposed(bank: Bank, scene: Scene, hidden_seed: int = 1) -> Sample:
 
 
 def background_alone(bank: Bank, scene: Scene) -> Sample:
-    """Nothing was put into the picture."""
+    """The background without any item."""
     truth = render(bank, scene)
     empty = tuple(replace(place, mask=np.zeros_like(place.mask)) for place in truth.placements)
     return replace(truth, target=truth.background.copy(), placements=empty)
 
 
 def positions_shuffled(bank: Bank, scene: Scene) -> Sample:
-    """The right items, mirrored to the other side; those of the middle, the hats and the held go to a side."""
+    """The correct items, mirrored to the other side; central, worn and held ones move to a side."""
     items = tuple(replace(item, anchor=_elsewhere(item.anchor, index)) for index, item in enumerate(scene.items))
     edit = scene.edit
     if edit and edit.anchor and edit.item is not None:
@@ -49,7 +49,7 @@ def _elsewhere(anchor: Anchor, index: int) -> Anchor:
 
 
 def object_swapped(bank: Bank, scene: Scene, seed: int = 1) -> Sample:
-    """The last item (of an edit: one that is left) is another asset of its kind and split, in the same place."""
+    """Replace the last item (for edits: of those left) by another asset of its kind and split, in the same place."""
     index = _last_left(scene)
     item = scene.items[index]
     candidates = bank.persons(item.asset.split) if item.asset.kind == "person" else bank.objects(item.asset.split)
@@ -72,18 +72,18 @@ def _last_left(scene: Scene) -> int:
 
 
 def can_swap_references(scene: Scene) -> bool:
-    """Two items must be there to exchange, before and after an edit."""
+    """True if the scene has two items to exchange, before and after an edit."""
     return len(scene.items) >= 2 and not (scene.edit and scene.edit.kind == "remove")
 
 
 def references_swapped(bank: Bank, scene: Scene) -> Sample:
-    """The first two items stand in each other's place, as if their numbers had been confused.
+    """Exchange the places of the first two items, as if their numbers had been confused.
 
-    Raises ValueError when the scene has only one; ask ``can_swap_references`` first.
+    Raises ValueError for a scene with one item; check ``can_swap_references`` first.
     """
     if not can_swap_references(scene):
         raise ValueError(
-            f"swapping references needs two items before and after; got {len(scene.items)} for {scene.task}"
+            f"expected two items to exchange before and after the edit, got {len(scene.items)} for {scene.task}"
         )
     first, second = scene.items[:2]
     swapped = {

@@ -1,4 +1,4 @@
-"""The pictures: fetched from npm, or the small vendored subset, opened lazily as cropped RGBA arrays.
+"""Asset pictures: fetched from npm, or the small vendored subset, opened lazily as cropped RGBA arrays.
 
     python -m trainers.nano.emoji [--out DIR]
 
@@ -26,20 +26,20 @@ PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 ARCHIVE_SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 EXPECTED_FILES = 3391
 SUBSET = Path(__file__).with_name("assets")
-ALPHA_FLOOR = 8  # fainter pixels do not count as part of the thing when it is cropped
+ALPHA_FLOOR = 8  # fainter pixels are ignored when a picture is cropped
 MAX_FILE_BYTES = 1 << 20
-LONGEST = 160  # pixels kept of each picture: more than a scene of 128 ever shows, and a third of the memory of 256
+LONGEST = 160  # side in memory: more than a scene of 128 pixels shows, a third of the memory of 256
 ASYMMETRY_SIDE = 16  # pixels at which a picture is compared with its mirror image
 
 
 def default_folder() -> Path:
-    """``$UNIPIC_DATA``, else a folder in the user's cache."""
+    """Folder of the fetched set: ``$UNIPIC_DATA``, else in the user's cache."""
     chosen = os.environ.get("UNIPIC_DATA")
     return Path(chosen) if chosen else Path.home() / ".cache" / "unipic" / "fluent-emoji-3d"
 
 
 def key_of(path: Path) -> str:
-    """File name to key: the code points without the presentation selector fe0f."""
+    """Key of a file name: its code points without the presentation selector fe0f."""
     return "-".join(part for part in path.stem.split("-") if part != "fe0f")
 
 
@@ -65,7 +65,7 @@ class Bank:
 
     @classmethod
     def open(cls, folder: Path | str | None = None, longest: int = LONGEST) -> Bank:
-        """The given folder, or the fetched set, or the vendored subset. Raises ValueError for a folder without any."""
+        """Open the given folder, the fetched set, or the vendored subset. Raises ValueError without pictures."""
         if folder is not None:
             return cls(Path(folder), longest)
         fetched = default_folder()
@@ -93,21 +93,21 @@ class Bank:
 
     def designs(self, kind: str, split: Split = "all") -> tuple[tuple[Asset, ...], ...]:
         """The assets of one kind grouped by design, so that a design with six skin tones counts once."""
-        found = self._designs.get((kind, split))
-        if found is None:
+        designs = self._designs.get((kind, split))
+        if designs is None:
             groups: dict[str, list[Asset]] = {}
             for asset in self._assets:
                 if asset.kind == kind and in_split(asset, split):
                     groups.setdefault(asset.design, []).append(asset)
-            found = self._designs[kind, split] = tuple(tuple(group) for group in groups.values())
-        return found
+            designs = self._designs[kind, split] = tuple(tuple(group) for group in groups.values())
+        return designs
 
     def image(self, asset: Asset) -> np.ndarray:
         """uint8 [h, w, 4], cropped to the box of its alpha, the longer side at most ``longest``."""
         return np.asarray(self.sprite(asset))
 
     def sprite(self, asset: Asset) -> Image.Image:
-        """The same as a PIL picture, which the renderer resizes. Kept in memory once opened."""
+        """The same as a PIL picture for the renderer, cached in memory."""
         sprite = self._images.get(asset.key)
         if sprite is None:
             picture = Image.open(self._paths[asset.key], formats=("WEBP",)).convert("RGBA")
@@ -121,36 +121,36 @@ class Bank:
         return sprite
 
     def head(self, asset: Asset) -> tuple[float, float, float]:
-        """Where a hat sits: centre x of the head, its top, and its width, as fractions of the cropped picture.
+        """Head of a person: centre x, top and width, as fractions of the cropped picture.
 
-        Measured on the alpha: the head is what the outline spans a fifth (bust) or two fifths (head alone) down.
+        Measured on the alpha, as the width of the outline at a fifth (bust) or two fifths (head alone) of the height.
         """
-        found = self._heads.get(asset.key)
-        if found is None:
+        head = self._heads.get(asset.key)
+        if head is None:
             alpha = self.image(asset)[..., 3] > 127
             row = alpha[int(alpha.shape[0] * (0.4 if asset.pose == "head" else 0.2))]
             columns = np.flatnonzero(row)
             left, right = columns[0], columns[-1] + 1
             top = int(np.argmax(alpha[:, left:right].any(axis=1)))
             width = alpha.shape[1]
-            found = ((left + right) / 2 / width, top / alpha.shape[0], (right - left) / width)
-            self._heads[asset.key] = found
-        return found
+            head = ((left + right) / 2 / width, top / alpha.shape[0], (right - left) / width)
+            self._heads[asset.key] = head
+        return head
 
     def asymmetry(self, asset: Asset) -> float:
         """Mean absolute difference (0..1) between the asset on white and its mirror image, over where either is.
 
         At ASYMMETRY_SIDE pixels, so that stripes and letters count little.
         """
-        found = self._asymmetries.get(asset.key)
-        if found is None:
+        value = self._asymmetries.get(asset.key)
+        if value is None:
             small = self.sprite(asset).resize((ASYMMETRY_SIDE, ASYMMETRY_SIDE), Image.Resampling.BOX)
             rgba = np.asarray(small, np.float32) / 255
             white = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
             cover = np.maximum(rgba[..., 3], rgba[:, ::-1, 3])
             difference = np.abs(white - white[:, ::-1]).mean(axis=2)
-            found = self._asymmetries[asset.key] = float((difference * cover).sum() / cover.sum())
-        return found
+            value = self._asymmetries[asset.key] = float((difference * cover).sum() / cover.sum())
+        return value
 
 
 def fetch(out: Path) -> int:
@@ -160,10 +160,10 @@ def fetch(out: Path) -> int:
     Raises RuntimeError when npm fails or the package is not the expected one, ValueError when ``out`` is not empty.
     """
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty")
+        raise ValueError(f"--out: expected an empty folder, got {out}; choose another")
     npm = shutil.which("npm")
     if npm is None:
-        raise RuntimeError(f"npm was not found; it is needed to fetch {PACKAGE}")
+        raise RuntimeError(f"fetching {PACKAGE} needs npm, which is not installed")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".emoji-") as scratch:
         command = [npm, "pack", PACKAGE, "--ignore-scripts", "--silent"]
@@ -177,7 +177,7 @@ def fetch(out: Path) -> int:
         aside = Path(scratch) / "unpacked"
         count = unpack(archives[0], aside)
         if count != EXPECTED_FILES:
-            raise RuntimeError(f"expected {EXPECTED_FILES} pictures in {PACKAGE}, found {count}")
+            raise RuntimeError(f"expected {EXPECTED_FILES} pictures in {PACKAGE}, got {count}")
         if out.exists():
             out.rmdir()
         aside.rename(out)
@@ -207,7 +207,7 @@ def unpack(archive: Path, folder: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=default_folder())
+    parser.add_argument("--out", type=Path, default=default_folder(), help="folder of the pictures (%(default)s)")
     out = parser.parse_args().out
     print(f"{fetch(out)} pictures in {out}")
 

@@ -1,8 +1,8 @@
-"""How much of the targets the inputs leave open: the pixel variance of the hidden scale, mirror image and offset.
+"""Hidden variance: pixel variance of the targets that the inputs leave open (scale, mirror image, offset).
 
     python -m trainers.nano.hidden_variance [--split heldout] [--scenes 100] [--seed 0]
 
-A picture that a model draws from the inputs alone cannot be nearer to the target than this on average.
+It bounds how close a picture drawn from the inputs alone can be to the target on average.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .render import Hidden, Sample, hidden_of, render_with
 from .scene import Scene
 from .scenes import EDITS, TASKS, make_scene
 
-# What is left to vary when only one cause is looked at.
+# Restriction of the hidden variation to one cause.
 CAUSES: dict[str, Callable[[Hidden], Hidden]] = {
     "all": lambda hidden: hidden,
     "scale": lambda hidden: Hidden(scale=hidden.scale),
@@ -30,7 +30,7 @@ CAUSES: dict[str, Callable[[Hidden], Hidden]] = {
 
 @dataclass(frozen=True)
 class HiddenShare:
-    """Of one task: share of the targets' variance per cause, and the PSNR that predicting the mean would reach (dB)."""
+    """Share of a task's target variance per cause, and the PSNR of predicting the mean (dB)."""
 
     shares: dict[str, float]
     ceiling_psnr: float
@@ -49,9 +49,9 @@ def _half_squared_difference(bank: Bank, scene: Scene, cause: Callable[[Hidden],
 
 
 def hidden_share(bank: Bank, split: Split, task: str, scenes: int = 100, seed: int = 0) -> HiddenShare:
-    """The variance within scenes that the hidden seed causes, over the variance of all targets of the task.
+    """Variance within scenes over hidden seeds, relative to the variance of all targets of the task.
 
-    The total is taken around the mean picture of the task. Edits hide nothing, so their shares are 0.
+    The total is around the mean picture of the task. Edits have no hidden variation, so their shares are 0.
     """
     drawn = [make_scene(bank, split, seed, index, task=task) for index in range(scenes)]
     targets = np.stack([_pixels(render_with(bank, scene, hidden_of(scene, None))) for scene in drawn])

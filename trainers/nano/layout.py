@@ -1,4 +1,4 @@
-"""Where things stand: the anchored list of relations, and which persons and objects each of them fits.
+"""Layout: anchors of the relations between items, and which persons and objects fit them.
 
 Positions are fractions of the target's width and height, sizes of the side of a square target. Items are large on
 purpose: a small model has few tokens. For the same reason every item's square stands on a lattice of whole tokens
@@ -16,7 +16,7 @@ from .catalogue import Asset
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where an item's square, the one that its reference shows, stands on its foot, and how large it is.
+    """Position and size of an item's square, the one that its reference shows, by its foot.
 
     An item with a ``host`` (the index of another item of the scene) follows it: as a hat on its head, as a held thing
     at its chest, or standing on top of it. ``z``: larger is nearer to the viewer.
@@ -93,20 +93,20 @@ def lattice_step(size: int) -> float:
 
 
 def person_anchor(size: float = PERSON, x: float = 0.5) -> Anchor:
-    """On the lower edge; busts, which are portraits cut at the chest, leave the picture through it."""
+    """Anchor of a person at the lower edge, where busts (portraits cut at the chest) leave the picture."""
     return Anchor(x, size=size, z=1)
 
 
 def around(relation: str, size: float = OBJECT) -> Anchor:
-    """The anchor of an object beside, before, behind, on or in the hands of item 0."""
+    """Anchor of an object beside, before, behind, on or in the hands of item 0."""
     return replace(AROUND[relation], size=size)
 
 
 def portable(asset: Asset) -> bool:
-    """Whether a person could hold it at the chest."""
+    """True for objects that a person can hold at the chest."""
     return asset.category.startswith(HAND_SIZED) and asset.key not in TOO_LARGE_TO_HOLD
 
 
 def composable(asset: Asset) -> bool:
-    """Persons whose picture brings scenery of its own are left out of scenes."""
+    """False for persons whose picture contains scenery."""
     return asset.pose != "scenery"

@@ -1,7 +1,7 @@
-"""`python -m trainers.nano --vae FOLDER --out FOLDER`: an untrained unipic-nano in the released folder layout.
+"""`python -m trainers.nano --vae FOLDER --out FOLDER`: write an untrained unipic-nano in the released folder layout.
 
-Everything below is small on purpose, and shaped so that ComfyUI's own VAE and text-encoder classes can hold it. The
-whole folder stays under 25 MB in bfloat16, with room for a few-step LoRA.
+All parts are small and fit ComfyUI's VAE and text-encoder classes. The folder stays below 25 MB in bfloat16, with room
+for a few-step LoRA.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MODEL_INDEX: dict[str, Any] = {
 
 
 def make_tokenizer(texts: Iterator[str], vocabulary: int = VOCABULARY) -> Any:
-    """A byte-level BPE tokenizer of Qwen2's kind, trained on `texts`; the special tokens come after its vocabulary."""
+    """Train a byte-level BPE tokenizer like Qwen2's on `texts`; special tokens follow its vocabulary."""
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
 
@@ -97,13 +97,13 @@ def _byte_alphabet() -> list[str]:
 
 
 def captions(bank: Bank, count: int, seed: int) -> Iterator[str]:
-    """The tokenizer's corpus: instructions in the chat template, so that the template is few tokens too."""
+    """Corpus of the tokenizer: instructions, some in the chat template, so that the template needs few tokens."""
     for i, instruction in enumerate(corpus(bank, count, seed)):
         yield prompt_text(instruction, 1 + i % 3) if i % 4 == 0 else instruction
 
 
 def text_encoder_config(tokenizer: Any) -> Any:
-    """A small Qwen2.5-VL: 3 layers of 128 for text, 2 of 96 for vision, the last of them with full attention."""
+    """Config of a small Qwen2.5-VL: 3 text layers of width 128, 2 vision layers of width 96."""
     from transformers import Qwen2_5_VLConfig
 
     make: Any = Qwen2_5_VLConfig
@@ -142,7 +142,7 @@ def text_encoder_config(tokenizer: Any) -> Any:
 
 
 def init_network(network: MMDiT, generator: torch.Generator) -> None:
-    """DiT's initialisation: Xavier, but zeros in modulations and in the last layer: every block starts as identity."""
+    """Initialise as DiT: Xavier, with zero modulations and last layer, so that every block starts as identity."""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight, generator=generator)
@@ -152,7 +152,7 @@ def init_network(network: MMDiT, generator: torch.Generator) -> None:
 
 
 def write_folder(vae: Path, out: Path, seed: int, corpus_size: int = 20000) -> None:
-    """The whole untrained pipeline folder."""
+    """Write the untrained pipeline folder."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     bank = Bank.open()
@@ -173,7 +173,7 @@ def write_folder(vae: Path, out: Path, seed: int, corpus_size: int = 20000) -> N
 
 
 def save_network(network: MMDiT, folder: Path, dtype: torch.dtype) -> None:
-    """`transformer/` in diffusers' layout."""
+    """Write `transformer/` in diffusers' layout."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: w.detach().to(dtype).contiguous() for k, w in network.state_dict().items()}
     save_file(weights, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
@@ -205,9 +205,9 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="trainers.nano.make_model", description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="the vae/ folder that trainers.train exported")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--vae", type=Path, required=True, help="the vae/ folder exported by trainers.train")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--seed", type=int, default=1, help="of the initial weights (%(default)s)")
     args = parser.parse_args()
     write_folder(args.vae, args.out, args.seed)
     print(f"wrote {args.out}")

@@ -1,4 +1,4 @@
-"""From a scene to pictures: the references, the target, and where everything came to lie in it."""
+"""Rendering of scenes: references, target, and the placement of each item in it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ANY_FIT = (1.2, 0.3)  # for a control that puts something else on the head
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one item lies in the target.
+    """Placement of one item in the target.
 
     ``reference``: index of the reference that shows it. ``box``: the item's own box, clipped to the picture.
     ``mask``: float32 [H, W], the share of each pixel that is this item, after occlusion.
@@ -71,7 +71,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What the inputs do not determine about one item: relative scale, mirror image, offset in pixels of 128."""
+    """Hidden variation of one item that the inputs do not determine: scale, mirror image, offset in pixels of 128."""
 
     scale: float = 1.0
     flip: bool = False
@@ -86,7 +86,7 @@ def draw_hidden(rng: np.random.Generator) -> Hidden:
 
 
 def hidden_of(scene: Scene, hidden_seed: int | None) -> list[Hidden]:
-    """One per item. Edits hide nothing: what they keep is in their reference, so its seed is the scene's own."""
+    """Hidden variation per item. Edits have none, since their reference shows the items: their seed is the scene's."""
     other = [] if hidden_seed is None or scene.edit else [hidden_seed]
     rng = np.random.default_rng([HIDDEN_SALT, scene.seed, *other])
     drawn = [(draw_hidden(rng), item) for item in scene.items]
@@ -103,12 +103,12 @@ def look_matrix(look: Look) -> Matrix:
 
 
 def colour_matrix(colour: str) -> Matrix:
-    """Everything in shades of one colour: brightness times the colour, brightened a little."""
+    """Map to shades of one colour: luma times the colour, slightly brightened."""
     return 1.35 * np.outer(np.array(COLOURS[colour]) / 255, LUMA)
 
 
 def light_of(background: Image.Image) -> Matrix:
-    """The mild tint that a background's mean colour throws on what stands before it."""
+    """Mild tint of the items by the background's mean colour."""
     mean = np.asarray(background.resize((1, 1), Image.Resampling.BOX))[0, 0] / 255.0
     level = float(mean.mean())
     cast = 1 + 0.22 * (mean / max(level, 0.05) - 1)
@@ -147,7 +147,7 @@ def extent(item: Item, sprite: Image.Image, side: float) -> tuple[float, float]:
 
 
 def in_square(bank: Bank, item: Item, side: float) -> Rectangle:
-    """Where an item lies in its own square: in the middle, or, a bust, cut by the lower edge. Pixels."""
+    """Box of an item in its square in pixels: centred, or for busts cut by the lower edge."""
     width, height = extent(item, bank.sprite(item.asset), 1.0)
     scale = item.fill * side / max(width, height)
     width, height = width * scale, height * scale
@@ -156,20 +156,20 @@ def in_square(bank: Bank, item: Item, side: float) -> Rectangle:
 
 
 def place(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> list[Rectangle]:
-    """The box of every item, hosts before what follows them."""
+    """Boxes of all items; hosts come before the items that they carry."""
     boxes: list[Rectangle] = []
-    for item, own in zip(scene.items, hidden, strict=True):
+    for item, variation in zip(scene.items, hidden, strict=True):
         host = item.anchor.host
         if item.anchor.align in ("head", "top") and host is not None:
-            boxes.append(_on_top(bank, item, scene.items[host], boxes[host], own, hidden[host], scene.unit))
+            boxes.append(_on_top(bank, item, scene.items[host], boxes[host], variation, hidden[host], scene.unit))
             continue
         side = item.anchor.size * scene.unit
         x, y = square(scene, item)
         left, top, width, height = in_square(bank, item, side)
-        unit, larger = scene.size / 128, own.scale - 1
-        left += x + own.dx * unit - larger * width / 2
-        top += y + own.dy * unit - larger * height / 2
-        boxes.append((left, top, width * own.scale, height * own.scale))
+        unit, larger = scene.size / 128, variation.scale - 1
+        left += x + variation.dx * unit - larger * width / 2
+        top += y + variation.dy * unit - larger * height / 2
+        boxes.append((left, top, width * variation.scale, height * variation.scale))
     return boxes
 
 
@@ -186,7 +186,9 @@ def square(scene: Scene, item: Item) -> tuple[float, float]:
     return min(max(left, 0), width - side), min(max(top, 0), height - side)
 
 
-def _on_top(bank: Bank, item: Item, host: Item, box: Rectangle, own: Hidden, hosts: Hidden, unit: float) -> Rectangle:
+def _on_top(
+    bank: Bank, item: Item, host: Item, box: Rectangle, variation: Hidden, hosts: Hidden, unit: float
+) -> Rectangle:
     """The box of a hat, which fits its head, or of a thing that stands on another."""
     left, top, width, height = box
     sprite = bank.sprite(item.asset)
@@ -195,12 +197,12 @@ def _on_top(bank: Bank, item: Item, host: Item, box: Rectangle, own: Hidden, hos
         x = 1 - x if hosts.flip else x
         relative, depth = HAT_FIT.get(item.asset.key, ANY_FIT)
         head = span * width
-        scale = 1 + (own.scale - 1) * 0.5  # a hat that fits varies less
+        scale = 1 + (variation.scale - 1) * 0.5  # hats vary less
         hat_width, hat_height = extent(item, sprite, 1.0)
         factor = relative * head * scale / hat_width
         hat_width, hat_height = hat_width * factor, hat_height * factor
         return left + x * width - hat_width / 2, top + y * height + depth * head - hat_height, hat_width, hat_height
-    wide, high = extent(item, sprite, item.fill * item.anchor.size * unit * own.scale)
+    wide, high = extent(item, sprite, item.fill * item.anchor.size * unit * variation.scale)
     return left + (width - wide) / 2, max(top - high + 0.06 * high, 0), wide, high
 
 
@@ -262,7 +264,7 @@ def clip(box: Rectangle, canvas: tuple[int, int]) -> Box:
 
 
 def reference_picture(bank: Bank, item: Item, size: int) -> Image.Image:
-    """The asset alone on plain paper, in a square picture."""
+    """Draw an asset alone on plain paper in a square picture."""
     left, top, width, height = in_square(bank, item, size)
     colours, alpha = sprite_at(bank, item, False, (width, height), look_matrix(item.look))
     paper = Image.new("RGB", (size, size), item.paper)
@@ -271,7 +273,7 @@ def reference_picture(bank: Bank, item: Item, size: int) -> Image.Image:
 
 
 def render(bank: Bank, scene: Scene, *, hidden_seed: int | None = None) -> Sample:
-    """Draw the scene. ``hidden_seed`` varies what the inputs do not determine; it leaves edits unchanged."""
+    """Draw the scene. ``hidden_seed`` selects another hidden variation; edits have none."""
     return render_with(bank, scene, hidden_of(scene, hidden_seed))
 
 
@@ -283,8 +285,8 @@ def render_with(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> Sample:
         backdrop = recolour(backdrop, np.diag(LIGHTS[scene.light]))
     if scene.edit:
         before, _ = assemble(bank, scene, backdrop, hidden, matrices)
-        after, backdrop, matrices, kept = edited(scene, backdrop, matrices)
-        target, placements = assemble(bank, after, backdrop, [hidden[index] for index in kept], matrices)
+        after, backdrop, matrices, remaining = edited(scene, backdrop, matrices)
+        target, placements = assemble(bank, after, backdrop, [hidden[index] for index in remaining], matrices)
         return Sample((before,), scene.instruction, target, backdrop.copy(), placements, scene.task)
     target, placements = assemble(bank, scene, backdrop, hidden, matrices)
     sources = [reference_picture(bank, item, scene.size) for item in scene.items] + [reference.copy()]
@@ -295,18 +297,18 @@ def render_with(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> Sample:
 def edited(
     scene: Scene, backdrop: Image.Image, matrices: list[Matrix]
 ) -> tuple[Scene, Image.Image, list[Matrix], list[int]]:
-    """The scene after its edit, its background picture, its colour maps, and which items are left."""
+    """Scene after its edit, its background picture, its colour maps, and the indices of the remaining items."""
     edit, items = scene.edit, list(scene.items)
     assert edit is not None
-    kept = list(range(len(items)))
+    remaining = list(range(len(items)))
     if edit.background is not None:
         backdrop = _backdrop(edit.background, scene.shape, scene.size, scene.canvas)[1]
     elif edit.item is not None and edit.kind == "remove":
-        kept.remove(edit.item)
+        remaining.remove(edit.item)
     elif edit.item is not None and edit.colour is not None:
         matrices = [*matrices]
         matrices[edit.item] = colour_matrix(edit.colour) @ matrices[edit.item]
     elif edit.item is not None and edit.anchor is not None:
         items[edit.item] = replace(items[edit.item], anchor=edit.anchor)
-    after = replace(scene, items=tuple(items[index] for index in kept))
-    return after, backdrop, [matrices[index] for index in kept], kept
+    after = replace(scene, items=tuple(items[index] for index in remaining))
+    return after, backdrop, [matrices[index] for index in remaining], remaining

@@ -1,4 +1,4 @@
-"""A scene before it is drawn: its things, how each looks, where it stands, what an edit changes, the words."""
+"""Description of a scene: items with looks and positions, an edit, and the instruction."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a single-image edit changes: the item (by index; None for the background), and the value it gets."""
+    """Single-image edit: the changed item (index; None: the background) and its new value."""
 
     kind: Literal["move", "remove", "recolour", "replace_background"]
     item: int | None = None

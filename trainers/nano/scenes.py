@@ -1,6 +1,6 @@
-"""What a scene is, and how one is drawn from a seed: assets, places, relations, the order of the references, the words.
+"""Random scenes: assets, places, relations, the order of the references, and the instruction, from a seed.
 
-Nothing here touches pixels; ``render.py`` does.
+Pixels are drawn by ``render.py``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GENERIC_SHARE = 0.3  # instructions that say "object" and "person" only
 OTHER_SHAPE_SHARE = 0.12  # background references that are 4:3 or 3:4
 PLAIN_PAPER_SHARE = 0.25  # references on a pastel colour instead of white
 
-# What the colour words of an edit mean.
+# Colours that an edit names.
 COLOURS: dict[str, Colour] = {
     "red": (235, 40, 45),
     "orange": (255, 140, 30),
@@ -62,7 +62,7 @@ class Draw:
         return options[int(self.rng.choice(len(options), p=p))]
 
     def person(self, relations: Sequence[str] = ()) -> Asset:
-        """A person who can do all this: a design first, then one of its skin tones."""
+        """Draw a person that fits the relations: a design first, then one of its skin tones."""
         designs = [
             tones
             for tones in self.bank.designs("person", self.split)
@@ -74,7 +74,7 @@ class Draw:
         return tones[self.rng.integers(len(tones))]
 
     def object(self, relation: str = "", taken: Sequence[Asset] = ()) -> Asset:
-        """Something that fits the relation; hats are for heads, and nothing appears twice."""
+        """Draw an object that fits the relation: hats for heads only, and no family twice."""
         families = {asset.family for asset in taken}
         options = [
             asset
@@ -86,7 +86,7 @@ class Draw:
         return options[self.rng.integers(len(options))]
 
     def look(self, asset: Asset) -> Look:
-        """Strong for objects, milder for persons; no new hue where the name states a colour or nothing is trained."""
+        """Draw an augmentation, milder for persons; no new hue if the name states a colour, none outside training."""
         if self.split != "train":
             return Look()
         rng = self.rng
@@ -135,7 +135,7 @@ def compose3(draw: Draw) -> list[Item]:
 
 
 def pair(draw: Draw) -> list[Item]:
-    """The second object is the one whose relation is said: 'the cup left of the guitar' are guitar and cup."""
+    """Two objects; the second is the one with the relation: 'the cup left of the guitar' gives guitar, cup."""
     relation = draw.choice(list(PAIRS))
     first, second = PAIRS[relation]
     base = draw.item(draw.object(), "base", first)
@@ -183,7 +183,7 @@ COMPOSERS = {
 
 
 def edit_items(draw: Draw, task: str) -> list[Item]:
-    """What stands in the picture before an edit: one thing, or a person and an object beside them."""
+    """Items before an edit: one item, or a person and an object beside them."""
     if draw.rng.random() < 0.35 and task != "remove":
         where = draw.choice(["left", "centre", "right"])
         if task == "recolour" or draw.rng.random() < 0.5:
@@ -195,7 +195,7 @@ def edit_items(draw: Draw, task: str) -> list[Item]:
 
 
 def draw_edit(draw: Draw, task: str, items: Sequence[Item], background: Background) -> Edit:
-    """The change itself. The object is what changes; a lone item or, when removing, either one may be it."""
+    """Draw the change: of the object, of a lone item, or for removal of either."""
     last = len(items) - 1
     if task == "remove":
         return Edit("remove", int(draw.rng.integers(len(items))))
@@ -212,7 +212,7 @@ def draw_edit(draw: Draw, task: str, items: Sequence[Item], background: Backgrou
 
 
 def scene_rng(split: Split, seed: int, index: int, task_code: int) -> tuple[int, np.random.Generator]:
-    """A scene's own seed and its generator. Raises ValueError for an unknown split."""
+    """Seed of a scene and its generator. Raises ValueError for an unknown split."""
     if split not in SPLIT_CODES:
         raise ValueError(f"split must be one of {sorted(SPLIT_CODES)}, got {split!r}")
     state = np.random.SeedSequence([seed, index, SPLIT_CODES[split], task_code]).generate_state(1, np.uint64)
@@ -247,7 +247,7 @@ def make_scene(bank: Bank, split: Split, seed: int, index: int, *, task: str | N
 
 
 def reworded(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The same picture from a new order of the references and new words."""
+    """The same picture with a new order of the references and a new instruction."""
     generic = bool(rng.random() < GENERIC_SHARE)
     if scene.edit:
         return replace(scene, instruction=wording.edit_instruction(scene.items, scene.edit, generic, rng))

@@ -1,4 +1,4 @@
-"""Writes the vendored subset, 128-pixel copies of a few assets, from the full set.
+"""Write the vendored subset, 128-pixel copies of some assets, from the full set.
 
     python -m trainers.nano.vendor [--files FOLDER]
 
@@ -24,11 +24,11 @@ COUNTS = {("object", "train"): 105, ("object", "heldout"): 60, ("person", "train
 
 
 def by_hash(assets: Iterable[Asset]) -> list[Asset]:
-    """In an order that does not depend on the catalogue's."""
+    """Sort by a hash, independently of the catalogue's order."""
     return sorted(assets, key=lambda asset: hashlib.sha256(asset.key.encode()).hexdigest())
 
 
-def chosen() -> list[Asset]:
+def subset() -> list[Asset]:
     """One skin tone per person design; hats and the demo first, then by hash."""
     assets, picked = by_hash(asset for asset in load() if asset.kind == "object" or composable(asset)), []
     for (kind, split), count in COUNTS.items():
@@ -36,8 +36,8 @@ def chosen() -> list[Asset]:
         for asset in assets:
             if asset.kind == kind and asset.split == split:
                 designs.setdefault(asset.design, asset)
-        wanted = sorted(designs.values(), key=lambda asset: not (asset.is_hat or asset.design in DEMO_HELDOUT))
-        picked += wanted[:count]
+        candidates = sorted(designs.values(), key=lambda asset: not (asset.is_hat or asset.design in DEMO_HELDOUT))
+        picked += candidates[:count]
     return picked
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     paths = {key_of(path): path for path in parser.parse_args().files.glob("*.webp")}
     for old in SUBSET.glob("*.webp"):
         old.unlink()
-    for asset in chosen():
+    for asset in subset():
         picture = Image.open(paths[asset.key], formats=("WEBP",)).convert("RGBA")
         picture = picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS)
         picture.save(SUBSET / f"{asset.key}.webp", quality=QUALITY, method=6)

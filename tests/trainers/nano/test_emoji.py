@@ -102,5 +102,5 @@ def test_a_huge_member_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_nothing_is_fetched_over_existing_files(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="expected an empty folder"):
         fetch(tmp_path)

@@ -1,1 +1,1 @@
-"""The conflict matrix of section 4.1: which sources may be drawn together, and who takes which slot."""
+"""Conflict matrix (UniPic 3, section 4.1): which sources can share a picture, and which slot each takes."""

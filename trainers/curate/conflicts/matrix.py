@@ -1,4 +1,4 @@
-"""The category x category matrix of a rules file, as text and as a picture, and the share of sets that it leaves."""
+"""Category x category matrix of a rules file as text and picture, and the share of allowed sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FREE, BLOCKED = (112, 182, 128), (214, 96, 88)
 
 
 def pair_reason(rules: Rules, one: str, other: str) -> str:
-    """Why two categories cannot share a picture, or "". Persons and required things may join them."""
+    """Reason why two categories cannot share a picture, or ""; persons and required categories may be added."""
     pair = [one, other]
     for needed in rules.require:
         if needed.category in pair and needed.beside not in pair:
@@ -32,12 +32,12 @@ def pair_reason(rules: Rules, one: str, other: str) -> str:
             reasons.append(", ".join(solution.broken))
         if not persons:
             break
-    always = reasons[0].startswith(("forbid", "count"))  # whoever is added
+    always = reasons[0].startswith(("forbid", "count"))  # whatever is added
     return reasons[0] if always else reasons[-1]
 
 
 def conflict_matrix(rules: Rules) -> dict[tuple[str, str], str]:
-    """(category, category) -> reason, "" where the two may share a picture; symmetric."""
+    """Map (category, category) to a reason, "" if they can share a picture; symmetric."""
     names = list(rules.categories)
     matrix = {}
     for i, one in enumerate(names):
@@ -47,28 +47,30 @@ def conflict_matrix(rules: Rules) -> dict[tuple[str, str], str]:
 
 
 def reachable_share(rules: Rules, count: int, seed: int = 0, draws: int = 2000) -> dict[str, float]:
-    """Category -> the share of random sets of `count` sources with it that the rules allow; 0 is a starved category."""
+    """Share of random sets of `count` sources with each category that the rules allow; 0: a starved category."""
     names = list(rules.categories)
     rng = np.random.default_rng([seed, count])
-    seen, allowed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    drawn, allowed = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for draw in range(draws):
         chosen = [names[draw % len(names)], *(names[i] for i in rng.integers(len(names), size=count - 1))]
-        seen[chosen[0]] += 1
+        drawn[chosen[0]] += 1
         allowed[chosen[0]] += solve(rules, chosen).possible
-    return {name: allowed[name] / seen[name] if seen[name] else 0.0 for name in names}
+    return {name: allowed[name] / drawn[name] if drawn[name] else 0.0 for name in names}
 
 
 def describe(rules: Rules) -> str:
-    """The matrix as a table ("x": never together), the reasons, and the share that is left of each category."""
+    """Text: the matrix ("x": never together), the reasons, and the share of allowed sets per category."""
     names, matrix = list(rules.categories), conflict_matrix(rules)
     wide = max(len(name) for name in names) + 4
     lines = [" " * wide + " ".join(f"{i + 1:>2}" for i in range(len(names)))]
     for i, one in enumerate(names):
         cells = " ".join(" x" if matrix[one, other] else " ." for other in names)
         lines.append(f"{i + 1:>2} {one}".ljust(wide) + cells)
-    reasons = sorted({f"{one} + {other}: {why}" for (one, other), why in matrix.items() if why and one <= other})
-    free = sum(not why for why in matrix.values()) / len(matrix)
-    lines += ["", f"{free:.0%} of the pairs can be drawn", *reasons, "", "share of random sets that the rules leave:"]
+    reasons = sorted(
+        {f"{one} + {other}: {reason}" for (one, other), reason in matrix.items() if reason and one <= other}
+    )
+    free = sum(not reason for reason in matrix.values()) / len(matrix)
+    lines += ["", f"{free:.0%} of the pairs can be drawn", *reasons, "", "share of random sets that the rules allow:"]
     shares = [reachable_share(rules, count) for count in range(2, MOST_SOURCES + 1)]
     lines.append(" " * wide + " ".join(f"{count:>5}" for count in range(2, MOST_SOURCES + 1)))
     for name in names:
@@ -78,7 +80,7 @@ def describe(rules: Rules) -> str:
 
 
 def draw_matrix(rules: Rules) -> Image.Image:
-    """Green: may share a picture; red: may not."""
+    """Draw the matrix: green cells can share a picture, red ones cannot."""
     names, matrix = list(rules.categories), conflict_matrix(rules)
     side = CELL * len(names)
     sheet = Image.new("RGB", (LEFT + side + 8, TOP + side + 8), "white")

@@ -1,8 +1,8 @@
-"""The conflict rules of a YAML file: slots with capacities, the slots that categories use, and forbidden pairs.
+"""Conflict rules of a YAML file: slots with capacities, the slots of each category, and forbidden pairs.
 
 slots are counted once per person (head, feet, hands), scene_slots once per picture (table, background). A category is
 drawn into the slots that it `uses`, or into one of the lists of `uses_one_of`; all slots of one list belong to the same
-person. The slots that a `person: true` uses are its own (a person who already holds a prop has no free hands).
+person. A `person: true` category uses slots of that person (one who already holds a prop has no free hands).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Count = Annotated[int, Field(ge=1, le=MOST_SOURCES)]
 
 
 class Strict(BaseModel):
-    """Unknown keys and values of another type are errors."""
+    """Base model: unknown keys and wrong types are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class Category(Strict):
-    """One category. count: at most so many in a picture."""
+    """One category. count: largest number in a picture."""
 
     uses: Slots | None = None
     uses_one_of: Annotated[list[Slots], Field(min_length=1, max_length=8)] | None = None
@@ -52,14 +52,14 @@ class Category(Strict):
 
 
 class Requirement(Strict):
-    """`category` is drawn only beside one of the category `with`."""
+    """`category` is drawn only together with the category `with`."""
 
     category: Name
     beside: Name = Field(alias="with")
 
 
 class Rules(Strict):
-    """A whole file. phrases: slot -> what the prompt writer makes of it, with {} for the thing."""
+    """All rules of a file. phrases: slot -> phrase of the instruction, with {} for the item."""
 
     slots: dict[Name, Count]
     scene_slots: dict[Name, Count] = {}
@@ -86,7 +86,7 @@ class Rules(Strict):
 
     @property
     def forbidden(self) -> frozenset[frozenset[str]]:
-        """Pairs, and for a category that excludes a second one of itself a set of one."""
+        """Forbidden pairs; a set of one for a category that excludes a second one of itself."""
         return frozenset(frozenset(pair) for pair in self.forbid)
 
     @property
@@ -110,13 +110,13 @@ def read_rules(path: Path) -> Rules:
 
 
 def validated(model: type[M], values: dict[str, Any], where: str) -> M:
-    """A model of these values; CurateError is one sentence that names the key, the fault and the value."""
+    """Validate values as a model. Raises CurateError, one sentence with the key, the fault and the value."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
+        fault = first["msg"].removeprefix("Value error, ")
         value = repr(first["input"])
-        shown = "" if first["type"] == "missing" else f"; got {value if len(value) < 80 else value[:77] + '...'}"
-        raise CurateError(f"{where}: {key + ': ' if key else ''}{said}{shown}") from None
+        got = "" if first["type"] == "missing" else f"; got {value if len(value) < 80 else value[:77] + '...'}"
+        raise CurateError(f"{where}: {key + ': ' if key else ''}{fault}{got}") from None

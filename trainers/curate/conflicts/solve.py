@@ -1,4 +1,4 @@
-"""Which source takes which slot: an exact search over the few sources of one picture."""
+"""Assignment of sources to slots: an exact search over the sources of one picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Seat:
 
 @dataclass(frozen=True)
 class Solution:
-    """Either one seat per source, or the names of the rules that forbid this picture."""
+    """One seat per source, or the rules that forbid the picture (`broken`)."""
 
     seats: tuple[Seat, ...] = ()
     broken: tuple[str, ...] = ()
@@ -31,13 +31,13 @@ class Solution:
 
 
 def solve(rules: Rules, categories: Sequence[str], turn: int = 0) -> Solution:
-    """Seats for 1 to 6 sources, or why there are none. Exact: if any assignment exists, one is returned.
+    """Assign 1 to 6 sources to slots. Exact: if any assignment exists, one is returned.
 
     turn: rotates the order in which alternatives are tried, so that a mug is not always in the left hand. Raises
     CurateError for an unknown category or more than six sources.
     """
     if not 1 <= len(categories) <= MOST_SOURCES:
-        raise CurateError(f"a picture has 1 to {MOST_SOURCES} sources, got {len(categories)}")
+        raise CurateError(f"expected 1 to {MOST_SOURCES} sources, got {len(categories)}")
     for name in categories:
         if name not in rules.categories:
             raise CurateError(f"there is no category {name!r}; known: {', '.join(sorted(rules.categories))}")
@@ -106,7 +106,7 @@ def _search(rules: Rules, categories: Sequence[str], turn: int, unlimited: str |
 
 
 def _options(rules: Rules, name: str, source: int, persons: Sequence[int]) -> Iterator[tuple[list[str], int | None]]:
-    """(slots, person) that a source could take; slots of a person need one to be there."""
+    """Yield the (slots, person) that a source can take."""
     category = rules.categories[name]
     for way in category.ways:
         if category.person:
@@ -118,7 +118,7 @@ def _options(rules: Rules, name: str, source: int, persons: Sequence[int]) -> It
 
 
 def _lacking(rules: Rules, categories: Sequence[str]) -> tuple[str, ...]:
-    """The slots each of which, with room enough, would make the picture possible."""
+    """Slots that would make the picture possible if their capacity were unlimited."""
     names = [*rules.slots, *rules.scene_slots]
     alone = tuple(f"slot {name}" for name in names if _search(rules, categories, 0, name))
     persons = any(rules.categories[name].person for name in categories)

@@ -1,4 +1,4 @@
-"""The instruction of one picture by template: every source by its number, in the words of its slot."""
+"""Template instruction of one picture: every source by its number, with the phrase of its slot."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .solve import Seat
 
 
 def instruction(rules: Rules, categories: Sequence[str], seats: Sequence[Seat]) -> str:
-    """As "Show the person from image 1 wearing the hat from image 2." Raises CurateError without any source or seat.
+    """Write an instruction such as "Show the person from image 1 wearing the hat from image 2."
 
-    A thing follows the person whose slot it takes; the scene's things, with their slot's phrase if it has one, follow
-    all persons.
+    An item follows the person whose slot it takes; items of the scene follow all persons. Raises CurateError without
+    a seat for each source.
     """
     if not seats or len(seats) != len(categories):
         raise CurateError(f"expected one seat for each of {len(categories)} sources, got {len(seats)}")
