@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from unipic_core.errors import printable
+from unipic_core.errors import message_of, printable
 
 
 def exit_code(run: Callable[[], object], interrupted: str) -> int:
@@ -19,6 +19,6 @@ def exit_code(run: Callable[[], object], interrupted: str) -> int:
         print(f"interrupted; {interrupted}", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
-        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"error: {printable(' '.join(message_of(error).split()))}", file=sys.stderr)
         return 2
     return 0

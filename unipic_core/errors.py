@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 def one_line(error: BaseException) -> str:
     """First line of another library's message, at most 150 characters, to be quoted inside a sentence."""
@@ -11,6 +13,13 @@ def one_line(error: BaseException) -> str:
 def joined_lines(error: BaseException, most: int = 200) -> str:
     """Another library's message in one line, at most `most` characters, to be quoted inside a sentence."""
     return " ".join(str(error).split())[:most]
+
+
+def message_of(error: Exception) -> str:
+    """Return the message of an error; for one of the system the file and the reason, without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)[:100]}: {error.strerror}; check the path"
+    return str(error)
 
 
 def printable(text: object, keep: str = "") -> str:

@@ -8,9 +8,11 @@ loses the method's defaults of the others (`times: {mean: 0}` of consistency get
 from __future__ import annotations
 
 import dataclasses
+import os
 import reprlib
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from .yaml_reader import ConfigError as ConfigError
@@ -156,3 +158,12 @@ def one_of(config: object, name: str, choices: typing.Collection[str]) -> None:
     """Raise ConfigError unless the value is one of the choices."""
     if getattr(config, name) not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {displayed(getattr(config, name))}")
+
+
+def make_folder(folder: Path, key: str) -> None:
+    """Create a folder that a config names. Raises ConfigError where a file, a device or a link to nothing is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        kind = "there is something else at this path" if os.path.lexists(folder) else str(error.strerror or error)
+        raise ConfigError(f"{key}: expected a folder, got {str(folder)[:100]}: {kind}") from None

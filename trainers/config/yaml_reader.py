@@ -58,6 +58,8 @@ def read_yaml(text: str) -> Any:
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping with text keys. Raises ConfigError that names the file."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ConfigError(f"cannot read {path}: it is a device or a pipe; name a YAML file")
     try:
         with path.open("rb") as file:
             values = read_yaml(file.read(MAX_BYTES).decode("utf-8-sig"))

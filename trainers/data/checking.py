@@ -15,6 +15,7 @@ from tqdm import tqdm
 from unipic_core.errors import printable
 from unipic_core.replacing import write_json
 
+from ..config.parse import make_folder
 from ..config.run import ConfigError, DataConfig
 from .parts import CachePart
 from .rows import BadRow, Row
@@ -58,7 +59,7 @@ def check_rows(data: DataConfig, part: CachePart = CachePart()) -> CheckedSource
             bad[i] = reason
         digests[i] = digest
     checked = CheckedSource(source, digests, bad)
-    Path(data.folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(data.folder), "data.folder")
     require_usable(data, checked, bad)
     return checked
 

@@ -8,6 +8,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +92,22 @@ def check_pictures(record: Record) -> str:
 
 def picture_digest(picture: Picture) -> str:
     """Content digest: an edited picture may keep its name and size, and equal ones may have other names."""
-    content = picture if isinstance(picture, bytes) else picture.read_bytes()
-    return hashlib.blake2b(content, digest_size=16).hexdigest()
+    if isinstance(picture, bytes):
+        return hashlib.blake2b(picture, digest_size=16).hexdigest()
+    try:
+        with picture.open("rb") as file:
+            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+    except OSError as error:
+        raise BadRow(f"the picture {name_of(picture)} cannot be read: {error.strerror or error}") from None
 
 
 def header_size(picture: Picture) -> Size:
     """Read (width, height) from the header. Raises BadRow if the file is missing or not a picture."""
-    if isinstance(picture, Path) and not picture.exists():
-        raise BadRow(f"the picture {name_of(picture)} does not exist")
+    try:
+        if isinstance(picture, Path) and not picture.exists():
+            raise BadRow(f"the picture {name_of(picture)} does not exist")
+    except OSError as error:  # a name that is too long
+        raise BadRow(f"the picture {name_of(picture)} cannot be read: {error.strerror or error}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,7 +127,7 @@ def check_size(size: Size, picture: Picture) -> None:
 
 
 def name_of(picture: Picture) -> str:
-    return picture.name if isinstance(picture, Path) else "a picture of the data set"
+    return picture.name[:100] if isinstance(picture, Path) else "a picture of the data set"
 
 
 def _opened(picture: Picture) -> Path | io.BytesIO:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from unipic_core.replacing import write_json
 
 from ..config.methods import OptimizerConfig
+from ..config.parse import make_folder
 from ..config.run import ConfigError, RunConfig
 from ..roles.sharding import sum_gradients, whole
 from ..roles.types import NamedParameters
@@ -185,7 +186,7 @@ def run_step(
 
 def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
     """Set up devices, processes, mixed precision and TensorBoard."""
-    output.mkdir(parents=True, exist_ok=True)
+    make_folder(output, "output")
     return Accelerator(
         mixed_precision=config.precision,
         log_with=trackers_of(config, output),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
+from ..errors import message_of
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, printable, progress_bar, readable_warnings
 
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         absent = absent_package(error)
         expected = absent is not None or isinstance(error, (ValueError, OSError))
-        text = absent or with_flags(printable(" ".join(sentence(error).split()))) or type(error).__name__
+        text = absent or with_flags(printable(" ".join(message_of(error).split()))) or type(error).__name__
         if not expected:
             text = f"unexpected {type(error).__name__}: {text} (run again with --debug and report it)"
         print(f"unipic: {text}", file=sys.stderr)
@@ -89,13 +90,6 @@ def with_flags(text: str) -> str:
     for python, flag in FLAGS.items():
         text = text.replace(python, flag)
     return text
-
-
-def sentence(error: Exception) -> str:
-    """Message of an error; for an OSError the file and the reason, without its number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)[:100]}: {error.strerror}; check the path"
-    return str(error)
 
 
 def absent_package(error: Exception) -> str | None:

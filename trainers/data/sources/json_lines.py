@@ -23,7 +23,7 @@ class JsonLines(PictureRows):
     def __init__(self, data: DataConfig) -> None:
         super().__init__(data)
         if not self.path.is_file():
-            raise ConfigError(f"data.path: expected a JSONL file for data.kind jsonl, got the folder {self.path}")
+            raise ConfigError(f"data.path: expected a JSONL file for data.kind jsonl, got {self.path}, which is none")
         self.decoded = self._decoded()
         self.lines, self.starts = self._index()
         self.count = len(self.lines)
