@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
-from ..errors import message_of
-from .terminal import DEFAULT_MODEL, DTYPES, layers_added, printable, progress_bar, readable_warnings
+from .terminal import DEFAULT_MODEL, DTYPES, layers_added, message_of, printable, progress_bar, readable_warnings
 
 ENDINGS = (".png", ".webp", ".jpg", ".jpeg")
 STORAGE_DTYPES = ("bf16", "fp32", "fp8_scaled")

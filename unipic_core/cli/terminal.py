@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import MODELS
+from ..errors import message_of as message_of
 from ..errors import printable as printable
 
 DEFAULT_MODEL = MODELS / "unipic-nano"
