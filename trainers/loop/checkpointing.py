@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from unipic_core.errors import CheckpointError, UniPicError, one_line
 
 from ..config.run import ConfigError, RunConfig, parse_run, to_dict
+from .distributed import is_distributed
 from .state import State
 
 
@@ -110,7 +111,7 @@ def read_checkpoint(accelerator: Accelerator, state: State, path: Path) -> tuple
         run = json.loads((path / "run.json").read_text(encoding="utf-8"))
         if run["step"] != step_of(path) or not isinstance(run["config"], dict):
             raise ValueError(f"run.json is of step {run['step']}")
-        if not state.sharded or run["processes"] == accelerator.num_processes:
+        if not state.sharded or is_distributed(path) or run["processes"] == accelerator.num_processes:
             contents = run, state.read(path, accelerator.process_index)
         else:
             contents = run, {}
@@ -150,7 +151,7 @@ def check_run(
             f"steps: expected at least {run['step']}, which {output} has already trained, got {config.steps}"
         )
     saved_by, processes = run["processes"], accelerator.num_processes
-    if state.sharded and saved_by != processes:
+    if state.sharded and saved_by != processes and not is_distributed(path):  # of an earlier version
         raise TrainingError(
             f"expected {saved_by} processes, over which the networks in {path} are sharded, got {processes}; "
             f"start the run with {saved_by}"

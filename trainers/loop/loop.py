@@ -99,7 +99,8 @@ def train(
         check_space(accelerator, method.exports(), output)
     parts = make_parts(config, method)
     averaged = method.averaged()
-    state = State(list(parts.values()), [average for average, _ in averaged], getattr(method, "data_contents", ""))
+    averages, contents = [average for average, _ in averaged], getattr(method, "data_contents", "")
+    state = State(list(parts.values()), averages, contents, method.sharded)
     start = resume(accelerator, state, output, config, allow_change)
     if not start and start_from is not None:
         start_from_checkpoint(accelerator, state, start_from)

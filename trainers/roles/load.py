@@ -12,7 +12,7 @@ from unipic_core.model.config import FULL
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.weights.lora import read_lora
 from unipic_core.weights.recipe import recipe_of
-from unipic_core.weights.transformer import load_transformer
+from unipic_core.weights.transformer import load_transformer, open_transformer
 
 from ..config.run import ConfigError, NetworkConfig
 from .frozen import load_frozen
@@ -33,8 +33,12 @@ def load_roles(config: NetworkConfig, trained: Sequence[str], frozen: Sequence[s
         if config.student:
             roles.start_from(Path(config.student), (STUDENT, EMA))
         return roles
-    networks = {role: load_network(config, role) for role in (*trained, EMA, *frozen)}
-    return FullRoles(networks, trained, config.shard)
+    everyone = (*trained, EMA, *frozen)
+    networks = {role: load_network(config, role) for role in everyone}
+    sources = (
+        {role: open_transformer(start_of(config, role)).weights.get for role in everyone} if config.shard else None
+    )
+    return FullRoles(networks, trained, sources)
 
 
 def check_attention_form(config: NetworkConfig) -> None:
@@ -56,12 +60,19 @@ def student_attention_form(config: NetworkConfig) -> str | None:
     return config.attention_form
 
 
+def start_of(config: NetworkConfig, role: str) -> str:
+    """Path of the weights that a role's network starts from."""
+    student = config.student if role in (STUDENT, EMA) else None
+    return student or config.transformer or config.model
+
+
 def load_network(config: NetworkConfig, role: str) -> MMDiT:
     """Load the network of one role. Trained weights are float32: bfloat16 would round small updates away."""
-    start = config.student if role in (STUDENT, EMA) else None
+    path = start_of(config, role)
     dtype = torch.bfloat16 if config.weights == "bf16" and role == TEACHER else torch.float32
-    path = start or config.transformer or config.model
-    network = load_transformer(path, dtype=dtype, attention=attention_named(config.attention))
+    opened = open_transformer(path)
+    device = "meta" if config.shard else "cpu"  # filled when it is sharded
+    network = load_transformer(opened, dtype=dtype, device=device, attention=attention_named(config.attention))
     network.gradient_checkpointing = config.gradient_checkpointing
     if role in (STUDENT, EMA):
         network.config = network.config.with_attention_form(student_attention_form(config))

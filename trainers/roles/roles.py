@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -188,11 +188,20 @@ def lora_config(adapter: AdapterConfig) -> LoraConfig:
 
 
 class FullRoles(nn.Module):
-    """One network per role; those in `trained` train, all others are frozen. sharded: over all processes (FSDP2)."""
+    """One network per role; those in `trained` train, all others are frozen.
 
-    def __init__(self, networks: Mapping[str, MMDiT], trained: Sequence[str], sharded: bool = False) -> None:
+    sources: of networks on the meta device, which are sharded over all processes (FSDP2) and filled when they are
+    placed: role -> (parameter name -> tensor).
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, MMDiT],
+        trained: Sequence[str],
+        sources: Mapping[str, Callable[[str], Tensor]] | None = None,
+    ) -> None:
         super().__init__()
-        self.sharded = sharded
+        self.sources = sources
         self.networks = nn.ModuleDict(networks)
         self._trained = tuple(trained)
         for role, network in networks.items():
@@ -230,11 +239,11 @@ class FullRoles(nn.Module):
         return weights
 
     def place(self, device: torch.device) -> None:
-        if not self.sharded:
+        if self.sources is None:
             self.to(device)
             return
-        for role in self.networks:  # block by block: a whole network may not fit on the device
-            shard(self.network(role), device)
+        for role, source in self.sources.items():  # block by block: a whole network may not fit on the device
+            shard(self.network(role), device, source)
 
 
 def copy_parameters(source: NamedParameters, target: NamedParameters) -> None:

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unipic_core.model.mmdit import MMDiT
 
-from ..config.parse import ConfigError
+
+def several_processes() -> bool:
+    """True in a run that accelerate launch or torchrun started, of one process or more."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def shard(network: MMDiT, device: torch.device) -> None:
-    """Shard a network over all processes, block by block (torch's fully_shard).
+def shard(network: MMDiT, device: torch.device, tensor_of: Callable[[str], Tensor]) -> None:
+    """Shard a network on the meta device over all processes, block by block (torch's fully_shard), and fill it.
 
-    Gradients are summed, not averaged: losses are already divided by the size of the whole batch. Raises ConfigError
-    in a run of one process.
+    tensor_of: parameter name -> whole tensor in its final dtype. Only the main process calls it, for one parameter
+    after the other, and sends the others their shares: no process ever holds a whole network. In a run without
+    processes nothing is spread. Gradients are summed, not averaged: losses are already divided by the size of the whole
+    batch.
     """
-    if not torch.distributed.is_initialized():
-        raise ConfigError(
-            "network.shard: expected a run of several processes, got one; start it with accelerate launch, or set "
-            "shard: false"
-        )
+    if several_processes():
+        split(network, device)
+    network.to_empty(device=device)
+    for name, p in network.named_parameters():
+        fill_share(p.detach(), partial(tensor_of, name))
+
+
+@torch.no_grad()
+def fill_share(p: Tensor, read: Callable[[], Tensor]) -> None:
+    """Fill a parameter from the whole tensor that `read` gives in the main process; every process must ask."""
+    if not isinstance(p, DTensor):
+        p.copy_(read())
+        return
+    main = torch.distributed.get_rank() == 0
+    tensor = read().to(p.device) if main else torch.empty(p.shape, dtype=p.dtype, device=p.device)
+    p.to_local().copy_(distribute_tensor(tensor.to(p.dtype), p.device_mesh, p.placements).to_local())
+
+
+def split(network: MMDiT, device: torch.device) -> None:
+    """Shard the parameters of a network; their memory comes later."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in (*network.transformer_blocks, network):
         sharded: Any = fully_shard(module, mesh=mesh)

@@ -283,7 +283,8 @@ def estimate_roles(config: RunConfig, trained: Sequence[str], frozen: Sequence[s
         trained_shapes, part = dict(shapes), processes if network.shard else 1
         weights = {role: weight_bytes(role, network) * count(trained_shapes) for role in (*trained, EMA, *frozen)}
         held = [Row(f"network of {role}", nbytes / part) for role, nbytes in weights.items()]
-        loading = sum(weights.values())
+        # sharded networks are read tensor by tensor, by the main process alone
+        loading = 4 * max(prod(shape) for shape in shapes.values()) if network.shard else sum(weights.values())
     for role in trained:
         held.append(Row(f"optimizer states of {role}", state_bytes(trained_shapes, optimizers[role]) / part))
     return Estimate(tuple(held), moments(config, sizes, shapes, 4 * count(trained_shapes) / part, processes), loading)
@@ -318,6 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--processes", type=int, default=1, help="GPUs that share the batch and sharded networks (%(default)s)"
     )
+    parser.add_argument("--machines", type=int, default=1, help="machines that share the processes (%(default)s)")
     parser.add_argument("--gib", type=float, help="memory of one GPU; exit status 1 if the run needs more")
     args = parser.parse_intermixed_args(argv)
     try:
@@ -326,7 +328,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return max(show(stage, estimated, args.processes, args.gib) for stage, estimated in stages)
+    worst = max(show(stage, estimated, args.processes, args.gib) for stage, estimated in stages)
+    if args.processes > 1:
+        each = -(-args.processes // args.machines)
+        gpu, main = (each * max(getattr(e, name) for _, e in stages) / GIB for name in ("gpu", "main"))
+        print(f"a machine of {each} processes: {gpu:.1f} GiB of its GPUs together, {main:.1f} GiB of main memory")
+    return worst
 
 
 def show(config: RunConfig, memory: Estimate, processes: int, gib: float | None) -> int:
