@@ -1,12 +1,12 @@
-"""Measure models on persons and objects they have never seen, beside controls that say what the numbers are worth.
+"""Measure models on unseen persons and objects, together with controls that calibrate the judges.
 
     python -m trainers.evaluate --model PATH [--lora FILE] [--steps N] [--cfg S] --n 600 --json FILE --sheet FILE.png
-    python -m trainers.evaluate --model A --model B --steps 8 --steps 4 ...     several systems, paired sample by sample
-    python -m trainers.evaluate --controls-only --n 100                         what the judges say of the controls
+    python -m trainers.evaluate --model A --model B --steps 8 --steps 4 ...     several systems, paired by sample
+    python -m trainers.evaluate --controls-only --n 100                         scores of the controls
     python -m trainers.evaluate --scenes open --seeds-per-scene 4 ...           several pictures of a scene are right
 
-Sample i is scene i of (seed, split) for every system, and is made with the noise seed SEED + i. The first system is the
-reference: of the others it is told how much of its quality they keep, and those of as many steps are compared in pairs.
+Sample i is scene i of (seed, split) for every system, drawn with the noise seed SEED + i. The first system is the
+reference: the report has the quality that the others retain of it, and compares systems with equal steps in pairs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class System:
-    """Something to measure. None: what the weights' recipe says."""
+    """System to measure. None: the value of the weights' recipe."""
 
     label: str
     model: str
@@ -56,7 +56,7 @@ class System:
     sampler: str | None = None
 
     def settings(self) -> Settings:
-        """What the wishes and the recipes come to, read without loading. Raises UniPicError as ``open`` does."""
+        """Resolve options and recipes to settings without loading weights. Raises UniPicError as ``open`` does."""
         from unipic_core.pipeline.loading import open_pipeline
         from unipic_core.run.plan import resolve
         from unipic_core.weights.lora import read_lora
@@ -67,18 +67,18 @@ class System:
         return resolve(recipe, self.steps, self.cfg, self.sampler)
 
     def about(self) -> dict[str, Any]:
-        """For the report: how it really runs; ``series``: what it is apart from the number of its steps."""
+        """Resolved settings for the report; ``series``: label without the number of steps."""
         run = self.settings()
-        facts = asdict(self) | {"series": describe(asdict(self) | {"steps": None})}
-        return facts | {"steps": run.steps, "cfg": run.guidance, "sampler": run.sampler}
+        options = asdict(self) | {"series": describe(asdict(self) | {"steps": None})}
+        return options | {"steps": run.steps, "cfg": run.guidance, "sampler": run.sampler}
 
     def files(self) -> list[tuple[str, int, int]]:
-        """What its weights are, without reading them. LoRAs that lie beside a model are no part of it."""
+        """Paths, sizes and times of the weight files; LoRAs beside a model are not part of it."""
         parts = [part for part in Path(self.model).iterdir() if part.name != "loras"]
         return files_stamp(*sorted(parts), *([Path(self.lora)] if self.lora else []))
 
     def open(self, device: str, threads: int | None = None) -> Generate:
-        """Load it. Raises UniPicError when the model or the LoRA cannot be read."""
+        """Load the system. Raises UniPicError if the model or the LoRA cannot be read."""
         import torch
 
         from unipic_core.pipeline import UniPicPipeline
@@ -92,7 +92,7 @@ class System:
 
         def generate(sample: Sample, seed: int) -> Image.Image:
             width, height = sample.target.size
-            made = pipe(
+            output = pipe(
                 images=sample.references,
                 prompt=sample.instruction,
                 width=width,
@@ -102,7 +102,7 @@ class System:
                 sampler=self.sampler,
                 seed=seed,
             )
-            return made.images[0]
+            return output.images[0]
 
         return generate
 
@@ -119,7 +119,7 @@ def evaluate(
     sheet_rows: int = 12,
     progress: bool = False,
 ) -> Evaluation:
-    """Measure one function from samples to pictures; None: only the controls. Raises ValueError for n < 2."""
+    """Measure one function (sample, seed) -> picture; None: only the controls. Raises ValueError for n < 2."""
     systems = {} if generate is None else {label: lambda: generate}
     return compare(systems, bank, Plan(n, seed, split, tuple(tasks), progress), sheet_rows=sheet_rows)
 
@@ -132,16 +132,16 @@ def systems_of(args: argparse.Namespace) -> list[System]:
 
     Raises ValueError when the counts do not fit, or without a model.
     """
-    given = {name: getattr(args, name) for name in ("label", "model", "lora", "steps", "cfg", "sampler")}
+    options = {name: getattr(args, name) for name in ("label", "model", "lora", "steps", "cfg", "sampler")}
     if args.controls_only:
         return []
-    if not given["model"]:
+    if not options["model"]:
         raise ValueError("--model is missing; give a model folder, or --controls-only")
-    count = max(map(len, given.values()))
-    for name, values in given.items():
+    count = max(map(len, options.values()))
+    for name, values in options.items():
         if len(values) not in (0, 1, count):
-            raise ValueError(f"--{name} was given {len(values)} times; expected once or {count} times, one per system")
-    columns = {name: spread(values, count) for name, values in given.items()}
+            raise ValueError(f"--{name}: expected once or {count} times, one per system, got {len(values)} times")
+    columns = {name: spread(values, count) for name, values in options.items()}
     systems: list[System] = []
     for index in range(count):
         fields: dict[str, Any] = {name: column[index] for name, column in columns.items()}
@@ -175,7 +175,7 @@ def describe(fields: Mapping[str, Any]) -> str:
 
 
 def check_writable(path: Path | None) -> None:
-    """Raises ValueError in one sentence now rather than after an hour."""
+    """Raise ValueError before the run for a path that cannot be written."""
     if path is None:
         return
     if path.is_dir():
@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
     )
     group = top.add_argument_group("systems (each option may be repeated, once per system)")
     group.add_argument("--model", action="append", default=[], metavar="PATH", help="a model folder")
-    group.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA over it, or none")
+    group.add_argument("--lora", action="append", default=[], metavar="FILE", help="a LoRA for it, or none")
     group.add_argument("--steps", action="append", default=[], type=int, help="default: the recipe's")
     group.add_argument("--cfg", action="append", default=[], type=float, help="guidance scale; default: the recipe's")
     group.add_argument("--sampler", action="append", default=[], choices=["consistency", "euler"])
@@ -214,20 +214,28 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--scenes", default="closed", choices=["closed", "open"], help="%(default)s")
     top.add_argument("--split", default="heldout", choices=["heldout", "train", "all"], help="%(default)s")
     top.add_argument(
-        "--seeds-per-scene", type=int, default=1, metavar="K", help="above 1: how far pictures of a scene differ"
+        "--seeds-per-scene",
+        type=int,
+        default=1,
+        metavar="K",
+        help="above 1: also measure the spread over seeds (%(default)s)",
     )
     tasks = f"only these: {', '.join(TASKS)}; with --scenes open: {', '.join(OPEN_TASKS)}"
     top.add_argument("--task", action="append", default=[], metavar="NAME", help=tasks)
     top.add_argument("--data", metavar="DIR", help="pictures of the assets (default: the fetched set, else the subset)")
     top.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
     top.add_argument("--threads", type=int, help="CPU threads of the model")
-    top.add_argument("--keep", type=Path, metavar="DIR", help="keep the pictures there, and make only those missing")
-    top.add_argument("--json", type=Path, metavar="FILE", help="the numbers")
+    top.add_argument(
+        "--keep", type=Path, metavar="DIR", help="store the pictures there, and generate only missing ones"
+    )
+    top.add_argument("--json", type=Path, metavar="FILE", help="write the report")
     top.add_argument(
         "--sheet", type=Path, metavar="FILE", help="instruction, inputs, truth and outputs as a picture, .png or .jpg"
     )
     top.add_argument("--sheet-rows", type=int, default=12, help="%(default)s")
-    top.add_argument("--plot", type=Path, metavar="FILE.png", help="quality kept of the first system against steps")
+    top.add_argument(
+        "--plot", type=Path, metavar="FILE.png", help="plot the quality retained of the first system against steps"
+    )
     top.add_argument(
         "--plot-against", default="steps", choices=list(AXES), help="seconds: what is best in equal time (%(default)s)"
     )
@@ -235,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Everything but the exit code. Raises ValueError in one sentence for bad input."""
+    """Run the evaluation. Raises ValueError in one sentence for bad input."""
     systems = systems_of(args)
     plan = Plan(
         args.n,
@@ -278,7 +286,7 @@ def picture_stores(
 
 
 def check_outputs(args: argparse.Namespace, count: int) -> None:
-    """Raises ValueError now rather than after an hour. ``count``: of systems."""
+    """Raise ValueError before the run for bad output options. ``count``: of systems."""
     if args.sheet_rows < 1:
         raise ValueError(f"--sheet-rows must be at least 1, got {args.sheet_rows}")
     for name, path, ends in (("--sheet", args.sheet, (".png", ".jpg")), ("--plot", args.plot, (".png",))):
@@ -314,7 +322,7 @@ def find_device(asked: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    again = "the same command goes on" if args.keep else "with --keep DIR the next run goes on where it stops"
+    again = "run the same command again to continue" if args.keep else "with --keep DIR the next run continues"
     with warnings.catch_warnings():
         warnings.simplefilter("once")
         return exit_code(lambda: run(args), f"nothing half-written is left; {again}")

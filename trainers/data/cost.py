@@ -1,4 +1,4 @@
-"""What a cache will take, said before it is encoded: bytes, free space, and hours at the rate of a few rows."""
+"""Estimated cost of a cache before encoding: bytes, free space, and hours at the rate of a few rows."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ SEED_STRIDE = 1_000_000  # distance of the noise seeds of one scene, more than t
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured on: ``n`` scenes of a seed and split, of the given tasks in turn or of the natural mixture.
+    """Scenes of an evaluation: ``n`` scenes of a seed and split, of the given tasks in turn or the default mixture.
 
     ``open``: scenes whose words leave something open, with judges of their own.
 

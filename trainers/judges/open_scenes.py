@@ -79,7 +79,7 @@ def sharpness(picture: np.ndarray, target: np.ndarray, mask: np.ndarray) -> floa
 
 
 def parts(case: OpenCase, answer: Case) -> list[tuple[int, np.ndarray]]:
-    """Where sharpness is judged, with a column each: the items that show, and the background where that is open."""
+    """Regions in which sharpness is judged, one column each: visible items, and the background if it is open."""
     masks = [item.mask for item in answer.sample.placements]
     found = [(index, mask) for index, mask in enumerate(masks) if mask.mean() >= LEAST_VISIBLE]
     if case.scene.task == "open_background":
