@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,35 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA adapters. targets: layer groups (TARGETS) or suffixes of layer names, inside the blocks."""
+    """LoRA adapters. targets: layer groups (TARGETS) or suffixes of layer names, inside the blocks.
+
+    exclude: patterns of layer names without an adapter, such as "transformer_blocks.0.*" (* stands for anything).
+    ranks: pattern -> rank of the layers that it matches, the first that does; others have `rank`. alpha holds for all,
+    so a layer's LoRA is scaled by alpha over its own rank.
+    """
 
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("attention", "mlp")
+    exclude: tuple[str, ...] = ()
+    ranks: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "rank")
         above(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout must be from 0 to below 1, got {self.dropout}")
+        for pattern, rank in self.ranks.items():
+            if rank < 1:
+                raise ConfigError(f"adapter.ranks must be at least 1, got {rank} for {pattern}; or exclude the layers")
+
+    def rank_of(self, layer: str) -> int:
+        """Rank of the adapter of a layer, by its name."""
+        return next((rank for pattern, rank in self.ranks.items() if fnmatchcase(layer, pattern)), self.rank)
+
+    def excludes(self, layer: str) -> bool:
+        return any(fnmatchcase(layer, pattern) for pattern in self.exclude)
 
     @property
     def layers(self) -> tuple[str, ...]:

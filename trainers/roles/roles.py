@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,21 +56,23 @@ class AdapterRoles(nn.Module):
         self.network = base.requires_grad_(False)
         self._trained = tuple(trained)
         adapters = (*trained, EMA)
-        if not any(re.fullmatch(targets_of(adapter), name) for name, _ in base.named_modules()):
+        ranks = adapter_ranks((name for name, _ in base.named_modules()), adapter)
+        if not ranks:
             raise ConfigError(
                 f"network.adapter.targets: expected suffixes of layer names, got {', '.join(adapter.targets)}, which "
-                "match none"
+                "match none that adapter.exclude leaves"
             )
-        check_rank(base, adapter)
+        check_patterns(ranks, base, adapter)
+        check_rank(base, ranks)
         by_role = {role: (network_configs or {}).get(role, base.config) for role in (*adapters, TEACHER)}
         self.setups = {role: RoleSetup(None if role == TEACHER else role, by_role[role]) for role in by_role}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             for name in adapters:
-                inject_adapter_in_model(lora_config(adapter), cast(Any, base), adapter_name=name)
+                inject_adapter_in_model(lora_config(adapter, ranks), cast(Any, base), adapter_name=name)
         self.layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
         initialise(self, adapters, seed)
-        self.scale = adapter.alpha / adapter.rank
+        self.scales = {name: adapter.alpha / rank for name, rank in ranks.items()}
         self.dropout = adapter.dropout > 0
         copy_parameters(self.parameters_of(STUDENT), self.parameters_of(EMA))
         for name in adapters:
@@ -144,7 +147,7 @@ class AdapterRoles(nn.Module):
                         f"network.adapter.rank: expected {layer.rank}, the rank of {path}, got {down.shape[0]}"
                     )
                 down.data.copy_(layer.parts["down"])
-                up.data.copy_(layer.parts["up"].float() * (layer.scale / self.scale))
+                up.data.copy_(layer.parts["up"].float() * (layer.scale / self.scales[name]))
 
     def place(self, device: torch.device) -> None:
         place(self.network, device)
@@ -160,14 +163,31 @@ def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
                 nn.init.kaiming_uniform_(p.data, a=5**0.5, generator=generator)
 
 
-def check_rank(base: MMDiT, adapter: AdapterConfig) -> None:
-    """Raise ConfigError for a rank above the smaller dimension of a layer with an adapter."""
-    layers = [m for n, m in base.named_modules() if re.fullmatch(targets_of(adapter), n)]
-    width = min(min(cast(Any, m).in_features, cast(Any, m).out_features) for m in layers)
-    if adapter.rank > width:
-        raise ConfigError(
-            f"network.adapter.rank: expected at least 1 and at most the layer's width ({width}), got {adapter.rank}"
-        )
+def adapter_ranks(names: Iterable[str], adapter: AdapterConfig) -> dict[str, int]:
+    """Rank of each of these layers that gets an adapter."""
+    pattern = re.compile(targets_of(adapter))
+    return {n: adapter.rank_of(n) for n in names if pattern.fullmatch(n) and not adapter.excludes(n)}
+
+
+def check_patterns(ranks: Mapping[str, int], base: MMDiT, adapter: AdapterConfig) -> None:
+    """Raise ConfigError for a pattern that matches no layer: a rank or an exclusion that would do nothing."""
+    for pattern in adapter.ranks:
+        if not any(fnmatchcase(name, pattern) for name in ranks):
+            raise ConfigError(f"network.adapter.ranks: {pattern} matches no layer with an adapter")
+    for pattern in adapter.exclude:
+        if not any(fnmatchcase(name, pattern) for name, _ in base.named_modules()):
+            raise ConfigError(f"network.adapter.exclude: {pattern} matches no layer of the network")
+
+
+def check_rank(base: MMDiT, ranks: Mapping[str, int]) -> None:
+    """Raise ConfigError for a rank above the smaller dimension of its layer."""
+    for name, rank in ranks.items():
+        layer = cast(Any, base.get_submodule(name))
+        width = min(layer.in_features, layer.out_features)
+        if rank > width:
+            raise ConfigError(
+                f"network.adapter.rank: expected at least 1 and at most the layer's width ({width}), got {rank}"
+            )
 
 
 def targets_of(adapter: AdapterConfig) -> str:
@@ -176,14 +196,15 @@ def targets_of(adapter: AdapterConfig) -> str:
     return rf"transformer_blocks\.\d+\.(.*\.)?({suffixes})"
 
 
-def lora_config(adapter: AdapterConfig) -> LoraConfig:
-    """Convert to peft's config."""
+def lora_config(adapter: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
+    """Convert to peft's config, with each layer by its name."""
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=cast(Any, adapter.alpha),
         lora_dropout=adapter.dropout,
         init_lora_weights=False,
-        target_modules=targets_of(adapter),
+        target_modules="|".join(map(re.escape, ranks)),
+        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != adapter.rank},
     )
 
 

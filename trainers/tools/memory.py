@@ -186,9 +186,10 @@ def adapter_shapes(shapes: Shapes, adapter: AdapterConfig) -> dict[str, tuple[in
     lora: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
-        if layer != name and re.fullmatch(targets_of(adapter), layer):
-            lora[f"{layer}.lora_A.weight"] = (adapter.rank, shape[1])
-            lora[f"{layer}.lora_B.weight"] = (shape[0], adapter.rank)
+        if layer != name and re.fullmatch(targets_of(adapter), layer) and not adapter.excludes(layer):
+            rank = adapter.rank_of(layer)
+            lora[f"{layer}.lora_A.weight"] = (rank, shape[1])
+            lora[f"{layer}.lora_B.weight"] = (shape[0], rank)
     return lora
 
 
