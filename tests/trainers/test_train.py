@@ -40,7 +40,7 @@ def test_what_cannot_be_written_is_said_in_one_line(file, tmp_path, capsys):
     assert command.main([file, f"output={tmp_path / 'occupied'}"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
-    assert "could not read or write" in said[0]
+    assert "expected a folder" in said[0]
     assert "occupied" in said[0]
 
 
