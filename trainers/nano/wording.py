@@ -147,6 +147,19 @@ def join(parts: Sequence[str]) -> str:
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
+def numbered_names(items: Sequence[Item], order: Sequence[int], generic: bool, rng: np.random.Generator) -> list[str]:
+    """Each item by a noun and the number of its reference, counted from 1."""
+    return [
+        pick(NOUNS, rng).format(noun(item.asset, generic), order.index(source) + 1) for source, item in enumerate(items)
+    ]
+
+
+def numbered_place(background: Background, number: int, generic: bool, rng: np.random.Generator) -> tuple[str, str]:
+    """The background by a noun and the number of its reference: without and with its preposition."""
+    ground = pick(NOUNS, rng).format("scene" if generic else background.place.name, number)
+    return ground, f"{'in' if generic else background.place.preposition} {ground}"
+
+
 def compose_instruction(
     task: str,
     items: Sequence[Item],
@@ -156,12 +169,8 @@ def compose_instruction(
     rng: np.random.Generator,
 ) -> str:
     """One sentence in which every source carries the number of its reference, counted from 1."""
-    names = [
-        pick(NOUNS, rng).format(noun(item.asset, generic), order.index(source) + 1) for source, item in enumerate(items)
-    ]
-    where = "scene" if generic else background.place.name
-    ground = pick(NOUNS, rng).format(where, order.index(len(items)) + 1)
-    place = f"{'in' if generic else background.place.preposition} {ground}"
+    names = numbered_names(items, order, generic, rng)
+    ground, place = numbered_place(background, order.index(len(items)) + 1, generic, rng)
     ordering = len(items) <= 2 and rng.random() < 0.4
     if ordering:
         text = pick(ORDER_FRAMES, rng).format(order=_short(task, items, names, True, rng), place=place, ground=ground)

@@ -18,8 +18,8 @@ from unipic_core.model.attention import attention_named
 from unipic_core.model.layers import set_parameters
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.model.stored import StoredLinear
-from unipic_core.weights.convert import is_block_matrix, quantise_fp8
-from unipic_core.weights.transformer import open_transformer
+from unipic_core.weights.convert import quantise_fp8
+from unipic_core.weights.transformer import is_block_matrix, open_transformer
 
 from ..config.run import ConfigError, NetworkConfig
 

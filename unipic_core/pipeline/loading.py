@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from ..model.mmdit import MMDiT
 from ..run.kv_cache import max_kv_cache_bytes
 from ..run.plan import resolve
 from ..sampling.schedules import Shift
-from ..weights.convert import is_block_matrix
 from ..weights.files import Weights
 from ..weights.hub_cache import model_folder
 from ..weights.recipe import Recipe
@@ -64,20 +64,24 @@ class OpenedPipeline:
     encoder: Weights
     vae: OpenedVAE
 
+    @cached_property
+    def encoder_parameters(self) -> int:
+        """Number of parameters that the condition encoder loads."""
+        return encoder_parameters(self.encoder)
+
     def sizes(self, dtype: torch.dtype, fp8: bool = False) -> PartSizes:
         """Bytes of all parts once loaded, from the files' headers. fp8: the network's matrices are stored in fp8.
 
         The kv_cache is counted at the recipe's reference budget; it is 0 for the attention form "full".
         """
-        weights, config = self.model.weights, self.model.config
-        matrices = [weights.count(n) for n in weights if is_block_matrix(n, weights.shape(n))]
+        config, matrices = self.model.config, self.model.block_matrices.values()
         blocks, size = config.num_layers, torch.float8_e4m3fn.itemsize if fp8 else dtype.itemsize
         return PartSizes(
             network=(self.model.parameters - sum(matrices)) * dtype.itemsize,
             block=sum(matrices) // max(blocks, 1) * size,
             blocks=blocks,
             restored=max(matrices, default=0) * dtype.itemsize if fp8 else 0,
-            text_encoder=encoder_parameters(self.encoder) * dtype.itemsize,
+            text_encoder=self.encoder_parameters * dtype.itemsize,
             vae=self.vae.parameters * dtype.itemsize,
             kv_cache=max_kv_cache_bytes(config, resolve(self.model.recipe).reference_budget, dtype.itemsize),
         )

@@ -17,7 +17,7 @@ from ..model.config import FULL, MMDiTConfig
 from .files import PathLike, Weights
 from .hub_cache import model_folder
 from .recipe import METADATA_KEY, RECIPE_FROM, Recipe, released_recipe
-from .transformer import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, open_transformer
+from .transformer import CONFIG_KEY, ZERO_COND_MARKER, expected_shapes, is_block_matrix, open_transformer
 from .write import Progress, TensorLayout, write_safetensors
 
 STORAGE_DTYPES = {"bf16": torch.bfloat16, "fp8_scaled": torch.bfloat16, "fp32": torch.float32}
@@ -163,10 +163,6 @@ def encode_tensors(tensors: Iterable[tuple[str, Tensor]], layout: TensorLayout) 
             yield name, tensor.to(dtype)
     if ZERO_COND_MARKER in layout:
         yield ZERO_COND_MARKER, torch.zeros(0, dtype=layout[ZERO_COND_MARKER][0])
-
-
-def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    return name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2
 
 
 def _comfy_quant() -> Tensor:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..model.mmdit import MMDiT
 from ..model.stored import StoredLinear, StoredOperations
-from .convert import is_block_matrix, quantise_fp8
+from .convert import quantise_fp8
 from .files import Weights
 from .formats.quantised import FP8
 from .lora import LoRA, MergeReport
-from .transformer import OpenedModel
+from .transformer import OpenedModel, is_block_matrix
 
 STORAGES = ("auto", "full", "fp8")
 """Storage of the blocks' matrices: "full" in the dtype to compute in; "fp8" in fp8 with one scale each; "auto" as in
@@ -33,8 +33,7 @@ def holds_fp8(opened: OpenedModel, storage: str) -> bool:
     """True if the blocks' matrices will be stored in fp8. storage: one of STORAGES."""
     if storage != "auto":
         return storage == "fp8"
-    weights = opened.weights
-    return any(weights.dtype(name) in FP8 for name in weights if is_block_matrix(name, weights.shape(name)))
+    return any(opened.weights.dtype(name) in FP8 for name in opened.block_matrices)
 
 
 def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, device: torch.device | str) -> MMDiT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -269,10 +270,21 @@ class OpenedModel:
     config: MMDiTConfig
     recipe: Recipe
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(map(self.weights.count, self.weights))
+
+    @cached_property
+    def block_matrices(self) -> Mapping[str, int]:
+        """Names of the blocks' matrices, which may be stored in fp8, with their numbers of elements."""
+        shapes = self.weights.shapes().items()
+        return {name: self.weights.count(name) for name, shape in shapes if is_block_matrix(name, shape)}
+
+
+def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Tell by a parameter's name and shape whether it is a matrix of a block."""
+    return name.startswith("transformer_blocks.") and name.endswith(".weight") and len(shape) == 2
 
 
 def open_transformer(path: PathLike, *, any_quantisation: bool = False) -> OpenedModel:

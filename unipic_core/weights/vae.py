@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class OpenedVAE:
     weights: Weights
     stored: Mapping[str, str]
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Number of parameters of the 2-D VAE that `load_image_vae` loads."""
         shapes = ((name, self.weights.shape(stored)) for name, stored in self.stored.items())

@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_iter
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.model.stored import StoredLinear, StoredOperations
-from unipic_core.weights.convert import is_block_matrix
 from unipic_core.weights.stored import Storage, leave_behind
+from unipic_core.weights.transformer import is_block_matrix
 
 DEVICE, MAIN = torch.device("cpu"), torch.device("lazy:0")
 """What stands for the GPU, and for the main memory: a device of torch's that computes nothing here."""

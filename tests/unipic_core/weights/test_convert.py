@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from tests.paths import ROOT, TINY
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
-from unipic_core.weights.convert import convert, is_block_matrix, quantise_fp8
+from unipic_core.weights.convert import convert, quantise_fp8
 from unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 from unipic_core.weights.transformer import (
     CONFIG_KEY,
     ZERO_COND_MARKER,
     expected_shapes,
+    is_block_matrix,
     load_transformer,
     read_config,
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..backgrounds import Background
 from ..scene import Item
-from ..wording import ALONE_SCENES, FRAMES, NOUNS, PAIR_SCENES, SCENES, noun, pick, sentence
+from ..wording import ALONE_SCENES, FRAMES, PAIR_SCENES, SCENES, numbered_names, numbered_place, pick, sentence
 
 BESIDE = ("{p} with {o} beside it", "{o} next to {p}", "{p} and {o} side by side", "{p} beside {o}")
 PLACES = {
@@ -46,14 +46,11 @@ def open_instruction(
     rng: np.random.Generator,
 ) -> str:
     """One sentence in which every source that has a reference carries its number, counted from 1."""
-    names = [
-        pick(NOUNS, rng).format(noun(item.asset, generic), order.index(source) + 1) for source, item in enumerate(items)
-    ]
+    names = numbered_names(items, order, generic, rng)
     scene = _scene(task, items, names, rng)
     if task == "open_background":
         return sentence(pick(NAMED_FRAMES, rng).format(scene=scene, place=NAMED[background.kind]))
-    ground = pick(NOUNS, rng).format("scene" if generic else background.place.name, order.index(len(items)) + 1)
-    place = f"{'in' if generic else background.place.preposition} {ground}"
+    ground, place = numbered_place(background, order.index(len(items)) + 1, generic, rng)
     return sentence(pick(FRAMES, rng).format(scene=scene, place=place, ground=ground))
 
 
