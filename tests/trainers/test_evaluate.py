@@ -62,6 +62,17 @@ def test_the_judges_separate_and_the_truth_beats_what_it_must(measured: dict) ->
     assert judges["person_retrieval_top1"]["controls"]["truth"] > 0.9
 
 
+def test_the_binding_is_judged_of_pairs_alone(subset: Bank) -> None:
+    """The truth is bound in every pair, the truth with the two things exchanged in none."""
+    pairs = compare({"truth": lambda: truth}, subset, Plan(6, seed=3, tasks=("pair",), progress=False), sheet_rows=0)
+    binding = pairs.report["judges"]["binding"]
+    assert binding["valid"]
+    assert (binding["model"], binding["items"]) == (1, 6)
+    assert (binding["controls"]["recomposed"], binding["controls"]["references_swapped"]) == (1, 0)
+    others = compare({"truth": lambda: truth}, subset, Plan(3, tasks=("compose3",), progress=False), sheet_rows=0)
+    assert others.report["judges"]["binding"]["note"] == "not reported: nothing to judge"
+
+
 def test_an_empty_picture_finds_nothing(measured: dict) -> None:
     judges = measured["others"][0]["judges"]
     assert judges["placement_iou"]["model"] == 0

@@ -46,6 +46,14 @@ JUDGES: tuple[Judge, ...] = (
         decibels=True,
         digits=2,
     ),
+    Judge(
+        "binding",
+        "binding: pair not exchanged",
+        "binding",
+        ("references_swapped",),
+        whole=True,
+        share=True,
+    ),
     Judge("masked_psnr", "appearance: PSNR inside, dB", "dB inside", SWAPS, decibels=True, digits=2),
     Judge("masked_ssim", "appearance: SSIM inside", "SSIM", SWAPS),
     Judge(

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from ..nano.catalogue import Asset
-from ..nano.controls import CONTROLS, can_swap_references
+from ..nano.controls import CONTROLS, can_swap_references, references_swapped
 from ..nano.emoji import Bank
 from ..nano.render import Sample, edited, hidden_of, light_of, look_matrix, place, render
 from ..nano.scene import Scene
@@ -19,12 +19,16 @@ from .kinds import JUDGES, LEAST_VISIBLE, MAX_ITEMS, SWAPS, TRUTH
 
 @dataclass(frozen=True)
 class Case:
-    """Scene with the judges' inputs. ``boxes``: not clipped to the picture; ``tints``: light on each item."""
+    """Scene with the judges' inputs. ``boxes``: not clipped to the picture; ``tints``: light on each item.
+
+    ``exchanged``: of a pair, the truth with its two things in each other's place.
+    """
 
     scene: Scene
     sample: Sample
     boxes: tuple[identity.Rect, ...]
     tints: tuple[np.ndarray, ...]
+    exchanged: Image.Image | None = None
 
     @classmethod
     def of(cls, bank: Bank, scene: Scene) -> Case:
@@ -34,9 +38,10 @@ class Case:
         remaining = list(range(len(scene.items)))
         if scene.edit:
             scene, _, looks, remaining = edited(scene, sample.background, looks)
+        exchanged = references_swapped(bank, scene).target if scene.task == "pair" else None
         light = light_of(sample.background)
         boxes = tuple(place(bank, scene, [hidden[index] for index in remaining]))
-        return cls(scene, sample, boxes, tuple(light @ look for look in looks))
+        return cls(scene, sample, boxes, tuple(light @ look for look in looks), exchanged)
 
     @property
     def assets(self) -> tuple[Asset, ...]:
@@ -81,10 +86,13 @@ class Panel:
         masks = [item.mask for item in case.sample.placements]
         visible = [index for index, mask in enumerate(masks) if mask.mean() >= LEAST_VISIBLE]
         arrays = np.stack([to_array(picture) for picture in pictures])
+        exchanged = None if case.exchanged is None else to_array(case.exchanged)
         for v, picture in enumerate(arrays):
             changed = placement.changed(picture, background)
             scores["placement_iou"][v, 0] = placement.placement_iou(changed, masks)
             scores["background_psnr"][v, 0] = placement.background_psnr(picture, target, masks)
+            if exchanged is not None:
+                scores["binding"][v, 0] = placement.not_exchanged(picture, target, exchanged)
             errors = placement.centre_errors(changed, masks)
             for index in visible:
                 scores["placement_centre_error"][v, index] = errors[index]

@@ -1,4 +1,7 @@
-"""Placement: changes where items should be and nowhere else, from |picture - background| regardless of identity."""
+"""Placement: changes where items should be and nowhere else, from |picture - background| regardless of identity.
+
+Of pairs also the binding: which of the two things stands in which of the two places.
+"""
 
 from __future__ import annotations
 
@@ -90,6 +93,14 @@ def centre_errors(changed: np.ndarray, masks: Sequence[np.ndarray]) -> list[floa
         error = distance / max(mask.shape)
         errors.append(min(float(error), MISSING) if np.isfinite(error) else MISSING)
     return errors
+
+
+def not_exchanged(picture: np.ndarray, target: np.ndarray, exchanged: np.ndarray) -> float:
+    """1 if a picture is nearer to the truth than to the truth with its two things exchanged, else 0; all [H, W, 3].
+
+    By mean squared error: what both show alike counts equally for both. Chance is one half.
+    """
+    return float(((picture - target) ** 2).mean() < ((picture - exchanged) ** 2).mean())
 
 
 def background_psnr(picture: np.ndarray, target: np.ndarray, masks: Sequence[np.ndarray]) -> float:

@@ -27,8 +27,9 @@ HEAD_WIDTH = 64
 NOBODY = -1
 """Owner of a target token that is excluded from the loss."""
 
-EARLY = 0.8
-"""Smallest time counted by the metrics: the layout is decided above it."""
+EARLY, FIRST = 0.8, 0.99
+"""Smallest times counted by the metrics `early_*` and `first_*`: above EARLY the layout is decided; above FIRST the
+noisy target shows nothing of it, so that the words alone tell which of two things goes where."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class CorrespondenceLoss(nn.Module):
     def forward(
         self, outputs: dict[str, list[Tensor]], latents: PackedLatents, owners: Owners, dropped: Tensor, t: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """Weighted loss [B], and metrics: shares of early item tokens that were classified, and classified correctly.
+        """Weighted loss [B], and metrics: shares of the tokens that are items at early times (at the first times), and
+        of those that the last head classifies correctly.
 
         dropped: bool [B], samples without their prompt, which are excluded. t: [B].
         """
@@ -125,13 +127,13 @@ class CorrespondenceLoss(nn.Module):
         weights = torch.where(dropped[:, None], torch.zeros_like(weights), weights)
         logits = [self.heads[name](in_sequence(parts), latents) for name, parts in outputs.items()]
         losses = torch.stack([pointer_loss(one, owners.references, weights) for one in logits]).mean(0)
-        item_tokens = (weights > 0) & (owners.references != owners.background[:, None]) & (t >= EARLY)[:, None]
-        correct = item_tokens & (logits[-1].argmax(-1) == owners.references)
-        metrics = {
-            "correspondence": float(losses.detach().mean()),
-            "early_things": float(item_tokens.float().mean()),
-            "early_things_right": float(correct.float().mean()),
-        }
+        items = (weights > 0) & (owners.references != owners.background[:, None])
+        correct = items & (logits[-1].argmax(-1) == owners.references)
+        metrics = {"correspondence": float(losses.detach().mean())}
+        for name, least in (("early", EARLY), ("first", FIRST)):
+            counted = (t >= least)[:, None]
+            metrics[f"{name}_things"] = float((items & counted).float().mean())
+            metrics[f"{name}_things_right"] = float((correct & counted).float().mean())
         return self.options.weight * losses, metrics
 
 

@@ -82,6 +82,16 @@ def test_background_psnr_looks_outside_the_items_only() -> None:
     assert placement.background_psnr(GREY + 0.1 * (1 - mask[..., None]), GREY, [mask]) == pytest.approx(20, abs=0.01)
 
 
+def test_a_pair_is_bound_if_it_is_nearer_to_the_truth_than_to_its_exchange() -> None:
+    left, right = square(20, 4), square(20, 40)
+    target = np.where(left[..., None] > 0, painted(left), painted(right, colour=(0.1, 0.3, 0.9)))
+    exchanged = target[:, ::-1]
+    assert placement.not_exchanged(target, target, exchanged) == 1
+    assert placement.not_exchanged(exchanged, target, exchanged) == 0
+    assert placement.not_exchanged(0.6 * target + 0.4 * exchanged, target, exchanged) == 1
+    assert placement.not_exchanged(0.4 * target + 0.6 * exchanged, target, exchanged) == 0
+
+
 # --- appearance
 
 

@@ -77,6 +77,7 @@ def test_what_is_left_out_has_no_gradient() -> None:
     assert each[0] > 0
     assert each[1:].tolist() == [0, 0]
     assert metrics["early_things"] == pytest.approx(1 / 12)  # token 0 of sample 0: the others show the background
+    assert metrics["first_things"] == 0  # t is below 0.99
     each.sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in loss.named_parameters() if "norm" in name)
     assert model.img_in.weight.grad is not None
@@ -84,6 +85,22 @@ def test_what_is_left_out_has_no_gradient() -> None:
     assert nothing.tolist() == [0, 0, 0]
     nothing.sum().backward()  # connected all the same: processes add their gradients up one by one
     assert not any("network" in name for name, _ in loss.named_parameters())
+
+
+def test_tokens_are_counted_by_their_times() -> None:
+    """Early from t = 0.8 on, first from 0.99 on; of each the share that is right."""
+    model = network()
+    loss = CorrespondenceLoss(Correspondence(blocks=(0,)), model, seed=0)
+    packed, t = latents((1, 2), (1, 2), (1, 2)), torch.tensor([0.7, 0.9, 1.0])
+    owners = Owners(torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]), torch.tensor([1, 1, 1]))
+    with loss.recording() as seen:
+        model(packed, t, TextCond(torch.randn(3, 5, 8)))
+    _, metrics = loss(seen, packed, owners, torch.tensor([False] * 3), t)
+    assert metrics["early_things"] == pytest.approx(5 / 12)
+    assert metrics["first_things"] == pytest.approx(3 / 12)
+    right = (loss.heads["0"](seen["0"][0], packed).argmax(-1) == 0) & (owners.references == 0)
+    assert metrics["early_things_right"] == pytest.approx(float(right[1:].sum()) / 12)
+    assert metrics["first_things_right"] == pytest.approx(float(right[2].sum()) / 12)
 
 
 def test_the_last_block_cannot_be_watched() -> None:
