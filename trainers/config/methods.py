@@ -99,13 +99,24 @@ class Correspondence:
 
 
 @dataclass(frozen=True)
+class MaskedLoss:
+    """Loss over the white parts of the rows' masks (losses.weighted_mean). outside: weight of a token outside them."""
+
+    outside: float = 0.0
+
+    def __post_init__(self) -> None:
+        within(self, 0, 1, "outside")
+
+
+@dataclass(frozen=True)
 class SFTMethod:
-    """Flow matching; the text encoder is frozen or trained jointly."""
+    """Flow matching; the text encoder is frozen or trained jointly. mask: present for a masked loss."""
 
     train_text_encoder: bool = False
     prompt_dropout: float = 0.1
     times: TrainingTimes = field(default_factory=TrainingTimes)
     correspondence: Correspondence | None = None
+    mask: MaskedLoss | None = None
 
     def __post_init__(self) -> None:
         within(self, 0, 1, "prompt_dropout")
@@ -120,7 +131,7 @@ class ConsistencyMethod:
     of the base, or of the student's EMA (guidance_from "ema", released: 2.75).
     tangent: finite "difference" (step e) or "jvp". tangent_along: the "velocity" above, or "data" (released; with
     guidance this converges to a different map). normalisation: of the residual, "none" or "rms", or of the "tangent"
-    (released). times: wider than for flow matching, because sampling starts at t = 1.
+    (released). times: wider than for flow matching, because sampling starts at t = 1. mask: present for a masked loss.
     """
 
     velocity: str = "teacher"
@@ -133,6 +144,7 @@ class ConsistencyMethod:
     cosine: bool = False
     prompt_dropout: float = 0.0
     times: TrainingTimes = field(default_factory=lambda: TrainingTimes(mean=-0.5, std=1.8))
+    mask: MaskedLoss | None = None
 
     def __post_init__(self) -> None:
         at_least(self, 0, "guidance")

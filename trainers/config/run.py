@@ -207,6 +207,11 @@ class RunConfig:
             )
         if self.data is not None and self.data.kind == "scenes" and not (self.sft and self.sft.train_text_encoder):
             raise ConfigError("data.kind scenes needs method sft with sft.train_text_encoder: true")
+        if self.joint is not None and self.consistency is not None and self.consistency.mask is not None:
+            raise ConfigError(
+                "consistency.mask cannot be used in method joint, whose DMD part trains on samples of the student, "
+                "which have no masks; remove it or use method consistency"
+            )
         self._check_validation()
         self._check_export()
         if self.network is not None and self.network.shard:

@@ -33,10 +33,10 @@ from unipic_core.replacing import replacing
 
 from ..config.run import ConfigError
 from .batches import Lengths
-from .shards import Rows, Shard, TextShard, has_text, text_path
+from .shards import FULL_MASK, Rows, Shard, TextShard, has_text, text_path
 
 COMMAND = "run python -m trainers.cache with the same config"
-VERSION = "1"
+VERSION = "2"
 OPEN_FILES = 128
 """Shards that are open at a time."""
 
@@ -136,6 +136,9 @@ def part_of(number: int, shapes: str, shard: Shard, text: TextShard | None) -> d
     columns = {"shard": [number], "rows": [target.shape[0]], "channels": [target.shape[1]]}
     columns |= {"target": [target.offset], "height": [target.shape[2]], "width": [target.shape[3]]}
     columns |= {"references": [len(references)]}
+    mask = shard.table.get(f"{shapes}/mask")
+    columns |= {"mask": [NOWHERE if mask is None else mask.offset]}
+    columns |= {"masked": [shard.metadata.get("masks", {}).get(shapes, 0)]}
     pictures = [shard.table[f"{shapes}/reference_{j}"] for j in references]
     columns |= {"reference": [p.offset for p in pictures]}
     columns |= {"reference_height": [p.shape[2] for p in pictures], "reference_width": [p.shape[3] for p in pictures]}
@@ -200,6 +203,11 @@ class CachedSamples:
         """Of every row, int64."""
         return np.repeat(self.arrays["references"], self.arrays["rows"])
 
+    @property
+    def num_masked(self) -> int:
+        """Number of rows with a mask."""
+        return int(self.arrays["masked"].sum())
+
     def prompt(self, row: int) -> str:
         start, end = self.arrays["prompt_ends"][row : row + 2]
         return bytes(self.arrays["prompt_bytes"][start:end]).decode()
@@ -222,8 +230,13 @@ class CachedSamples:
                 size = (place["vision_height"], place["vision_width"], 3)
                 vision.append(self._read(shard, place["vision"], i, size, torch.uint8))
         cond, uncond = (None, None) if self.text is None else self._text(row, i, value)
+        mask = None if value["mask"] == NOWHERE else self._mask(shard, i, value)
         pictures = tuple(r.float() for r in references)
-        return Rows(target.float(), pictures, tuple(vision), (self.prompt(row),), cond, uncond)
+        return Rows(target.float(), pictures, tuple(vision), (self.prompt(row),), cond, uncond, mask)
+
+    def _mask(self, shard: Path, i: int, value: dict[str, int]) -> Tensor:
+        size = (value["height"] // PATCH, value["width"] // PATCH)
+        return self._read(shard, value["mask"], i, size, torch.uint8).float() / FULL_MASK
 
     def _text(self, row: int, i: int, value: dict[str, int]) -> tuple[TextCond, TextCond]:
         """The row's embeddings with its prompt and with " "."""
@@ -265,4 +278,6 @@ PER_REFERENCE = (
     *("reference", "reference_height", "reference_width"),
     *("vision", "vision_height", "vision_width"),
 )
-PER_PART = frozenset({"shard", "channels", "target", "height", "width", "uncond_tokens", "text_width", "shared", *TEXT})
+PER_PART = frozenset(
+    {"shard", "channels", "target", "mask", "height", "width", "uncond_tokens", "text_width", "shared", *TEXT}
+)

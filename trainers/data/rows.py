@@ -18,7 +18,7 @@ from unipic_core.conditioning.images import load_image, resize_for_vision, resiz
 from unipic_core.conditioning.picture_files import MAX_PIXELS, open_picture
 from unipic_core.conditioning.prompt import special_token_in
 from unipic_core.conditioning.reference_sizes import MAX_REFERENCES, REFERENCE_MULTIPLE, Size
-from unipic_core.conditioning.sequence import nearest_multiple
+from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN, nearest_multiple
 from unipic_core.errors import UniPicError
 
 MAX_ASPECT = 10.0
@@ -37,12 +37,13 @@ class BadRow(UniPicError):
 
 @dataclass(frozen=True)
 class Row:
-    """One sample before encoding: pictures as uint8 arrays [H, W, 3]."""
+    """One sample before encoding: pictures as uint8 arrays [H, W, 3]; mask: of `token_mask`, or None."""
 
     target: np.ndarray
     references: tuple[np.ndarray, ...]
     vision: tuple[np.ndarray, ...]
     prompt: str
+    mask: np.ndarray | None = None
 
     @property
     def shapes(self) -> str:
@@ -52,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Record:
-    """One sample as its data set lists it, with unread pictures."""
+    """One sample as its data set lists it, with unread pictures. mask: of the target's size, white where it trains."""
 
     target: Picture
     references: tuple[Picture, ...]
     prompt: str
+    mask: Picture | None = None
 
     def __post_init__(self) -> None:
         check_prompt(self.prompt, len(self.references))
@@ -82,11 +84,14 @@ def check_prompt(prompt: object, num_references: int) -> None:
 
 
 def check_pictures(record: Record) -> str:
-    """Digest the prompt and the pictures' bytes, decoding only headers. Raises BadRow."""
+    """Digest the prompt and the bytes of pictures and mask, decoding only headers. Raises BadRow."""
     parts = [record.prompt]
     for picture in record.pictures:
         check_size(header_size(picture), picture)
         parts.append(picture_digest(picture))
+    if record.mask is not None:
+        check_mask_size(sorted(header_size(record.mask)), sorted(header_size(record.target)))  # EXIF may turn either
+        parts += ["mask", picture_digest(record.mask)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -159,17 +164,65 @@ def target_size(size: Size, budget: int) -> Size:
 
 def read_record(record: Record, size: int, reference_budget: int) -> Row:
     """Decode and resize the pictures of a record. Raises BadRow."""
-    target = read_picture(record.target)
-    target = target.resize(target_size(target.size, size), Image.Resampling.BICUBIC)
-    return make_row(target, [read_picture(r) for r in record.references], record.prompt, reference_budget)
+    original = read_picture(record.target)
+    target = original.resize(target_size(original.size, size), Image.Resampling.BICUBIC)
+    mask = None
+    if record.mask is not None:
+        picture = read_mask(record.mask)
+        check_mask_size(picture.size, original.size)
+        mask = token_mask(picture, target.size)
+    references = [read_picture(r) for r in record.references]
+    return make_row(target, references, record.prompt, reference_budget, mask)
 
 
-def make_row(target: Image.Image, references: Sequence[Image.Image], prompt: str, reference_budget: int) -> Row:
-    """Resize the references to the shared budget; the target keeps its size."""
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def read_mask(picture: Picture) -> Image.Image:
+    """Decode a mask to 8-bit grey, upright. Raises BadRow for one with transparency, which could mean either side."""
+    try:
+        with open_picture(_opened(picture)) as image:
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            if has_alpha and (np.asarray(image.convert("RGBA"))[..., 3] < 255).any():
+                raise BadRow(f"the mask {name_of(picture)} has transparent parts; save it as black and white")
+    except (UniPicError, OSError, SyntaxError) as error:
+        raise BadRow(str(error)) from None
+    return read_picture(picture).convert("L")
+
+
+def check_mask_size(mask: Sequence[int], target: Sequence[int]) -> None:
+    """Raise BadRow for a mask that does not lie pixel by pixel over its target."""
+    if tuple(mask) != tuple(target):
+        raise BadRow(
+            f"expected a mask of the target's size, {target[0]}x{target[1]}, got {mask[0]}x{mask[1]}; resize the mask"
+        )
+
+
+def token_mask(mask: Image.Image, size: Size) -> np.ndarray:
+    """Share of white in each latent token of a target of this size (width, height): uint8 [h, w], 255 = all white.
+
+    A token is a square of 16 pixels; the shares are means over its area. Raises BadRow if every share is 0.
+    """
+    wide, high = (side // PIXELS_PER_TOKEN for side in size)
+    shares = np.asarray(mask.convert("L").resize((wide, high), Image.Resampling.BOX))
+    if not shares.any():
+        raise BadRow("its mask is black everywhere, so no part of it would train; remove the mask or the row")
+    return shares
+
+
+def make_row(
+    target: Image.Image,
+    references: Sequence[Image.Image],
+    prompt: str,
+    reference_budget: int,
+    mask: np.ndarray | None = None,
+) -> Row:
+    """Resize the references to the shared budget; the target keeps its size, its mask is of `token_mask`."""
     resized = resize_references(references, reference_budget)
     return Row(
         np.asarray(target),
         tuple(np.asarray(r) for r in resized),
         tuple(np.asarray(resize_for_vision(r)) for r in resized),
         prompt,
+        mask,
     )

@@ -27,6 +27,7 @@ class Samples:
         self.lengths = Lengths(*(np.concatenate([getattr(x, n) for x in each]) for n in ("target", "pictures", "text")))
         self.digests = np.concatenate([one.digests for one in sets])
         self.num_references = np.concatenate([one.num_references for one in sets])
+        self.num_masked = sum(one.num_masked for one in sets)
 
     def __len__(self) -> int:
         return int(self.starts[-1])

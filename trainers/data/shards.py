@@ -2,9 +2,10 @@
 
 A shard of latents holds samples in buckets of equal shapes, under names like `128x128_64x64/target` (target first, then
 the references, width x height): `target` [n, C, h, w]; per reference j `reference_j` [n, C, h, w] (normalised latents,
-bfloat16) and optionally `vision_j` [n, H, W, 3] (uint8, the vision encoder's input). Metadata (JSON): `prompts`
+bfloat16) and optionally `vision_j` [n, H, W, 3] (uint8, the vision encoder's input); if any of the rows has a mask,
+`mask` [n, h / 2, w / 2] (uint8, the share of each token that trains, FULL_MASK = all). Metadata (JSON): `prompts`
 (bucket -> n texts), `text` (digest of prompts and pictures), `rows` (digest of the source rows), `skipped` (rows that
-could not be decoded).
+could not be decoded), `masks` (bucket -> number of rows with a mask).
 
 Each encoder has its own text shard beside it, `text-FINGERPRINT-...`: `embeds` [sum of lengths, D], the conditional
 embeddings, sample after sample, and `uncond` [n, T, D], the tail of the embeddings of the prompt " ". The encoder is
@@ -31,6 +32,9 @@ from unipic_core.conditioning.sequence import PATCH, TextCond
 from unipic_core.weights.formats.safetensors_file import read_safetensors
 from unipic_core.weights.formats.tensor_spec import Table
 from unipic_core.weights.write import write_safetensors
+
+FULL_MASK = 255
+"""Value of a stored mask for a token that trains with its whole area."""
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -152,7 +156,8 @@ class Rows:
     """n samples of one bucket, in memory.
 
     target: float32 [n, C, h, w]; references: float32 [n, C, h, w] each; vision: uint8 [n, H, W, 3] per reference, ()
-    if the cache stores none; cond, uncond: the frozen encoder's float32 embeddings of the prompt and of " ", or None.
+    if the cache stores none; cond, uncond: the frozen encoder's float32 embeddings of the prompt and of " ", or None;
+    mask: float32 [n, h / 2, w / 2], the share of each target token that trains, or None: all of each.
     """
 
     target: Tensor
@@ -161,6 +166,7 @@ class Rows:
     prompts: tuple[str, ...]
     cond: TextCond | None = None
     uncond: TextCond | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
 from unipic_core.weights.transformer import read_shift
 
 from ..cache import Rows, cached_samples, load_image_vae, read_preview
-from ..config.methods import OptimizerConfig, TrainingTimes
-from ..config.run import EXPORT_KINDS, RunConfig, required
+from ..config.methods import MaskedLoss, OptimizerConfig, TrainingTimes
+from ..config.run import EXPORT_KINDS, ConfigError, RunConfig, required
 from ..data.batches import data_report, micro_batches_of_process
 from ..data.picture_grid import picture_grid
 from ..data.previews import PreviewRow, decode_latents, row_from_latents
@@ -39,7 +39,7 @@ from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import EMA, STUDENT, NamedParameters, Roles, require_roles, roles_of
 from .inputs import Draws, Inputs, MicroBatches, make_inputs, padded_batch, select_text
-from .losses import TimedVelocity
+from .losses import TimedVelocity, mask_weights
 from .times import logit_normal_times, some_uniform
 
 VALIDATION = 2**48
@@ -56,6 +56,7 @@ class NetworkTraining:
     live_text: TextEncoder | None = None
     slots = 1
     prompt_dropout = 0.0
+    masked_loss: MaskedLoss | None = None
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
         self.config = config
@@ -78,6 +79,11 @@ class NetworkTraining:
         """Open the cached samples, and choose held-out rows, the order of training rows and the preview samples."""
         self.samples, config = Samples(cached_samples(self.data, self.encoder)), self.config
         validation = self.validation = required(config.validation)
+        if self.masked_loss is not None and not self.samples.num_masked:
+            raise ConfigError(
+                f"{self.config.method}.mask needs rows with masks, got none in {self.data.parts[0].folder}; add masks "
+                "to the data (docs/training.md) and run python -m trainers.cache, or remove it"
+            )
         self.held_out = held_out_rows(self.samples, validation.share)
         self.train_rows = np.setdiff1d(np.arange(len(self.samples)), self.held_out)
         self.order = order_of(config, self.data, self.samples, self.train_rows)
@@ -93,6 +99,10 @@ class NetworkTraining:
         lengths, held_out = self.samples.lengths, len(self.held_out)
         report = data_report(self.order, lengths, self.config.max_tokens)
         counts = {"rows": len(self.train_rows) + held_out, "validation_rows": held_out}
+        if self.masked_loss is not None:
+            counts["rows_with_mask"] = self.samples.num_masked
+        elif self.samples.num_masked:
+            counts["unused_masks"] = self.samples.num_masked
         return {**report, **counts, "largest_tokens": int(lengths.total[self.train_rows].max())}
 
     @property
@@ -181,6 +191,10 @@ class NetworkTraining:
         raise NotImplementedError
 
     # --- for subclasses ---
+
+    def weights_of(self, batch: Inputs) -> Tensor | None:
+        """Weights [B, N] of the tokens in a masked loss; None: all are equal."""
+        return None if self.masked_loss is None else mask_weights(batch.mask, self.masked_loss.outside)
 
     def inputs(self, rows: Rows, dropped: np.ndarray, index: int = 0, first: int = 0, name: str = "") -> Inputs:
         """Make a batch of rows of equal shapes. dropped: bool [n], samples without their prompt."""

@@ -34,11 +34,18 @@ Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def consistency_terms(
-    student: TimedVelocity, guide: Guide, x0: Tensor, eps: Tensor, t: Tensor, options: ConsistencyMethod
+    student: TimedVelocity,
+    guide: Guide,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    options: ConsistencyMethod,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Consistency loss [B] at x_t = (1 - t) x0 + t eps, with metrics. Only the prediction has a gradient.
 
-    The tangent is computed in float32 even under autocast: it divides a difference of close numbers by 2e.
+    weights: [B, N] of the tokens (masked loss). The tangent is computed in float32 even under autocast: it divides a
+    difference of close numbers by 2e.
     """
     x_t, data_v = add_noise(x0, eps, t), velocity(x0, eps)
     # the only attention kernel with forward-mode differentiation
@@ -55,12 +62,12 @@ def consistency_terms(
     used_tangent = scaled_tangent(tangent) if options.normalisation == "tangent" else tangent
     # UniPic 3, eq. 9; then eq. 10-11 in `consistency_loss`
     residual = consistency_residual(prediction.detach(), v, used_tangent, t)
-    used_residual = scaled_residual(residual, "rms" if options.normalisation == "rms" else "none")
+    used_residual = scaled_residual(residual, "rms" if options.normalisation == "rms" else "none", weights)
     metrics = {
         "residual": float(residual.square().mean().sqrt()),
         "tangent": float(tangent.square().mean().sqrt()),
     }
-    return consistency_loss(prediction, used_residual, options.cosine), metrics
+    return consistency_loss(prediction, used_residual, options.cosine, weights), metrics
 
 
 class ConsistencyTraining(NetworkTraining):
@@ -70,7 +77,7 @@ class ConsistencyTraining(NetworkTraining):
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
         self.options = required(config.consistency)
-        self.prompt_dropout = self.options.prompt_dropout
+        self.prompt_dropout, self.masked_loss = self.options.prompt_dropout, self.options.mask
         super().__init__(config, roles)
 
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
@@ -78,7 +85,8 @@ class ConsistencyTraining(NetworkTraining):
 
     def consistency(self, batch: Inputs, draws: Draws) -> tuple[Tensor, Metrics]:
         t, eps = self.times(draws, self.options.times), draws.noise()
-        return consistency_terms(self.role(STUDENT, batch), self.guide(batch), batch.x0, eps, t, self.options)
+        student, guide, weights = self.role(STUDENT, batch), self.guide(batch), self.weights_of(batch)
+        return consistency_terms(student, guide, batch.x0, eps, t, self.options, weights)
 
     def guide(self, batch: Inputs) -> Guide:
         """Velocity of the trajectory that the options choose."""

@@ -21,7 +21,7 @@ from unipic_core.model.mmdit import MMDiT
 from ..config.methods import Correspondence
 from ..config.parse import ConfigError
 from ..loop.metrics import Metrics
-from .losses import full
+from .losses import full, weighted_mean
 
 HEAD_WIDTH = 64
 NOBODY = -1
@@ -41,6 +41,12 @@ class Owners:
 
     def to(self, device: torch.device | str) -> Owners:
         return Owners(self.references.to(device), self.background.to(device))
+
+    @property
+    def mask(self) -> Tensor:
+        """Mask of a masked loss, float32 [B, N_O]: 0 for tokens that show only the background's reference."""
+        only_background = (self.references == self.background[:, None]) & (self.background[:, None] != NOBODY)
+        return (~only_background).float()
 
     def weights(self, background: float) -> Tensor:
         """Loss weights [B, N_O]: 1, `background` for background tokens, 0 for excluded tokens."""
@@ -83,7 +89,7 @@ def reference_means(latents: PackedLatents) -> tuple[Tensor, Tensor]:
 def pointer_loss(logits: Tensor, owners: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean cross-entropy per sample, [B]: logits [B, N, K], owners [B, N], weights [B, N] (0: excluded)."""
     entropy = F.cross_entropy(logits.mT, owners.clamp(min=0), reduction="none")
-    return (weights * entropy).sum(1) / weights.sum(1).clamp(min=1e-6)
+    return weighted_mean(entropy, weights)
 
 
 class CorrespondenceLoss(nn.Module):

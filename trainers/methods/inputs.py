@@ -29,7 +29,8 @@ class Inputs:
     x0: [B, N, 4C]; latents: sequence with x0 as its target; first: index of its first sample in the batch, the noise
     seed without `rows`; name: for messages; owners: reference of each target token, for data with masks; dropped: bool
     [B], samples without their prompt; rows: numbers of the samples in the data, the noise seeds; counts: False for a
-    filler that only keeps processes in step.
+    filler that only keeps processes in step; mask: float32 [B, N], the share of each target token that trains in a
+    masked loss, None: all of each.
     """
 
     x0: Tensor
@@ -43,6 +44,7 @@ class Inputs:
     dropped: Tensor | None = None
     rows: tuple[int, ...] = ()
     counts: bool = True
+    mask: Tensor | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -61,8 +63,9 @@ class Inputs:
         cond, uncond = self.cond.to(device), self.uncond.to(device)
         owners = None if self.owners is None else self.owners.to(device)
         dropped = None if self.dropped is None else self.dropped.to(device)
-        x0 = self.x0.to(device)
-        return replace(self, x0=x0, latents=latents, cond=cond, uncond=uncond, owners=owners, dropped=dropped)
+        mask = None if self.mask is None else self.mask.to(device)
+        moved = replace(self, x0=self.x0.to(device), latents=latents, cond=cond, uncond=uncond, mask=mask)
+        return replace(moved, owners=owners, dropped=dropped)
 
 
 def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:
@@ -72,7 +75,9 @@ def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> I
     x0 = pack_latents(rows.target)
     shape = LatentShape.of_latents(rows.target)
     samples = [[r[i][:, None] for r in rows.references] for i in range(len(x0))]
-    return Inputs(x0, pack_with_references(x0, shape, samples), rows.cond, rows.uncond, index, first, name)
+    latents = pack_with_references(x0, shape, samples)
+    mask = None if rows.mask is None else rows.mask.flatten(1)  # row by row, as tokens are packed
+    return Inputs(x0, latents, rows.cond, rows.uncond, index, first, name, mask=mask)
 
 
 def padded_batch(batches: Sequence[Inputs]) -> Inputs:
@@ -83,7 +88,15 @@ def padded_batch(batches: Sequence[Inputs]) -> Inputs:
     latents = PackedLatents(torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), shapes, x0.shape[1])
     cond, uncond = (TextCond.stack([getattr(b, name) for b in batches]) for name in ("cond", "uncond"))
     rows = tuple(row for b in batches for row in b.rows)
-    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond, rows=rows)
+    mask = joined_masks(batches)
+    return replace(batches[0], x0=x0, latents=latents, cond=cond, uncond=uncond, rows=rows, mask=mask)
+
+
+def joined_masks(batches: Sequence[Inputs]) -> Tensor | None:
+    """The masks of all samples; those without one train everywhere."""
+    if all(b.mask is None for b in batches):
+        return None
+    return torch.cat([torch.ones(b.x0.shape[:2]) if b.mask is None else b.mask for b in batches])
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,30 @@ TimedVelocity = Callable[[Tensor, Any], Tensor]
 """(x_t [B, ...], t: [B] or a number) -> v [B, ...]: a network with its other inputs bound."""
 
 
-def per_sample(values: Tensor) -> Tensor:
-    """Mean over all but the batch dimension, [B, ...] -> [B]."""
-    return values.flatten(1).mean(1)
+def per_sample(values: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over all but the batch dimension, [B, ...] -> [B]; weights: [B, N] of the tokens, see `weighted_mean`."""
+    return values.flatten(1).mean(1) if weights is None else weighted_mean(values, weights)
 
 
-def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
-    """|F(x_t, t) - (eps - x0)|^2."""
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """Mean of each sample over its tokens i, sum_i w_i m_i / sum_i w_i, where m_i is the mean of token i's values.
+
+    values: [B, N, ...]; weights: [B, N], at least 0. Dividing by the weights' sum keeps the size of the gradient: a
+    sample of which half is masked out weighs as much as any other. A sample without weight counts 0.
+    """
+    means = values.flatten(2).mean(2) if values.ndim > 2 else values
+    return (weights * means).sum(1) / weights.sum(1).clamp(min=1e-6)
+
+
+def mask_weights(mask: Tensor | None, outside: float) -> Tensor | None:
+    """Weight of each token in a masked loss, w = m + (1 - m) outside, with m its share inside the mask, [B, N]."""
+    return None if mask is None else mask + (1 - mask) * outside
+
+
+def flow_matching_loss(v: Tensor, x0: Tensor, eps: Tensor, weights: Tensor | None = None) -> Tensor:
+    """|F(x_t, t) - (eps - x0)|^2; weights: [B, N] of the tokens (masked loss)."""
     # UniPic 3, eq. 1
-    return per_sample((full(v) - velocity(full(x0), full(eps))).square())
+    return per_sample((full(v) - velocity(full(x0), full(eps))).square(), weights)
 
 
 def full(x: Tensor) -> Tensor:
@@ -69,11 +84,11 @@ def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor) ->
     return full(v_sg) - (full(v) - like(t, tangent) * full(tangent))
 
 
-def scaled_residual(residual: Tensor, normalisation: str) -> Tensor:
-    """Return the residual unchanged ("none") or divided by its root mean square per sample ("rms")."""
+def scaled_residual(residual: Tensor, normalisation: str, weights: Tensor | None = None) -> Tensor:
+    """Return the residual unchanged ("none") or divided by its root (weighted) mean square per sample ("rms")."""
     if normalisation == "none":
         return residual
-    rms = like(per_sample(residual.square()).sqrt(), residual)
+    rms = like(per_sample(residual.square(), weights).sqrt(), residual)
     return residual / (rms + RMS_FLOOR)
 
 
@@ -86,20 +101,20 @@ def scaled_tangent(tangent: Tensor) -> Tensor:
     return tangent / (like(tangent.flatten(1).norm(dim=1), tangent) + 0.1)
 
 
-def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False) -> Tensor:
+def consistency_loss(v: Tensor, residual: Tensor, cosine: bool = False, weights: Tensor | None = None) -> Tensor:
     """|F - sg(F - r)|^2, whose gradient is the residual r; `cosine` adds the released code's second term.
 
-    v: the student's F(x_t, t), with gradient. The cosine term is 1 - cos(F, F - r) over the channels of each latent
-    pixel, [B, N, C, 2, 2] in packed order.
+    v: the student's F(x_t, t), with gradient. weights: [B, N] of the tokens (masked loss). The cosine term is
+    1 - cos(F, F - r) over the channels of each latent pixel, [B, N, C, 2, 2] in packed order.
     """
     v = full(v)
     # UniPic 3, eq. 11: F - r = v - t dF/dt
     target = v.detach() - residual
     # its gradient is 2 r dF/dtheta: eq. 10 with w(t) = 1/t
-    loss = per_sample((v - target).square())
+    loss = per_sample((v - target).square(), weights)
     if cosine:
         a, b = (x.unflatten(-1, (-1, PATCH * PATCH)) for x in (v, target))
-        loss = loss + per_sample(1 - F.cosine_similarity(a, b, dim=-2))
+        loss = loss + per_sample(1 - F.cosine_similarity(a, b, dim=-2), weights)
     return loss
 
 

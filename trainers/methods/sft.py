@@ -29,7 +29,7 @@ class SFTTraining(NetworkTraining):
 
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
         self.options = required(config.sft)
-        self.prompt_dropout = self.options.prompt_dropout
+        self.prompt_dropout, self.masked_loss = self.options.prompt_dropout, self.options.mask
         super().__init__(config, roles)
         self.time_rounding = resolve(recipe_of(self.base)).time_rounding
         """In bfloat16 the release draws times in that type, and rounds them again for the network."""
@@ -64,11 +64,11 @@ class SFTTraining(NetworkTraining):
             t = rounded_time(t, "bf16", self.activations)
         x_t, t = add_noise(batch.x0, eps, t), rounded_time(t, self.time_rounding, self.activations)
         if self.correspondence is None:
-            return flow_matching_loss(self.role(STUDENT, batch)(x_t, t), batch.x0, eps), {}
+            return flow_matching_loss(self.role(STUDENT, batch)(x_t, t), batch.x0, eps, self.weights_of(batch)), {}
         assert batch.owners is not None  # set for data with masks
         assert batch.dropped is not None
         with self.correspondence.recording() as outputs:
             v = self.role(STUDENT, batch)(x_t, t)
-        loss = flow_matching_loss(v, batch.x0, eps)
+        loss = flow_matching_loss(v, batch.x0, eps, self.weights_of(batch))
         pointer_loss, metrics = self.correspondence(outputs, batch.latents, batch.owners, batch.dropped, t)
         return loss + pointer_loss, {"flow_matching": float(loss.detach().mean()), **metrics}

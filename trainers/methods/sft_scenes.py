@@ -52,7 +52,7 @@ class SFTOnScenes(SFTWithText):
         references = [[latents_of(use.encoded.sources[s])[:, None] for s in use.places] for use in uses]
         pictures = [[torch.from_numpy(use.encoded.vision[s]) for s in use.places] for use in uses]
         prompts = [UNCOND_PROMPT if d else use.scene.instruction for d, use in zip(dropped, uses, strict=True)]
-        no_text = TextCond(torch.zeros(len(uses), 0, 0))
+        no_text, owners = TextCond(torch.zeros(len(uses), 0, 0)), owners_of(uses)
         return UnencodedInputs(
             x0,
             pack_with_references(x0, shape, references),
@@ -61,8 +61,9 @@ class SFTOnScenes(SFTWithText):
             index,
             first,
             name,
-            owners_of(uses),
+            owners,
             torch.from_numpy(dropped),
+            mask=owners.mask,
             encoder_inputs=mixed_encoder_inputs(self.text, pictures, prompts),
         )
 

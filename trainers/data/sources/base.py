@@ -56,7 +56,10 @@ class PictureRows:
 
 
 def record_of(values: object, root: Path) -> Record:
-    """Parse a row with the release's keys `input_images` (0 to 6), `instruction`, `output_image`. Raises BadRow."""
+    """Parse a row with the release's keys `input_images` (0 to 6), `instruction`, `output_image`. Raises BadRow.
+
+    `mask` is optional beside them: a picture of the target's size, white where it trains.
+    """
     if not isinstance(values, dict):
         raise BadRow(f"expected an object with input_images, instruction and output_image, got {type(values).__name__}")
     references = values.get("input_images")
@@ -65,7 +68,8 @@ def record_of(values: object, root: Path) -> Record:
     if values.get("output_image") is None:
         raise BadRow("no output_image")
     target = picture_of(values["output_image"], root)
-    return Record(target, tuple(picture_of(r, root) for r in references), values.get("instruction", ""))
+    mask = None if values.get("mask") is None else picture_of(values["mask"], root)
+    return Record(target, tuple(picture_of(r, root) for r in references), values.get("instruction", ""), mask)
 
 
 def picture_of(value: object, root: Path) -> Picture:

@@ -17,6 +17,9 @@ CONTROLS = re.compile(
     r"(controls?|conditions?|conditioning|references?|refs?|inputs?|sources?)[_-]?[0-9]*", re.IGNORECASE
 )
 """Names of subfolders that hold references."""
+MASKS = ("mask", "masks")
+"""Names of subfolders that hold masks."""
+MASK = re.compile(r"(.+)[_-]mask", re.IGNORECASE)
 
 Pictures = dict[str, list[Path]]
 """Name without its ending -> the files of that name."""
@@ -28,6 +31,7 @@ class Folder(PictureRows):
         0001.png                 the target, in any supported format
         0001.txt                 its instruction
         0001_1.png, 0001_2.png   its references, in numerical order; without any the row is text to image
+        0001_mask.png            its mask, optional; or 0001.png in a subfolder masks
 
     Numbers may start at 0, have leading zeros, and follow a hyphen. NAME_N is a reference only if a picture or caption
     NAME exists: a folder of shot_1.png + shot_1.txt, shot_2.png + shot_2.txt holds two targets. References may also lie
@@ -45,8 +49,12 @@ class Folder(PictureRows):
         self.pictures = pictures_in(self.path)
         self.references = numbered(self.pictures, {*self.pictures, *self.captions})
         self.controls = [(folder, pictures_in(folder)) for folder in control_folders(self.path, data.controls)]
+        folders = [p for p in sorted(self.path.iterdir()) if p.is_dir() and not self._is_control(p)]
+        self.mask_folders = [(p, pictures_in(p)) for p in folders if p.name.lower() in MASKS]
         reference_names = {name for names in self.references.values() for _, name in names}
-        self.targets = sorted((self.captions.keys() | self.pictures.keys()) - reference_names, key=natural)
+        names = (self.captions.keys() | self.pictures.keys()) - reference_names
+        self.masks = {m[1]: name for name in self.pictures if (m := MASK.fullmatch(name)) and m[1] in names}
+        self.targets = sorted(names - (set(self.masks.values()) - self.captions.keys()), key=natural)
         self.beside = strangers(self.targets, self.captions)
         self.in_controls = [(numbered(p, set(self.targets)), p) for _, p in self.controls]
         self.count = len(self.targets)
@@ -54,18 +62,22 @@ class Folder(PictureRows):
     @property
     def note(self) -> str:
         """Rows, and the pictures of other folders that belong to none."""
-        unread = [
-            p.name for p in sorted(self.path.iterdir()) if p.is_dir() and not self._is_control(p) and pictures_in(p)
-        ]
+        unread = [p.name for p in sorted(self.path.iterdir()) if p.is_dir() and not self._is_read(p) and pictures_in(p)]
         notes = [super().note, *(f"the subfolder {name} is not read" for name in unread)]
         for (folder, pictures), (of_targets, _) in zip(self.controls, self.in_controls, strict=True):
             used = {name for names in of_targets.values() for _, name in names} | (set(self.targets) & set(pictures))
             if lost := sorted(set(pictures) - used):
                 notes.append(f"{len(lost)} pictures of {folder.name} belong to no target, first {lost[0]}")
+        for folder, pictures in self.mask_folders:
+            if lost := sorted(set(pictures) - set(self.targets)):
+                notes.append(f"{len(lost)} masks in {folder.name} belong to no target, first {lost[0]}")
         return "; ".join(notes)
 
     def _is_control(self, path: Path) -> bool:
         return any(path == folder for folder, _ in self.controls)
+
+    def _is_read(self, path: Path) -> bool:
+        return self._is_control(path) or any(path == folder for folder, _ in self.mask_folders)
 
     def name(self, i: int) -> str:
         return self.targets[i]
@@ -80,7 +92,21 @@ class Folder(PictureRows):
         except OSError as error:
             raise BadRow(f"{name}.txt cannot be read ({error})") from None
         prompt = decode_text(content, f"{name}.txt").strip()
-        return Record(only_picture(self.pictures, name), references, prompt)
+        return Record(only_picture(self.pictures, name), references, prompt, self._mask(name))
+
+    def _mask(self, name: str) -> Path | None:
+        """The target's mask, if it has one. Raises BadRow where it is not certain."""
+        beside = self.masks.get(name)
+        if beside in self.captions:
+            raise BadRow(f"{beside} has a caption, so it may be a mask or a target; remove {beside}.txt or rename it")
+        if beside in self.references:
+            raise BadRow(f"{beside} has a numbered picture beside it ({self.references[beside][0][1]}); rename one")
+        places = [(pictures, name, f" in {p.name}") for p, pictures in self.mask_folders if name in pictures]
+        if beside is not None:
+            places.append((self.pictures, beside, ""))
+        if len(places) > 1:
+            raise BadRow(f"it has several masks: {', '.join(f'{one}{where}' for _, one, where in places)}; keep one")
+        return only_picture(*places[0]) if places else None
 
     def _references(self, name: str) -> tuple[Path, ...]:
         """The target's references in order. Raises BadRow where they are not certain."""

@@ -12,7 +12,8 @@ from .base import PictureRows, record_of
 class SavedDataset(PictureRows):
     """Hugging Face data set from `save_to_disk` with the columns input_images, instruction and output_image.
 
-    Pictures are Image features, bytes, or paths below data.images. In a data set with splits, `train` is used.
+    A column mask is optional. Pictures are Image features, bytes, or paths below data.images. In a data set with
+    splits, `train` is used.
     """
 
     def __init__(self, data: DataConfig) -> None:

@@ -13,6 +13,7 @@ from ..rows import Record
 from .base import PictureRows, record_of
 
 COLUMNS = ("input_images", "instruction", "output_image")
+OPTIONAL = ("mask",)
 
 
 class ParquetRows:
@@ -47,15 +48,17 @@ class ParquetRows:
         """A row's columns as Python values."""
         at = int(np.searchsorted(self.starts, i, side="right")) - 1
         table, row = self._group(at), i - int(self.starts[at])
-        return {name: table.column(name)[row].as_py() for name in COLUMNS}
+        return {name: table.column(name)[row].as_py() for name in table.column_names}
 
     def _read(self, at: int) -> Any:
         file, group = self.groups[at]
-        return open_parquet(self.paths[file]).read_row_group(group, columns=list(COLUMNS))
+        opened = open_parquet(self.paths[file])
+        optional = [name for name in OPTIONAL if name in opened.schema_arrow.names]
+        return opened.read_row_group(group, columns=[*COLUMNS, *optional])
 
 
 class Parquet(PictureRows):
-    """Parquet files with the columns input_images, instruction and output_image.
+    """Parquet files with the columns input_images, instruction, output_image and, where rows have masks, mask.
 
     Pictures are Image features ({"bytes", "path"}), bytes, or paths below data.images.
     """

@@ -3,6 +3,7 @@
 0001.jpg                       target; also 0001.target.png, 0001.output_image.png
 0001.txt                       instruction; also 0001.json with the key instruction, caption or prompt
 0001.0.jpg, 0001.1.jpg         references, by number; also 0001.input_0.png, 0001.reference_1.png, 0001.ref1.jpg
+0001.mask.png                  mask of the target, optional; also 0001.target_mask.png, 0001.output.mask.png
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ REFERENCE = re.compile(
     rf"(?:(?:input|input_images?|image|ref|reference|references|control|cond)[._-]?)?([0-9]{{1,4}})\.{PICTURE}",
     re.IGNORECASE,
 )
+MASK = re.compile(rf"(?:(?:target|output|output_image)[._-])?mask\.{PICTURE}", re.IGNORECASE)
 ANY_PICTURE = re.compile(rf"(?:.*\.)?{PICTURE}", re.IGNORECASE)
 PROMPT_KEYS = ("instruction", "caption", "prompt")
 
@@ -128,19 +130,24 @@ def read_tar_row(row: TarRow) -> Record:
     """Raises BadRow for a row whose pictures cannot be paired with certainty."""
     targets = [m for m in row.members if TARGET.fullmatch(m.field)]
     numbered = sorted((int(r[1]), m) for m in row.members if (r := REFERENCE.fullmatch(m.field)))
-    known = {*targets, *(m for _, m in numbered)}
+    masks = [m for m in row.members if MASK.fullmatch(m.field)]
+    known = {*targets, *masks, *(m for _, m in numbered)}
     for member in row.members:
         if member not in known and ANY_PICTURE.fullmatch(member.field):
             raise BadRow(
-                f"{row.name}.{member.field} is neither the target nor a numbered reference; rename or remove it"
+                f"{row.name}.{member.field} is neither target, mask nor numbered reference; rename or remove it"
             )
     if len(targets) != 1:
         names = ", ".join(f"{row.name}.{m.field}" for m in targets) or "none"
         raise BadRow(f"expected one target {row.name}.png (or jpg, ...), got {names}")
+    if len(masks) > 1:
+        raise BadRow(f"expected one mask, got {', '.join(f'{row.name}.{m.field}' for m in masks)}; remove the others")
     numbers = [number for number, _ in numbered]
     if numbers and numbers != list(range(min(numbers[0], 1), min(numbers[0], 1) + len(numbers))):
         raise BadRow(f"expected references numbered without gaps from 0 or 1, got {numbers}")
-    return Record(read_member(row, targets[0]), tuple(read_member(row, m) for _, m in numbered), _prompt(row))
+    references = tuple(read_member(row, m) for _, m in numbered)
+    mask = read_member(row, masks[0]) if masks else None
+    return Record(read_member(row, targets[0]), references, _prompt(row), mask)
 
 
 def _prompt(row: TarRow) -> str:
