@@ -290,6 +290,7 @@ def render_with(bank: Bank, scene: Scene, hidden: Sequence[Hidden]) -> Sample:
         return Sample((before,), scene.instruction, target, backdrop.copy(), placements, scene.task)
     target, placements = assemble(bank, scene, backdrop, hidden, matrices)
     sources = [reference_picture(bank, item, scene.size) for item in scene.items] + [reference.copy()]
+    sources += [reference_picture(bank, item, scene.size) for item in scene.spares]
     references = tuple(sources[source] for source in scene.order)
     return Sample(references, scene.instruction, target, backdrop.copy(), placements, scene.task)
 

@@ -68,9 +68,10 @@ class Edit:
 class Scene:
     """A sample before it is drawn.
 
-    ``order[k]`` is the source shown in reference k: the index of an item, or ``len(items)`` for the background.
-    A background that an open scene names in words alone has none. Edits have one reference, the picture before the
-    edit, and an empty order. ``background_shape``: width and height of the background's reference as a ratio; its
+    ``order[k]`` is the source shown in reference k: the index of an item, or ``len(items)`` for the background, or
+    above it those of the ``spares``, items with references that neither the words nor the target show. A background
+    that an open scene names in words alone has none. Edits have one reference, the picture before the edit, and an
+    empty order. ``background_shape``: width and height of the background's reference as a ratio; its
     longer side is ``size``. ``light``: of LIGHTS, on the background's picture; empty: as its reference shows it.
     ``shape``: width and height of the target as a ratio; its pixels are about those of a square of side ``size``.
     """
@@ -86,6 +87,7 @@ class Scene:
     edit: Edit | None = None
     light: str = ""
     shape: Shape = SQUARE
+    spares: tuple[Item, ...] = ()
 
     @property
     def canvas(self) -> tuple[int, int]:

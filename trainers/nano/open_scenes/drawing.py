@@ -9,6 +9,7 @@ import numpy as np
 
 from ..backgrounds import sample_background
 from ..catalogue import Asset, Split
+from ..choices import CHOOSE, make_choice
 from ..emoji import Bank
 from ..layout import ALONE, PERSON, SMALL, Anchor
 from ..scene import SQUARE, Item, Scene, Shape
@@ -29,7 +30,12 @@ COMPOSERS: tuple[Callable[[Draw], list[Item]], ...] = (compose2, compose3, pair)
 def make_any_scene(
     bank: Bank, split: Split, seed: int, index: int, *, task: str | None = None, size: int = 128, shape: Shape = SQUARE
 ) -> Scene:
-    """`make_scene`, whose `task` may be an open one and whose target has any `shape`; raises ValueError as it does."""
+    """`make_scene`, whose `task` may be an open one or `choose` and whose target has any `shape`.
+
+    Raises ValueError as `make_scene` does.
+    """
+    if task == CHOOSE:
+        return shaped(make_choice(bank, split, seed, index, size=size), shape)
     make = make_open_scene if task in OPEN_TASKS else make_scene
     return shaped(make(bank, split, seed, index, task=task, size=size), shape)
 

@@ -1,0 +1,60 @@
+"""Scenes in which one of several alike references is shown: only its number tells which."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from trainers.data.endless.drawing import AMBIGUOUS, owners_of
+from trainers.nano.choices import CHOOSE
+from trainers.nano.emoji import Bank
+from trainers.nano.open_scenes.drawing import any_reworded, make_any_scene
+from trainers.nano.render import render
+from trainers.nano.scene import Scene
+
+
+def scenes(bank: Bank, count: int = 30, split: str = "train") -> list[Scene]:
+    return [make_any_scene(bank, split, 3, index, task=CHOOSE) for index in range(count)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_spare_things_have_references_and_no_words(bank: Bank, split: str) -> None:
+    drawn = scenes(bank, split=split)
+    assert drawn == scenes(bank, split=split)
+    for scene in drawn:
+        shown = 2 + len(scene.spares)
+        assert sorted(scene.order) == list(range(shown))
+        named = {scene.order.index(source) + 1 for source in (0, 1)}  # thing and background
+        assert {int(one) for one in re.findall(r"image (\d)", scene.instruction)} == named
+        assert len({item.asset.family for item in (*scene.items, *scene.spares)}) == shown - 1
+        assert len(render(bank, scene).references) == shown
+    assert {len(scene.spares) for scene in drawn} == {1, 2}
+
+
+def test_the_number_alone_decides_which_thing_is_shown(bank: Bank) -> None:
+    """With a spare in the thing's stead, only the target and the thing's number change."""
+    for scene in scenes(bank, 6):
+        item, spare = scene.items[0], scene.spares[0]
+        other = replace(scene, items=(spare,), spares=(item, *scene.spares[1:]))
+        exchanged = replace(other, order=tuple({0: 2, 2: 0}.get(source, source) for source in scene.order))
+        first, second = render(bank, scene), render(bank, exchanged)
+        assert [one.tobytes() for one in first.references] == [one.tobytes() for one in second.references]
+        assert first.target.tobytes() != second.target.tobytes()
+        assert (spare.anchor, spare.relation) == (item.anchor, item.relation)
+
+
+def test_new_words_keep_the_spare_things_unnamed(bank: Bank) -> None:
+    scene = scenes(bank)[0]
+    again = [any_reworded(scene, np.random.default_rng(k)) for k in range(8)]
+    assert len({one.order for one in again}) > 1
+    for one in again:
+        assert (one.items, one.spares) == (scene.items, scene.spares)
+        assert str(one.order.index(0) + 1) in one.instruction
+
+
+def test_no_token_of_the_target_shows_a_spare_thing(bank: Bank) -> None:
+    for scene in scenes(bank, 6):
+        assert set(owners_of(scene, render(bank, scene)).tolist()) <= {0, 1, AMBIGUOUS}
