@@ -52,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--templates", type=Path, metavar="DIR", help="question texts from a checkout of the benchmark")
     judge.add_argument("--controls", action="store_true", help="test the judge on pictures of known order")
     judge.add_argument("--weights", type=Path, metavar="DIR", help="weights of MICo-Bench")
+    judge.add_argument("--w-judge", action="store_true", help="weights of MICo-Bench by the judge in place of ArcFace")
     judge.add_argument("--w-one", action="store_true", help="MICo-Bench without weights: W = 1")
+    judge.add_argument(
+        "--enforce-cap",
+        action="store_true",
+        help="imgedit: no mark counts for more than the first",
+    )
     show = commands.add_parser("report", help="write tables and an HTML page")
     for command in (make, judge, show):
         command.add_argument("--out", type=Path, required=True, metavar="DIR")

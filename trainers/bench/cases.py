@@ -1,7 +1,9 @@
 """Cases of a benchmark: sources, instruction, and the path of a system's picture.
 
 Own cases and MultiCom-Bench are JSON lines {id, instruction, sources, truth?, task?}; GEdit-Bench is a
-gedit.jsonl with its fields and input_image as a path; MICo-Bench is its checkout with the pictures beside it.
+gedit.jsonl with its fields and input_image as a path; MICo-Bench is its checkout with the pictures beside it or in
+data/MICo-Bench; ImgEdit-Bench is its basic_edit.json with the pictures beside it. Pictures outside the folder of their
+list are refused: such lists are shared, and what they name is opened and sent to a judge.
 """
 
 from __future__ import annotations
@@ -13,18 +15,30 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..judges.measure import Plan as Scenes
+from ..judges.panel import Case as Scene
 from ..judges.vlm import JudgeError, read_lines
 from ..nano.emoji import Bank
 
-BENCHES = ("own", "nano", "mico", "gedit", "multicom")
+BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom")
 MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
 MAX_SOURCES = 6
-TEMPLATES = {"own": "compose", "nano": "compose", "mico": "reference", "gedit": "edit", "multicom": "composition3"}
+TEMPLATES = {
+    "own": "compose",
+    "nano": "compose",
+    "mico": "reference",
+    "gedit": "edit",
+    "imgedit": "imgedit",
+    "multicom": "composition3",
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One case. result: path of the picture in a system's folder; extra: language and intersection of GEdit-Bench."""
+    """One case. result: path of the picture in a system's folder.
+
+    extra: language and intersection of GEdit-Bench; persons, the sources that show one, of MICo-Bench.
+    """
 
     id: str
     task: str
@@ -45,6 +59,8 @@ def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Pat
         cases = [_mico(root, task, row) for task in MICO_TASKS for row in _rows(root / f"{task}.jsonl")]
     elif bench == "gedit":
         cases = [_gedit(root, row) for row in _rows(root / "gedit.jsonl")]
+    elif bench == "imgedit":
+        cases = [_imgedit(root, key, row) for key, row in _object(root / "basic_edit.json").items()]
     else:
         cases = [_own(root.parent, number, row) for number, row in enumerate(_rows(root))]
     left_out = [case.id for case in cases if len(case.sources) > MAX_SOURCES]
@@ -57,6 +73,27 @@ def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Pat
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Read a JSON object of objects. Raises JudgeError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JudgeError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(one, dict) for one in values.values()):
+        raise JudgeError(f"{path} is not a JSON object of cases")
+    return values
+
+
+def _picture(folder: Path, name: object) -> str:
+    """Path of a picture that a list names, inside ``folder``. Raises ValueError for any other place."""
+    path = folder / str(name)
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"picture {str(name)[:80]!r} is outside {folder}; put the pictures into that folder")
+    return str(path)
 
 
 def _text(row: Mapping[str, object], name: str) -> str:
@@ -77,33 +114,38 @@ def _own(folder: Path, number: int, row: Mapping[str, object]) -> Case:
         raise ValueError(f"case {number}: expected 'sources', a list of pictures, got {sources!r}")
     name = str(row.get("id", number))
     task = str(row.get("task") or ("2-3 sources" if len(sources) <= 3 else "4-6 sources"))
-    truth = str(folder / str(row["truth"])) if row.get("truth") else None
-    paths = tuple(str(folder / str(one)) for one in sources)
+    truth = _picture(folder, row["truth"]) if row.get("truth") else None
+    paths = tuple(_picture(folder, one) for one in sources)
     return Case(name, task, _text(row, "instruction"), paths, truth, f"{file_name(task)}/{file_name(name)}.png", {})
 
 
 def _mico(root: Path, task: str, row: Mapping[str, Any]) -> Case:
     name = str(row["idx"] if row.get("idx") is not None else _text(row, "ed_idx"))
     instruction = str(row.get("refined_prompt") or _text(row, "prompt"))
-    sources = tuple(str(root / str(one)) for one in row.get("input", ()))
-    truth = str(root / _text(row, "reference"))
-    return Case(f"{task}/{name}", task, instruction, sources, truth, f"{task}/{file_name(name)}.png", {})
+    pictures = root / "data" / "MICo-Bench"
+    pictures = pictures if pictures.is_dir() else root
+    sources = tuple(_picture(pictures, one) for one in row.get("input", ()))
+    truth = _picture(pictures, _text(row, "reference"))
+    extra = {"persons": list(row.get("human_indices", ()))}
+    return Case(f"{task}/{name}", task, instruction, sources, truth, f"{task}/{file_name(name)}.png", extra)
 
 
 def _gedit(root: Path, row: Mapping[str, object]) -> Case:
     key, group, language = _text(row, "key"), _text(row, "task_type"), _text(row, "instruction_language")
     extra = {"language": language, "intersection": bool(row.get("Intersection_exist"))}
-    source = str(root / _text(row, "input_image"))
+    source = _picture(root, _text(row, "input_image"))
     result = f"fullset/{file_name(group)}/{file_name(language)}/{file_name(key)}.png"
     return Case(f"{language}/{key}", group, _text(row, "instruction"), (source,), None, result, extra)
 
 
+def _imgedit(root: Path, key: str, row: Mapping[str, object]) -> Case:
+    source = _picture(root, _text(row, "id"))
+    return Case(key, _text(row, "edit_type"), _text(row, "prompt"), (source,), None, f"{file_name(key)}.png", {})
+
+
 def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
     """Draw scenes of unseen assets with their truth into ``out``/inputs."""
-    from ..judges.measure import Plan
-    from ..judges.panel import Case as Scene
-
-    bank, plan = Bank.open(None), Plan(n, seed, progress=False)
+    bank, plan = Bank.open(None), Scenes(max(2, n), seed, progress=False)
     folder = out / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     cases = []

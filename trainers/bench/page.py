@@ -29,7 +29,7 @@ esc = html.escape
 
 def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
     """Render the page."""
-    about = {name: summary[name] for name in ("version", "seed", "systems", "judge", "not_covered")}
+    about = {name: summary[name] for name in ("version", "commit", "date", "seed", "systems", "judge", "not_covered")}
     tasks = sorted({case.task for case in plan.cases})
     options = "".join(f'<option value="{esc(task, quote=True)}">{esc(task)}' for task in tasks)
     labels = "".join(f"<th>{esc(label)}" for label in plan.systems)
@@ -40,11 +40,16 @@ def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
         f"</summary><pre style='max-width:none;max-height:none'>{esc(json.dumps(about, indent=1))}</pre></details>",
         controls_table(summary["controls"]),
         f"<table><tr><th>score{labels}</tr>",
-        *(score_row(judge, scores) for judge, scores in summary["scores"].items()),
+        *(score_row(judge, scores, judge in summary["lower_is_better"]) for judge, scores in summary["scores"].items()),
+        *(
+            f"<tr><td>{esc(judge)}<td colspan={len(plan.systems)} class=bad>{esc(note)}</tr>"
+            for judge, note in summary["not_reported"].items()
+        ),
         "</table><small>value [95% over cases]; below it the paired difference from the first system, its interval, "
         "and ",
         "the number of judged cases</small>",
         *(group_table(judge, scores) for judge, scores in summary["scores"].items() if not judge.startswith(PIXELS)),
+        *(parts_table(judge, scores) for judge, scores in summary["scores"].items()),
         f"<p>task <select id=t><option value=''>all{options}</select> <label><input type=checkbox id=f> failures only",
         f"</label></p><table><tr><th>case<th>sources<th>truth{labels}</tr>",
         *(case_row(plan, rows, list(summary["scores"]), case, out, spent) for case in plan.cases),
@@ -62,14 +67,16 @@ def controls_table(fitness: dict[str, Any] | None) -> str:
     return f"<p><b>{esc(fitness['sentence'])}</b></p><table><tr>{names}</tr><tr>{means}</tr></table>"
 
 
-def score_row(judge: str, scores: dict[str, Any]) -> str:
+def score_row(judge: str, scores: dict[str, Any], lower_is_better: bool) -> str:
     """Render one judge, or one pixel measure: a cell per system."""
-    name = next(iter(scores.values()))["name"] if scores else ""
+    name = (next(iter(scores.values()))["name"] if scores else "") + ", lower is better" * lower_is_better
     cells = [f"<td>{esc(judge)}<br><small>{esc(name)}</small>"]
     for one in scores.values():
         gap = f"{one['minus_first']:+.3f} {bounds(one['minus_first_ci95'])}; " if one["minus_first_ci95"] else ""
         failures = ", ".join(f"{kind}: {count}" for kind, count in one["failures"].items())
         more = f"{gap}{one['judged']}" + (f" ({failures})" if failures else "")
+        if "sd_between_passes" in one:
+            more += f"; sd between passes {one['sd_between_passes']:.3f}, equal in {one['equal_passes']:.0%}"
         cells.append(f"<td><b>{number(one['value'])}</b> {bounds(one['ci95'])}<br><small>{esc(more)}</small>")
     return "<tr>" + "".join(cells) + "</tr>"
 
@@ -82,6 +89,20 @@ def group_table(judge: str, scores: dict[str, Any]) -> str:
         for group in sorted({group for one in scores.values() for group in one[kind]}):
             cells = "".join(f"<td>{number(one[kind].get(group))}" for one in scores.values())
             text.append(f"<tr><td>{esc(words.format(group))}{cells}</tr>")
+    return "".join(text) + "</table></details>"
+
+
+def parts_table(judge: str, scores: dict[str, Any]) -> str:
+    """Render the benchmark's other numbers: a row per system and part; "" without any."""
+    rows = [(label, part, values) for label, one in scores.items() for part, values in one["parts"].items()]
+    if not rows:
+        return ""
+    columns = list(rows[0][2])
+    text = [f"<details open><summary>{esc(judge)}: the benchmark's numbers</summary><table><tr><th>system<th>cases"]
+    text += [f"<th>{esc(column)}" for column in columns]
+    for label, part, values in rows:
+        cells = "".join(f"<td>{number(values.get(column))}" for column in columns)
+        text.append(f"<tr><td>{esc(label)}<td>{esc(part)}{cells}</tr>")
     return "".join(text) + "</table></details>"
 
 

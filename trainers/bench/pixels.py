@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
+from unipic_core.replacing import write_json
+
+from ..judges.kinds import JUDGES
+from ..judges.measure import Plan as Scenes
+from ..judges.measure import judge_all
+from ..judges.panel import Case as Scene
+from ..judges.panel import Panel
+from ..judges.statistics import Bootstrap
+from ..judges.summary import entry
 from ..judges.vlm import AnswerError, LineFile, load_picture
+from ..nano.emoji import Bank
 from .cases import Case, Plan
 from .make import result_path
 
@@ -42,12 +52,6 @@ def psnr(path: Path, truth_path: Path) -> dict[str, Any]:
 
 def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
     """Apply the judges of drawn scenes: placement, appearance, identity; scores are means over a picture's items."""
-    from ..judges.kinds import JUDGES
-    from ..judges.measure import Plan as Scenes
-    from ..judges.panel import Case as Scene
-    from ..judges.panel import Panel
-    from ..nano.emoji import Bank
-
     names = {judge.name: f"{PIXELS}: {judge.title}" for judge in JUDGES}
     jobs = [
         (label, index, case)
@@ -59,6 +63,7 @@ def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str
         return
     bank, scenes = Bank.open(None), Scenes(max(2, len(plan.cases)), plan.seed, progress=False)
     panel = Panel(bank)
+    write_scene_controls(panel, bank, scenes, out)
     for label, index, case in jobs:
         scene = Scene.of(bank, scenes.scene(bank, index))
         row = _scene_row(panel, scene, result_path(out, label, case), case)
@@ -67,10 +72,16 @@ def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str
             file.add({"system": label, "id": case.id, "judge": title, **row[name]})
 
 
-def _scene_row(panel: Any, scene: Any, path: Path, case: Case) -> dict[str, dict[str, Any]]:
-    """Score per judge, None if the scene has nothing to score, or the failure."""
-    from ..judges.kinds import JUDGES
+def write_scene_controls(panel: Panel, bank: Bank, scenes: Scenes, out: Path) -> None:
+    """Write pixel_controls.json: per judge whether it separates its controls on these scenes, and their means."""
+    controls = judge_all({}, panel, bank, scenes, 0)[0].controls
+    bootstrap = Bootstrap(scenes.n, scenes.seed)
+    found = {f"{PIXELS}: {judge.title}": entry(judge, None, controls, bootstrap) for judge in JUDGES}
+    write_json(out / "pixel_controls.json", found)
 
+
+def _scene_row(panel: Panel, scene: Scene, path: Path, case: Case) -> dict[str, dict[str, Any]]:
+    """Score per judge, None if the scene has nothing to score, or the failure."""
     try:
         picture = load_picture(path, size=scene.sample.target.size).image
     except AnswerError as error:

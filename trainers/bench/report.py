@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
+import subprocess
 from collections import defaultdict
+from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unipic_core import __version__
-from unipic_core.replacing import replacing
+from unipic_core.replacing import replacing, write_json
 
 from ..judges.statistics import Bootstrap, interval, rounded
 from .aggregates import Scored, aggregate
-from .cases import MICO_TASKS, Case, Plan, file_name
-from .make import described, result_path
+from .benchmark_files import write_benchmark_files
+from .cases import Plan
+from .make import described
 from .page import page
 from .pictures import sheet
 from .pixels import PIXELS
@@ -27,10 +29,14 @@ from .score import Rows, all_rows
 def report(out: Path) -> dict[str, Any]:
     """Write report.json, report.html, sheet.png and the benchmark's files; return report.json. Raises JudgeError."""
     plan, rows = Plan.load(out), all_rows(out)
-    judges = sorted({judge for _, _, judge in rows})
+    controls = _json(out / "pixel_controls.json") or {}
+    not_reported = {judge: found["note"] for judge, found in controls.items() if not found["valid"]}
+    judges = sorted({judge for _, _, judge in rows} - not_reported.keys())
     summary: dict[str, Any] = {
         "bench": plan.bench,
         "version": __version__,
+        "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
         "seed": plan.seed,
         "cases": len(plan.cases),
         "not_covered": list(plan.not_covered),
@@ -38,9 +44,10 @@ def report(out: Path) -> dict[str, Any]:
         "judge": _json(out / "judge.json"),
         "controls": _json(out / "controls.json"),
         "scores": {judge: summarise(plan, rows, judge) for judge in judges},
+        "lower_is_better": sorted(judge for judge, found in controls.items() if found["better"] == "lower"),
+        "not_reported": not_reported,
     }
-    with replacing(out / "report.json") as path:
-        path.write_text(json.dumps(summary, indent=1, allow_nan=False), encoding="utf-8")
+    write_json(out / "report.json", summary, indent=1)
     for judge in judges:
         if not judge.startswith(PIXELS):
             write_benchmark_files(plan, rows, judge, out)
@@ -49,6 +56,18 @@ def report(out: Path) -> dict[str, Any]:
     with replacing(out / "sheet.png") as path:
         sheet(plan, rows, out).save(path)
     return summary
+
+
+def commit() -> str | None:
+    """Commit of this project's checkout; None for an installed package."""
+    top = Path(__file__).parents[2]
+    if not (top / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=top, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
 
 
 def _json(path: Path) -> Any:
@@ -63,7 +82,10 @@ def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
     bench = "own" if judge.startswith(PIXELS) else plan.bench
     for label in plan.systems:
         judged = [rows.get((label, case.id, judge), {}) for case in plan.cases]
-        scored = [Scored(c.task, len(c.sources), r.get("score")) for c, r in zip(plan.cases, judged, strict=True)]
+        scored = [
+            Scored(case.task, len(case.sources), row.get("score"), row.get("values", {}), case.extra)
+            for case, row in zip(plan.cases, judged, strict=True)
+        ]
         total = aggregate(bench, scored)
         by_count: dict[str, list[float]] = defaultdict(list)
         failures: dict[str, int] = defaultdict(int)
@@ -85,53 +107,18 @@ def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
             "minus_first_ci95": interval(gap),
             "by_task": dict(total.groups),
             "by_sources": {count: sum(v) / len(v) for count, v in sorted(by_count.items())},
+            "parts": total.parts,
             "failures": dict(failures),
         }
+        result[label] |= repeatability([row.get("passes", ()) for row in judged if row.get("score") is not None])
     return result
 
 
-def write_benchmark_files(plan: Plan, rows: Rows, judge: str, out: Path) -> None:
-    """Write GEdit-Bench's CSV per group, or MICo-Bench's scores/TASK.json and summary.json, per system."""
-    for label in plan.systems:
-        folder = out / "results" / file_name(label)
-        judged = [(case, rows[key]) for case in plan.cases if (key := (label, case.id, judge)) in rows]
-        scored = [(case, row) for case, row in judged if row.get("score") is not None]
-        if plan.bench == "gedit":
-            _gedit_files(scored, folder, label, out)
-        if plan.bench == "mico":
-            _mico_files(scored, folder)
-
-
-def _gedit_files(scored: list[tuple[Case, dict[str, Any]]], folder: Path, label: str, out: Path) -> None:
-    heads = ["source_image", "edited_image", "instruction", "sementics_score", "quality_score"]
-    for group in sorted({case.task for case, _ in scored}):
-        text = io.StringIO()
-        writer = csv.writer(text)
-        writer.writerow([*heads, "intersection_exist", "instruction_language"])
-        for case, row in scored:
-            if case.task == group:
-                values, output = row["values"], result_path(out, label, case)
-                start = [case.sources[0], output, case.instruction, values["semantics"], values["quality"]]
-                writer.writerow([*start, case.extra["intersection"], case.extra["language"]])
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f"{file_name(label)}_{file_name(group)}_all_vie_score.csv"
-        (folder / name).write_text(text.getvalue(), encoding="utf-8")
-
-
-def _mico_files(scored: list[tuple[Case, dict[str, Any]]], folder: Path) -> None:
-    (folder / "scores").mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {}
-    for task in MICO_TASKS:
-        cases = {
-            case.id.partition("/")[2]: {"weight": row["weight"], **row["values"], "final": row["score"]}
-            for case, row in scored
-            if case.task == task
-        }
-        if cases:
-            (folder / "scores" / f"{task}.json").write_text(json.dumps(cases, indent=2), encoding="utf-8")
-            mean = sum(one["final"] for one in cases.values()) / len(cases)
-            summary[task] = {"mean": round(mean, 2), "count": len(cases)}
-    finals = [row["score"] for _, row in scored]
-    if finals:
-        summary["overall"] = {"mean": round(sum(finals) / len(finals), 2), "count": len(finals)}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2), encoding="utf-8")
+def repeatability(passes: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Standard deviation between a case's passes, mean over cases, and the share of cases where all are equal."""
+    several = [np.array(scores) for scores in passes if len(scores) > 1]
+    if not several:
+        return {}
+    deviations = [float(scores.std(ddof=1)) for scores in several]
+    ties = sum(deviation == 0 for deviation in deviations) / len(several)
+    return {"sd_between_passes": sum(deviations) / len(several), "equal_passes": ties}

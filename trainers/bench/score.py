@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from unipic_core.replacing import write_json
+
+from ..judges.measure import Plan as Scenes
+from ..judges.panel import Case as Scene
+from ..judges.panel import control_pictures
 from ..judges.vlm import (
     AnswerError,
     Asker,
@@ -28,9 +34,11 @@ from ..judges.vlm import (
 )
 from ..judges.vlm.templates import Template
 from ..judges.vlm.transfer import pictures_per_case
+from ..nano.emoji import Bank
 from .aggregates import case_score
 from .cases import TEMPLATES, Case, Plan
 from .make import result_path
+from .mico_weights import judged_weight, read_weights
 from .pixels import score_pixels
 
 CONTROLS = {
@@ -45,40 +53,70 @@ Rows = dict[tuple[str, str, str], dict[str, Any]]
 """Score rows by (system, case, judge)."""
 
 
+@dataclass(frozen=True)
+class JudgeSetup:
+    """A judge for a run: who is asked, with which questions, and MICo-Bench's weights.
+
+    templates: by task, if a checkout has a text per task. weights: by case; None: 1; "judge": asked.
+    """
+
+    asker: Asker
+    template: Template
+    templates: Mapping[str, Template]
+    weights: Mapping[str, float] | Literal["judge"] | None
+
+    @property
+    def name(self) -> str:
+        """Name of the judge in scores.jsonl."""
+        asked = ", W by the judge" if self.weights == "judge" else ""
+        return f"{self.asker.config.model}, {self.template.title}{asked}"
+
+    def template_of(self, case: Case) -> Template:
+        return self.templates.get(case.task, self.template)
+
+    def questions_and_pictures(self, case: Case) -> tuple[int, int]:
+        """Numbers of questions and pictures of one case."""
+        passes = self.asker.config.passes
+        counts = pictures_per_case(self.template_of(case), len(case.sources))
+        questions, pictures = (passes * count for count in counts)
+        if self.weights == "judge":
+            return questions + len(case.sources), pictures + 2 * len(case.sources)
+        return questions, pictures
+
+
 def score(args: argparse.Namespace) -> None:
     """Append missing scores to ``out``/scores.jsonl; failed rows are retried. Raises ValueError."""
     plan = Plan.load(args.out)
     file = LineFile(args.out / "scores.jsonl")
     if not args.judge and not args.replay:
         return score_pixels(plan, args.out, file, set(finished(args.out)))
-    asker, template = open_judge(args, plan)
-    weights = read_weights(args.weights)
-    name = f"{asker.config.model}, {template.title}"
-    done = finished(args.out)
-    jobs = [(label, case) for label in plan.systems for case in plan.cases if (label, case.id, name) not in done]
+    setup = open_judge(args, plan)
+    config, done = setup.asker.config, finished(args.out)
+    jobs = [(label, case) for label in plan.systems for case in plan.cases if (label, case.id, setup.name) not in done]
     if args.judge and not args.replay:
-        counts = [pictures_per_case(template, len(case.sources)) for _, case in jobs]
-        passes = asker.config.passes
-        print(transfer_notice(asker.config, passes * sum(p for _, p in counts), passes * sum(q for q, _ in counts)))
-    head = {"judge": name, "settings": asker.config.public(), "abilities": vars(asker.abilities)}
-    (args.out / "judge.json").write_text(json.dumps(head, indent=1), encoding="utf-8")
+        counts = [setup.questions_and_pictures(case) for _, case in jobs]
+        print(transfer_notice(config, sum(p for _, p in counts), sum(q for q, _ in counts)))
+    head = {"judge": setup.name, "settings": config.public(), "abilities": vars(setup.asker.abilities)}
+    write_json(args.out / "judge.json", head)
     if args.controls:
-        print(control_sentence(plan, asker, template, args.out))
+        print(control_sentence(plan, setup.asker, setup.template, args.out))
 
     def one(job: tuple[str, Case]) -> None:
         """Written at once, so that a fault of another case loses no answer."""
         label, case = job
-        weight = 1.0 if args.w_one else weights.get(case.id)
-        file.add(judged_row(plan, asker, template, args.out, label, case, weight) | {"judge": name})
+        file.add(judged_row(plan, setup, args.out, label, case) | {"judge": setup.name})
 
-    if plan.bench == "mico":
-        case_score("mico", 0, {}, 1.0 if args.w_one or weights else None)
-    for _ in in_order(one, jobs, asker.config.concurrency):
+    for _ in in_order(one, jobs, config.concurrency):
         pass
 
 
-def open_judge(args: argparse.Namespace, plan: Plan) -> tuple[Asker, Template]:
-    """Open the server or the recording, and the question template."""
+def open_judge(args: argparse.Namespace, plan: Plan) -> JudgeSetup:
+    """Open the server or the recording, the question templates, and the weights. Raises ValueError."""
+    weights: Mapping[str, float] | Literal["judge"] | None = None
+    if plan.bench == "mico" and not args.w_one:
+        weights = "judge" if args.w_judge else read_weights(args.weights) if args.weights else {}
+        if not weights:
+            case_score("mico", 0, {}, None)
     config = read_judge(args.judge) if args.judge else None
     asker: Asker
     if args.replay:
@@ -88,21 +126,22 @@ def open_judge(args: argparse.Namespace, plan: Plan) -> tuple[Asker, Template]:
         asker = Client(config)
         if args.record:
             asker = Recorder(asker, args.record)
-    return asker, load_template(args.template or TEMPLATES[plan.bench], args.templates)
+    name, tasks = args.template or TEMPLATES[plan.bench], sorted({case.task for case in plan.cases})
+    texts = {task: capped(load_template(name, args.templates, task), args.enforce_cap) for task in tasks}
+    return JudgeSetup(asker, texts[tasks[0]], texts, weights)
 
 
-def read_weights(folder: Path | None) -> dict[str, float]:
-    """Read MICo-Bench's weights/TASK.json as "TASK/ID" -> weight. Raises ValueError."""
-    if folder is None:
-        return {}
-    weights = {
-        f"{path.stem}/{name}": float(value)
-        for path in sorted(folder.glob("*.json"))
-        for name, value in json.loads(path.read_text(encoding="utf-8")).items()
-    }
-    if not weights:
-        raise ValueError(f"{folder} holds no weights; expected TASK.json with a number per case")
-    return weights
+def capped(template: Template, enforce: bool) -> Template:
+    """With ``enforce``, no mark of a case is higher than its first, as ImgEdit-Bench asks of the judge.
+
+    Raises ValueError for templates whose answers are not lines of marks.
+    """
+    if not enforce:
+        return template
+    if any(question.kind != "lines" for question in template.questions):
+        raise ValueError(f"--enforce-cap is for answers in lines of marks, as of imgedit; {template.name} has none")
+    questions = tuple(replace(question, combine="capped_mean") for question in template.questions)
+    return replace(template, version=f"{template.version}, capped", questions=questions)
 
 
 def finished(out: Path) -> Rows:
@@ -126,18 +165,25 @@ def shown_case(plan: Plan, case: Case, output: Path, max_side: int) -> Shown:
     return Shown(case.instruction, load_picture(output, max_side, size), sources, reference)
 
 
-def judged_row(
-    plan: Plan, asker: Asker, template: Template, out: Path, label: str, case: Case, weight: float | None
-) -> dict[str, Any]:
+def judged_row(plan: Plan, setup: JudgeSetup, out: Path, label: str, case: Case) -> dict[str, Any]:
+    """Row of one case of one system, without the judge's name; "failure" says why there is no score."""
     row: dict[str, Any] = {"system": label, "id": case.id, "score": None}
     try:
-        shown = shown_case(plan, case, result_path(out, label, case), asker.config.image_max_side)
+        shown = shown_case(plan, case, result_path(out, label, case), setup.asker.config.image_max_side)
     except AnswerError as error:
         return row | {"failure": error.kind, "message": str(error)}
-    if plan.bench == "mico" and weight is None:
-        return row | {"failure": "weight", "message": f"expected a weight for {case.id}, got none"}
-    judgement = judge_case(asker, template, shown)
-    row |= {"values": dict(judgement.values), "weight": weight, "readings": judgement.as_row()["readings"]}
+    weight: float | None = 1.0
+    if setup.weights == "judge":
+        weight, row["weight_readings"] = judged_weight(setup.asker, case, shown)
+        if weight is None:
+            return row | {"failure": "weight", "message": "the judge's answer about a source is missing"}
+    elif setup.weights is not None:
+        weight = setup.weights.get(case.id)
+        if weight is None:
+            return row | {"failure": "weight", "message": f"expected a weight for {case.id}, got none"}
+    judgement = judge_case(setup.asker, setup.template_of(case), shown)
+    plain = judgement.as_row()
+    row |= {"values": plain["values"], "weight": weight, "passes": plain["passes"], "readings": plain["readings"]}
     if judgement.failures:
         first = judgement.failures[0]
         return row | {"failure": first.failure, "message": first.message}
@@ -148,11 +194,6 @@ def control_sentence(plan: Plan, asker: Asker, template: Template, out: Path) ->
     """Judge the controls of drawn scenes, write controls.json and return its sentence. ValueError for other sets."""
     if plan.bench != "nano":
         raise ValueError("--controls needs drawn scenes: run with --bench nano")
-    from ..judges.measure import Plan as Scenes
-    from ..judges.panel import Case as Scene
-    from ..judges.panel import control_pictures
-    from ..nano.emoji import Bank
-
     bank, scenes = Bank.open(None), Scenes(max(2, len(plan.cases)), plan.seed, progress=False)
     side = asker.config.image_max_side
     jobs = []
@@ -166,5 +207,5 @@ def control_sentence(plan: Plan, asker: Asker, template: Template, out: Path) ->
     answers = in_order(lambda one: judge_case(asker, template, one).score, jobs, asker.config.concurrency)
     scores = np.array([np.nan if one is None else one for one in answers]).reshape(-1, len(CONTROLS))
     result = fitness({name: scores[:, column] for column, name in enumerate(CONTROLS)}, plan.seed)
-    (out / "controls.json").write_text(json.dumps(result.as_dict(), indent=1), encoding="utf-8")
+    write_json(out / "controls.json", result.as_dict())
     return result.sentence

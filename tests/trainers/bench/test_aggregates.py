@@ -3,6 +3,7 @@
 import pytest
 
 from trainers.bench.aggregates import Scored, aggregate, case_score
+from trainers.judges.vlm.values import combine
 
 
 def test_gedit_weighs_groups_alike_and_the_others_cases():
@@ -11,6 +12,29 @@ def test_gedit_weighs_groups_alike_and_the_others_cases():
     assert (macro.value, macro.groups) == (6.0, {"a": 3.0, "b": 9.0})
     assert (macro.judged, macro.total) == (3, 4)
     assert aggregate("own", scored).value == 5.0
+
+
+def test_gedit_has_three_numbers_per_language_and_over_the_intersection():
+    def row(task, semantics, quality, language="en", common=True):
+        extra = {"language": language, "intersection": common}
+        return Scored(task, 1, (semantics * quality) ** 0.5, {"semantics": semantics, "quality": quality}, extra)
+
+    rows = [row("a", 4, 9), row("a", 1, 1, common=False), row("b", 9, 4), row("b", 0, 8, "cn")]
+    parts = aggregate("gedit", rows).parts
+    assert parts["en"] == {"G_SC": (2.5 + 9) / 2, "G_PQ": (5 + 4) / 2, "G_O": (3.5 + 6) / 2}
+    assert parts["en, intersection"] == {"G_SC": 6.5, "G_PQ": 6.5, "G_O": 6.0}
+    assert parts["cn"] == {"G_SC": 0.0, "G_PQ": 8.0, "G_O": 0.0}
+
+
+def test_imgedit_weighs_its_types_alike():
+    scored = [Scored("add", 1, 5.0), Scored("add", 1, 4.0), Scored("style", 1, 1.5)]
+    assert aggregate("imgedit", scored).value == 3.0
+    assert case_score("imgedit", 6.0, {}, None) == 3.0  # the judge's 0..10 is twice the marks' 1..5
+
+
+def test_a_capped_mean_counts_no_mark_for_more_than_the_first():
+    assert combine([2, 5, 1], "capped_mean") == pytest.approx(5 / 3)
+    assert combine([5, 4, 3], "capped_mean") == 4
 
 
 def test_multicom_is_the_mean_of_its_halves_as_in_the_paper():

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,10 +136,104 @@ def test_gedit_and_mico_are_read_and_written_in_their_forms(tmp_path, judge):
         assert main([*arguments, "--device", "cpu"]) == 0
         assert main(["score", "--out", out, "--judge", judge(FakeServer('{"score": [4, 9]}')), *options]) == 0
         assert main(["report", "--out", out]) == 0
-    made = tmp_path / "gedit/results/made/made_color_alter_all_vie_score.csv"
+    made = tmp_path / "gedit/results/made/made_color_alter_gpt_score.csv"
     (line,) = csv.DictReader(made.open())
     assert (line["sementics_score"], line["quality_score"], line["intersection_exist"]) == ("4.0", "4.0", "True")
     summary = json.loads((tmp_path / "mico/results/made/summary.json").read_text())
     assert summary["overall"] == {"mean": 36.0, "count": 1}  # 1 x sqrt(4 x 9) x sqrt(4 x 9)
+    entry = json.loads((tmp_path / "mico/results/made/scores/mico_bench_hoi.json").read_text())["0"]
+    assert (entry["pq_naturalness"], entry["sc_subject_resemblance"], entry["weight"]) == (4, 9, 1)
     report = json.loads((tmp_path / "mico/report.json").read_text())
     assert len(report["not_covered"]) == 3
+
+
+def run_pictures(bench, root, tmp_path):
+    out = tmp_path / "out"
+    arguments = ["run", "--bench", bench, "--root", str(root), "--pictures", f"made={tmp_path / 'made'}"]
+    assert main([*arguments, "--out", str(out), "--device", "cpu"]) == 0
+    return out
+
+
+def mico_run(tmp_path):
+    picture(tmp_path / "in.png", "red")
+    picture(tmp_path / "made/mico_bench_hoi/0.png", "red")
+    for task in ("object_centric", "human_centric", "hoi", "dere"):
+        case = {"input": ["in.png"] * 2, "reference": "in.png", "prompt": "x", "idx": 0, "human_indices": [0]}
+        (tmp_path / f"mico_bench_{task}.jsonl").write_text(json.dumps(case) if task == "hoi" else "")
+    return run_pictures("mico", tmp_path, tmp_path)
+
+
+def answers_by_question(body):
+    """Identity 6 of 9, presence yes, all numbers 5."""
+    text = " ".join(part["text"] for part in body["messages"][0]["content"] if part["type"] == "text")
+    return "6" if "Compare the face" in text else "yes" if "yes or no" in text else '{"score": [5, 5]}'
+
+
+def test_the_judge_gives_the_weights_of_mico_where_it_is_asked_to(tmp_path, judge):
+    out = mico_run(tmp_path)
+    score = ["score", "--out", str(out), "--judge", judge(FakeServer(answers_by_question))]
+    assert main(score) == 2  # neither weights nor a way to them
+    assert main([*score, "--w-judge"]) == 0
+    (row,) = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert row["judge"].endswith("W by the judge")
+    assert row["weight"] == pytest.approx((6 / 9 + 1) / 2)
+    assert row["score"] == pytest.approx(25 * row["weight"])
+
+
+@pytest.mark.parametrize("weights", ["[1]", '{"0": 1.5}', '{"0": "many"}', "{"])
+def test_weights_that_are_none_are_refused(tmp_path, judge, capsys, weights):
+    out = mico_run(tmp_path)
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w/mico_bench_hoi.json").write_text(weights)
+    file = judge(FakeServer('{"score": [5, 5]}'))
+    assert main(["score", "--out", str(out), "--judge", file, "--weights", str(tmp_path / "w")]) == 2
+    assert "expected" in capsys.readouterr().err
+
+
+def test_imgedit_is_asked_by_type_with_the_texts_of_a_checkout(tmp_path, judge):
+    picture(tmp_path / "animal/1.jpg", "red")
+    cases = {"7": {"id": "animal/1.jpg", "prompt": "Make it blue.", "edit_type": "adjust"}}
+    cases["8"] = {"id": "animal/1.jpg", "prompt": "Remove it.", "edit_type": "remove"}
+    (tmp_path / "basic_edit.json").write_text(json.dumps(cases))
+    texts = {"adjust": "Adjusted? <edit_prompt>", "remove": "Removed? <edit_prompt>"}
+    (tmp_path / "prompts.json").write_text(json.dumps(texts))
+    for key in cases:
+        picture(tmp_path / "made" / f"{key}.png", "blue")
+    out = run_pictures("imgedit", tmp_path, tmp_path)
+    server = FakeServer("It is good.\nPrompt Compliance: 2\nVisual Quality: 5\nPhysical Detail: 5")
+    score = ["score", "--out", str(out), "--judge", judge(server), "--templates", str(tmp_path)]
+    assert main(score) == main([*score, "--enforce-cap"]) == main(["report", "--out", str(out)]) == 0
+    asked = {body["messages"][0]["content"][0]["text"] for body in server.bodies}
+    assert {"Adjusted? Make it blue.", "Removed? Remove it."} <= asked
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    assert {("capped" in judge): found["made"]["value"] for judge, found in scores.items()} == {False: 4.0, True: 2.0}
+    assert (out / "results/made/typescore.json").exists()
+
+
+@pytest.mark.parametrize("source", ["../secret.png", "/etc/secret.png"])
+def test_pictures_outside_the_folder_of_their_list_are_refused(tmp_path, capsys, source):
+    root = tmp_path / "shared"
+    picture(tmp_path / "secret.png", "red")
+    root.mkdir()
+    (root / "cases.jsonl").write_text(json.dumps({"instruction": "x", "sources": [source]}))
+    arguments = ["run", "--bench", "own", "--root", str(root / "cases.jsonl"), "--pictures", f"a={tmp_path}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert f"is outside {root}" in capsys.readouterr().err
+
+
+def test_a_pixel_judge_that_cannot_separate_its_controls_is_not_reported(tmp_path):
+    from trainers.bench.cases import Plan, draw_cases
+
+    out = tmp_path / "out"
+    cases = draw_cases(2, 0, out)
+    Plan("nano", 0, tuple(cases), (), {"truth": {}}).save(out)
+    for case in cases:
+        path = out / "results/truth" / case.result
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(Path(case.truth).read_bytes())
+    assert main(["score", "--out", str(out)]) == main(["report", "--out", str(out)]) == 0
+    report = json.loads((out / "report.json").read_text())
+    assert report["not_reported"]  # two scenes are too few for some judge
+    assert not report["not_reported"].keys() & report["scores"].keys()
+    page = (out / "report.html").read_text()
+    assert all(note in page for note in report["not_reported"].values())

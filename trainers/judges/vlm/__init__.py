@@ -13,7 +13,7 @@ from .config import JudgeConfig, parse_judge, read_judge
 from .controls import Fitness, fitness
 from .endpoint import Endpoint, key_from_environment
 from .errors import AnswerError, JudgeError
-from .judge import Judgement, Reading, Shown, judge_case
+from .judge import Judgement, Reading, Shown, ask_question, judge_case
 from .parse import parse_boxes, parse_lines, parse_object, parse_scores, parse_yes_no
 from .pictures import Picture, load_picture, side_by_side
 from .probabilities import expected_digit, yes_probability
@@ -41,6 +41,7 @@ __all__ = [
     "Replay",
     "Shown",
     "Template",
+    "ask_question",
     "bundled_templates",
     "expected_digit",
     "fitness",

@@ -7,6 +7,7 @@ checkout, as text files NAME.QUESTION.txt or as string constants of vie_prompts.
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from .errors import JudgeError, one_line
 from .values import Combine, Kind
 
 FOLDER = Path(__file__).parent / "templates"
+PLACEHOLDERS = ("<instruction>", "{prompt}", "<edit_prompt>")
+"""The instruction in the texts of the benchmarks."""
+
 ROLES = ("sources", "source", "reference", "output", "sources_row")
 """sources: every source; source: the first, or the one of the question; sources_row: all in one picture."""
 
@@ -26,7 +30,7 @@ class QuestionTemplate:
     """Question of a template. rules: constant text, sent first; then the labelled pictures; then ask.
 
     ``{instruction}``, ``{count}`` and ``{caption}`` are filled in. answers: names of the numbers. per_source: asked
-    once per source. constants: names in vie_prompts.py.
+    once per source. constants: names in vie_prompts.py. task_texts: file of a checkout with a text per task.
     """
 
     id: str
@@ -41,6 +45,7 @@ class QuestionTemplate:
     per_source: bool = False
     per_source_answers: bool = False
     constants: tuple[str, ...] = ()
+    task_texts: str = ""
     text_file: bool = False
 
 
@@ -65,8 +70,8 @@ def bundled_templates() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_template(name: str, folder: Path | None = None) -> Template:
-    """Load a template by name; ``folder`` replaces its texts, or all of it. Raises JudgeError."""
+def load_template(name: str, folder: Path | None = None, task: str = "") -> Template:
+    """Load a template by name; ``folder`` replaces its texts (those of ``task``), or all of it. Raises JudgeError."""
     path = folder / f"{name}.yaml" if folder and (folder / f"{name}.yaml").is_file() else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise JudgeError(f"template: expected one of {', '.join(bundled_templates())}, got {one_line(name, 60)!r}")
@@ -75,7 +80,7 @@ def load_template(name: str, folder: Path | None = None) -> Template:
         return template
     if path.parent == folder:
         return replace(template, source=str(folder))
-    return _with_texts(template, folder)
+    return _with_texts(template, folder, task)
 
 
 def read_template(path: Path) -> Template:
@@ -111,7 +116,7 @@ def _question(values: Mapping[str, Any]) -> QuestionTemplate:
     return question
 
 
-def _with_texts(template: Template, folder: Path) -> Template:
+def _with_texts(template: Template, folder: Path, task: str) -> Template:
     """Replace the texts of a template by those of a checkout. Raises JudgeError if one is missing."""
     constants = _constants(folder)
     questions = []
@@ -121,14 +126,28 @@ def _with_texts(template: Template, folder: Path) -> Template:
             text = file.read_text(encoding="utf-8")
         elif question.constants and all(name in constants for name in question.constants):
             text = "\n".join(constants[name] for name in question.constants)
+        elif question.task_texts and (folder / question.task_texts).is_file():
+            text = _task_text(folder / question.task_texts, task)
         else:
             raise JudgeError(
                 f"{folder} has no text for question {question.id!r} of {template.name}: expected {file.name}"
                 + (f", or vie_prompts.py with {', '.join(question.constants)}" if question.constants else "")
+                + (f", or {question.task_texts} with a text per task" if question.task_texts else "")
             )
-        text = text.replace("<instruction>", "{instruction}").replace("{prompt}", "{instruction}")
+        for placeholder in PLACEHOLDERS:
+            text = text.replace(placeholder, "{instruction}")
         questions.append(replace(question, rules="", ask=text, text_file=True))
     return replace(template, questions=tuple(questions), source=f"texts of {folder}")
+
+
+def _task_text(path: Path, task: str) -> str:
+    """Text of a task in a JSON object. Raises JudgeError."""
+    try:
+        text = json.loads(path.read_text(encoding="utf-8"))[task]
+    except (OSError, ValueError, KeyError, TypeError):
+        name = one_line(task, 60)
+        raise JudgeError(f"{path} has no text for {name!r}; expected a JSON object of texts by task") from None
+    return str(text)
 
 
 def _constants(folder: Path) -> dict[str, str]:
