@@ -13,7 +13,6 @@ import json
 import math
 import os
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -46,49 +45,26 @@ from .data.parts import CachePart, part_named
 from .data.previews import PreviewRow, preview_path, preview_rows, read_preview_file, write_preview
 from .data.rows import Row
 from .data.shards import (
-    Bucket,
     Rows,
     Shard,
-    ShardBucket,
-    TextShard,
-    buckets_of,
     drop_vision,
     has_text,
     shard_path,
-    text_path,
 )
 from .data.text_embeddings import FP8, encode_text, encoder_fingerprint, text_fingerprint
 from .terminal import exit_code
 
-__all__ = ["Bucket", "PreviewRow", "Rows", "build", "fingerprint", "load_image_vae", "read_cache", "read_preview"]
+__all__ = ["PreviewRow", "Rows", "build", "cached_samples", "fingerprint", "load_image_vae", "read_preview"]
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_cache(data: DataConfig, text: str | None = None) -> dict[str, Bucket]:
-    """Open the samples of a config, by shapes; only headers are read.
+def cached_samples(data: DataConfig, text: str | None) -> list[CachedSamples]:
+    """Open the samples of each set of a config by its index.
 
     text: fingerprint of the frozen encoder; samples then have its embeddings and no pictures. None: the encoder is
     trained; samples then have pictures. Raises ConfigError that names the missing part and the command that creates it.
     """
-    text = stored_name(data, text)
-    parts: dict[str, list[ShardBucket]] = defaultdict(list)
-    for path in cached_shards(data):
-        shard = Shard(path)
-        if text is None and not shard.has_vision:
-            raise ConfigError(f"{path} holds no pictures for training a text encoder; {COMMAND}")
-        if text is not None and not has_text(shard, text):
-            raise ConfigError(f"{path} has no text embeddings of this encoder; {COMMAND}")
-        embeddings = TextShard(text_path(path, text)) if text is not None else None
-        for shapes, part in buckets_of(shard, embeddings, vision=text is None):
-            parts[shapes].append(part)
-    if not parts:
-        raise ConfigError(f"{data.folder} holds no samples; see its report.json")
-    return {shapes: Bucket(parts[shapes]) for shapes in sorted(parts)}
-
-
-def cached_samples(data: DataConfig, text: str | None) -> list[CachedSamples]:
-    """The samples of each set of a config, from their indices. Arguments and errors as of `read_cache`."""
     return [open_index(Path(part.folder), cached_shards(part), stored_name(part, text)) for part in data.parts]
 
 

@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 
-from trainers.cache import build, load_image_vae, read_cache
+from trainers.cache import build, cached_samples, load_image_vae
 from trainers.config import run as config
 from trainers.config.run import AdapterConfig, DataConfig, NetworkConfig, load_config, parse_run
 from trainers.data.text_embeddings import encoder_fingerprint
 from trainers.loop.optimizers import make_optimizers
-from trainers.methods.inputs import Inputs, make_inputs
+from trainers.methods.inputs import Inputs, make_inputs, padded_batch
 from trainers.roles.load import load_roles
 from trainers.roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
 from trainers.tools.memory import GIB, estimate, four_copies
@@ -189,9 +189,10 @@ def cached_epochs(rounds: int, samples: int) -> dict[str, float]:
         made = itertools.count(1)
 
         def cached() -> None:
-            for bucket in read_cache(data, name).values():
-                for at in range(0, len(bucket), 8):
-                    update(roles, STUDENT, make_inputs(bucket.take(torch.arange(at, min(at + 8, len(bucket))).numpy())))
+            (samples,) = cached_samples(data, name)
+            for at in range(0, len(samples), 8):  # rows of equal shapes lie side by side
+                batch = [make_inputs(samples.take(row)) for row in range(at, min(at + 8, len(samples)))]
+                update(roles, STUDENT, padded_batch(batch))
 
         def encoding() -> None:
             build(replace(data, folder=f"{folder}/{next(made)}"), vae, text)

@@ -176,6 +176,7 @@ class CachedSamples:
     def __init__(self, shards: Sequence[Path], text: str | None, arrays: Arrays, metadata: dict[str, str]) -> None:
         self.shards, self.text, self.arrays = list(shards), text, arrays
         self.contents = metadata["contents"]
+        self.buckets: list[str] = json.loads(metadata["buckets"])
         self.part_starts = np.cumsum([0, *arrays["rows"]])
         self.reference_starts = np.cumsum([0, *arrays["references"]])
         self.digests = arrays["digests"]
@@ -207,6 +208,11 @@ class CachedSamples:
     def num_masked(self) -> int:
         """Number of rows with a mask."""
         return int(self.arrays["masked"].sum())
+
+    def first_row(self, shapes: str) -> int:
+        """Number of the first row with these shapes; the others follow it."""
+        first_part = np.searchsorted(self.arrays["bucket"], self.buckets.index(shapes))
+        return int(self.part_starts[first_part])
 
     def prompt(self, row: int) -> str:
         start, end = self.arrays["prompt_ends"][row : row + 2]

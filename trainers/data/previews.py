@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,9 @@ from ..config.run import ConfigError, DataConfig, PreviewConfig
 from ..nano.catalogue import Split
 from .checking import CheckedSource
 from .encoding import ShardBuilder
+from .index import CachedSamples, build_index
 from .rows import BadRow, Row, check_prompt, make_row
-from .shards import Bucket, Rows, Shard, TextShard, buckets_of, has_text, text_path
+from .shards import Rows, Shard
 from .sources import Compositions
 
 NANO_PREVIEWS: tuple[tuple[Split, int], ...] = (("train", 3), ("heldout", 4))
@@ -109,18 +110,14 @@ def rows_digest(rows: Sequence[Row]) -> str:
 
 def read_preview_file(path: Path, text: str | None) -> list[PreviewRow]:
     """Read the samples of the grid in their configured order. text: encoder fingerprint, or None for no embeddings."""
-    shard = Shard(path)
-    if text is not None and not has_text(shard, text):
-        raise ConfigError(f"{path} has no text embeddings of this encoder; run python -m trainers.cache again")
-    embeddings = TextShard(text_path(path, text)) if text is not None else None
-    buckets = {shapes: Bucket([part]) for shapes, part in buckets_of(shard, embeddings, vision=True)}
+    shard, samples = Shard(path), CachedSamples([path], text, *build_index([path], text))
     columns = []
     for shapes, i in shard.metadata["order"]:
-        rows = buckets[shapes].take([i])
+        rows = samples.take(samples.first_row(shapes) + i)
         truth = Image.fromarray(shard.tensors[f"{shapes}/truth"][i].numpy().copy())
-        shape = LatentShape.of_latents(rows.target)
-        references = [v[0].numpy() for v in rows.vision]
-        columns.append(PreviewRow(rows, shape, reference_cell(references, max(truth.size)), truth))
+        vision = tuple(pictures[i : i + 1] for pictures in shard.pictures(shapes, "vision"))
+        cell = reference_cell([picture[0].numpy() for picture in vision], max(truth.size))
+        columns.append(PreviewRow(replace(rows, vision=vision), LatentShape.of_latents(rows.target), cell, truth))
     return columns
 
 

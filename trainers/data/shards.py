@@ -1,4 +1,4 @@
-"""Cache files, memory-mapped and copied row by row when samples are read.
+"""Cache files and their headers; rows are read through the index (index.py).
 
 A shard of latents holds samples in buckets of equal shapes, under names like `128x128_64x64/target` (target first, then
 the references, width x height): `target` [n, C, h, w]; per reference j `reference_j` [n, C, h, w] (normalised latents,
@@ -17,18 +17,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from unipic_core.conditioning.sequence import PATCH, TextCond
+from unipic_core.conditioning.sequence import TextCond
 from unipic_core.weights.formats.safetensors_file import read_safetensors
 from unipic_core.weights.formats.tensor_spec import Table
 from unipic_core.weights.write import write_safetensors
@@ -126,21 +124,6 @@ class TextShard:
         self.lengths: dict[str, list[int]] = json.loads(texts["lengths"])
         self.shared: dict[str, int] = json.loads(texts["shared"])
 
-    @cached_property
-    def tensors(self) -> MappedTensors:
-        return MappedTensors(self.path, self.table)
-
-    def part(self, shapes: str) -> TextBucket:
-        ends = np.cumsum([0, *self.lengths[shapes]]).tolist()
-        return TextBucket(
-            self._embeddings(f"{shapes}/embeds"), self._embeddings(f"{shapes}/uncond"), ends, self.shared[shapes]
-        )
-
-    def _embeddings(self, name: str) -> Tensor:
-        """Stored embeddings; those in fp8 are restored, in memory."""
-        stored = self.tensors[name]
-        return stored if f"{name}_scale" not in self.table else stored.float() * self.tensors[f"{name}_scale"]
-
 
 def has_text(shard: Shard, fingerprint: str) -> bool:
     """True if this encoder's embeddings of exactly these prompts and pictures exist."""
@@ -148,12 +131,9 @@ def has_text(shard: Shard, fingerprint: str) -> bool:
     return path.exists() and TextShard(path).latents_digest == shard.text_digest
 
 
-# --- reading samples -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Rows:
-    """n samples of one bucket, in memory.
+    """n samples of equal shapes, in memory.
 
     target: float32 [n, C, h, w]; references: float32 [n, C, h, w] each; vision: uint8 [n, H, W, 3] per reference, ()
     if the cache stores none; cond, uncond: the frozen encoder's float32 embeddings of the prompt and of " ", or None;
@@ -167,103 +147,3 @@ class Rows:
     cond: TextCond | None = None
     uncond: TextCond | None = None
     mask: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class TextBucket:
-    """Embeddings of one bucket in one shard, memory-mapped. starts [n + 1]: first token of each sample in `embeds`."""
-
-    embeds: Tensor
-    uncond: Tensor
-    starts: list[int]
-    shared: int
-
-    def take(self, i: int) -> tuple[Tensor, Tensor]:
-        """Conditional and unconditional embeddings [L, D] of sample i."""
-        cond = self.embeds[self.starts[i] : self.starts[i + 1]]
-        return cond, torch.cat([cond[: self.shared], self.uncond[i]])
-
-
-@dataclass(frozen=True)
-class ShardBucket:
-    """Samples of one bucket in one shard, memory-mapped."""
-
-    target: Tensor
-    references: tuple[Tensor, ...]
-    vision: tuple[Tensor, ...]
-    prompts: tuple[str, ...]
-    text: TextBucket | None = None
-
-
-class Bucket:
-    """Samples of equal shapes over all shards. Only prompts and offsets are in memory."""
-
-    def __init__(self, parts: Sequence[ShardBucket]) -> None:
-        self.parts = tuple(parts)
-        self.starts = np.cumsum([0, *(len(p.prompts) for p in self.parts)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def num_target_tokens(self) -> int:
-        return prod(self.parts[0].target.shape[-2:]) // PATCH**2
-
-    @property
-    def num_picture_tokens(self) -> int:
-        """Image tokens of the target and all references."""
-        first = self.parts[0]
-        return sum(prod(z.shape[-2:]) // PATCH**2 for z in (first.target, *first.references))
-
-    @property
-    def text_lengths(self) -> np.ndarray:
-        """Text tokens per sample, int64; 0 if the cache has no embeddings."""
-        return np.concatenate(
-            [np.diff(p.text.starts) if p.text else np.zeros(len(p.prompts), dtype=np.int64) for p in self.parts]
-        )
-
-    def take(self, rows: Sequence[int] | np.ndarray) -> Rows:
-        """Copy the samples with these indices in the bucket."""
-        places = [self._place(int(row)) for row in rows]
-        first = self.parts[0]
-
-        def stack(stored: Sequence[Tensor]) -> Tensor:
-            return torch.stack([tensor[i] for tensor, (_, i) in zip(stored, places, strict=True)])
-
-        references = range(len(first.references))
-        vision = range(len(first.vision))
-        texts = [part.text.take(i) for part, i in places if part.text is not None]
-        cond, uncond = zip(*texts, strict=True) if texts else ((), ())
-        return Rows(
-            stack([part.target for part, _ in places]).float(),
-            tuple(stack([part.references[j] for part, _ in places]).float() for j in references),
-            tuple(stack([part.vision[j] for part, _ in places]) for j in vision),
-            tuple(part.prompts[i] for part, i in places),
-            _stack_text(cond),
-            _stack_text(uncond),
-        )
-
-    def _place(self, row: int) -> tuple[ShardBucket, int]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"expected a sample from 0 to {len(self) - 1} of the bucket, got {row}")
-        at = int(np.searchsorted(self.starts, row, side="right")) - 1
-        return self.parts[at], row - int(self.starts[at])
-
-
-def _stack_text(samples: Sequence[Tensor]) -> TextCond | None:
-    return TextCond.stack([TextCond(s[None].float()) for s in samples]) if samples else None
-
-
-def buckets_of(shard: Shard, text: TextShard | None, vision: bool) -> Iterator[tuple[str, ShardBucket]]:
-    """Yield (bucket, its samples in this shard)."""
-    for shapes, prompts in shard.prompts.items():
-        yield (
-            shapes,
-            ShardBucket(
-                shard.tensors[f"{shapes}/target"],
-                shard.pictures(shapes, "reference"),
-                shard.pictures(shapes, "vision") if vision else (),
-                tuple(prompts),
-                text.part(shapes) if text else None,
-            ),
-        )

@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from trainers.cache import cached_samples
+from trainers.config.run import DataConfig
+from trainers.data.index import CachedSamples
 from unipic_core.conditioning.sequence import TextCond
 
 
@@ -27,6 +30,19 @@ def write_rows(place: Path, count: int) -> Path:
         lines.append({"input_images": references, "instruction": f"row {i}", "output_image": f"images/t{i}.png"})
     (place / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return place / "rows.jsonl"
+
+
+def opened(data: DataConfig, text: str | None = None) -> CachedSamples:
+    """The samples of a config with one source."""
+    (samples,) = cached_samples(data, text)
+    return samples
+
+
+def rows_of(samples: CachedSamples, shapes: str) -> range:
+    """Numbers of the rows with these shapes."""
+    bucket = samples.buckets.index(shapes)
+    ends = [*map(samples.first_row, samples.buckets), len(samples)]
+    return range(ends[bucket], ends[bucket + 1])
 
 
 def contents(place: str) -> dict[str, bytes]:

@@ -4,13 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.trainers.cache.small_sets import contents, embeddings
-from trainers.cache import build, fingerprint, read_cache
+from tests.trainers.cache.small_sets import contents, embeddings, opened
+from trainers.cache import build, fingerprint
 from trainers.config.run import ConfigError
 from trainers.data.sources import Compositions
 from trainers.data.text_embeddings import UNCOND_PROMPT, encoder_fingerprint, encoder_inputs, text_fingerprint
@@ -20,13 +19,15 @@ from unipic_core.weights.formats.safetensors_file import read_safetensors
 # --- what is in it ----------------------------------------------------------------------------------------------------
 
 
+def row_with_prompt(samples, prompt):
+    return next(rows for rows in map(samples.take, range(len(samples))) if rows.prompts == (prompt,))
+
+
 def test_encoder_inputs_are_what_the_pipeline_would_feed(nano, text):
     """From cached arrays as from pictures, and the cached latents' shapes go with them."""
     scenes = Compositions(nano, 0, 6)
     row = next(r for r in (scenes[i] for i in range(6)) if len(r.references) > 1)
-    bucket = read_cache(nano)[row.shapes]
-    prompts = bucket.take(range(len(bucket))).prompts
-    cached = bucket.take([prompts.index(row.prompt)])
+    cached = row_with_prompt(opened(nano), row.prompt)
     ours = encoder_inputs(text, cached, [row.prompt])
     theirs = text.prepare([[Image.fromarray(r) for r in row.references]], [row.prompt])
     for key, value in theirs.items():
@@ -39,14 +40,14 @@ def test_encoder_inputs_are_what_the_pipeline_would_feed(nano, text):
 
 def test_embeddings_are_those_of_the_live_encoder(nano, text):
     """With the prompt and with " ", though the start that both share is stored once."""
-    frozen, live = read_cache(nano, encoder_fingerprint(text)), read_cache(nano)
-    assert frozen.keys() == live.keys()
-    for shapes, bucket in frozen.items():
-        rows, pictures = bucket.take(range(len(bucket))), live[shapes].take(range(len(bucket)))
+    frozen, live = opened(nano, encoder_fingerprint(text)), opened(nano)
+    assert len(frozen) == len(live) == nano.samples
+    for row in range(len(frozen)):
+        rows, pictures = frozen.take(row), live.take(row)
         assert rows.vision == ()
         assert rows.prompts == pictures.prompts
         assert torch.equal(rows.target, pictures.target)
-        for cond, prompts in ((rows.cond, rows.prompts), (rows.uncond, [UNCOND_PROMPT] * len(bucket))):
+        for cond, prompts in ((rows.cond, rows.prompts), (rows.uncond, [UNCOND_PROMPT])):
             with torch.no_grad():
                 expected = text.forward(encoder_inputs(text, pictures, prompts))
             for ours, theirs in zip(embeddings(cond), embeddings(expected), strict=True):
@@ -56,9 +57,7 @@ def test_embeddings_are_those_of_the_live_encoder(nano, text):
 
 def test_latents_are_those_of_the_vae(nano, vae):
     row = Compositions(nano, 0, 1)[0]
-    taken = read_cache(nano)[row.shapes]
-    at = taken.take(range(len(taken))).prompts.index(row.prompt)
-    rows = taken.take([at])
+    rows = row_with_prompt(opened(nano), row.prompt)
     pixels = [torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 127.5 - 1 for p in (row.target, *row.references)]
     with torch.no_grad():
         expected = [vae.encode(p)[:, :, 0] for p in pixels]
@@ -108,16 +107,15 @@ def test_opening_reads_no_tensor(nano, text, tmp_path):
     """What is written into the files after they were opened is what `take` gives: nothing had been copied."""
     for path in Path(nano.folder).iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    buckets = read_cache(replace(nano, folder=str(tmp_path)), encoder_fingerprint(text))
-    assert sum(len(b) for b in buckets.values()) == nano.samples
-    assert all(b.num_target_tokens == 64 for b in buckets.values())
-    for path in tmp_path.glob("*.safetensors"):
+    samples = opened(replace(nano, folder=str(tmp_path)), encoder_fingerprint(text))
+    assert len(samples) == nano.samples
+    assert (samples.lengths.target == 64).all()
+    for path in tmp_path.glob("*-0*.safetensors"):
         first = min(spec.offset for spec in read_safetensors(path)[0].values())
         with open(path, "r+b") as file:
             file.seek(first)
             file.write(b"\0" * (path.stat().st_size - first))
-    for bucket in buckets.values():
-        rows = bucket.take(range(len(bucket)))
+    for rows in map(samples.take, range(len(samples))):
         for tensor in (rows.target, *rows.references, rows.cond.embeds, rows.uncond.embeds):
             assert not tensor.any()
 
@@ -125,39 +123,32 @@ def test_opening_reads_no_tensor(nano, text, tmp_path):
 def test_an_open_cache_gives_what_it_held(jsonl, vae, text):
     """Though its files are written again, with other offsets, under a run."""
     build(jsonl, vae, None)
-    buckets = read_cache(jsonl)
-    before = {name: bucket.take(range(len(bucket))) for name, bucket in read_cache(jsonl).items()}
+    samples = opened(jsonl)
+    before = [samples.take(row) for row in range(len(samples))]
     build(jsonl, vae, text)
-    for name, rows in before.items():
-        again = buckets[name].take(range(len(rows.prompts)))
+    for row, rows in enumerate(before):
+        again = samples.take(row)
         assert torch.equal(again.target, rows.target)
         assert all(map(torch.equal, again.vision, rows.vision))
-
-
-def test_rows_come_in_the_order_asked_for_and_from_any_shard(nano):
-    buckets = read_cache(nano)
-    bucket = max(buckets.values(), key=lambda b: len(b.parts) * 100 + len(b))
-    assert len(bucket.parts) == 2
-    whole = bucket.take(range(len(bucket)))
-    order = np.random.default_rng(0).permutation(len(bucket))
-    taken = bucket.take(order)
-    assert torch.equal(taken.target, whole.target[torch.from_numpy(order)])
-    assert taken.prompts == tuple(whole.prompts[i] for i in order)
-    with pytest.raises(IndexError, match="expected a sample from 0 to"):
-        bucket.take([len(bucket)])
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------------
 
 
+def size_of_shards(data):
+    return sum(len(content) for name, content in contents(data.folder).items() if not name.startswith("index-"))
+
+
 def test_pictures_are_kept_for_an_encoder_that_trains_along(jsonl, vae, text):
     build(jsonl, vae, text)
     with pytest.raises(ConfigError, match=r"holds no pictures.*run python -m trainers.cache"):
-        read_cache(jsonl)
-    small = sum(map(len, contents(jsonl.folder).values()))
+        opened(jsonl)
+    small = size_of_shards(jsonl)
     build(jsonl, vae, None)
-    shapes = {name: bucket.take([0]) for name, bucket in read_cache(jsonl).items()}
-    assert all(len(rows.vision) == len(rows.references) == name.count("_") for name, rows in shapes.items())
-    assert sum(map(len, contents(jsonl.folder).values())) > small
+    samples = opened(jsonl)
+    for name in samples.buckets:
+        rows = samples.take(samples.first_row(name))
+        assert len(rows.vision) == len(rows.references) == name.count("_")
+    assert size_of_shards(jsonl) > small
     build(jsonl, vae, text)
-    assert sum(map(len, contents(jsonl.folder).values())) == small
+    assert size_of_shards(jsonl) == small

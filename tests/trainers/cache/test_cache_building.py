@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import trainers.cache as cache
-from tests.trainers.cache.small_sets import contents, picture, write_rows
-from trainers.cache import build, load_image_vae, read_cache
+from tests.trainers.cache.small_sets import contents, opened, picture, write_rows
+from trainers.cache import build, load_image_vae
 from trainers.config.run import ConfigError, DataConfig, PreviewConfig
 from trainers.data import shards
 from trainers.data.shards import Shard, text_path
@@ -33,7 +33,7 @@ def test_building_again_makes_what_is_missing_and_nothing_else(jsonl, vae, text)
     for gone in ("shard-00001.safetensors", f"text-{name}-00002.safetensors"):
         (Path(jsonl.folder) / gone).unlink()
         with pytest.raises(ConfigError, match="run python -m trainers.cache"):
-            read_cache(jsonl, name)
+            opened(jsonl, name)
         build(jsonl, vae, text, PreviewConfig(samples=2))
         assert contents(jsonl.folder) == before
     Path(jsonl.folder, "shard-00000.safetensors").write_bytes(before["shard-00000.safetensors"][:200])
@@ -86,14 +86,14 @@ def test_another_set_or_vae_is_not_mixed_in(nano, vae, text, jsonl):
     with pytest.raises(ConfigError, match="holds another data set"):
         build(replace(nano, seed=9), vae, None)
     with pytest.raises(ConfigError, match="seed: expected 9, got 0"):
-        read_cache(replace(nano, seed=9))
+        opened(replace(nano, seed=9))
     with pytest.raises(ConfigError, match="kind: expected jsonl, got nano"):
-        read_cache(replace(jsonl, folder=nano.folder))
+        opened(replace(jsonl, folder=nano.folder))
     with torch.no_grad():
         vae.quant_conv.weight.mul_(2)
     with pytest.raises(ConfigError, match="holds another data set"):
         build(nano, vae, None)
-    assert read_cache(nano)
+    assert opened(nano)
 
 
 def test_training_on_rows_that_the_cache_was_not_made_of_is_refused(jsonl, vae, tmp_path):
@@ -102,28 +102,33 @@ def test_training_on_rows_that_the_cache_was_not_made_of_is_refused(jsonl, vae, 
     other = replace(jsonl, path=str(write_rows(tmp_path / "other", 4)))
     for asked, message in ((other, "was made with data.path"), (replace(jsonl, samples=2), "data.samples 0, not 2")):
         with pytest.raises(ConfigError, match=rf"{message}.*run python -m trainers.cache"):
-            read_cache(asked)
+            opened(asked)
         build(asked, vae, None)
-        assert sum(len(bucket) for bucket in read_cache(asked).values()) == (asked.samples or 4)
+        assert len(opened(asked)) == (asked.samples or 4)
+
+
+def first_sample(data, text):
+    samples = opened(data, text)
+    return samples.take(samples.first_row("64x64"))
 
 
 def test_another_encoder_has_embeddings_of_its_own(jsonl, vae, folder):
     text = TextEncoder.from_pretrained(folder, dtype=torch.float32)
     build(jsonl, vae, text)
     first, second = encoder_fingerprint(text), ""
-    before = read_cache(jsonl, first)["64x64"].take([0])
+    before = first_sample(jsonl, first)
     text.positions = "sequential"
     second = encoder_fingerprint(text)
     with pytest.raises(ConfigError, match="no text embeddings of this encoder; run python -m trainers.cache"):
-        read_cache(jsonl, second)
+        opened(jsonl, second)
     with torch.no_grad():
         text.network.get_input_embeddings().weight.mul_(2)
     third = encoder_fingerprint(text)
     build(jsonl, vae, text)  # the pictures had been dropped: the shards are made again
     assert len({first, second, third}) == 3
-    after = read_cache(jsonl, third)["64x64"].take([0])
+    after = first_sample(jsonl, third)
     assert not torch.allclose(before.cond.embeds, after.cond.embeds)
-    assert torch.equal(read_cache(jsonl, first)["64x64"].take([0]).cond.embeds, before.cond.embeds)
+    assert torch.equal(first_sample(jsonl, first).cond.embeds, before.cond.embeds)
 
 
 @pytest.mark.parametrize("change", ["prompt", "picture", "more rows"])
@@ -144,7 +149,7 @@ def test_changed_rows_are_encoded_again_and_only_they(jsonl, vae, text, change):
         f"shard-{index}.safetensors",
         f"text-{name}-{index}.safetensors",
     }
-    assert sum(len(b) for b in read_cache(jsonl, name).values()) == (8 if change == "more rows" else 7)
+    assert len(opened(jsonl, name)) == (8 if change == "more rows" else 7)
 
 
 def test_text_of_other_latents_is_refused(jsonl, vae, text):
@@ -154,9 +159,9 @@ def test_text_of_other_latents_is_refused(jsonl, vae, text):
     first, second = (text_path(Path(jsonl.folder) / f"shard-0000{i}.safetensors", name) for i in range(2))
     second.write_bytes(first.read_bytes())
     with pytest.raises(ConfigError, match=r"shard-00001.*no text embeddings"):
-        read_cache(jsonl, name)
+        opened(jsonl, name)
     build(jsonl, vae, text)
-    assert read_cache(jsonl, name)
+    assert opened(jsonl, name)
 
 
 def test_caches_of_the_first_version_remain_readable(nano, vae, text, tmp_path):
@@ -168,7 +173,7 @@ def test_caches_of_the_first_version_remain_readable(nano, vae, text, tmp_path):
         tensors = {name: shard.tensors[name] for name in shard.table}
         shards.write_shard(tmp_path / path.name, tensors, {"prompts": shard.prompts})
     before = contents(data.folder)
-    assert sum(len(b) for b in read_cache(data).values()) == data.samples
+    assert len(opened(data)) == data.samples
     build(data, vae, text)
     after = contents(data.folder)
     assert {n: after[n] for n in before} == before
@@ -191,14 +196,14 @@ def test_rows_that_fail_are_left_out_once_and_for_all(jsonl, vae, text, monkeypa
     assert (listed["rows"], listed["used"]) == (7, 5)
     assert [(s["row"], s["name"]) for s in listed["skipped"]] == [(2, "line 3"), (4, "line 5")]
     assert "truncated" in listed["skipped"][1]["reason"]
-    assert sum(len(b) for b in read_cache(jsonl, encoder_fingerprint(text)).values()) == 5
+    assert len(opened(jsonl, encoder_fingerprint(text))) == 5
     monkeypatch.setattr(cache, "encode_shard", lambda *_: pytest.fail("tried again"))
     build(jsonl, vae, text)
     assert json.loads(Path(jsonl.folder, "report.json").read_text()) == listed
     monkeypatch.undo()
     picture(images / "t2.png", (64, 64))  # mended
     build(jsonl, vae, text)
-    assert sum(len(b) for b in read_cache(jsonl, encoder_fingerprint(text)).values()) == 6
+    assert len(opened(jsonl, encoder_fingerprint(text))) == 6
 
 
 def test_all_rows_failing_to_decode_is_an_error(jsonl, vae):
@@ -207,4 +212,4 @@ def test_all_rows_failing_to_decode_is_an_error(jsonl, vae):
     with pytest.raises(ConfigError, match="no row of"):
         build(jsonl, vae, None)
     with pytest.raises(ConfigError, match="holds no sample"):
-        read_cache(jsonl)
+        opened(jsonl)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import trainers.cache as cache
-from trainers.cache import main, read_cache, read_preview
+from tests.trainers.cache.small_sets import opened
+from trainers.cache import main, read_preview
 from trainers.config.run import PreviewConfig
 from trainers.data.text_embeddings import text_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
@@ -31,7 +32,7 @@ def config(folder, jsonl, tmp_path) -> Path:
 def test_the_command_leaves_all_that_training_needs(config, folder, jsonl, monkeypatch, capsys):
     assert main([str(config)]) == 0
     name = text_fingerprint(folder)
-    assert sum(len(b) for b in read_cache(jsonl, name).values()) == 7
+    assert len(opened(jsonl, name)) == 7
     assert len(read_preview(jsonl, PreviewConfig(samples=2), name)) == 2
 
     def never(*args, **kwargs):

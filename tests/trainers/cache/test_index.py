@@ -1,14 +1,17 @@
 """The index of a cache: it gives the rows that the shards hold, notices changes, and opens a large set quickly."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from trainers.cache import build, cached_shards, read_cache
+from tests.trainers.cache.small_sets import opened, rows_of
+from trainers.cache import build, cached_shards
 from trainers.data import index as index_module
-from trainers.data.index import index_path, open_index
+from trainers.data.index import index_path
 from trainers.data.text_embeddings import encoder_fingerprint
 from unipic_core.errors import CheckpointError
 
@@ -19,39 +22,54 @@ def built(jsonl, vae, text):
     return jsonl
 
 
-def opened(data, name):
-    return open_index(Path(data.folder), cached_shards(data), name)
+def stored(data, kind):
+    """What the safetensors library reads of a cache's files of one kind: [(tensors, metadata of JSON)]."""
+    files = []
+    for path in sorted(Path(data.folder).glob(f"{kind}-0*")):
+        with safe_open(path, "pt") as file:
+            metadata = {name: json.loads(value) for name, value in file.metadata().items()}
+            files.append(({name: file.get_tensor(name) for name in file.keys()}, metadata))  # noqa: SIM118
+    return files
 
 
-def test_rows_are_those_of_the_buckets(built, text):
+def test_rows_are_those_of_the_shards(built, text):
     name = encoder_fingerprint(text)
-    samples, row = opened(built, name), 0
-    for bucket in read_cache(built, name).values():
-        for i in range(len(bucket)):
-            mine, theirs = samples.take(row), bucket.take([i])
-            assert mine.prompts == theirs.prompts
-            for a, b in zip((mine.target, *mine.references), (theirs.target, *theirs.references), strict=True):
-                assert torch.equal(a, b)
-            assert torch.equal(mine.cond.embeds, theirs.cond.embeds)
-            assert torch.equal(mine.uncond.embeds, theirs.uncond.embeds)
-            assert samples.lengths.target[row] == bucket.num_target_tokens
-            assert samples.lengths.pictures[row] == bucket.num_picture_tokens
-            assert samples.lengths.text[row] == bucket.text_lengths[i]
-            assert samples.num_references[row] == len(theirs.references)
-            row += 1
-    assert len(samples) == row == 7
-    with pytest.raises(IndexError):
+    samples, expected = opened(built, name), []
+    for (latents, told), (words, lengths) in zip(stored(built, "shard"), stored(built, f"text-{name}"), strict=True):
+        for shapes, prompts in told["prompts"].items():
+            texts = words[f"{shapes}/embeds"].split(lengths["lengths"][shapes])
+            for i, prompt in enumerate(prompts):
+                pictures = [latents[f"{shapes}/reference_{j}"][i] for j in range(shapes.count("_"))]
+                uncond = torch.cat([texts[i][: lengths["shared"][shapes]], words[f"{shapes}/uncond"][i]])
+                expected.append((shapes, prompt, [latents[f"{shapes}/target"][i], *pictures], texts[i], uncond))
+    expected.sort(key=lambda row: row[0])
+    assert len(samples) == len(expected) == 7
+    for row, (shapes, prompt, pictures, cond, uncond) in enumerate(expected):
+        mine = samples.take(row)
+        assert row in rows_of(samples, shapes)
+        assert mine.prompts == (prompt,)
+        for a, b in zip((mine.target, *mine.references), pictures, strict=True):
+            assert torch.equal(a, b.float()[None])
+        assert torch.equal(mine.cond.embeds, cond.float()[None])
+        assert torch.equal(mine.uncond.embeds, uncond.float()[None])
+        tokens = [p.shape[1] * p.shape[2] // 4 for p in pictures]
+        assert (samples.lengths.target[row], samples.lengths.pictures[row]) == (tokens[0], sum(tokens))
+        assert samples.lengths.text[row] == len(cond)
+        assert samples.num_references[row] == len(pictures) - 1
+    with pytest.raises(IndexError, match="expected a sample from 0 to 6"):
         samples.take(7)
 
 
 def test_rows_for_an_encoder_that_trains_bring_pictures(nano):
-    samples, row = opened(nano, None), 0
-    for bucket in read_cache(nano).values():
-        for i in range(len(bucket)):
-            mine, theirs = samples.take(row), bucket.take([i])
-            assert all(torch.equal(a, b) for a, b in zip(mine.vision, theirs.vision, strict=True))
-            assert len(mine.vision) == len(theirs.references)
-            row += 1
+    samples = opened(nano)
+    for latents, told in stored(nano, "shard"):
+        for shapes, prompts in told["prompts"].items():
+            of_shapes = [samples.take(row) for row in rows_of(samples, shapes)]
+            for i, prompt in enumerate(prompts):
+                (mine,) = (rows for rows in of_shapes if rows.prompts == (prompt,))
+                assert len(mine.vision) == shapes.count("_")
+                for j, picture in enumerate(mine.vision):
+                    assert torch.equal(picture[0], latents[f"{shapes}/vision_{j}"][i])
 
 
 def test_it_is_built_once_and_again_when_a_shard_changes(built, text, monkeypatch):

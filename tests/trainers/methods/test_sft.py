@@ -4,12 +4,11 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from trainers.cache import read_cache, read_preview
+from trainers.cache import cached_samples, read_preview
 from trainers.data.text_embeddings import text_fingerprint
 from trainers.loop.loop import train
 from trainers.methods.inputs import make_inputs
@@ -133,9 +132,9 @@ def test_an_adapter_can_be_fine_tuned(changed):
 
 
 def test_inputs_pack_target_and_references(run):
-    buckets = read_cache(run.data, text_fingerprint(Path(run.network.model)))
-    bucket = next(b for b in buckets.values() if len(b.take([0]).references) > 1)
-    rows = bucket.take(np.array([0]))
+    (samples,) = cached_samples(run.data, text_fingerprint(Path(run.network.model)))
+    rows = samples.take(int(samples.num_references.argmax()))
+    assert len(rows.references) > 1
     packed = make_inputs(rows).latents
     assert packed.num_target_tokens == 64
     assert len(packed.shapes[0]) == 1 + len(rows.references)
