@@ -251,7 +251,7 @@ def reworded(scene: Scene, rng: np.random.Generator) -> Scene:
     generic = bool(rng.random() < GENERIC_SHARE)
     if scene.edit:
         return replace(scene, instruction=wording.edit_instruction(scene.items, scene.edit, generic, rng))
-    order = tuple(int(source) for source in rng.permutation(len(scene.items) + 1 + len(scene.spares)))
+    order = tuple(int(source) for source in rng.permutation(len(scene.items) + 1))
     words = wording.compose_instruction(scene.task, scene.items, scene.background, order, generic, rng)
     return replace(scene, order=order, instruction=words)
 

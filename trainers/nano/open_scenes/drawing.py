@@ -9,9 +9,9 @@ import numpy as np
 
 from ..backgrounds import sample_background
 from ..catalogue import Asset, Split
-from ..choices import CHOOSE, make_choice
 from ..emoji import Bank
 from ..layout import ALONE, PERSON, SMALL, Anchor
+from ..lessons import LESSONS, make_lesson, plainly_reworded
 from ..scene import SQUARE, Item, Scene, Shape
 from ..scenes import GENERIC_SHARE, Draw, compose2, compose3, make_scene, pair, reworded, scene_rng, shaped
 from .answers import OPEN_TASKS, REGIONS, answers, pictures_of
@@ -30,18 +30,20 @@ COMPOSERS: tuple[Callable[[Draw], list[Item]], ...] = (compose2, compose3, pair)
 def make_any_scene(
     bank: Bank, split: Split, seed: int, index: int, *, task: str | None = None, size: int = 128, shape: Shape = SQUARE
 ) -> Scene:
-    """`make_scene`, whose `task` may be an open one or `choose` and whose target has any `shape`.
+    """`make_scene`, whose `task` may be an open one or a lesson and whose target has any `shape`.
 
     Raises ValueError as `make_scene` does.
     """
-    if task == CHOOSE:
-        return shaped(make_choice(bank, split, seed, index, size=size), shape)
+    if task in LESSONS:
+        return shaped(make_lesson(bank, split, seed, index, task=task, size=size), shape)
     make = make_open_scene if task in OPEN_TASKS else make_scene
     return shaped(make(bank, split, seed, index, task=task, size=size), shape)
 
 
 def any_reworded(scene: Scene, rng: np.random.Generator) -> Scene:
     """The same picture from a new order of the references and new words, whichever kind it is."""
+    if scene.task in LESSONS:
+        return plainly_reworded(scene, rng)
     return _worded(scene, rng) if scene.task in OPEN_TASKS else reworded(scene, rng)
 
 

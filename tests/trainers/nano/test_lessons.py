@@ -1,4 +1,4 @@
-"""Scenes in which one of several alike references is shown: only its number tells which."""
+"""Lessons: one of several alike references is shown, and only its number tells which; pairs in plain words."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from trainers.data.endless.drawing import AMBIGUOUS, owners_of
-from trainers.nano.choices import CHOOSE
 from trainers.nano.emoji import Bank
+from trainers.nano.lessons import PLAIN_PAIRS
 from trainers.nano.open_scenes.drawing import any_reworded, make_any_scene
 from trainers.nano.render import render
 from trainers.nano.scene import Scene
 
 
-def scenes(bank: Bank, count: int = 30, split: str = "train") -> list[Scene]:
-    return [make_any_scene(bank, split, 3, index, task=CHOOSE) for index in range(count)]  # type: ignore[arg-type]
+def scenes(bank: Bank, count: int = 30, split: str = "train", task: str = "choose") -> list[Scene]:
+    return [make_any_scene(bank, split, 3, index, task=task) for index in range(count)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -58,3 +58,16 @@ def test_new_words_keep_the_spare_things_unnamed(bank: Bank) -> None:
 def test_no_token_of_the_target_shows_a_spare_thing(bank: Bank) -> None:
     for scene in scenes(bank, 6):
         assert set(owners_of(scene, render(bank, scene)).tolist()) <= {0, 1, AMBIGUOUS}
+
+
+def test_plain_pairs_name_their_things_by_number_alone(bank: Bank) -> None:
+    drawn = scenes(bank, task="plain_pair")
+    assert {scene.items[1].relation for scene in drawn} == set(PLAIN_PAIRS)
+    for scene in drawn:
+        first, second = (scene.order.index(source) + 1 for source in (0, 1))
+        assert re.sub(r"\d", "N", scene.instruction).count("the object from image N") == 2
+        told = re.findall(r"the object from image (\d)", scene.instruction)
+        swapped = scene.items[1].relation in ("right", "behind")
+        assert [int(one) for one in told] == ([first, second] if swapped else [second, first])
+        again = any_reworded(scene, np.random.default_rng(1))
+        assert again == replace(scene, order=again.order, instruction=again.instruction)

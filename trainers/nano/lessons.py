@@ -1,0 +1,77 @@
+"""Lessons: closed scenes in plain words, which teach one after the other what a pair asks for at once.
+
+    choose      one of two or three alike references is shown, and only its number tells which
+    plain_pair  two things, each by its number alone, in the same words for every scene of a relation
+
+In the words of the composition set a pair asks for the number of a reference, for the meaning of the relation and for
+the reading of hundreds of paraphrases at once, and a network learns none of them from it. Lessons are not in that set
+(``scenes.TASKS``): training mixtures name them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from .backgrounds import sample_background
+from .catalogue import Split
+from .emoji import Bank
+from .layout import ALONE, OBJECT, PERSON
+from .scene import Item, Scene
+from .scenes import Draw, pair, scene_rng
+
+LESSON_CODE = 200
+"""Of the first lesson, in the seed of a scene: closed and open tasks come before."""
+
+THREE, LARGE = 0.3, 0.4
+"""Shares of scenes with three to choose from, and of large objects among those."""
+
+PLAIN_PLACES = {"centre": "in the middle", "left": "on the left", "right": "on the right"}
+PLAIN_PAIRS = {
+    "left": "{o} on the left and {p} on the right",
+    "right": "{p} on the left and {o} on the right",
+    "front": "{o} in front of {p}",
+    "behind": "{p} in front of {o}",
+    "top": "{o} on top of {p}",
+}
+"""By relation; as in ``wording``, ``o`` is the thing that has it, and ``p`` the other one."""
+
+
+def choose(draw: Draw) -> list[Item]:
+    """Two or three objects of different families in one place; the first is shown."""
+    where = draw.choice(["centre", "left", "right"])
+    count = 3 if draw.rng.random() < THREE else 2
+    anchor = replace(ALONE[where], size=PERSON if draw.rng.random() < LARGE else OBJECT)
+    items: list[Item] = []
+    for _ in range(count):
+        items.append(draw.item(draw.object("", [item.asset for item in items]), where, anchor))
+    return items
+
+
+LESSONS: dict[str, Callable[[Draw], list[Item]]] = {"choose": choose, "plain_pair": pair}
+
+
+def make_lesson(bank: Bank, split: Split, seed: int, index: int, *, task: str, size: int = 128) -> Scene:
+    """Scene ``index`` of the endless list of a seed, split and lesson. Raises ValueError for an unknown split."""
+    state, rng = scene_rng(split, seed, index, LESSON_CODE + list(LESSONS).index(task))
+    draw = Draw(bank, split, rng)
+    background = sample_background(rng)
+    items = tuple(LESSONS[task](draw))
+    shown = 1 if task == "choose" else len(items)
+    scene = Scene(items[:shown], background, (), "", task=task, size=size, seed=state, spares=items[shown:])
+    return plainly_reworded(scene, rng)
+
+
+def plainly_reworded(scene: Scene, rng: np.random.Generator) -> Scene:
+    """The same picture with a new order of the references."""
+    order = tuple(int(source) for source in rng.permutation(len(scene.items) + 1 + len(scene.spares)))
+    names = [f"the object from image {order.index(source) + 1}" for source in range(len(scene.items))]
+    relation = scene.items[-1].relation
+    if scene.task == "choose":
+        things = f"{names[0]} {PLAIN_PLACES[relation]}"
+    else:
+        things = PLAIN_PAIRS[relation].format(p=names[0], o=names[1])
+    words = f"Show {things}, in the scene of image {order.index(len(scene.items)) + 1}."
+    return replace(scene, order=order, instruction=words)
