@@ -6,32 +6,53 @@ from dataclasses import dataclass, field
 
 from .parse import ConfigError, above, at_least, one_of, within
 
+SCHEDULE_FREE = "schedule_free"
+
+BETAS, EPS = (0.9, 0.95), 1e-8
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with warm-up and cosine decay; the defaults are the paper's SFT values.
 
-    kind: "adamw" or "adamw8bit" (bitsandbytes). muon_lr: learning rate of Muon for the hidden matrices, AdamW training
-    the rest; 0: AdamW trains all. max_grad_norm: gradient clipping; 0: off.
+    kind: "adamw"; "adamw8bit" (bitsandbytes, on a GPU); "adafactor" (torch), whose lr is relative to the size of each
+    tensor; "prodigy" (prodigyopt), which estimates the rate, with lr 1; "schedule_free" (schedulefree): AdamW evaluated
+    at an average of its steps, with warm-up and no decay, and ema_decay 0.
+    muon_lr: learning rate of Muon for the hidden matrices, the kind training the rest; 0: the kind trains all.
+    max_grad_norm: gradient clipping; 0: off.
     """
 
     kind: str = "adamw"
     lr: float = 1e-4
     muon_lr: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = BETAS
+    eps: float = EPS
     weight_decay: float = 0.05
     warmup_steps: int = 500
     final_lr_ratio: float = 0.0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        one_of(self, "kind", ("adamw", "adamw8bit"))
+        one_of(self, "kind", ("adamw", "adamw8bit", "adafactor", "prodigy", SCHEDULE_FREE))
         at_least(self, 0, "lr", "muon_lr", "weight_decay", "warmup_steps", "max_grad_norm")
         above(self, 0, "eps")
         within(self, 0, 1, "final_lr_ratio")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas must be from 0 to below 1, got {self.betas[0]} and {self.betas[1]}")
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """Raise ConfigError for options that the kind cannot follow."""
+        if self.kind in ("prodigy", SCHEDULE_FREE) and self.muon_lr:
+            raise ConfigError(f"muon_lr cannot be used with kind {self.kind}, got {self.muon_lr}; set it to 0")
+        if self.kind == "prodigy" and not 0.1 <= self.lr <= 10:
+            raise ConfigError(f"lr must be near 1 for prodigy, which multiplies its estimate by it, got {self.lr:g}")
+        if self.kind == "adafactor" and (self.betas, self.eps) != (BETAS, EPS):
+            raise ConfigError("betas and eps are not used by adafactor; remove them")
+        if self.kind == SCHEDULE_FREE and self.final_lr_ratio:
+            raise ConfigError(f"final_lr_ratio is not used by {SCHEDULE_FREE}, which has no decay; remove it")
+        if self.kind == SCHEDULE_FREE and not self.betas[0]:
+            raise ConfigError(f"betas must begin above 0 for {SCHEDULE_FREE}, got {self.betas[0]}")
 
 
 @dataclass(frozen=True)

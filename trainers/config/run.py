@@ -16,7 +16,7 @@ from .data import LARGEST_SEED
 from .data import DataConfig as DataConfig
 from .data import ScenesConfig as ScenesConfig
 from .data import ValidationConfig as ValidationConfig
-from .methods import ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
+from .methods import SCHEDULE_FREE, ConsistencyMethod, DMDMethod, JointMethod, OptimizerConfig, SFTMethod, VAEMethod
 from .parse import ConfigError as ConfigError
 from .parse import above, at_least, displayed, one_of, override, parse, within
 from .stages import stage_values
@@ -214,16 +214,30 @@ class RunConfig:
             )
         self._check_validation()
         self._check_export()
-        if self.network is not None and self.network.shard:
-            for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
+        self._check_optimizers()
+
+    def _check_optimizers(self) -> None:
+        for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
+            if self.network is not None and self.network.shard:
                 if options.muon_lr:
                     raise ConfigError(
                         "muon_lr needs whole matrices, which network.shard splits over processes; set muon_lr to 0"
                     )
-                if options.kind == "adamw8bit":
+                if options.kind != "adamw":
                     raise ConfigError(
-                        "adamw8bit does not support tensors that network.shard splits over processes; use adamw"
+                        f"{options.kind} does not support tensors that network.shard splits over processes; use adamw"
                     )
+            if options.kind != SCHEDULE_FREE:
+                continue
+            if self.dmd is not None:
+                raise ConfigError(
+                    f"{SCHEDULE_FREE} trains at other weights than it is evaluated at, and method {self.method} "
+                    "evaluates student and fake score during training; use another optimizer.kind"
+                )
+            if self.ema_decay:
+                raise ConfigError(f"ema_decay must be 0 with {SCHEDULE_FREE}, itself an average, got {self.ema_decay}")
+            if self.stage:
+                raise ConfigError(f"{SCHEDULE_FREE} cannot go on from another stage's weights; use adamw, or no stages")
 
     def _check_export(self) -> None:
         choices = (*EXPORT_KINDS, "raw")

@@ -38,7 +38,7 @@ from .checkpointing import non_finite, resume, save, start_from_checkpoint
 from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroSteps, Share
 from .metrics import MetricLog, Metrics
-from .optimizers import lr_factor, make_optimizers
+from .optimizers import evaluated, learning_rate, lr_factor, make_optimizers
 from .prefetch import Prefetched
 from .state import State
 from .stopping import StopRequest
@@ -65,7 +65,7 @@ class Part:
         norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if not bool(torch.isfinite(norm)):
             raise FloatingPointError(f"the gradients of {self.name} became {float(norm)}")
-        lr = float(self.schedulers[0].get_last_lr()[0])
+        lr = learning_rate(self.optimizers[0])
         for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
             optimizer.step()
             optimizer.zero_grad()
@@ -108,16 +108,19 @@ def train(
     first = start + 1 if start else 0
     accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first}})
     log = MetricLog(accelerator, output, start)
+    optimizers = [optimizer for part in parts.values() for optimizer in part.optimizers]
     if not start and config.validation is not None and config.validation.holds_out:
         log.record(0, validate(accelerator, config, method, 0))
     if start and samples_due(config, start) and not preview_path(output, start).exists():  # interrupted while drawing
-        save_preview(accelerator, method, output, start)
+        with evaluated(optimizers):
+            save_preview(accelerator, method, output, start)
     losses_of, saved = SampleLosses(accelerator, config, method), time.monotonic()
     with StopRequest() as request, load_batches(config, method, start) as batches:
         for step in range(start, config.steps):
             run_step(losses_of, parts, batches, step, log)
             if MAIN in method.updates(step):
-                update_average(averaged, config.ema_decay, state.updates)
+                with evaluated(optimizers):
+                    update_average(averaged, config.ema_decay, state.updates)
                 state.updates += 1
             done = step + 1
             late = bool(config.save_minutes) and time.monotonic() - saved >= 60 * config.save_minutes
@@ -126,7 +129,8 @@ def train(
             if done % config.log_every == 0 or due:  # resumed runs then average the same steps
                 log.write(done, losses_of.take_skipped())
             if validation_due(config, done):
-                log.record(done, validate(accelerator, config, method, done))
+                with evaluated(optimizers):
+                    log.record(done, validate(accelerator, config, method, done))
             bar.update()
             bar.set_postfix(log.losses, refresh=False)
             if due:
@@ -136,11 +140,13 @@ def train(
                 log.close()
                 raise KeyboardInterrupt
             if samples_due(config, done):
-                save_preview(accelerator, method, output, done)
+                with evaluated(optimizers):
+                    save_preview(accelerator, method, output, done)
     bar.close()
     log.close()
     if export_folder is not None:
-        write_exports(accelerator, method.exports(), export_folder, method.sharded)
+        with evaluated(optimizers):
+            write_exports(accelerator, method.exports(), export_folder, method.sharded)
     accelerator.end_training()
     return export_folder or output
 

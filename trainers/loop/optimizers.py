@@ -1,83 +1,33 @@
-"""AdamW, and Muon for hidden matrices: after 160 steps of the nano's VAE it is 6 dB ahead of AdamW alone."""
+"""Optimizers by name, their learning rate schedule, and the weights at which a run is evaluated."""
 
 from __future__ import annotations
 
+import importlib
+import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adafactor, AdamW, Optimizer
 
-from ..config.methods import OptimizerConfig
+from ..config.methods import SCHEDULE_FREE, OptimizerConfig
 from ..config.parse import ConfigError
 from ..roles.types import NamedParameters
+from .muon import Muon, is_hidden_matrix
 
-NOT_HIDDEN = ("img_in", "txt_in", "proj_out", "conv_in", "conv_out", "embed", "quant_conv", "norm", "_mod.")
-"""Layers whose inputs or outputs are data or modulations, not features: Muon's orthogonal updates do not suit them."""
-
-
-class Muon(Optimizer):
-    """Momentum whose update is orthogonalised by a Newton-Schulz iteration (Jordan et al., 2024).
-
-    Not torch.optim.Muon (2.13, measured): it refuses convolutions, which this one takes as matrices
-    [out, in * kh * kw], and takes 1.6 times as long for 48 matrices of width 768, which it orthogonalises one by one.
-    Updates differ by at most 2% of the learning rate; checkpoints store this class's state.
-    """
-
-    def __init__(
-        self, params: Iterable[Any], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for members in _by_shape(p for p in group["params"] if p.grad is not None).values():
-                momenta = torch.stack([self._momentum(p, group["momentum"]) for p in members])
-                scale = max(1.0, momenta.shape[1] / momenta.shape[2]) ** 0.5
-                for p, update in zip(members, orthogonalise(momenta), strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * scale)
-
-    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, flattened to a matrix."""
-        state = self.state[p]
-        assert p.grad is not None  # filtered by `step`
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(state["momentum"], momentum).flatten(1)
-
-
-def _by_shape(params: Iterable[Tensor]) -> dict[torch.Size, list[Tensor]]:
-    """Group equally shaped matrices: orthogonalising them together is four times faster than one by one."""
-    groups: dict[torch.Size, list[Tensor]] = {}
-    for p in params:
-        groups.setdefault(p.shape, []).append(p)
-    return groups
-
-
-def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """Orthogonalise matrices [k, m, n] (singular values near 1) by quintic Newton-Schulz steps in bfloat16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    wide = x.shape[-2] <= x.shape[-1]
-    y = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).bfloat16()
-    y = y if wide else y.mT
-    for _ in range(steps):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    return (y if wide else y.mT).to(x.dtype)
-
-
-def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    """True for a parameter that Muon trains."""
-    return p.ndim > 1 and min(p.shape[0], p[0].numel()) > 1 and not any(part in name for part in NOT_HIDDEN)
+Groups = list[dict[str, Any]]
+"""Parameter groups of an optimizer."""
 
 
 def make_optimizers(trainable: NamedParameters, config: OptimizerConfig) -> list[Optimizer]:
-    """Create AdamW, and with muon_lr > 0 Muon for the hidden matrices; biases and norms have no weight decay."""
+    """Create the optimizer `config.kind`, and with muon_lr > 0 Muon for the hidden matrices.
+
+    Biases and norms have no weight decay. Raises ConfigError for a package that is not installed, and for adamw8bit on
+    a CPU.
+    """
     muon = [p for n, p in trainable if config.muon_lr and is_hidden_matrix(n, p)]
     muon_ids = {id(p) for p in muon}
     rest = [p for _, p in trainable if id(p) not in muon_ids]
@@ -87,32 +37,108 @@ def make_optimizers(trainable: NamedParameters, config: OptimizerConfig) -> list
     ]
     optimizers: list[Optimizer] = []
     if rest:
-        filled = [g for g in groups if g["params"]]
-        optimizers.append(adam_class(config.kind)(filled, lr=config.lr, betas=config.betas, eps=config.eps))
+        optimizers.append(MAKERS[config.kind]([g for g in groups if g["params"]], config))
     if muon:
         optimizers.append(Muon(muon, lr=config.muon_lr, weight_decay=config.weight_decay))
     return optimizers
 
 
-def adam_class(kind: str) -> Any:
-    """Return torch's AdamW or bitsandbytes' AdamW8bit. Raises ConfigError if that is not installed."""
-    if kind == "adamw":
-        return AdamW
+def _adamw(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _adamw8bit(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """bitsandbytes' AdamW8bit: states in 8 bits, with kernels for GPUs."""
+    if any(p.device.type == "cpu" for group in groups for p in group["params"]):
+        raise ConfigError("optimizer.kind adamw8bit needs a GPU, and this run is on a CPU; choose adamw or adafactor")
+    make = _class_of("bitsandbytes.optim", "AdamW8bit", config, "quant")
+    return make(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def _adafactor(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """torch's Adafactor: second moments as one row and one column per matrix, updates relative to a tensor's size."""
+    return Adafactor(groups, lr=config.lr)
+
+
+def _prodigy(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Prodigy (arXiv 2306.06101): it estimates the learning rate, which config.lr and the schedule multiply."""
+    make = _class_of("prodigyopt", "Prodigy", config, "optimizers")
+    options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "use_bias_correction": True}
+    with redirect_stdout(io.StringIO()):  # it prints that weight decay is decoupled
+        return make(groups, **options, safeguard_warmup=config.warmup_steps > 0)
+
+
+def _schedule_free(groups: Groups, config: OptimizerConfig) -> Optimizer:
+    """Schedule-free AdamW (arXiv 2405.15682) in training mode; `evaluated` gives the weights to evaluate."""
+    make = _class_of("schedulefree", "AdamWScheduleFree", config, "optimizers")
+    optimizer = make(groups, lr=config.lr, betas=config.betas, eps=config.eps)  # `lr_factor` warms it up
+    optimizer.train()
+    return optimizer
+
+
+MAKERS: dict[str, Callable[[Groups, OptimizerConfig], Optimizer]] = {
+    "adamw": _adamw,
+    "adamw8bit": _adamw8bit,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    SCHEDULE_FREE: _schedule_free,
+}
+"""optimizer.kind -> its maker."""
+
+
+def _class_of(module: str, name: str, config: OptimizerConfig, extra: str) -> Any:
+    """Import an optimizer class. Raises ConfigError with the command that installs its package."""
     try:
-        from bitsandbytes import optim
+        return vars(importlib.import_module(module))[name]
     except ImportError as error:
         raise ConfigError(
-            'optimizer.kind adamw8bit needs bitsandbytes; pip install "comfyui-unipic[quant]", or choose adamw'
+            f"optimizer.kind {config.kind} needs the package {module.partition('.')[0]}; "
+            f'pip install "comfyui-unipic[{extra}]", or choose adamw'
         ) from error
-    return vars(optim)["AdamW8bit"]
+
+
+PROGRESS = frozenset(
+    {"k", "d", "d_max", "d_numerator", "d_denom", "d_hat", "weight_sum", "lr_max", "scheduled_lr", "train_mode"}
+)
+"""Values in the parameter groups of Prodigy and schedule-free AdamW that are state, not options."""
+
+
+@contextmanager
+def evaluated(optimizers: Iterable[Optimizer]) -> Iterator[None]:
+    """Put the weights in place at which a run is evaluated; only schedule-free AdamW trains at other ones.
+
+    It computes gradients at y = (1 - beta1) z + beta1 x and is evaluated at the average x. Its own eval() and train()
+    round on the way there and back; here y is put back as it was, so that previews and checkpoints do not change a run.
+    """
+    replaced: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        for optimizer in optimizers:
+            for group in (group for group in optimizer.param_groups if "weight_sum" in group):
+                for p in (p for p in group["params"] if "z" in optimizer.state[p]):
+                    replaced.append((p, p.clone()))
+                    p.lerp_(optimizer.state[p]["z"], 1 - 1 / group["betas"][0])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, y in replaced:
+                p.copy_(y)
+
+
+def learning_rate(optimizer: Optimizer) -> float:
+    """Current learning rate; of Prodigy times its estimate d."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) * float(group.get("d", 1.0))
 
 
 def lr_factor(config: OptimizerConfig, steps: int) -> Callable[[int], float]:
-    """Learning rate factor by step: linear warm-up, then cosine decay to final_lr_ratio."""
+    """Learning rate factor by step: linear warm-up, then cosine decay to final_lr_ratio (schedule_free: none)."""
 
     def factor(step: int) -> float:
         if step < config.warmup_steps:
             return (step + 1) / config.warmup_steps
+        if config.kind == SCHEDULE_FREE:
+            return 1.0
         progress = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
         cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return config.final_lr_ratio + (1 - config.final_lr_ratio) * cosine

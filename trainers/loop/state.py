@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..roles.sharding import is_sharded, local, locally
 from .distributed import is_distributed, load_distributed, read_settings, save_distributed
+from .optimizers import PROGRESS
 
 
 class TrainedPart(Protocol):
@@ -166,7 +167,8 @@ def bytes_in(tree: object) -> int:
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load the optimizer's state of each parameter; shards become distributed tensors like their parameters.
 
-    Learning rate, weight decay and other options stay those of this run, which may differ (--allow-config-change).
+    Learning rate, weight decay and other options stay those of this run, which may differ (--allow-config-change);
+    only what optimizers keep of their state among them is restored (PROGRESS).
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     order = [i for group in state["param_groups"] for i in group["params"]]
@@ -175,7 +177,10 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
         i: {k: like_parameter(by_index[i], v) for k, v in values.items()} for i, values in state["state"].items()
     }
     groups = optimizer.state_dict()["param_groups"]
-    options = [{**group, "params": old["params"]} for group, old in zip(groups, state["param_groups"], strict=True)]
+    options = [
+        {**group, **{k: v for k, v in old.items() if k in PROGRESS}, "params": old["params"]}
+        for group, old in zip(groups, state["param_groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": restored, "param_groups": options})
 
 

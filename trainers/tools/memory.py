@@ -31,7 +31,7 @@ from unipic_core.weights.transformer import (
 
 from ..config.methods import OptimizerConfig
 from ..config.run import AdapterConfig, ConfigError, NetworkConfig, RunConfig, load_config, required
-from ..loop.optimizers import is_hidden_matrix
+from ..loop.muon import is_hidden_matrix
 from ..roles.frozen import empty_storage, storage_dtype_of
 from ..roles.roles import targets_of
 from ..roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of
@@ -194,7 +194,8 @@ def adapter_shapes(shapes: Shapes, adapter: AdapterConfig) -> dict[str, tuple[in
 
 
 def state_bytes(shapes: Shapes, config: OptimizerConfig) -> float:
-    """Bytes of optimizer state of these tensors: float32, except for adamw8bit."""
+    """Bytes of optimizer state of these tensors: float32, except for adamw8bit; two numbers per parameter in AdamW and
+    schedule-free AdamW, four in Prodigy, a row and a column per matrix in Adafactor."""
     total = 0.0
     for name, shape in shapes.items():
         numbers = prod(shape)
@@ -202,8 +203,10 @@ def state_bytes(shapes: Shapes, config: OptimizerConfig) -> float:
             total += 4 * numbers
         elif config.kind == "adamw8bit" and numbers >= SMALL_STATE:
             total += 2 * numbers + 2 * 4 * numbers / 256  # one scale per 256 numbers
+        elif config.kind == "adafactor" and len(shape) > 1:
+            total += 4 * numbers * (1 / shape[-1] + 1 / shape[-2])
         else:
-            total += 8 * numbers
+            total += {"adafactor": 4, "prodigy": 16}.get(config.kind, 8) * numbers
     return total
 
 
