@@ -1,5 +1,6 @@
 """Curate a data set, or show conflict rules.
 
+python -m trainers.curate run STAGES.yaml [--dry-run] [--executor local|ray]
 python -m trainers.curate conflicts FILE.yaml --matrix [--out matrix.png]
 python -m trainers.curate conflicts FILE.yaml hat mug person
 """
@@ -16,6 +17,7 @@ from .conflicts.matrix import describe, draw_matrix
 from .conflicts.rules import read_rules
 from .conflicts.solve import solve
 from .conflicts.wording import instruction
+from .manifest.executor import EXECUTORS
 
 
 def conflicts(args: argparse.Namespace) -> None:
@@ -35,11 +37,31 @@ def conflicts(args: argparse.Namespace) -> None:
             print(f"not together: {'; '.join(solution.broken)}")
 
 
+def run(args: argparse.Namespace) -> None:
+    """Run or continue the stages, or print what a run would do."""
+    from .config import read_stages
+    from .dry_run import describe as describe_run
+    from .runner import check_settings
+    from .runner import run as run_stages
+
+    stages = read_stages(args.file)
+    if args.dry_run:
+        check_settings(stages)
+        print(describe_run(stages))
+    else:
+        run_stages(stages, args.executor)
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="trainers.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = top.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("run", help="run the stages of a file, or continue them")
+    one.add_argument("file", type=Path, help="STAGES.yaml; see docs/curation.md")
+    one.add_argument("--dry-run", action="store_true", help="print the pictures, calls and megapixels, and stop")
+    one.add_argument("--executor", choices=EXECUTORS, default="local", help="who measures and draws (%(default)s)")
+    one.set_defaults(run=run)
     one = commands.add_parser("conflicts", help="which categories may share a picture")
     one.add_argument("file", type=Path, help="a YAML file of rules")
     one.add_argument("categories", nargs="*", help="check one picture with these")

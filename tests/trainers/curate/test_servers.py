@@ -1,0 +1,188 @@
+"""Synthesis, prompts, checks and parts by servers: targets that fail are made again, and nothing is invented."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.paths import PICTURES
+from tests.trainers.curate.servers import LookingServer
+from tests.trainers.curate.test_run import config, contents, manifest
+from trainers.curate.__main__ import main
+from trainers.curate.config import read_stages
+from trainers.curate.runner import run
+from trainers.curate.stages.prompt import checked
+from trainers.judges.vlm import AnswerError, JudgeError
+from unipic_core.errors import UniPicError
+
+
+@pytest.fixture
+def photographs(tmp_path) -> Path:
+    for category, names in (("person", ("astronaut", "office-worker")), ("hat", ("top-hat",)), ("food", ("pizza",))):
+        (tmp_path / "pictures" / category).mkdir(parents=True)
+        for name in names:
+            shutil.copy(PICTURES / f"{name}.png", tmp_path / "pictures" / category)
+    return tmp_path / "pictures"
+
+
+def served(server: LookingServer, tmp_path: Path, photographs: Path, **changes) -> Path:
+    images = {"base_url": server.url, "model": "m", "image_max_side": 64, "tries": 2, "max_wait": 0}
+    judge = {"base_url": server.url, "model": "looking", "image_max_side": 64, "tries": 2, "max_wait": 0}
+    settings = {
+        "ingest": [{"kind": "folder", "path": str(photographs)}],
+        "filter": {"flat": None, "quality": None},
+        "pair": {"rules": "people", "rows": 6, "counts": {2: 1}, "always": ["person"]},
+        "prompt": {"kind": "endpoint"},
+        "synthesise": {"kind": "endpoint", "attempts": 3},
+        "check": {"quality": None, "presence": None},
+        "images": images,
+        "judge": judge,
+    }
+    return config(tmp_path, **(settings | changes))
+
+
+def test_failed_targets_are_made_again_up_to_the_cap(tmp_path, photographs, capsys):
+    """The first picture of two in three prompts is black, and one prompt never works."""
+    server = LookingServer(spoil=lambda prompt, call: "image 1 and image 2" in prompt and call == 1)
+    path = served(server, tmp_path, photographs)
+    run(read_stages(path))
+    out = tmp_path / "out"
+    first, second = manifest(out, "check-1"), manifest(out, "check-2")
+    assert len(first) == 6
+    dropped = [row for row in first if row["keep"] is False]
+    assert dropped
+    assert [row["parent"] for row in second] == [row["id"] for row in dropped]
+    assert all(row["attempt"] == 2 and row["keep"] for row in second)
+    assert dropped[0]["reason"] == "quality 10 is below 75"
+    assert dropped[0]["instruction"].startswith("On a sunny day")
+    rows = [json.loads(line) for line in (out / "export/jsonl/data.jsonl").read_text().splitlines()]
+    assert sorted(row["attempt"] for row in rows) == [1] * (6 - len(dropped)) + [2] * len(dropped)
+    printed = capsys.readouterr().out
+    assert "synthesise: 6 calls with 12 pictures to 127.0.0.1, which is this machine" in printed
+    assert "4 questions with 4 pictures of at most 64 pixels a side, to 127.0.0.1" in printed
+
+
+def test_rows_that_never_pass_are_dropped_and_counted(tmp_path, photographs, capsys):
+    server = LookingServer(spoil=lambda prompt, call: "pizza" not in prompt and server.calls["edits"] % 2 == 1)
+    path = served(
+        server, tmp_path, photographs, prompt={"kind": "templates"}, synthesise={"kind": "endpoint", "attempts": 1}
+    )
+    run(read_stages(path))
+    rows = manifest(tmp_path / "out", "check-1")
+    dropped = sum(row["keep"] is False for row in rows)
+    assert 0 < dropped < 6
+    assert f"export: {6 - dropped} rows; left out: {dropped} dropped" in capsys.readouterr().out
+
+
+def test_a_recording_replays_without_a_server(tmp_path, photographs):
+    server = LookingServer()
+    record = tmp_path / "answers.jsonl"
+    judge = {"base_url": server.url, "model": "looking", "image_max_side": 64, "record": str(record)}
+    run(read_stages(served(server, tmp_path / "a", photographs, judge=judge)))
+    edits = server.calls["edits"]
+    judge = {"replay": str(record)}
+    path = served(server, tmp_path / "b", photographs, judge=judge)
+    asked = server.calls["completions"]
+    run(read_stages(path))
+    assert server.calls == {"edits": 2 * edits, "completions": asked}
+    assert manifest(tmp_path / "a/out", "check-1") == manifest(tmp_path / "b/out", "check-1")
+
+
+def test_questions_are_asked_once_and_only_about_what_is_left(tmp_path, photographs):
+    server = LookingServer()
+    strict = {"flat": {"most": 0.5}, "quality": None}
+    path = served(
+        server, tmp_path, photographs, filter=strict, pair=None, synthesise=None, prompt={"kind": "templates"}
+    )
+    run(read_stages(path))
+    rows = manifest(tmp_path / "out", "filter")
+    left = [row for row in rows if row["filters"]["flat"]["keep"]]
+    assert 0 < len(left) < len(rows)
+    probes = 3
+    assert server.calls["completions"] == len(left) + probes
+    run(read_stages(path))
+    assert server.calls["completions"] == len(left) + probes  # an answered run does not even probe
+
+
+def test_answers_without_a_score_are_asked_again_by_the_next_run(tmp_path, photographs):
+    server = LookingServer()
+    abilities = {"logprobs": "off", "response_format": "none", "concurrency": 1}
+    judge = {"base_url": server.url, "model": "looking", "tries": 1, "max_wait": 0, **abilities}
+    path = served(server, tmp_path, photographs, judge=judge, pair=None, synthesise=None, prompt={"kind": "templates"})
+    server.faults = ["prose", 500]
+    run(read_stages(path))
+    undecided = [row for row in manifest(tmp_path / "out", "filter") if row["keep"] is None]
+    assert len(undecided) == 2
+    assert undecided[0]["reason"].startswith("quality not run: unparsed: expected 1 number from 0 to 100, got")
+    assert "no answer after one try" in undecided[1]["reason"]
+    run(read_stages(path))
+    assert all(row["keep"] is True for row in manifest(tmp_path / "out", "filter"))
+    assert server.calls["completions"] == 6
+
+
+def test_pictures_that_do_not_come_are_asked_for_again(tmp_path, photographs):
+    server = LookingServer()
+    images = {"base_url": server.url, "model": "m", "tries": 1, "concurrency": 1, "max_wait": 0}
+    changes = {"filter": {}, "check": {"flat": None}, "prompt": {"kind": "templates"}, "judge": {}, "images": images}
+    path = served(server, tmp_path, photographs, **changes)
+    server.faults = ["url", "cut", 500]
+    run(read_stages(path))
+    reasons = [row["reason"] for row in manifest(tmp_path / "out", "synthesise-1") if row["keep"] is None]
+    assert "an address, which is not followed" in reasons[0]
+    assert "the answer holds no picture" in reasons[1]
+    assert "HTTP 500 (busy)" in reasons[2]
+    assert server.calls["edits"] == 6
+    run(read_stages(path))
+    assert server.calls["edits"] == 9  # the three that are missing
+    whole = [row for folder in (tmp_path / "out").glob("check-1-*") for row in folder.glob("*.jsonl")]
+    assert whole
+    assert len((tmp_path / "out/export/jsonl/data.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_server_that_is_gone_stops_the_run_in_one_sentence(tmp_path, photographs, capsys):
+    server = LookingServer()
+    path = served(server, tmp_path, photographs)
+    server.shutdown()
+    server.server_close()
+    assert main(["run", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "no server is listening; run again later" in error
+    assert error.count("\n") == 1
+
+
+def test_photographs_are_decomposed_by_a_server(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(PICTURES / "panda.png", tmp_path / "pictures")
+    server = LookingServer()
+    path = served(
+        server,
+        tmp_path,
+        tmp_path / "pictures",
+        ingest=[{"kind": "folder", "path": str(tmp_path / "pictures"), "subject": "photograph"}],
+        filter={"flat": None},
+        pair=None,
+        decompose={"kind": "endpoint"},
+        prompt={"kind": "templates"},
+        check={"likeness": {"least": 25}},
+        export=[{"kind": "mico"}],
+    )
+    run(read_stages(path))
+    (line,) = (tmp_path / "out/export/mico/data.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert (row["ed_idx"], row["Task"], len(row["input"])) == (0, "De&Re", 1)
+    folder = tmp_path / "out/export/mico"
+    assert (folder / row["reference"]).read_bytes() == (PICTURES / "panda.png").read_bytes()
+
+
+def test_an_instruction_names_every_source():
+    assert checked("Put image 1 on\nimage 2.", 2) == "Put image 1 on image 2."
+    with pytest.raises(UniPicError, match="does not name image 2"):
+        checked("Put image 1 there.", 2)
+    with pytest.raises(UniPicError, match="no instruction"):
+        checked(None, 2)
+
+
+def test_errors_that_stop_are_not_errors_of_one_picture():
+    assert not issubclass(JudgeError, (AnswerError, UniPicError))
+    assert callable(contents)

@@ -1,0 +1,1 @@
+"""Filters of pictures: measurements, and decisions by thresholds."""

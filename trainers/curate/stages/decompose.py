@@ -1,0 +1,169 @@
+"""Decompose (De&Re): each part of a photograph as a clean source; the photograph stays as the reference of quality."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unipic_core.errors import UniPicError
+
+from ...judges.vlm import AnswerError, Question, in_order, load_picture, object_schema, parse_object
+from ...nano.backgrounds import draw
+from ..config import DecomposeConfig, Stages
+from ..filters.picture import content_id
+from ..manifest.progress import Progress
+from ..manifest.shards import Row, StageFolder, batches, digest
+from ..synthesis.endpoint import ImagesClient
+from ..synthesis.png import png
+from .drawn_sources import bank_of, cut_out, scene_of
+from .ingest import write_picture
+from .questions import Judge
+from .tools import Tools
+
+VERSION = 1
+BATCH = 4
+MOST_PARTS = 6
+LIST = (
+    "List the persons, things and garments that stand out in this photograph, and its background, at most six in all. "
+    'Answer as JSON: {"parts": [{"name": "a red umbrella", "category": "umbrella"}, ...]}'
+)
+EXTRACT = "Extract {name} from the picture: the whole of it, alone on a plain white background, unchanged."
+EXTRACT_GROUND = "Remove every person and every thing that stands in front, and show the empty background."
+
+
+def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder, tools: Tools) -> StageFolder:
+    """Write one composition row per kept photograph, with its parts as sources and itself as `reference`."""
+    judge = tools.judge.key if tools.judge else ""
+    images = [stages.images.model, stages.images.size] if stages.images else []
+    key = digest("decompose", VERSION, asdict(config), images, judge, stages.seed, photographs.content)
+    folder = StageFolder(stages.folder, "decompose", key, photographs.count)
+    client = ImagesClient(stages.images) if stages.images and config.kind == "endpoint" else None
+    if client is not None:
+        count = sum(len(row.get("parts", ())) or MOST_PARTS for row in photographs.rows() if row["keep"] is True)
+        print(f"decompose: at most {count} calls with one picture each {client.notice}")
+    progress = Progress("decompose", sum(1 for _ in photographs.rows()), unit="photographs")
+    make = partial(composition, stages.folder, config, client, key[:12], stages.seed)
+    for index in range(photographs.count):
+        if folder.done(index) and not any(row.get("again") for row in folder.read(index)):
+            progress.skip(len(photographs.read(index)))
+            continue
+        rows = [row for row in photographs.read(index) if row["keep"] is True and row["subject"] == "photograph"]
+        rows = [_with_parts(row, tools.judge, stages.folder) for row in rows]
+        folder.write(index, _made(make, rows, tools, client, progress))
+    progress.close()
+    return folder
+
+
+def _made(make: Any, rows: Sequence[Row], tools: Tools, client: ImagesClient | None, progress: Progress) -> list[Row]:
+    made: list[Row] = []
+    if client is not None:
+        for row in in_order(make, rows, client.config.concurrency):
+            made.append(row)
+            progress.add()
+        return made
+    for found in tools.executor.map(partial(_batch, make), batches(rows, BATCH)):
+        made += found
+        progress.add(len(found))
+    return made
+
+
+def _batch(make: Any, rows: Sequence[Row]) -> list[Row]:
+    return [make(row) for row in rows]
+
+
+def composition(
+    out: Path, config: DecomposeConfig, client: ImagesClient | None, folder: str, seed: int, photograph: Row
+) -> Row:
+    """Row of one photograph; `keep` is false or null with the reason if it has no usable parts."""
+    about: Row = {"row": photograph["row"], "reference": photograph["path"]}
+    if config.kind == "drawn":
+        about |= {"scene": photograph.get("drawn", {}).get("scene")}
+    try:
+        if "fault" in photograph:
+            raise AnswerError("unparsed", photograph["fault"])
+        sources = _sources(out, config, client, folder, seed, photograph)
+    except (AnswerError, UniPicError) as error:
+        again = isinstance(error, AnswerError) and config.kind == "endpoint"
+        fault = {"keep": None if again else False, "reason": f"not decomposed: {error}"}
+        return {**about, "id": "", "sources": [], **fault, **({"again": True} if again else {})}
+    key = digest(photograph["id"], [source["id"] for source in sources])
+    return {**about, "id": key, "composition": key, "sources": sources, "keep": True, "reason": ""}
+
+
+def _sources(
+    out: Path, config: DecomposeConfig, client: ImagesClient | None, folder: str, seed: int, photograph: Row
+) -> list[Row]:
+    if config.kind == "drawn":
+        pictures = _layers(photograph)
+    else:
+        parts = photograph.get("parts", [])
+        if not 1 <= len(parts) <= MOST_PARTS:
+            raise UniPicError(f"expected 1 to {MOST_PARTS} parts, got {len(parts)}; more are not covered")
+        pictures = [(part, b"") for part in parts]
+    sources = []
+    for number, (part, data) in enumerate(pictures, 1):
+        path = f"parts/{folder}/{photograph['id']}_{number}.png"
+        if not data and not (out / path).exists():
+            data = _extracted(config, client, out / photograph["path"], part, seed + number)
+        if data:
+            write_picture(out / path, data)
+        found = content_id((out / path).read_bytes())
+        subject = part.get("subject", "background" if part["category"] == "background" else "object")
+        sources.append(
+            {"id": found, "path": path, "category": part["category"], "subject": subject, "name": part["name"]}
+        )
+    return sources
+
+
+def _layers(photograph: Row) -> list[tuple[dict[str, str], bytes]]:
+    """Exact parts of a drawn photograph: each item as a cut-out, and the empty background, in the scene's order."""
+    recipe = photograph.get("drawn", {})
+    if "scene" not in recipe:
+        raise UniPicError(f"{photograph['path']} is not drawn; use decompose.kind pipeline or endpoint")
+    scene, _ = scene_of(recipe)
+    size = scene.size
+    bank = bank_of(size)
+    layers = [
+        (
+            {"name": one.asset.name, "category": one.asset.category, "subject": one.asset.kind},
+            png(cut_out(bank, one, size)),
+        )
+        for one in scene.items
+    ]
+    ground = draw(scene.background, size, size)
+    name = scene.background.place.name
+    layers.append(({"name": name, "category": "background", "subject": "background"}, png(ground)))
+    return [layers[source] for source in scene.order]
+
+
+def _extracted(
+    config: DecomposeConfig, client: ImagesClient | None, photograph: Path, part: dict[str, str], seed: int
+) -> bytes:
+    """PNG of one part. Raises AnswerError, UniPicError."""
+    text = EXTRACT_GROUND if part["category"] == "background" else EXTRACT.format(name=part["name"])
+    if client is not None:
+        return client.edit([photograph], text, seed)
+    from ..synthesis.pipeline import compose
+
+    assert config.model is not None
+    return compose(config.model, [photograph], text, seed, config.steps, config.size, None)
+
+
+def _with_parts(row: Row, judge: Judge | None, out: Path) -> Row:
+    """Row with `parts`, asked of the judge if the data set has none; a failure is part of the row."""
+    if row.get("parts") or "drawn" in row:
+        return row
+    if judge is None:
+        return {**row, "fault": "its row has no parts, and no judge is configured that could list them"}
+    try:
+        picture = load_picture(out / row["path"], judge.asker.config.image_max_side)
+        one = {"type": "object", "properties": {"name": {"type": "string"}, "category": {"type": "string"}}}
+        schema = object_schema({"parts": {"type": "array", "items": one}})
+        answer = judge.asker.ask(Question(("The photograph:", picture, LIST), schema))
+        parts = parse_object(answer.text)["parts"]
+        return {**row, "parts": [{"name": str(p["name"])[:100], "category": str(p["category"])[:64]} for p in parts]}
+    except (AnswerError, KeyError, TypeError) as error:
+        return {**row, "fault": f"the judge listed no parts ({error})"}

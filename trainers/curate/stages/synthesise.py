@@ -1,0 +1,112 @@
+"""Synthesise: a target for each row, one file each, so that a kill loses one picture; failed checks come again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from unipic_core.errors import UniPicError
+
+from ...judges.vlm import AnswerError, in_order
+from ..config import Stages, SynthesiseConfig
+from ..filters.picture import content_id, decode, read_bytes
+from ..manifest.progress import Progress
+from ..manifest.shards import Row, StageFolder, batches, digest
+from ..synthesis.endpoint import ImagesClient
+from .ingest import write_picture
+from .tools import Tools
+
+VERSION = 1
+BATCH = 4
+PER_FOLDER = 1000
+
+
+def synthesise(
+    stages: Stages, config: SynthesiseConfig, before: StageFolder, tools: Tools, attempt: int
+) -> StageFolder:
+    """Write the rows with their targets. attempt: from 1; later ones take the rows whose target the check dropped."""
+    images = asdict(stages.images) if stages.images and config.kind == "endpoint" else {}
+    maker = digest(VERSION, {**asdict(config), "attempts": 0}, [images.get("model"), images.get("size")], stages.seed)
+    key = digest("synthesise", maker, attempt, before.content)
+    folder = StageFolder(stages.folder, f"synthesise-{attempt}", key, before.count)
+    client = ImagesClient(stages.images) if stages.images and config.kind == "endpoint" else None
+    jobs = sum(1 for row in before.rows() if wanted(row, attempt))
+    if client is not None and jobs:
+        pictures = sum(len(row["sources"]) for row in before.rows() if wanted(row, attempt))
+        print(f"synthesise: {jobs} calls with {pictures} pictures {client.notice}")
+    progress = Progress(f"synthesise, attempt {attempt}", jobs, unit="targets")
+    make = partial(target_row, stages.folder, config, client, maker[:12], stages.seed, attempt)
+    for index in range(before.count):
+        rows = [row for row in before.read(index) if wanted(row, attempt)]
+        if folder.done(index) and not any(row.get("again") for row in folder.read(index)):
+            progress.skip(len(rows))
+            continue
+        made = []
+        for row in _mapped(make, rows, tools, client):
+            made.append(row)
+            progress.add()
+        folder.write(index, made)
+    progress.close()
+    return folder
+
+
+def wanted(row: Row, attempt: int) -> bool:
+    """First attempt: every row with an instruction. Later ones: rows whose target a check dropped."""
+    return row["keep"] is True if attempt == 1 else row["keep"] is False and "filters" in row
+
+
+def _mapped(
+    make: Callable[[Row], Row], rows: Sequence[Row], tools: Tools, client: ImagesClient | None
+) -> Iterator[Row]:
+    if client is not None:
+        yield from in_order(make, rows, client.config.concurrency)
+        return
+    for found in tools.executor.map(partial(_batch, make), batches(rows, BATCH)):
+        yield from found
+
+
+def _batch(make: Callable[[Row], Row], rows: Sequence[Row]) -> list[Row]:
+    return [make(row) for row in rows]
+
+
+def target_row(
+    out: Path, config: SynthesiseConfig, client: ImagesClient | None, maker: str, seed: int, attempt: int, row: Row
+) -> Row:
+    """Row of one target; `keep` is null with the reason if it could not be made. A target that is there is used."""
+    parent = row["id"] if attempt > 1 else None
+    row = {key: value for key, value in row.items() if key not in ("filters", "rejected")}
+    name = digest(row["composition"], row["instruction"], attempt)
+    path = f"targets/{maker}/{row['row'] // PER_FOLDER:04d}/{name}.png"
+    about: dict[str, Any] = {"subject": "target", "name": "the picture", "attempt": attempt, "parent": parent}
+    try:
+        if not (out / path).exists():
+            sources = [out / source["path"] for source in row["sources"]]
+            write_picture(out / path, _made(config, client, row, sources, seed, attempt))
+        data = read_bytes(str(out / path))
+        picture = decode(data, path)
+    except (AnswerError, UniPicError) as error:
+        again = not isinstance(error, UniPicError) or config.kind == "endpoint"
+        fault = {"keep": None, "reason": f"not synthesised: {error}"} | ({"again": True} if again else {})
+        return {**row, **about, "path": path, **fault}
+    size = {"width": picture.size[0], "height": picture.size[1]}
+    return {**row, "id": content_id(data), **about, "path": path, **size, "keep": True, "reason": ""}
+
+
+def _made(
+    config: SynthesiseConfig, client: ImagesClient | None, row: Row, sources: Sequence[Path], seed: int, attempt: int
+) -> bytes:
+    """PNG of one target. Raises AnswerError, UniPicError."""
+    if config.kind == "drawn":
+        from ..synthesis.drawn import draw_target
+
+        return draw_target(row, config.size, attempt)
+    seed = int(digest(seed, row["composition"], attempt)[:7], 16)
+    if client is not None:
+        return client.edit(sources, row["instruction"], seed)
+    from ..synthesis.pipeline import compose
+
+    assert config.model is not None
+    return compose(config.model, sources, row["instruction"], seed, config.steps, config.size, config.guidance)

@@ -1,0 +1,1 @@
+"""Makers of targets: the drawn compositor, this project's pipeline, a server with an images API."""
