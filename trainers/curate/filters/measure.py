@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ BATCH = 8
 """Pictures per task."""
 
 ROWS_AT_ONCE = 256
+SECONDS_PER_TRANSACTION = 2.0
 NOT_RUN = "not run"
 """Key of a stored value that says why there is no score."""
 
@@ -59,14 +61,17 @@ def measure_pictures(
     """Measure what is missing in the store. Each picture is decoded once for all its filters."""
     numbers = [one for one in filters if one.rank in ("numpy", "extra") and not one.needs_sources]
     jobs = missing(rows, numbers, scores, out, progress)
+    waiting: dict[str, dict[str, Any]] = {}
+    stored = time.monotonic()
     for batch, values in _in_order(executor, jobs):
-        by_filter: dict[str, dict[str, Any]] = {}
         for job, found in zip(batch, values, strict=True):
             for name, value in found.items():
-                by_filter.setdefault(name, {})[job.id] = value
-        for name, found in by_filter.items():
-            scores.add(FILTERS[name].key, found)
+                waiting.setdefault(FILTERS[name].key, {})[job.id] = value
         progress.add(len(batch))
+        if time.monotonic() - stored > SECONDS_PER_TRANSACTION:
+            scores.add_all(waiting)
+            waiting, stored = {}, time.monotonic()
+    scores.add_all(waiting)
 
 
 def missing(

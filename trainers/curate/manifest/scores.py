@@ -1,7 +1,7 @@
 """Stored measurements: (measurement, picture) -> value, in one SQLite file.
 
 Measurements are expensive and thresholds are not, so they are kept apart: another threshold measures nothing again, and
-a kill loses at most the batch in work. Keys are digests of the picture's bytes, so renamed files are known too.
+a kill loses a few seconds of work. Keys are digests of the picture's bytes, so renamed files are known too.
 """
 
 from __future__ import annotations
@@ -45,8 +45,16 @@ class Scores:
         return found
 
     def add(self, measure: str, values: Mapping[str, Any]) -> None:
-        """Store values; all of them or, on an error, none."""
-        rows = [(measure, picture, json.dumps(value)) for picture, value in values.items()]
+        """Store the values of one measurement."""
+        self.add_all({measure: values})
+
+    def add_all(self, values: Mapping[str, Mapping[str, Any]]) -> None:
+        """Store values by measurement and picture in one transaction: all of them or, on an error, none."""
+        rows = [
+            (measure, picture, json.dumps(value))
+            for measure, found in values.items()
+            for picture, value in found.items()
+        ]
         with self._errors(), self._db:
             self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
