@@ -99,7 +99,7 @@ def test_questions_are_asked_once_and_only_about_what_is_left(tmp_path, photogra
     rows = manifest(tmp_path / "out", "filter")
     left = [row for row in rows if row["filters"]["flat"]["keep"]]
     assert 0 < len(left) < len(rows)
-    probes = 3
+    probes = 2  # log-probabilities, response format
     assert server.calls["completions"] == len(left) + probes
     run(read_stages(path))
     assert server.calls["completions"] == len(left) + probes  # an answered run does not even probe

@@ -65,6 +65,12 @@ NUMPY = (
 """clutter: the percentile within the corpus; duplicates: differing bits to the nearest picture before it (64 if its
 colours differ); likeness: dB to the compositor's truth or to the photograph that was decomposed."""
 
+EXTRA = (
+    Filter("brisque", "extra", most=30.0),
+    Filter("text", "extra", most=0.01),
+    Filter("head", "extra", least=0.9, subjects=("person",)),
+    Filter("face_identity", "extra", most=0.6, subjects=("target",), needs_sources=True),
+)
 ENDPOINT = (
     Filter("quality", "endpoint", least=75.0),
     Filter("head_visible", "endpoint", least=0.9, subjects=("person",)),
@@ -77,7 +83,7 @@ ENDPOINT = (
     Filter("presence", "endpoint", least=0.5, subjects=("target",), needs_sources=True),
     Filter("identity", "endpoint", least=5.0, subjects=("target",), needs_sources=True),
 )
-FILTERS: Mapping[str, Filter] = {one.name: one for one in (*NUMPY, *ENDPOINT)}
+FILTERS: Mapping[str, Filter] = {one.name: one for one in (*NUMPY, *EXTRA, *ENDPOINT)}
 
 
 def chosen(configs: Mapping[str, FilterConfig], stage: str) -> list[Filter]:

@@ -61,7 +61,11 @@ def compare_batch(task: tuple[str, str, list[tuple[str, Row]]]) -> dict[str, Any
 
 def _value(name: str, out: Path, row: Row) -> Any:
     try:
-        return likeness(out, row)
+        if name == "likeness":
+            return likeness(out, row)
+        from ..filters.packages import compare_with_package
+
+        return compare_with_package(name, out, row)
     except UniPicError as error:
         return {NOT_RUN: str(error)}
 
