@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
-from ..unipic_core.conditioning.images import resize_references
+from ..unipic_core.conditioning.images import ASPECTS, resize_references
 from ..unipic_core.conditioning.picture_numbers import number_cautions
+from ..unipic_core.conditioning.reference_sheet import Seen, reference_sheet
 from ..unipic_core.conditioning.reference_sizes import (
     MAX_REFERENCES,
     RELEASE,
@@ -33,6 +34,7 @@ from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
 from .host.messages import tell
 from .host.pictures.images import to_image
+from .host.pictures.previews import preview
 from .host.pictures.references import (
     BATCHES,
     FIRST,
@@ -51,6 +53,10 @@ from .host.text import vision_cache as vision
 from .host.text.encoder import Conditioning, changes_weights, encode_prompt
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
+
+CUSTOM, FIRST_PICTURE = "custom", "first picture"
+SIZES = (CUSTOM, FIRST_PICTURE, *ASPECTS)
+"""Sizes of the new picture: of the widgets width and height, the first picture's aspect, or an aspect."""
 
 CACHED_REFERENCES, CACHED_TEXTS = 24, 4
 """At the release's size a reference takes up to 1 MB, a text about 20 MB of main memory."""
@@ -88,6 +94,11 @@ class MultiImageCompose(io.ComfyNode):
                 io.Conditioning.Output(display_name="positive", tooltip="Conditioning: prompt and pictures."),
                 io.Conditioning.Output(display_name="negative", tooltip="Conditioning: negative prompt and pictures."),
                 io.Latent.Output(display_name="latent", tooltip="An empty latent of the output's size."),
+                io.Image.Output(
+                    display_name="sheet",
+                    tooltip="The pictures as the model sees them, with number, sizes and masked parts, and a frame of "
+                    "the new picture's size.",
+                ),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -108,28 +119,33 @@ class MultiImageCompose(io.ComfyNode):
         batches: str = FIRST,
         share: str = RELEASE,
         references: Mapping[str, object] | None = None,
+        size: str = CUSTOM,
         **others: object,
     ) -> io.NodeOutput:
         _check_sockets(others)
         _check_parts(clip, vae)
         sockets = connected(images or {}, masks or {}, references or {}, batches)
         pictures = [picture for socket in sockets for picture in socket.pictures]
-        request = Request(
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            width=width or None,
-            height=height or None,
-            num_images=batch_size,
-            reference_budget=reference_budget or None,
-            share=share,
-            reference_weights=reference_weights(sockets),
+        request = _with_size(
+            Request(
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                width=width or None,
+                height=height or None,
+                num_images=batch_size,
+                reference_budget=reference_budget or None,
+                share=share,
+                reference_weights=reference_weights(sockets),
+            ),
+            size,
         )
         planned = _plan(attachment_of(clip.patcher).recipe, [picture.size for picture in pictures], request)
         _tell(cls, sockets, [picture.size for picture in pictures], planned)
         resized = resize_references(pictures, planned.settings.reference_budget, share, request.reference_weights)
         latents = _reference_latents(vae, resized)
         positive, negative = (_text(clip, text, resized, latents) for text in (prompt, negative_prompt))
-        return io.NodeOutput(positive, negative, _empty_latent(vae, planned))
+        sheet = _sheet(sockets, resized, planned)
+        return io.NodeOutput(positive, negative, _empty_latent(vae, planned), sheet, ui=preview(sheet))
 
 
 def _inputs() -> list[Any]:
@@ -188,6 +204,14 @@ def _inputs() -> list[Any]:
             tooltip="Pictures from Reference (UniPic), with their masks, weights and switches. Their numbers in the "
             "prompt follow those of images.",
         ),
+        io.Combo.Input(
+            "size",
+            options=list(SIZES),
+            default=CUSTOM,
+            optional=True,
+            tooltip="Size of the new picture. custom = width and height; first picture = its aspect; 16:9 and others = "
+            "this aspect, at the size that the weights were made for, or at one of width and height.",
+        ),
     ]
 
 
@@ -237,13 +261,37 @@ def _plan(recipe: Recipe, sizes: Sequence[Size], request: Request) -> Plan:
     return plan(recipe, sizes, request)
 
 
+def _with_size(request: Request, size: str) -> Request:
+    """The request with the widget `size`, one of SIZES. UniPicError for a choice that width and height contradict."""
+    if size not in SIZES:
+        raise UniPicError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+    if size == CUSTOM:
+        return request
+    if request.width and request.height:
+        raise UniPicError(
+            f"size is {size}, but width and height are {request.width}x{request.height}; choose custom, or set one of "
+            "them to 0"
+        )
+    return request if size == FIRST_PICTURE else replace(request, aspect=size)
+
+
+def _sheet(sockets: Sequence[Socket], resized: Sequence[Image.Image], planned: Plan) -> Tensor:
+    """IMAGE of the references as the model sees them, and of the new picture's size."""
+    given = [
+        (picture.size, mask) for socket in sockets for picture, mask in zip(socket.pictures, socket.masks, strict=True)
+    ]
+    seen = [Seen(picture, size, mask) for picture, (size, mask) in zip(resized, given, strict=True)]
+    return to_image(reference_sheet(seen, planned.size))
+
+
 def _tell(node: type[io.ComfyNode], sockets: Sequence[Socket], sizes: Sequence[Size], planned: Plan) -> None:
-    """Show one line: warnings, then the size at which the model sees each reference."""
+    """Show one line: warnings, then the size at which the model sees each reference, and the new picture's."""
     notes = [*cautions(sockets), *([] if sizes else [NO_IMAGES])]
     notes += small_references(sizes, planned.seen, planned.settings.reference_budget)
     notes += number_cautions(planned.request.prompt, len(sizes))
     seen = [described_sizes(sizes, planned.seen)] if sizes else []
-    tell(node, "; ".join([*notes, *seen]), logging.WARNING if notes else logging.INFO)
+    new = f"new picture {planned.size[0]}x{planned.size[1]}"
+    tell(node, "; ".join([*notes, *seen, new]), logging.WARNING if notes else logging.INFO)
 
 
 def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tensor]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..unipic_core.conditioning.reference_sheet import hatched
 from ..unipic_core.conditioning.reference_sizes import WEIGHT_LIMITS
 from . import CATEGORY
-from .host.pictures.references import Reference, ReferenceSocket
+from .host.pictures.images import to_image, to_masks, to_pictures
+from .host.pictures.previews import preview
+from .host.pictures.references import Reference, ReferenceSocket, check_tensors
 
 
 class UniPicReference(io.ComfyNode):
@@ -53,4 +56,13 @@ class UniPicReference(io.ComfyNode):
     def execute(
         cls, image: Tensor, mask: Tensor | None = None, weight: float = 1.0, enabled: bool = True
     ) -> io.NodeOutput:
-        return io.NodeOutput(Reference(image, mask, weight, enabled))
+        check_tensors({"image": image, "mask": mask})
+        return io.NodeOutput(Reference(image, mask, weight, enabled), ui=preview(shown(image, mask)))
+
+
+def shown(image: Tensor, mask: Tensor | None) -> Tensor:
+    """The first picture as IMAGE, with its masked parts hatched."""
+    if image.ndim == 4:
+        image, mask = image[:1], mask[:1] if mask is not None and mask.ndim > 2 else mask
+    [picture], [masked] = to_pictures(image, mask), to_masks(image, mask)
+    return to_image(hatched(picture, masked))

@@ -10,6 +10,7 @@ from ..unipic_core.conditioning.images import load_image
 from ..unipic_core.errors import UniPicError
 from . import CATEGORY
 from .host.pictures.images import to_image
+from .host.pictures.previews import preview
 
 FOLDER = Path(__file__).resolve().parents[1] / "pictures"
 """Folder of the pictures."""
@@ -46,4 +47,5 @@ class UniPicSampleImages(io.ComfyNode):
     def execute(cls, picture: str) -> io.NodeOutput:
         if picture not in example_names():
             raise UniPicError(f"there is no sample picture {picture!r}; choose one of {', '.join(example_names())}")
-        return io.NodeOutput(to_image(load_image(FOLDER / f"{picture}.png")))
+        image = to_image(load_image(FOLDER / f"{picture}.png"))
+        return io.NodeOutput(image, ui=preview(image))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .graph import CONTROL, Group, Node, Workflow
-from .kinds import KINDS
+from .kinds import KINDS, PREVIEW
 
 FOLDER = Path(__file__).parent
 NANO = "unipic-nano (bundled)"
@@ -58,9 +58,10 @@ def _compose(w: Workflow, model: Node, pictures: Sequence[Node], prompt: str, ba
         "reference_budget": 0,
         "batches": "first",
         "share": "release",
+        "size": "custom",
     }
     wires = {"clip": model["CLIP"], "vae": model["VAE"], **images}
-    return w.add("MultiImageCompose", wires, {**texts, **others}, height=470 + 20 * len(pictures))
+    return w.add("MultiImageCompose", wires, {**texts, **others}, height=500 + 20 * len(pictures) + PREVIEW)
 
 
 def _few_steps(w: Workflow, model: tuple[Node, str], composed: Node, title: str = "") -> Node:

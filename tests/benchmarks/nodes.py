@@ -59,7 +59,7 @@ def nodes_against_pipeline(runs: int) -> dict[str, float]:
     def by_nodes() -> None:
         seed = next(seeds)
         with torch.inference_mode():
-            positive, negative, latent = MultiImageCompose.execute(clip, vae, PROMPT, images=images).result
+            positive, negative, latent, _ = MultiImageCompose.execute(clip, vae, PROMPT, images=images).result
             made = FewStepSampler.execute(model, positive, negative, latent, seed, 20, 1.0, "euler", 1.0).result[0]
             vae.decode(made["samples"])
 

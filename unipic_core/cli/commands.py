@@ -161,6 +161,9 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--size", type=size_argument, metavar="WxH", help="multiples of 16 (default: the first picture's aspect)"
     )
+    p.add_argument(
+        "--aspect", metavar="W:H", help="aspect of the new picture, such as 16:9, at the size the weights were made for"
+    )
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument(
         "--num-images", type=int, default=1, help="this many, with seeds SEED, SEED+1, ...; named OUT-SEED.png"

@@ -138,6 +138,7 @@ def request_of(args: argparse.Namespace) -> Request:
         shift=args.shift,
         share=args.share,
         reference_weights=args.reference_weights,
+        aspect=args.aspect,
     )
 
 

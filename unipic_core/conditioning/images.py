@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -201,6 +202,21 @@ def output_size(
     assert width is not None
     assert height is not None
     return _checked_size(width, height, budget)
+
+
+ASPECTS = ("1:1", "4:3", "3:4", "3:2", "2:3", "16:9", "9:16", "21:9", "9:21")
+"""Aspects that interfaces offer; `aspect_size` reads others too."""
+
+
+def aspect_size(aspect: str) -> Size:
+    """Read an aspect such as "16:9" as (16, 9). Raises UniPicError for other texts, and beyond MAX_ASPECT."""
+    parts = re.fullmatch(r"\s*(\d{1,5})\s*[:/x]\s*(\d{1,5})\s*", aspect) if isinstance(aspect, str) else None
+    width, height = (int(part) for part in parts.groups()) if parts else (0, 0)
+    if not width or not height or max(width / height, height / width) > MAX_ASPECT:
+        raise UniPicError(
+            f"the aspect must be two whole numbers such as 16:9, at most {MAX_ASPECT:g}:1, got {aspect!r}"
+        )
+    return width, height
 
 
 def _whole_side(name: str, side: object, budget: int) -> int | None:

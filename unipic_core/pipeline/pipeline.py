@@ -194,6 +194,7 @@ class UniPicPipeline:
         shift: float | None = None,
         share: str = RELEASE,
         reference_weights: Sequence[float] | None = None,
+        aspect: str | None = None,
     ) -> UniPicOutput:
         """Compose a picture. None = from the recipe, else the default of the released weights (docs/recipes.md).
 
@@ -204,7 +205,8 @@ class UniPicPipeline:
         callback: called as callback(step, t, x_t, x0) after each step, counted from 0; t is the time reached, 0 after
         the last step, x_t the latent at t, x0 the prediction. output_type: "pil", "pt" or "latent". schedule: "base",
         "few_step", or "fixed_shift" with `shift`. share: division of the reference budget, "release" (one scale for
-        all) or "equal" (equal areas). reference_weights: one factor on the share of each reference. Raises UniPicError.
+        all) or "equal" (equal areas). reference_weights: one factor on the share of each reference. aspect: of the
+        output, such as "16:9", with at most one of height and width. Raises UniPicError.
         """
         request = Request(
             prompt=prompt,
@@ -221,6 +223,7 @@ class UniPicPipeline:
             shift=shift,
             share=share,
             reference_weights=reference_weights,
+            aspect=aspect,
         )
         return self.run(images, request, latents, step_noise, callback, output_type)
 

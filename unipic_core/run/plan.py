@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import finite, whole
-from ..conditioning.images import output_size
+from ..conditioning.images import aspect_size, output_size
 from ..conditioning.prompt import check_unicode
 from ..conditioning.reference_sizes import DEFAULT_BUDGET, MAX_REFERENCES, RELEASE, Size, reference_sizes
 from ..errors import UniPicError
@@ -137,7 +137,8 @@ def _fixed_shift(schedule: str, shift: object, recipe: Recipe) -> float | None:
 class Request:
     """Arguments of one run; None = from the recipe of the weights.
 
-    width, height: of the output in pixels, multiples of 16. seed: of the first of `num_images`; image i has seed + i.
+    width, height: of the output in pixels, multiples of 16. aspect: of the output, such as "16:9", in place of the
+    first reference's; then at most one of width and height. seed: of the first of `num_images`; image i has seed + i.
     share, reference_weights: division of the pixel budget among the references (conditioning/reference_sizes.py).
     """
 
@@ -155,6 +156,7 @@ class Request:
     shift: float | None = None
     share: str = RELEASE
     reference_weights: Sequence[float] | None = None
+    aspect: str | None = None
 
 
 @dataclass(frozen=True)
@@ -190,10 +192,20 @@ def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
     seed, num_images = checked_seed(request.seed, request.num_images)
     if len(references) > MAX_REFERENCES:
         raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
-    first = references[0] if references else None
-    size = output_size(first, settings.output_budget, request.width, request.height)
+    size = _output_size(references[0] if references else None, settings.output_budget, request)
     seen = reference_sizes(references, settings.reference_budget, request.share, request.reference_weights)
     return Plan(request, settings, size, seed, num_images, tuple(seen))
+
+
+def _output_size(first_reference: Size | None, budget: int, request: Request) -> Size:
+    if request.aspect is None:
+        return output_size(first_reference, budget, request.width, request.height)
+    if request.width is not None and request.height is not None:
+        raise UniPicError(
+            f"a size {request.width}x{request.height} and an aspect {request.aspect} exclude each other; leave out the "
+            "aspect, or one of width and height"
+        )
+    return output_size(aspect_size(request.aspect), budget, request.width, request.height)
 
 
 def _first(*values: object) -> Any:

@@ -32,11 +32,24 @@ def to_pictures(image: Tensor, mask: Tensor | None = None) -> list[Image.Image]:
         )
     values = image.detach().float().cpu().nan_to_num(nan=0.0)
     if mask is not None:
-        values = _with_alpha(values, 1 - _stretched(mask.detach().float().cpu(), values))
+        values = _with_alpha(values, 1 - stretched(mask.detach().float().cpu(), values))
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     mode = _MODES[pixels.shape[-1]]
     rows = pixels[..., 0] if mode == "L" else pixels
     return [to_rgb(Image.fromarray(row, mode)) for row in rows]
+
+
+def to_masks(image: Tensor, mask: Tensor | None = None) -> list[Image.Image | None]:
+    """For each picture of an IMAGE the parts that `to_pictures` makes white, as "L" with 255 = left out; None for a
+    picture without any."""
+    image = (image[None] if image.ndim == 3 else image).detach().float().cpu()
+    hidden = torch.zeros(*image.shape[:3], 1)
+    if mask is not None:
+        hidden = stretched(mask.detach().float().cpu(), image)
+    if image.shape[-1] in (2, 4):
+        hidden = 1 - (1 - hidden) * image[..., -1:].nan_to_num(nan=0.0).clamp(0, 1)
+    rows = (hidden[..., 0] * 255).round().to(torch.uint8).numpy()
+    return [Image.fromarray(row) if row.any() else None for row in rows]
 
 
 def _with_alpha(values: Tensor, alpha: Tensor) -> Tensor:
@@ -46,8 +59,8 @@ def _with_alpha(values: Tensor, alpha: Tensor) -> Tensor:
     return torch.cat([values, alpha], dim=-1)
 
 
-def _stretched(mask: Tensor, values: Tensor) -> Tensor:
-    """A mask as [B, H, W, 1], of the pictures' size."""
+def stretched(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask as [B, H, W, 1], of the pictures' size. values: the pictures [B, H, W, C]. Raises UniPicError."""
     batch, height, width = values.shape[:3]
     mask = mask.reshape(-1, *mask.shape[-2:]) if mask.ndim >= 2 else mask
     if mask.ndim != 3 or 0 in mask.shape or mask.shape[0] not in (1, batch):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ....unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from ....unipic_core.errors import UniPicError
-from .images import to_pictures
+from .images import to_masks, to_pictures
 
 IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
 MASKS = tuple(f"mask_{i + 1}" for i in range(MAX_REFERENCES))
@@ -43,7 +43,8 @@ class Reference:
 class Socket:
     """A connected socket: its kind and number, the pictures of it that are used, and the size of its batch.
 
-    weight: of each of its pictures; enabled: False = no pictures, since its Reference node is switched off.
+    weight: of each of its pictures; enabled: False = no pictures, since its Reference node is switched off; masks: of
+    each picture, "L" with 255 = left out, or None.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class Socket:
     batch_size: int
     weight: float = 1.0
     enabled: bool = True
+    masks: Sequence[Image.Image | None] = ()
 
     @property
     def name(self) -> str:
@@ -94,15 +96,21 @@ def _checked(name: str, given: object) -> Reference:
 
 def _socket(kind: str, number: int, reference: Reference, batches: str) -> Socket:
     batch, mask = reference.image, reference.mask
-    for name, tensor in ((f"{kind}_{number}", batch), (f"the mask of {kind}_{number}", mask)):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise UniPicError(f"{name} must be an IMAGE or a MASK, got {type(tensor).__name__}; connect Load Image")
+    check_tensors({f"{kind}_{number}": batch, f"the mask of {kind}_{number}": mask})
     size = len(batch) if batch.ndim == 4 else 1
     if not reference.enabled:
         return Socket(kind, number, (), size, enabled=False)
     if batches == FIRST and size > 1:
         batch, mask = batch[:1], mask[:1] if mask is not None and mask.ndim > 2 else mask
-    return Socket(kind, number, to_pictures(batch, mask), size, reference.weight)
+    pictures = to_pictures(batch, mask)
+    return Socket(kind, number, pictures, size, reference.weight, masks=to_masks(batch, mask))
+
+
+def check_tensors(inputs: Mapping[str, object]) -> None:
+    """UniPicError for an input, name -> value, that is neither a tensor nor None."""
+    for name, tensor in inputs.items():
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise UniPicError(f"{name} must be an IMAGE or a MASK, got {type(tensor).__name__}; connect Load Image")
 
 
 def _check_count(sockets: Sequence[Socket]) -> None:

@@ -15,7 +15,7 @@ def sockets(*images):
 
 @torch.inference_mode()
 def run(parts, *images, prompt="Blend them.", **inputs):
-    return MultiImageCompose.execute(*parts, prompt, images=sockets(*images), **inputs).args
+    return MultiImageCompose.execute(*parts, prompt, images=sockets(*images), **inputs).args[:3]
 
 
 def distance(a, b):

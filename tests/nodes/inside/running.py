@@ -38,6 +38,11 @@ def node_of(graph: Graph, kind: str) -> dict[str, Any]:
     return next(node["inputs"] for node in graph.values() if node["class_type"] == kind)
 
 
+def saved_pictures(outputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """Files that a graph saved, without the nodes' previews."""
+    return [e for output in outputs.values() for e in output.get("images", []) if e["type"] == "output"]
+
+
 # --- in this process -----------------------------------------------------------------------------------------------
 
 STOCK = (

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from unipic_core.conditioning.images import ASPECTS, within_budget
 from unipic_core.errors import UniPicError
 from unipic_core.run.plan import Request, plan, resolve
 from unipic_core.sampling.schedules import Shift, base_times, few_step_times
@@ -69,3 +70,42 @@ def test_a_plan_has_the_sizes_at_which_references_are_seen() -> None:
     assert plan(RELEASED_BASE, sizes, Request("a")).seen == ((1248, 832), (64, 64))
     assert plan(RELEASED_BASE, sizes, Request("a", share="equal")).seen == ((896, 576), (736, 736))
     assert plan(RELEASED_BASE, [], Request("a")).seen == ()
+
+
+@pytest.mark.parametrize(
+    ("request_", "size"),
+    [
+        (Request(aspect="16:9"), (1376, 768)),
+        (Request(aspect="9:16"), (768, 1376)),
+        (Request(aspect="1:1"), (1024, 1024)),
+        (Request(aspect="21:9"), (1568, 672)),
+        (Request(aspect="16:9", width=512), (512, 288)),
+        (Request(aspect="3:2", height=512), (768, 512)),
+    ],
+)
+def test_an_aspect_replaces_the_first_reference_s(request_: Request, size: tuple[int, int]) -> None:
+    assert plan(Recipe(), [(100, 300)], request_).size == size
+
+
+def test_every_offered_aspect_fits_every_budget() -> None:
+    for budget in (128, 512, 1024, 2048):
+        for aspect in ASPECTS:
+            width, height = plan(Recipe(output_budget=budget), [], Request(aspect=aspect)).size
+            assert width % 32 == height % 32 == 0
+            assert within_budget(width, height, budget)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request(aspect="wide"), "two whole numbers such as 16:9"),
+        (Request(aspect="9:1"), "at most 8:1, got '9:1'"),
+        (Request(aspect="0:1"), "got '0:1'"),
+        (Request(aspect=1.5), "got 1.5"),
+        (Request(aspect="16:9", width=512, height=512), "a size 512x512 and an aspect 16:9 exclude each other"),
+        (Request(aspect="16:9", width=2048), "over this model's"),
+    ],
+)
+def test_wrong_aspects(request_: Request, message: str) -> None:
+    with pytest.raises(UniPicError, match=message):
+        plan(Recipe(), [], request_)

@@ -15,7 +15,7 @@ import folder_paths
 import pytest
 import torch
 from PIL import Image
-from running import Executor, Graph, node_of
+from running import Executor, Graph, node_of, saved_pictures
 from safetensors.torch import load_file, save_file
 from unipic_pack.nodes import compose
 from unipic_pack.nodes.host import model_paths as sources
@@ -197,7 +197,7 @@ def test_model_unloaded_between_runs(executor: Executor) -> None:
     for name in ("a", "b"):
         node_of(graph, "SaveImage")["filename_prefix"] = f"unloaded-{name}"
         done = executor.run(json.loads(json.dumps(graph)))
-        [entry] = [e for output in done.outputs.values() for e in output.get("images", [])]
+        [entry] = saved_pictures(done.outputs)
         saved.append((Path(folder_paths.get_output_directory()) / entry["subfolder"] / entry["filename"]).read_bytes())
         management.unload_all_models()
         executor.executor.reset()  # forget the sampler's cached result too

@@ -43,7 +43,7 @@ def test_case(loaded: tuple[Any, ...], golden: Path, name: str) -> None:
     added = [f"step_noise_{i + 1}" for i in range(case["steps"])]
     step_noise = [unpack_latents(tensors[n], shape) for n in added if n in tensors]
     with torch.inference_mode():
-        positive, negative, latent = MultiImageCompose.execute(
+        positive, negative, latent, _ = MultiImageCompose.execute(
             clip,
             vae,
             case["prompt"],

@@ -84,7 +84,7 @@ def muted() -> dict[str, Any]:
     wires = [w.add("UniPicReference", {"image": p["image"]}, {"weight": 1.0, "enabled": True}) for p in pictures]
     sockets = {f"references.reference_{i + 1}": wire["reference"] for i, wire in enumerate(wires)}
     values = {"prompt": "Image 1.", "negative_prompt": " ", "width": 0, "height": 0, "batch_size": 1}
-    values |= {"reference_budget": 0, "batches": "first", "share": "release"}
+    values |= {"reference_budget": 0, "batches": "first", "share": "release", "size": "custom"}
     made = w.add("MultiImageCompose", {"clip": model["CLIP"], "vae": model["VAE"], **sockets}, values)
     decoded = w.add("VAEDecode", {"samples": made["latent"], "vae": model["VAE"]})
     saved = w.add("SaveImage", {"images": decoded["IMAGE"]}, {"filename_prefix": MUTED})
@@ -100,7 +100,7 @@ def test_an_old_workflow_runs_with_the_new_inputs_at_their_defaults(pages: Path)
     assert report["run"] == {"ok": True}
     given = {node["class_type"]: node["inputs"] for node in report["api"].values()}
     compose, sampler = given["MultiImageCompose"], given["FewStepSampler"]
-    assert (compose["batches"], compose["share"]) == ("first", "release")
+    assert (compose["batches"], compose["share"], compose["size"]) == ("first", "release", "custom")
     assert (sampler["condition_cache"], sampler["schedule"], sampler["shift"]) == ("auto", "auto", 0)
     assert {name for name in compose if "." in name} == {"images.image_1", "images.image_2"}
 

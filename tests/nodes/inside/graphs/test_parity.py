@@ -47,7 +47,7 @@ def by_nodes(loaded: tuple[Any, ...], count: int, sampler: str, cfg: float, shap
     """Packed, normalised latents."""
     model, clip, vae = loaded
     pictures = {IMAGES[i]: to_image(load_image(FOLDER / f"{name}.png")) for i, name in enumerate(PICTURES[:count])}
-    positive, negative, latent = MultiImageCompose.execute(clip, vae, PROMPT, images=pictures).result
+    positive, negative, latent, _ = MultiImageCompose.execute(clip, vae, PROMPT, images=pictures).result
     start, *added = (unpack_latents(n, shape) for n in noises(shape, model.model.diffusion_model.config.in_channels))
     settings = resolve(attachment_of(model).recipe, STEPS, cfg, sampler)
     used = added if sampler == "consistency" else []
@@ -84,7 +84,7 @@ def test_the_same_picture_by_the_sampler_node(loaded: Any) -> None:
     model, clip, vae = loaded
     pictures = {IMAGES[0]: to_image(load_image(FOLDER / "panda.png"))}
     with torch.inference_mode():
-        positive, negative, latent = MultiImageCompose.execute(clip, vae, PROMPT, images=pictures).result
+        positive, negative, latent, _ = MultiImageCompose.execute(clip, vae, PROMPT, images=pictures).result
         first, again, other = (
             FewStepSampler.execute(model, positive, negative, latent, seed, 2, 0.0, "auto", 1.0).result[0]["samples"]
             for seed in (3, 3, 4)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from running import UPDATE, Executor, node_classes
+from running import UPDATE, Executor, node_classes, saved_pictures
 from unipic_pack.workflows import build
 from unipic_pack.workflows.graph import CONTROL
 from unipic_pack.workflows.kinds import KINDS
@@ -60,7 +60,7 @@ def test_runs_to_a_saved_picture(executor: Executor, make: Any) -> None:
     workflow = make()
     done = executor.run(workflow.api())
     assert done.success, done.error.get("exception_message")
-    [saved] = [output["images"] for output in done.outputs.values() if "images" in output]
+    saved = saved_pictures(done.outputs)
     compose = [node for node in workflow.nodes if node.kind_name == "MultiImageCompose"]
     assert len(saved) == (compose[0].values["batch_size"] if compose else 1)
     for entry in saved:

@@ -47,7 +47,7 @@ def test_the_picture_is_the_same(loaded: Any, distilled: Any, causal_first: bool
     model, clip, vae = loaded
     for names in (["panda"], ["panda", "beach"]):
         pictures = {IMAGES[i]: to_image(load_image(FOLDER / f"{name}.png")) for i, name in enumerate(names)}
-        positive, negative, latent = MultiImageCompose.execute(clip, vae, "the panda", images=pictures).result
+        positive, negative, latent, _ = MultiImageCompose.execute(clip, vae, "the panda", images=pictures).result
         run = (positive, negative, latent, 3, 2, 1.0, "euler", 1.0)
         for one in (distilled, model) if causal_first else (model, distilled):
             expected, got = (FewStepSampler.execute(m, *run).result[0]["samples"] for m in (one, compiled(one)))
@@ -60,7 +60,7 @@ def test_another_cache_is_noticed(loaded: Any, cache: str) -> None:
     torch._dynamo.reset()
     model, clip, vae = loaded
     pictures = {IMAGES[0]: to_image(load_image(FOLDER / "panda.png"))}
-    positive, negative, latent = MultiImageCompose.execute(clip, vae, "the panda", images=pictures).result
+    positive, negative, latent, _ = MultiImageCompose.execute(clip, vae, "the panda", images=pictures).result
     run, compiled_model = (positive, negative, latent, 3, 6, 1.0, "euler", 1.0), compiled(model)
     FewStepSampler.execute(compiled_model, *run)
     expected, got = (FewStepSampler.execute(m, *run, cache).result[0]["samples"] for m in (model, compiled_model))
