@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .compose import MultiImageCompose
+from .crop_and_stitch import UniPicCrop, UniPicStitch
 from .load import LoadUniPic
 from .lora import DistillLoRA
 from .reference import UniPicReference
@@ -15,6 +16,8 @@ NODES: list[type[io.ComfyNode]] = [
     LoadUniPic,
     MultiImageCompose,
     UniPicReference,
+    UniPicCrop,
+    UniPicStitch,
     FewStepSampler,
     DistillLoRA,
     UniPicSampleImages,

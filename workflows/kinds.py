@@ -5,7 +5,7 @@ from __future__ import annotations
 from .graph import CONTROL, Kind
 
 PREVIEW = 210
-"""Pixels that a sampler grows by when its preview appears."""
+"""Pixels that a node grows by when its preview appears."""
 
 KINDS = {
     "LoadUniPic": Kind(
@@ -14,12 +14,12 @@ KINDS = {
         {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
         (300, 190),
     ),
-    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60)),
+    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60 + PREVIEW)),
     "MultiImageCompose": Kind(
         {"clip": "CLIP", "vae": "VAE"},
-        ("prompt", "negative_prompt", "width", "height", "batch_size", "reference_budget", "batches", "share"),
-        {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
-        (420, 490),
+        ("prompt", "negative_prompt", "width", "height", "batch_size", "reference_budget", "batches", "share", "size"),
+        {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "sheet": "IMAGE"},
+        (420, 520 + PREVIEW),
         growing={
             "images.image_": ("IMAGE", 6),
             "masks.mask_": ("MASK", 6),
@@ -30,9 +30,17 @@ KINDS = {
         {"image": "IMAGE", "mask": "MASK"},
         ("weight", "enabled"),
         {"reference": "UNIPIC_REFERENCE"},
-        (300, 130),
+        (300, 130 + PREVIEW),
         frozenset({"mask"}),
     ),
+    "UniPicCrop": Kind(
+        {"image": "IMAGE", "mask": "MASK", "model": "MODEL"},
+        ("context", "budget", "grow", "edge"),
+        {"stitch": "UNIPIC_STITCH", "image": "IMAGE", "mask": "MASK", "width": "INT", "height": "INT"},
+        (300, 230 + PREVIEW),
+        frozenset({"model"}),
+    ),
+    "UniPicStitch": Kind({"stitch": "UNIPIC_STITCH", "image": "IMAGE"}, (), {"image": "IMAGE"}, (300, 60 + PREVIEW)),
     "FewStepSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
         ("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "condition_cache", "schedule", "shift"),

@@ -14,8 +14,10 @@ MODELS = ROOT / "unipic_core" / "models"
 IDS = {
     *("LoadUniPic", "MultiImageCompose", "FewStepSampler", "DistillLoRA"),
     *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect", "UniPicReference"),
+    *("UniPicCrop", "UniPicStitch"),
 }
-SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow", "UNIPIC_REFERENCE"}
+SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow"}
+SOCKETS |= {"UNIPIC_REFERENCE", "UNIPIC_STITCH"}
 
 
 def test_the_nodes(schemas) -> None:

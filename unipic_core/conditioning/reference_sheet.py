@@ -50,7 +50,7 @@ def hatched(picture: Image.Image, masked: Image.Image | None) -> Image.Image:
     width, height = picture.size
     period = max(min(width, height) // 16, 6)
     stripes = np.add.outer(np.arange(height), np.arange(width)) // (period // 2) % 2 == 0
-    colours = np.where(stripes[..., None], np.uint8(_HATCH), np.uint8(_CLEAR)).astype(np.uint8)
+    colours = np.where(stripes[..., None], _HATCH, _CLEAR).astype(np.uint8)
     return Image.composite(Image.fromarray(colours), picture, masked.resize(picture.size, Image.Resampling.BILINEAR))
 
 

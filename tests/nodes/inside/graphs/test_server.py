@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import pytest
 from PIL import Image
-from running import PACK_FOLDER, Events, Server, node_of, queue, server
+from running import PACK_FOLDER, Events, Server, node_of, queue, saved_pictures, server
 from unipic_pack.workflows import build
 from unipic_pack.workflows.kinds import KINDS
 
@@ -29,7 +29,7 @@ def run(on: Server, *graphs: Any, **more: Any) -> list[Events]:
 
 def saved(on: Server, events: Events) -> list[Image.Image]:
     """Pictures that a finished prompt saved, fetched as a page would."""
-    entries = [entry for output in events.outputs.values() for entry in output.get("images", [])]
+    entries = saved_pictures(events.outputs)
     paths = [f"/view?filename={quote(e['filename'])}&subfolder={quote(e['subfolder'])}&type=output" for e in entries]
     return [Image.open(io.BytesIO(on.get(path))) for path in paths]
 
@@ -109,7 +109,7 @@ def test_help_and_translations(comfy: Server) -> None:
     known = json.loads(comfy.get("/object_info"))
     ours = {name for name, node in known.items() if node["python_module"] == f"custom_nodes.{PACK_FOLDER}"}
     assert ours == set(KINDS) & ours
-    assert len(ours) == 8
+    assert len(ours) == 10
     for name in ours:
         assert name in translations["en"]["nodeDefs"]
         assert name in translations["zh"]["nodeDefs"]
