@@ -58,6 +58,11 @@ CUSTOM, FIRST_PICTURE = "custom", "first picture"
 SIZES = (CUSTOM, FIRST_PICTURE, *ASPECTS)
 """Sizes of the new picture: of the widgets width and height, the first picture's aspect, or an aspect."""
 
+ALIASES = [
+    *("unipic", "multi image edit", "text encode qwen image edit", "reference images", "compose", "nano banana"),
+    *("combine images", "merge", "fusion", "参考", "组合", "合成", "多图"),
+]
+
 CACHED_REFERENCES, CACHED_TEXTS = 24, 4
 """At the release's size a reference takes up to 1 MB, a text about 20 MB of main memory."""
 
@@ -88,7 +93,7 @@ class MultiImageCompose(io.ComfyNode):
             category=CATEGORY,
             description="Composes one to six pictures into a new one by a prompt, with the sizes and the template of "
             "UniPic 3.",
-            search_aliases=["unipic", "multi image edit", "text encode qwen image edit", "reference images", "compose"],
+            search_aliases=ALIASES,
             inputs=_inputs(),
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="Conditioning: prompt and pictures."),

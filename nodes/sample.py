@@ -89,7 +89,7 @@ class FewStepSampler(io.ComfyNode):
             display_name="Few-Step Sampler (UniPic)",
             category=CATEGORY,
             description="Samples with the steps, the guidance and the sampler of the model's recipe, or of a LoRA's.",
-            search_aliases=["unipic sampler", "consistency", "dmd", "lcm"],
+            search_aliases=["unipic sampler", "sampler", "few step", "consistency", "dmd", "lcm", "采样"],
             inputs=[*_sockets(), *_choices()],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode, with the VAE of Load UniPic.")],
             hidden=[io.Hidden.unique_id],

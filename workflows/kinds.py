@@ -13,8 +13,9 @@ KINDS = {
         ("model", "text_encoder", "vae", "weight_dtype"),
         {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
         (300, 190),
+        ours=True,
     ),
-    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60 + PREVIEW)),
+    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60 + PREVIEW), ours=True),
     "MultiImageCompose": Kind(
         {"clip": "CLIP", "vae": "VAE"},
         ("prompt", "negative_prompt", "width", "height", "batch_size", "reference_budget", "batches", "share", "size"),
@@ -25,6 +26,7 @@ KINDS = {
             "masks.mask_": ("MASK", 6),
             "references.reference_": ("UNIPIC_REFERENCE", 6),
         },
+        ours=True,
     ),
     "UniPicReference": Kind(
         {"image": "IMAGE", "mask": "MASK"},
@@ -32,6 +34,7 @@ KINDS = {
         {"reference": "UNIPIC_REFERENCE"},
         (300, 130 + PREVIEW),
         frozenset({"mask"}),
+        ours=True,
     ),
     "UniPicCrop": Kind(
         {"image": "IMAGE", "mask": "MASK", "model": "MODEL"},
@@ -39,22 +42,27 @@ KINDS = {
         {"stitch": "UNIPIC_STITCH", "image": "IMAGE", "mask": "MASK", "width": "INT", "height": "INT"},
         (300, 230 + PREVIEW),
         frozenset({"model"}),
+        ours=True,
     ),
-    "UniPicStitch": Kind({"stitch": "UNIPIC_STITCH", "image": "IMAGE"}, (), {"image": "IMAGE"}, (300, 60 + PREVIEW)),
+    "UniPicStitch": Kind(
+        {"stitch": "UNIPIC_STITCH", "image": "IMAGE"}, (), {"image": "IMAGE"}, (300, 60 + PREVIEW), ours=True
+    ),
     "FewStepSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
         ("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "condition_cache", "schedule", "shift"),
         {"latent": "LATENT"},
         (300, 390 + PREVIEW),
+        ours=True,
     ),
     "UniPicSigmas": Kind(
         {"model": "MODEL", "latent": "LATENT"},
         ("steps", "denoise", "schedule", "shift"),
         {"sigmas": "SIGMAS"},
         (300, 230),
+        ours=True,
     ),
-    "UniPicSamplerSelect": Kind({}, ("sampler",), {"sampler": "SAMPLER"}, (300, 60)),
-    "DistillLoRA": Kind({"model": "MODEL"}, ("lora", "strength"), {"model": "MODEL"}, (300, 170)),
+    "UniPicSamplerSelect": Kind({}, ("sampler",), {"sampler": "SAMPLER"}, (300, 60), ours=True),
+    "DistillLoRA": Kind({"model": "MODEL"}, ("lora", "strength"), {"model": "MODEL"}, (300, 170), ours=True),
     "KSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
         ("seed", CONTROL, "steps", "cfg", "sampler_name", "scheduler", "denoise"),
@@ -83,6 +91,18 @@ KINDS = {
         (340, 60),
         frozenset({"latent"}),
     ),
+    "LoadImage": Kind({}, ("image",), {"IMAGE": "IMAGE", "MASK": "MASK"}, (300, 330)),
+    "SolidMask": Kind({}, ("value", "width", "height"), {"MASK": "MASK"}, (300, 110)),
+    "MaskComposite": Kind(
+        {"destination": "MASK", "source": "MASK"}, ("x", "y", "operation"), {"MASK": "MASK"}, (300, 140)
+    ),
+    "ImageCrop": Kind({"image": "IMAGE"}, ("width", "height", "x", "y"), {"IMAGE": "IMAGE"}, (300, 140)),
+    "ImageBatch": Kind({"image1": "IMAGE", "image2": "IMAGE"}, (), {"IMAGE": "IMAGE"}, (300, 60)),
+    "RebatchImages": Kind({"images": "IMAGE"}, ("batch_size",), {"IMAGE": "IMAGE"}, (300, 60)),
+    "ImageScaleBy": Kind({"image": "IMAGE"}, ("upscale_method", "scale_by"), {"IMAGE": "IMAGE"}, (300, 90)),
+    "UNETLoader": Kind({}, ("unet_name", "weight_dtype"), {"MODEL": "MODEL"}, (340, 90)),
+    "CLIPLoader": Kind({}, ("clip_name", "type", "device"), {"CLIP": "CLIP"}, (340, 110)),
+    "VAELoader": Kind({}, ("vae_name",), {"VAE": "VAE"}, (340, 60)),
     "ImageScale": Kind(
         {"image": "IMAGE"}, ("upscale_method", "width", "height", "crop"), {"IMAGE": "IMAGE"}, (300, 140)
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,12 +26,19 @@ def comfyui_path() -> Path | None:
 def prepare(path: Path, base: Path) -> None:
     """ComfyUI's folder first on the path, its models, input and output under `base`. Call before anything of comfy."""
     define_torchvision_operators()
+    give_example(path, base)
     sys.path[:] = [str(path), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
     from comfy.cli_args import args
 
     args.cpu = True
     args.base_directory = str(base)
     args.disable_api_nodes = True
+
+
+def give_example(path: Path, base: Path) -> None:
+    """Put the picture that ComfyUI comes with into the input folder under `base`."""
+    (base / "input").mkdir(exist_ok=True)
+    shutil.copy(path / "input" / "example.png", base / "input")
 
 
 def define_torchvision_operators() -> None:

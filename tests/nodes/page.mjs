@@ -1,13 +1,14 @@
 // Opens workflows in ComfyUI's own page and reports what a person would see; with --run it also runs them there.
-// usage: node page.mjs BASE_URL OUT [--run] WORKFLOW.json ...   (beside a node_modules with puppeteer-core and
-// @sparticuz/chromium). Writes OUT/NAME.json and OUT/NAME.png of each.
+// usage: node page.mjs BASE_URL OUT [--run WORKFLOW.json ...] [--open WORKFLOW.json ...]   (beside a node_modules with
+// puppeteer-core and @sparticuz/chromium). Writes OUT/NAME.json and OUT/NAME.png of each; those after --open are not run.
 import chromium from '@sparticuz/chromium'
 import fs from 'fs'
 import path from 'path'
 import puppeteer from 'puppeteer-core'
 
 const [base, out, ...rest] = process.argv.slice(2)
-const run = rest.includes('--run')
+const opened = rest.includes('--open') ? rest.slice(rest.indexOf('--open') + 1) : []
+const files = rest.filter(name => name !== '--run' && name !== '--open')
 const minutes = 60000
 const pause = ms => new Promise(resolve => setTimeout(resolve, ms))
 
@@ -44,6 +45,12 @@ function runGraph(limit) {
   })
 }
 
+// In the page: the other way in which it draws nodes, "Nodes 2.0".
+async function inVueNodes() {
+  await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)
+  await new Promise(resolve => setTimeout(resolve, 4000))
+}
+
 // Nothing selected, no dialog open, the whole graph in view; returns where on the page the graph is.
 async function tidy(page) {
   await page.keyboard.press('Escape')
@@ -77,7 +84,7 @@ const options = {
   protocolTimeout: 30 * minutes,
   timeout: 5 * minutes,
 }
-for (const file of rest.filter(name => name !== '--run')) {
+for (const file of files) {
   const browser = await puppeteer.launch(options) // a new one each time: the page remembers open workflows
   const page = await browser.newPage()
   const errors = []
@@ -88,14 +95,16 @@ for (const file of rest.filter(name => name !== '--run')) {
   await pause(2000)
   const report = await page.evaluate(load, JSON.parse(fs.readFileSync(file)))
   report.before = await page.evaluate(boxes)
-  if (run) {
+  if (!opened.includes(file)) {
     report.run = await page.evaluate(runGraph, 20 * minutes)
     await pause(3000)
     report.after = await page.evaluate(boxes)
   }
-  const clip = await tidy(page)
+  const app = JSON.parse(fs.readFileSync(file)).extra?.linearMode
+  const clip = app ? undefined : await tidy(page)
   const name = path.basename(file, '.json')
   await page.screenshot({ path: path.join(out, name + '.png'), clip })
+  if (!app) report.vue = await page.evaluate(inVueNodes).then(() => page.evaluate(boxes))
   fs.writeFileSync(path.join(out, name + '.json'), JSON.stringify({ ...report, errors }))
   console.log(name)
   await browser.close()

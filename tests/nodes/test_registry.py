@@ -16,6 +16,7 @@ from tests.nodes.schemas import english
 from tests.paths import ROOT
 from unipic_core.run.kv_cache import REUSE_WITHIN
 from workflows import build
+from workflows.kinds import KINDS
 
 tomllib = pytest.importorskip("tomllib", reason="reading pyproject.toml needs Python 3.11")
 
@@ -120,6 +121,20 @@ def test_chinese_is_complete(schemas) -> None:
         assert all(CHINESE.search(part["tooltip"]) for part in (*node["inputs"].values(), *node["outputs"].values()))
 
 
+SEARCHED = (
+    *("nano banana", "combine images", "merge", "fusion", "inpaint", "sampler", "few step"),
+    *("参考", "组合", "合成", "多图"),
+)
+
+
+@pytest.mark.parametrize("words", SEARCHED)
+def test_a_search_finds_the_pack(schemas, words) -> None:
+    """By names and aliases of the nodes and of the subgraphs, as ComfyUI's page searches."""
+    named = [[schema["display_name"], *schema.get("search_aliases", [])] for schema in schemas]
+    named += [[one.name, *one.aliases] for one in (make() for make in build.BLUEPRINTS)]
+    assert any(words in text.lower() for names in named for text in names)
+
+
 def strings(file: Path) -> list[str]:
     """Of a Python file, without docstrings."""
     nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
@@ -157,8 +172,40 @@ def test_the_file_is_in_step_with_its_description(make) -> None:
     assert (build.FOLDER / f"{workflow.name}.json").read_text(encoding="utf-8") == build.text_of(workflow)
 
 
+@pytest.mark.parametrize("make", build.BLUEPRINTS, ids=lambda make: make.__name__)
+def test_the_subgraph_is_in_step_with_its_description(make) -> None:
+    """After a change: python -m workflows.build"""
+    subgraph = make()
+    assert (build.SUBGRAPHS / f"{subgraph.name}.json").read_text(encoding="utf-8") == build.text_of(subgraph)
+
+
+def test_the_page_of_the_workflows_is_in_step() -> None:
+    """After a change: python -m workflows.build"""
+    assert build.PAGE.read_text(encoding="utf-8") == build.page()
+
+
 def test_no_other_files() -> None:
     assert {path.stem for path in build.FOLDER.glob("*.json")} == {make().name for make in build.ALL}
+    assert {path.stem for path in build.SUBGRAPHS.glob("*.json")} == {make().name for make in build.BLUEPRINTS}
+    notes = {path.stem.removesuffix(".zh") for path in (build.FOLDER / "notes").glob("*.md")}
+    assert notes == {"own-model", "own-pictures", *(make().name for make in build.ALL)}
+
+
+@pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
+def test_title_description_and_notes_in_both_languages(make) -> None:
+    workflow = make()
+    graph = workflow.ui()
+    info = graph["extra"]["info"]
+    assert 8 < len(info["name"]) < 60
+    assert 20 < len(info["description"]) < 400
+    english_note, chinese_note = workflow.note().split("\n\n---\n\n")
+    assert not CHINESE.search(english_note)
+    assert CHINESE.search(chinese_note)
+    assert english_note.count("\n\n") == chinese_note.count("\n\n"), "a paragraph has no translation"
+    for node in graph["nodes"]:
+        if node["type"] in KINDS:
+            pack = "comfyui-unipic" if KINDS[node["type"]].ours else "comfy-core"
+            assert (node["properties"]["cnr_id"], bool(node["properties"]["ver"])) == (pack, True)
 
 
 @pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)

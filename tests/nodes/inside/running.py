@@ -47,7 +47,7 @@ def saved_pictures(outputs: dict[str, Any]) -> list[dict[str, Any]]:
 
 STOCK = (
     *("nodes_qwen", "nodes_custom_sampler", "nodes_edit_model", "nodes_images"),
-    *("nodes_mask", "nodes_compositing"),
+    *("nodes_mask", "nodes_compositing", "nodes_rebatch"),
 )
 """ComfyUI's files that hold the stock nodes of the workflows and the tests, beside nodes.py."""
 
@@ -144,6 +144,8 @@ def server() -> Server:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = comfyui.comfyui_path()
+    assert path is not None
+    comfyui.give_example(path, base)
     options = ["--cpu", "--listen", "127.0.0.1", "--port", str(port), "--disable-auto-launch", "--disable-api-nodes"]
     options += ["--preview-method", "latent2rgb", "--base-directory", str(base)]
     options += ["--database-url", f"sqlite:///{base}/comfyui.db"]

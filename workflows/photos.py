@@ -1,0 +1,153 @@
+"""Workflows for pictures of one's own: masks, a second pass, frames one by one, the released weights."""
+
+from __future__ import annotations
+
+from .graph import Group, Workflow
+from .kinds import KINDS
+from .parts import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    MODEL,
+    PICTURES,
+    PROMPT,
+    PURPLE,
+    RESULT,
+    SAMPLING,
+    compose,
+    decode,
+    few_steps,
+    load,
+    sample_pictures,
+    save,
+)
+
+POLE = (34, 132, 60, 122)
+"""x, y, width and height in pixels of the barber pole in its picture of 256 x 256."""
+
+PUSHPIN = (152, 128, 76, 126)
+"""The pushpin, in its picture."""
+
+DIFFUSION_MODEL = "unipic3-dmd-fp8.safetensors"
+TEXT_ENCODER = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
+VAE = "qwen_image_vae.safetensors"
+"""Files of the released weights, as the notes say how to get them."""
+
+
+def own_photographs() -> Workflow:
+    """A thing out of one picture, by a mask, into another."""
+    w = Workflow("11-own-photographs-with-masks", KINDS)
+    model = load(w)
+    photo, place = sample_pictures(w, ("scene-with-barber-pole", "beach"))
+    x, y, width, height = POLE
+    everything = w.add("SolidMask", values={"value": 1, "width": 256, "height": 256})
+    part = w.add("SolidMask", values={"value": 1, "width": width, "height": height})
+    area = {"x": x, "y": y, "operation": "subtract"}
+    left_out = w.add("MaskComposite", {"destination": everything["MASK"], "source": part["MASK"]}, area)
+    thing = w.add("UniPicReference", {"image": photo["image"], "mask": left_out["MASK"]}, reference())
+    prompt = "Place the barber pole from image 1 on the left, on the beach of image 2."
+    around = w.add("UniPicReference", {"image": place["image"]}, reference())
+    composed = compose(w, model, [], prompt, references=[thing["reference"], around["reference"]])
+    sampled = few_steps(w, model["MODEL"], composed)
+    decoded = decode(w, sampled["latent"], model)
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, [photo, place], GREEN))
+    w.column(Group("3 Mask: white is left out", [everything, part, left_out], GREY))
+    w.column(Group("4 References", [thing, around], GREEN))
+    w.column(Group("5 Prompt", [composed], BROWN))
+    w.column(Group("6 Sampling", [sampled], PURPLE))
+    w.column(Group("7 Result", [decoded, save(w, decoded["IMAGE"])], GREY))
+    return w
+
+
+def reference() -> dict[str, object]:
+    """Settings of a Reference at their defaults."""
+    return {"weight": 1, "enabled": True}
+
+
+def inpaint() -> Workflow:
+    """A masked part of a large picture, edited at the model's size and pasted back."""
+    w = Workflow("12-inpaint-crop-and-stitch", KINDS)
+    model = load(w)
+    [photo] = sample_pictures(w, ["scene-with-pushpin"])
+    nothing = w.add("SolidMask", values={"value": 0, "width": 256, "height": 256})
+    x, y, width, height = PUSHPIN
+    part = w.add("SolidMask", values={"value": 1, "width": width, "height": height})
+    area = {"x": x, "y": y, "operation": "add"}
+    mask = w.add("MaskComposite", {"destination": nothing["MASK"], "source": part["MASK"]}, area)
+    wires = {"image": photo["image"], "mask": mask["MASK"], "model": model["MODEL"]}
+    crop = w.add("UniPicCrop", wires, {"context": 1.5, "budget": 0, "grow": 0, "edge": 12})
+    composed = compose(w, model, [crop["image"]], "Remove the round pushpin from image 1.")
+    sampled = few_steps(w, model["MODEL"], composed)
+    decoded = decode(w, sampled["latent"], model)
+    stitched = w.add("UniPicStitch", {"stitch": crop["stitch"], "image": decoded["IMAGE"]})
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, [photo], GREEN))
+    w.column(Group("3 Mask: white is painted anew", [nothing, part, mask], GREY))
+    w.column(Group("4 Crop", [crop], GREEN))
+    w.column(Group("5 Prompt", [composed], BROWN))
+    w.column(Group("6 Sampling", [sampled], PURPLE))
+    w.column(Group("7 Result", [decoded, stitched, save(w, stitched["image"])], GREY))
+    return w
+
+
+def second_pass() -> Workflow:
+    """The result enlarged, and sampled once more at a low denoise."""
+    w = Workflow("14-second-pass", KINDS)
+    model = load(w)
+    pictures = sample_pictures(w, ("man-office-worker", "tent", "desert"))
+    prompt = "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3."
+    composed = compose(w, model, [picture["image"] for picture in pictures], prompt)
+    first = few_steps(w, model["MODEL"], composed, title="First pass")
+    small = decode(w, first["latent"], model)
+    large = w.add("ImageScaleBy", {"image": small["IMAGE"]}, {"upscale_method": "lanczos", "scale_by": 1.5})
+    latent = w.add("VAEEncode", {"pixels": large["IMAGE"], "vae": model["VAE"]})
+    second = few_steps(w, model["MODEL"], composed, "Second pass", latent["LATENT"], denoise=0.3)
+    decoded = decode(w, second["latent"], model)
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
+    w.column(Group(PROMPT, [composed], BROWN))
+    w.column(Group(SAMPLING, [first], PURPLE))
+    w.column(Group("5 Larger", [small, large, latent], GREY))
+    w.column(Group("6 Second pass", [second], PURPLE))
+    w.column(Group("7 Result", [decoded, save(w, decoded["IMAGE"])], GREY))
+    return w
+
+
+def frames() -> Workflow:
+    """One edit, applied to every picture of a batch by itself."""
+    w = Workflow("16-frames-one-by-one", KINDS)
+    model = load(w)
+    [scene] = sample_pictures(w, ["scene-with-pushpin"])
+    crops = [
+        w.add("ImageCrop", {"image": scene["image"]}, {"width": 224, "height": 224, "x": x, "y": 32}) for x in (8, 32)
+    ]
+    batch = w.add("ImageBatch", {"image1": crops[0]["IMAGE"], "image2": crops[1]["IMAGE"]})
+    single = w.add("RebatchImages", {"images": batch["IMAGE"]}, {"batch_size": 1}, title="One frame after the other")
+    composed = compose(w, model, [single["IMAGE"]], "Remove the round pushpin from image 1.")
+    sampled = few_steps(w, model["MODEL"], composed)
+    decoded = decode(w, sampled["latent"], model)
+    together = w.add("RebatchImages", {"images": decoded["IMAGE"]}, {"batch_size": 4096}, title="All frames again")
+    w.column(Group(MODEL, [model], BLUE), Group("2 Frames", [scene, *crops, batch, single], GREEN))
+    w.column(Group(PROMPT, [composed], BROWN))
+    w.column(Group(SAMPLING, [sampled], PURPLE))
+    w.column(Group(RESULT, [decoded, together, save(w, together["IMAGE"])], GREY))
+    return w
+
+
+def released_weights() -> Workflow:
+    """The release on a card of 24 GB, by ComfyUI's loaders."""
+    w = Workflow("17-released-weights-24gb", KINDS)
+    w.runs_here = False
+    network = w.add("UNETLoader", values={"unet_name": DIFFUSION_MODEL, "weight_dtype": "default"})
+    encoder = w.add("CLIPLoader", values={"clip_name": TEXT_ENCODER, "type": "qwen_image", "device": "default"})
+    vae = w.add("VAELoader", values={"vae_name": VAE})
+    pictures = sample_pictures(w, ("astronaut", "guitar", "beach"))
+    prompt = "The astronaut from image 1 plays the guitar from image 2, sitting on the beach of image 3 at sunset."
+    model = {"MODEL": network["MODEL"], "CLIP": encoder["CLIP"], "VAE": vae["VAE"]}
+    composed = compose(w, model, [picture["image"] for picture in pictures], prompt)
+    sampled = few_steps(w, model["MODEL"], composed)
+    decoded = decode(w, sampled["latent"], model)
+    w.column(Group(MODEL, [network, encoder, vae], BLUE), Group(PICTURES, pictures, GREEN))
+    w.column(Group(PROMPT, [composed], BROWN))
+    w.column(Group(SAMPLING, [sampled], PURPLE))
+    w.column(Group(RESULT, [decoded, save(w, decoded["IMAGE"])], GREY))
+    return w
