@@ -1,4 +1,4 @@
-# make demo: compose three bundled pictures with the bundled model into demo.png. make test: everything CI runs.
+# make demo: compose three bundled pictures with the bundled model into demo.png and demo-sheet.png. make test: everything CI runs.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 demo: $(VENV)/pipeline.stamp
 	$(BIN)/unipic compose pictures/man-office-worker.png pictures/tent.png pictures/desert.png \
 	  --prompt "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3." \
-	  --seed 15 --out demo.png --overwrite
+	  --seed 15 --out demo.png --sheet demo-sheet.png --overwrite
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
@@ -31,4 +31,4 @@ $(VENV)/test.stamp: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo.png
+	rm -rf $(VENV) demo.png demo-sheet.png

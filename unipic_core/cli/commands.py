@@ -157,7 +157,10 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", "-p", required=True, help="the picture to compose, in words")
     p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
     p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
-    p.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    p.add_argument(
+        "--sheet", type=output_argument, metavar="FILE", help="also write inputs, prompt and results as one picture"
+    )
+    p.add_argument("--overwrite", action="store_true", help="replace OUT and the sheet if they exist")
     p.add_argument(
         "--size", type=size_argument, metavar="WxH", help="multiples of 16 (default: the first picture's aspect)"
     )

@@ -28,6 +28,7 @@ from ..run.plan import Plan, Request, checked_seed, plan, resolve
 from ..weights.lora import LoRA, read_lora
 from ..weights.recipe import Recipe
 from .outputs import check_outputs, free_path, output_paths
+from .sheet import picture_sheet
 from .terminal import DEFAULT_MODEL, DTYPES, layers_added, progress_bar
 
 
@@ -48,6 +49,11 @@ def compose(args: argparse.Namespace) -> None:
         path = still_free(named, args)
         save_image(image, path, record(args, seed, image.size, out.settings))
         print(printable(path))
+    if args.sheet:
+        path = still_free(args.sheet, args)
+        made = record(args, out.seeds[0], out.images[0].size, out.settings)
+        save_image(picture_sheet(images, args.prompt, out.images), path, made)
+        print(printable(path))
 
 
 def report_references(planned: Plan, sizes: list[Size]) -> None:
@@ -62,7 +68,10 @@ def report_references(planned: Plan, sizes: list[Size]) -> None:
 def check_destinations(args: argparse.Namespace) -> None:
     """Raise UniPicError if an output would overwrite an input, or another file without permission."""
     seed, count = checked_seed(args.seed, args.num_images)
-    check_outputs(output_paths(args.out, seed, count), files_read(args), args.overwrite)
+    paths = output_paths(args.out, seed, count)
+    if args.sheet and args.sheet.resolve() in [path.resolve() for path in paths]:
+        raise UniPicError(f"--sheet and --out name the same file {args.sheet}; choose another name for the sheet")
+    check_outputs([*paths, *([args.sheet] if args.sheet else [])], files_read(args), args.overwrite)
 
 
 def files_read(args: argparse.Namespace) -> list[Path]:
