@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from tests.paths import ROOT
 from tests.trainers.curate.test_run import config, manifest
 from trainers.bench.cases import read_cases
 from trainers.cache import main as cache_main
@@ -17,6 +18,8 @@ from trainers.curate.config import read_stages
 from trainers.curate.runner import run as curate
 from trainers.data.sources import open_source
 from trainers.train import main as train_main
+
+BUNDLED = ROOT / "unipic_core" / "models" / "unipic-nano"
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +118,20 @@ def test_curated_rows_train(exported, run, tmp_path):
     }  # fmt: skip
     assert train_main([str(tmp_path / "train.yaml")]) == 0
     assert (tmp_path / "run" / "export").is_dir()
+
+
+def test_targets_by_the_pipeline_are_compared_with_the_compositors_truth(tmp_path):
+    """A bar that nothing reaches: every attempt has another seed, and the run says that nothing is left."""
+    changes = {
+        "pair": {"rules": "drawn", "rows": 1, "counts": {3: 1}, "always": ["person", "background"]},
+        "synthesise": {"kind": "pipeline", "model": str(BUNDLED), "steps": 1, "size": 64, "attempts": 2},
+        "check": {"likeness": {"least": 90}},
+    }
+    with pytest.raises(ValueError, match=r"no row passed every check \(1 dropped\)"):
+        curate(read_stages(config(tmp_path, **changes)))
+    (first,), (second,) = (manifest(tmp_path / "out", f"check-{attempt}") for attempt in (1, 2))
+    assert second["parent"] == first["id"] != second["id"]
+    for row in (first, second):
+        assert 8 < row["filters"]["likeness"]["score"] < 90
+        assert row["reason"].startswith("likeness ")
+        assert (row["width"], row["height"]) == (64, 64)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 
 WINDOW = 120.0  # seconds
-EVERY = 1.0  # seconds
+EVERY, EVERY_IN_A_LOG = 1.0, 60.0  # seconds
 
 
 class Progress:
@@ -20,8 +20,8 @@ class Progress:
         self.title, self.total, self.done, self.unit = title, total, done, unit
         self._clock = clock
         self._marks: deque[tuple[float, int]] = deque([(clock(), done)])
-        self._shown = 0.0
-        self._visible = sys.stderr.isatty()
+        self._shown = clock()
+        self._terminal = sys.stderr.isatty()
 
     def add(self, items: int = 1) -> None:
         """Count items that this run has done."""
@@ -30,9 +30,10 @@ class Progress:
         self._marks.append((now, self.done))
         while len(self._marks) > 2 and now - self._marks[0][0] > WINDOW:
             self._marks.popleft()
-        if self._visible and (now - self._shown >= EVERY or self.done == self.total):
+        if now - self._shown >= (EVERY if self._terminal else EVERY_IN_A_LOG):
             self._shown = now
-            print(f"\r{self.line():<78}", end="", file=sys.stderr, flush=True)
+            start, end = ("\r", "") if self._terminal else ("", "\n")
+            print(f"{start}{self.line():<78}", end=end, file=sys.stderr, flush=True)
 
     def skip(self, items: int) -> None:
         """Count items that need no work in this run."""
@@ -54,8 +55,9 @@ class Progress:
         return f"{text}, {self.rate:.3g} a second, {duration(left)} left"
 
     def close(self) -> None:
-        if self._visible and self._shown:
-            print(file=sys.stderr)
+        """Clear the line of a terminal."""
+        if self._terminal:
+            print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

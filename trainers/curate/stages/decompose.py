@@ -111,7 +111,8 @@ def _sources(
         if data:
             write_picture(out / path, data)
         found = content_id((out / path).read_bytes())
-        subject = part.get("subject", "background" if part["category"] == "background" else "object")
+        known = part["category"] if part["category"] in ("person", "background") else "object"
+        subject = part.get("subject", known)
         sources.append(
             {"id": found, "path": path, "category": part["category"], "subject": subject, "name": part["name"]}
         )
