@@ -85,7 +85,7 @@ def settings(rows: int, out: Path, workers: int) -> dict[str, Any]:
         "ingest": [{"kind": "drawn", **numbers, "size": 128}],
         "filter": FILTER,
         "pair": {"rules": "drawn", "rows": rows // 5, "counts": {3: 3, 4: 2, 5: 1, 6: 1},
-                 "always": ["person", "background"]},
+                 "always": ["background"]},
         "prompt": {"kind": "drawn"},
         "synthesise": {"kind": "drawn", "size": 128},
         "check": {"flat": None, "likeness": None},
