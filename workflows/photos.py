@@ -76,7 +76,7 @@ def inpaint() -> Workflow:
     area = {"x": x, "y": y, "operation": "add"}
     mask = w.add("MaskComposite", {"destination": nothing["MASK"], "source": part["MASK"]}, area)
     wires = {"image": photo["image"], "mask": mask["MASK"], "model": model["MODEL"]}
-    crop = w.add("UniPicCrop", wires, {"context": 1.5, "budget": 0, "grow": 0, "edge": 12})
+    crop = w.add("UniPicCrop", wires, {"context": 4, "budget": 0, "grow": 14, "edge": 12})
     composed = compose(w, model, [crop["image"]], "Remove the round pushpin from image 1.")
     sampled = few_steps(w, model["MODEL"], composed)
     decoded = decode(w, sampled["latent"], model)
