@@ -36,22 +36,32 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA adapters. targets: layer groups (TARGETS) or suffixes of layer names, inside the blocks.
+    """Adapters. type: "lora", "dora", "lokr" or "loha".
 
+    targets: layer groups (TARGETS) or suffixes of layer names, inside the blocks.
     exclude: patterns of layer names without an adapter, such as "transformer_blocks.0.*" (* stands for anything).
     ranks: pattern -> rank of the layers that it matches, the first that does; others have `rank`. alpha holds for all,
-    so a layer's LoRA is scaled by alpha over its own rank.
+    so a layer's adapter is scaled by alpha over its own rank. factor: of LoKr, the largest size of a weight's smaller
+    Kronecker factor; 0: as near to a square root as possible.
     """
 
+    type: str = "lora"
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = ("attention", "mlp")
     exclude: tuple[str, ...] = ()
     ranks: dict[str, int] = field(default_factory=dict)
+    factor: int = 0
 
     def __post_init__(self) -> None:
+        one_of(self, "type", ("lora", "dora", "lokr", "loha"))
         at_least(self, 1, "rank")
+        at_least(self, 0, "factor")
+        if self.factor and self.type != "lokr":
+            raise ConfigError(f"factor is for type lokr, got type {self.type}; remove it")
+        if self.dropout and self.type in ("lokr", "loha"):
+            raise ConfigError(f"dropout is for types lora and dora, got type {self.type}; remove it")
         above(self, 0, "alpha")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"adapter.dropout must be from 0 to below 1, got {self.dropout}")
@@ -104,6 +114,16 @@ class NetworkConfig:
         at_least(self, 0, "block_swap")
         if self.adapter is None and (self.weights in ("fp8", "nf4") or self.block_swap):
             raise ConfigError("weights fp8, weights nf4 and block_swap need a frozen base; add an adapter section")
+        if self.adapter is not None and self.adapter.type == "dora":
+            if self.weights in ("fp8", "nf4") or self.block_swap:
+                raise ConfigError(
+                    "adapter.type dora needs the values of the base's weights on the device: use weights fp32 or bf16 "
+                    "without block_swap, or another type"
+                )
+        elif self.adapter is not None and self.adapter.type != "lora" and self.weights == "nf4":
+            raise ConfigError(
+                f"adapter.type {self.adapter.type} cannot be used with weights nf4; use fp8, or type lora"
+            )
         if self.adapter is not None and self.shard:
             raise ConfigError("shard is for full-parameter training; remove the adapter section or shard")
 
@@ -215,6 +235,12 @@ class RunConfig:
         self._check_validation()
         self._check_export()
         self._check_optimizers()
+        adapter = None if self.network is None else self.network.adapter
+        if adapter is not None and adapter.type == "loha" and self.consistency and self.consistency.tangent == "jvp":
+            raise ConfigError(
+                "consistency.tangent jvp cannot be used with adapter.type loha, whose product in peft has no forward "
+                "derivative; use tangent difference, or another type"
+            )
 
     def _check_optimizers(self) -> None:
         for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):

@@ -15,7 +15,8 @@ from torch import Tensor
 from unipic_core.errors import CheckpointError
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.weights.convert import STORAGE_DTYPES, WeightStream, protect_sources, source_recipe, write_file
-from unipic_core.weights.lora import save_lora
+from unipic_core.weights.lora import save_adapter
+from unipic_core.weights.lora_layers import LoRALayer
 from unipic_core.weights.merge import MODEL_INDEX, OTHER_PARTS, merge, write_folder
 from unipic_core.weights.model_files import files_to_copy
 from unipic_core.weights.recipe import Recipe
@@ -81,23 +82,22 @@ STORAGE_DTYPE = "bf16"
 def export_adapter(
     folder: Path,
     base: Path,
-    layers: Mapping[str, tuple[Tensor, Tensor]],
-    alpha: float,
+    layers: Mapping[str, LoRALayer],
     recipe: Recipe,
     name: str = "unipic_distill",
     parts_from: Path | None = None,
     kinds: Collection[str] = ("merged", "folder"),
 ) -> None:
-    """Write the LoRA NAME.safetensors and, as `kinds` names them, NAME_merged.safetensors and the folder NAME/.
+    """Write the adapter NAME.safetensors and, as `kinds` names them, NAME_merged.safetensors and the folder NAME/.
 
     base: any checkpoint that `merge` reads. parts_from: pipeline folder of NAME/'s other parts (default: base). layers:
-    bare module name -> (down [r, in], up [out, r]), on any device. recipe: of the LoRA; merged models have it merged
+    bare module name -> LoRA, DoRA, LoKr or LoHa, on any device. recipe: of the LoRA; merged models have it merged
     over the base's. Earlier exports are replaced, each when its successor is complete. Raises CheckpointError (full
     disk, or a source would be replaced) and LoRAError (layers that do not fit `base`).
     """
     sources = [base, parts_from or base]
     lora, merged, model = _targets(folder, sources, f"{name}.safetensors", f"{name}_merged.safetensors", name)
-    save_lora(lora, layers, alpha=alpha, recipe=recipe)
+    save_adapter(lora, layers, recipe=recipe)
     for target in [path for kind, path in (("merged", merged), ("folder", model)) if kind in kinds]:
         merge(base, target, [(lora, 1.0)], dtype=STORAGE_DTYPE, overwrite=True, parts_from=parts_from)
 

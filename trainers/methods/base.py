@@ -20,7 +20,7 @@ from unipic_core.run.plan import resolve
 from unipic_core.sampling.guidance import guided_velocity
 from unipic_core.sampling.samplers import sample_consistency, sample_euler, seeded_noise
 from unipic_core.sampling.schedules import rounded_time
-from unipic_core.weights.lora import save_lora
+from unipic_core.weights.lora import save_adapter
 from unipic_core.weights.recipe import RELEASED_BASE, Recipe, recipe_of
 from unipic_core.weights.transformer import read_shift
 
@@ -163,6 +163,10 @@ class NetworkTraining:
         """Position of a micro step in the order of rows, which skips micro steps that are not computed."""
         return index
 
+    def student_update(self, index: int) -> int:
+        """Number of the student's updates before the one of a micro step."""
+        return index // (self.slots * self.config.accumulation)
+
     def micro_batch(self, samples: Samples, rows: Sequence[int], index: int, prompt_dropout: float = 0.0) -> Inputs:
         """Read these rows as one padded batch; each prompt is dropped with this probability."""
         draws = [np.random.default_rng([self.config.seed, index, 1, row]).random() for row in rows]
@@ -289,11 +293,10 @@ class NetworkTraining:
         return f"{name}_{causal_form}" if causal_form else name
 
     def save_adapter(self, folder: Path) -> None:
-        """Write the EMA's LoRA into a checkpoint folder; full-parameter runs write none."""
+        """Write the EMA's adapter into a checkpoint folder; full-parameter runs write none."""
         if isinstance(self.roles, AdapterRoles):
-            assert self.network_config.adapter is not None  # AdapterRoles exist only with an adapter section
-            path, layers = folder / f"{self.export_name}.safetensors", self.roles.lora(EMA)
-            save_lora(path, layers, alpha=self.network_config.adapter.alpha, recipe=self.student_recipe)
+            path = folder / f"{self.export_name}.safetensors"
+            save_adapter(path, self.roles.adapter(EMA), recipe=self.student_recipe)
 
     def exports(self) -> list[Export]:
         """Exports of the EMA, and with "raw" of the student: LoRAs, then merged files, then folders."""
@@ -317,9 +320,8 @@ class NetworkTraining:
         """Write one of `exports` with the weights of a role."""
         recipe = self.student_recipe
         if isinstance(self.roles, AdapterRoles):
-            assert self.network_config.adapter is not None  # AdapterRoles exist only with an adapter section
-            alpha, layers = self.network_config.adapter.alpha, self.roles.lora(role)
-            export_adapter(folder, self.base, layers, alpha, recipe, name, parts_from=self.folder, kinds=(kind,))
+            layers = self.roles.adapter(role)
+            export_adapter(folder, self.base, layers, recipe, name, parts_from=self.folder, kinds=(kind,))
         elif isinstance(self.roles, FullRoles):
             network, state = self.roles.network(role), self.roles.state(role, gather_here=self.share.process == 0)
             if self.share.process == 0:

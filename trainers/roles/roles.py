@@ -6,25 +6,34 @@ network. Each role has a network config, so attention form and time modulation s
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft import inject_adapter_in_model
 from torch import Tensor, nn
 
 from unipic_core.conditioning.sequence import PackedLatents, TextCond
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.weights.lora import read_lora
+from unipic_core.weights.lora_layers import LoRALayer
 
 from ..config.run import AdapterConfig, ConfigError
+from .adapters import (
+    ADAPTED,
+    adapter_parameters,
+    adapter_ranks,
+    check_patterns,
+    check_rank,
+    file_layer,
+    initialise,
+    load_layer,
+    peft_config,
+)
 from .frozen import place
 from .sharding import shard, whole
 from .types import EMA, STUDENT, TEACHER, NamedParameters
@@ -32,14 +41,14 @@ from .types import EMA, STUDENT, TEACHER, NamedParameters
 
 @dataclass(frozen=True)
 class RoleSetup:
-    """Adapter and network config of a role. adapter: name of its LoRA; None: the base without adapter."""
+    """Adapter and network config of a role. adapter: its name; None: the base without adapter."""
 
     adapter: str | None
     network_config: MMDiTConfig
 
 
 class AdapterRoles(nn.Module):
-    """One frozen base; every role but the teacher is a LoRA over it.
+    """One frozen base; every role but the teacher is an adapter over it: LoRA, DoRA, LoKr or LoHa.
 
     trained: roles that train; the EMA is added. network_configs: configs of roles that differ from the base's.
     """
@@ -69,10 +78,10 @@ class AdapterRoles(nn.Module):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are intended
             for name in adapters:
-                inject_adapter_in_model(lora_config(adapter, ranks), cast(Any, base), adapter_name=name)
-        self.layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, LoraLayer)}
-        initialise(self, adapters, seed)
-        self.scales = {name: adapter.alpha / rank for name, rank in ranks.items()}
+                inject_adapter_in_model(peft_config(adapter, ranks), cast(Any, base), adapter_name=name)
+        self.layers: dict[str, Any] = {n: m for n, m in base.named_modules() if isinstance(m, ADAPTED)}
+        initialise(self.layers, adapters, seed)
+        self.alpha = adapter.alpha
         self.dropout = adapter.dropout > 0
         copy_parameters(self.parameters_of(STUDENT), self.parameters_of(EMA))
         for name in adapters:
@@ -109,23 +118,17 @@ class AdapterRoles(nn.Module):
         return self.parameters_of(role) if role in self._trained else []
 
     def parameters_of(self, role: str) -> NamedParameters:
-        if role == TEACHER:
-            return []
-        pairs: NamedParameters = []
-        for name, layer in self.layers.items():
-            pairs.append((f"{name}.lora_A.weight", layer.lora_A[role].weight))
-            pairs.append((f"{name}.lora_B.weight", layer.lora_B[role].weight))
-        return pairs
+        return [] if role == TEACHER else adapter_parameters(self.layers, role)
 
     def config_of(self, role: str) -> MMDiTConfig:
         return self.setups[role].network_config
 
-    def lora(self, role: str) -> dict[str, tuple[Tensor, Tensor]]:
-        """Map each layer to (down [r, in], up [out, r]) for `save_lora`."""
-        return {n: (m.lora_A[role].weight, m.lora_B[role].weight) for n, m in self.layers.items()}
+    def adapter(self, role: str) -> dict[str, LoRALayer]:
+        """A role's adapter layer by layer, for `save_adapter`."""
+        return {name: file_layer(layer, role, self.alpha) for name, layer in self.layers.items()}
 
     def start_from(self, path: Path, roles: Sequence[str]) -> None:
-        """Load a LoRA file into these roles' adapters. Raises ConfigError if its layers or ranks differ."""
+        """Load an adapter file into these roles' adapters. Raises ConfigError if its layers, kind or ranks differ."""
         lora = read_lora(path)
         file_layers, layers = set(lora.layers), set(self.layers)
         if file_layers != layers:
@@ -136,76 +139,17 @@ class AdapterRoles(nn.Module):
                 f"{len(different)} differ, first {different[0]}; change adapter.targets"
             )
         for name, layer in lora.layers.items():
-            if set(layer.parts) != {"down", "up"}:
-                raise ConfigError(
-                    f"{path} must be a plain LoRA to train on, got a layer {name} of {', '.join(sorted(layer.parts))}"
-                )
             for role in roles:
-                down, up = self.layers[name].lora_A[role].weight, self.layers[name].lora_B[role].weight
-                if layer.rank != down.shape[0]:
+                try:
+                    load_layer(self.layers[name], role, layer)
+                except ValueError as error:
                     raise ConfigError(
-                        f"network.adapter.rank: expected {layer.rank}, the rank of {path}, got {down.shape[0]}"
-                    )
-                down.data.copy_(layer.parts["down"])
-                up.data.copy_(layer.parts["up"].float() * (layer.scale / self.scales[name]))
+                        f"{path} does not fit network.adapter: in {name} expected {error}; "
+                        "change adapter.type, rank, ranks or factor to those of the file"
+                    ) from None
 
     def place(self, device: torch.device) -> None:
         place(self.network, device)
-
-
-def initialise(roles: AdapterRoles, names: Sequence[str], seed: int) -> None:
-    """Initialise LoRA weights in float32, whatever the base is stored in: lower precision would round updates away."""
-    generator = torch.Generator().manual_seed(seed)
-    for name in names:
-        for key, p in roles.parameters_of(name):
-            p.data = torch.zeros(p.shape)
-            if "lora_A" in key:
-                nn.init.kaiming_uniform_(p.data, a=5**0.5, generator=generator)
-
-
-def adapter_ranks(names: Iterable[str], adapter: AdapterConfig) -> dict[str, int]:
-    """Rank of each of these layers that gets an adapter."""
-    pattern = re.compile(targets_of(adapter))
-    return {n: adapter.rank_of(n) for n in names if pattern.fullmatch(n) and not adapter.excludes(n)}
-
-
-def check_patterns(ranks: Mapping[str, int], base: MMDiT, adapter: AdapterConfig) -> None:
-    """Raise ConfigError for a pattern that matches no layer: a rank or an exclusion that would do nothing."""
-    for pattern in adapter.ranks:
-        if not any(fnmatchcase(name, pattern) for name in ranks):
-            raise ConfigError(f"network.adapter.ranks: {pattern} matches no layer with an adapter")
-    for pattern in adapter.exclude:
-        if not any(fnmatchcase(name, pattern) for name, _ in base.named_modules()):
-            raise ConfigError(f"network.adapter.exclude: {pattern} matches no layer of the network")
-
-
-def check_rank(base: MMDiT, ranks: Mapping[str, int]) -> None:
-    """Raise ConfigError for a rank above the smaller dimension of its layer."""
-    for name, rank in ranks.items():
-        layer = cast(Any, base.get_submodule(name))
-        width = min(layer.in_features, layer.out_features)
-        if rank > width:
-            raise ConfigError(
-                f"network.adapter.rank: expected at least 1 and at most the layer's width ({width}), got {rank}"
-            )
-
-
-def targets_of(adapter: AdapterConfig) -> str:
-    """Regular expression for the names of the layers with an adapter."""
-    suffixes = "|".join(re.escape(suffix) for suffix in adapter.layers)
-    return rf"transformer_blocks\.\d+\.(.*\.)?({suffixes})"
-
-
-def lora_config(adapter: AdapterConfig, ranks: Mapping[str, int]) -> LoraConfig:
-    """Convert to peft's config, with each layer by its name."""
-    return LoraConfig(
-        r=adapter.rank,
-        lora_alpha=cast(Any, adapter.alpha),
-        lora_dropout=adapter.dropout,
-        init_lora_weights=False,
-        target_modules="|".join(map(re.escape, ranks)),
-        rank_pattern={f"^{re.escape(name)}$": rank for name, rank in ranks.items() if rank != adapter.rank},
-    )
 
 
 class FullRoles(nn.Module):

@@ -25,7 +25,7 @@ from unipic_core.weights.lora import save_lora
 from unipic_core.weights.transformer import check_keys, open_transformer
 
 from ..config.run import TARGETS, AdapterConfig
-from ..roles.roles import targets_of
+from ..roles.adapters import targets_of
 from ..terminal import exit_code
 
 

@@ -32,8 +32,8 @@ from unipic_core.weights.transformer import (
 from ..config.methods import OptimizerConfig
 from ..config.run import AdapterConfig, ConfigError, NetworkConfig, RunConfig, load_config, required
 from ..loop.muon import is_hidden_matrix
+from ..roles.adapters import targets_of
 from ..roles.frozen import empty_storage, storage_dtype_of
-from ..roles.roles import targets_of
 from ..roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of
 from .hours import summary
 
@@ -261,6 +261,11 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
     """Memory per process of a run. Raises ConfigError for method vae and for a trained text encoder."""
     if config.network is None:
         raise ConfigError(f"memory is computed for methods that train the network, got method {config.method}")
+    if config.network.adapter is not None and config.network.adapter.type != "lora":
+        raise ConfigError(
+            f"memory is computed for adapters of type lora, got {config.network.adapter.type}, which holds changes of "
+            "whole weights as well"
+        )
     if config.sft is not None and config.sft.train_text_encoder:
         raise ConfigError(
             "memory is not computed for a trained text encoder, got sft.train_text_encoder true; set it to false"

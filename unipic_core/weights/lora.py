@@ -224,17 +224,41 @@ def save_lora(
     The file appears at `path` only when complete. Raises LoRAError for parts that do not multiply, CheckpointError when
     it cannot be written.
     """
+    pairs = {name: LoRALayer({"down": down, "up": up}, alpha) for name, (down, up) in layers.items()}
+    save_adapter(path, pairs, recipe=recipe, metadata=metadata)
+
+
+FILE_NAMES = {"down": "lora_A.weight", "up": "lora_B.weight"}
+"""Part of a layer -> its name in files; other parts have the same."""
+
+SCALED_PARTS = ("up", "lokr_w1", "lokr_w1_a", "hada_w1_a")
+"""Part of each kind of layer into which its scale is multiplied."""
+
+
+def save_adapter(
+    path: PathLike,
+    layers: Mapping[str, LoRALayer],
+    *,
+    recipe: Recipe | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`save_lora` for layers of any low-rank kind: LoRA, DoRA, LoKr, LoHa, with LyCORIS' names of their parts.
+
+    alpha is multiplied into one part of each. DoRA's magnitudes stay float32: in bf16 they would move whole rows of
+    weights. Raises LoRAError and CheckpointError like `save_lora`.
+    """
     tensors: dict[str, Tensor] = {}
-    for name, (down, up) in layers.items():
-        layer = LoRALayer({"down": down, "up": up}, alpha)
+    for name, layer in layers.items():
         layer.weight_shape()
-        tensors[f"transformer.{name}.lora_A.weight"] = down.detach().to("cpu", torch.bfloat16).contiguous()
-        tensors[f"transformer.{name}.lora_B.weight"] = (
-            (up.detach().float() * layer.scale).to("cpu", torch.bfloat16).contiguous()
-        )
+        for part, value in layer.parts.items():
+            scaled = value.detach().float() * (layer.scale if part in SCALED_PARTS else 1.0)
+            dtype = torch.float32 if part == "dora_scale" else torch.bfloat16
+            tensors[f"transformer.{name}.{FILE_NAMES.get(part, part)}"] = scaled.to("cpu", dtype).contiguous()
     if not tensors:
         raise LoRAError("a LoRA needs at least one layer, got none")
-    ranks = sorted({down.shape[0] for down, _ in layers.values()})
+    ranks = sorted({layer.rank for layer in layers.values() if layer.rank})
+    alphas = {layer.alpha for layer in layers.values() if layer.rank}
+    alpha = alphas.pop() if len(alphas) == 1 else None
     scaling = {"ranks": ranks, "alpha": alpha, "alpha_is_in_the_weights": True}
     entries = {"format": "pt", LORA_KEY: json.dumps(scaling), **(metadata or {})}
     if recipe is not None:

@@ -25,7 +25,8 @@ from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach, a
 from unipic_pack.nodes.lora import DistillLoRA
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError
 from unipic_pack.unipic_core.weights.lora import read_lora as read_core_lora
-from unipic_pack.unipic_core.weights.lora import save_lora
+from unipic_pack.unipic_core.weights.lora import save_adapter, save_lora
+from unipic_pack.unipic_core.weights.lora_layers import LoRALayer
 from unipic_pack.unipic_core.weights.recipe import RELEASED_BASE, Recipe
 
 import nodes as comfy_nodes
@@ -214,6 +215,44 @@ def test_every_kind_as_the_core_applies_it(kind: str, strength: float, file: Pat
             weight(got, name, part), fitted.apply(parameter, base, strength), atol=1e-5, rtol=1e-5
         )
         assert not torch.allclose(weight(got, name, part), base, atol=1e-3)
+
+
+def trained_kinds(tiny: Any, pairs: Pairs) -> dict[str, LoRALayer]:
+    """By adapter.type: an adapter of the first of LAYERS, as the trainers export it."""
+    layer, generator = LAYERS[0], torch.Generator().manual_seed(5)
+    down, up = pairs[layer]
+    out, into = weight(tiny, layer).shape
+
+    def normal(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(shape, generator=generator)
+
+    factors = {"lokr_w1": normal(8, 8), "lokr_w2_a": normal(out // 8, 2), "lokr_w2_b": normal(2, into // 8)}
+    hadamard = {f"hada_{k}": normal(*s) for k, s in (("w1_a", (out, 2)), ("w1_b", (2, into)))}
+    hadamard |= {f"hada_{k}": normal(*s) for k, s in (("w2_a", (out, 2)), ("w2_b", (2, into)))}
+    return {
+        "dora": LoRALayer({"down": down, "up": up, "dora_scale": torch.linspace(0.5, 2, out)[:, None]}, 8.0),
+        "lokr": LoRALayer(factors, 4.0),
+        "lokr of full factors": LoRALayer({"lokr_w1": normal(8, 8), "lokr_w2": normal(out // 8, into // 8)}),
+        "loha": LoRALayer(hadamard, 4.0),
+    }
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr", "lokr of full factors", "loha"])
+def test_what_the_trainers_export(kind: str, file: Path, tiny: Any, pairs: Pairs) -> None:
+    """The node gives the layer's weight; the stock loader gives the same, but divides a DoRA by the base's norms."""
+    layer = trained_kinds(tiny, pairs)[kind]
+    save_adapter(file, {LAYERS[0]: layer}, recipe=STUDENT)
+    ours, stock = apply(tiny), comfy_nodes.LoraLoaderModelOnly().load_lora_model_only(tiny, NAME, 1.0)[0]
+    base = weight(tiny, LAYERS[0])
+    wanted = layer.applied(base.float(), 1.0)
+    torch.testing.assert_close(weight(ours, LAYERS[0]), wanted, atol=2e-2, rtol=1e-2)  # the file is bf16
+    assert not torch.allclose(wanted, base, atol=0.1)
+    if kind == "dora":
+        changed = base + layer.weight_delta()
+        wanted = changed * layer.parts["dora_scale"] / base.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(weight(stock, LAYERS[0]), wanted, atol=5e-2, rtol=2e-2)
+    else:
+        torch.testing.assert_close(weight(stock, LAYERS[0]), weight(ours, LAYERS[0]), atol=1e-5, rtol=1e-5)
 
 
 def test_an_oft_as_the_stock_loader_adds_it(file: Path, tiny: Any, pairs: Pairs) -> None:

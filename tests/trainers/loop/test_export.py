@@ -21,6 +21,7 @@ from unipic_core.errors import CheckpointError, LoRAError
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.weights.describe import describe
 from unipic_core.weights.lora import LORA_KEY, read_lora
+from unipic_core.weights.lora_layers import LoRALayer
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import load_transformer, read_config
 
@@ -54,6 +55,10 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder / "base"
 
 
+def adapter(layers: dict[str, tuple[Tensor, Tensor]], alpha: float) -> dict[str, LoRALayer]:
+    return {name: LoRALayer({"down": down, "up": up}, alpha) for name, (down, up) in layers.items()}
+
+
 def latents(folder: Path, transformer: Path | None = None, lora: Path | None = None, seed: int = 3) -> Tensor:
     """Packed latents of one composition in bf16, with the sampler and the budgets that the recipe says."""
     pipe = UniPicPipeline.from_pretrained(folder, transformer=transformer, device="cpu")
@@ -69,7 +74,7 @@ def latents(folder: Path, transformer: Path | None = None, lora: Path | None = N
 def test_three_forms_give_the_same_latents(
     base: Path, layers: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
-    export_adapter(tmp_path, base, layers, ALPHA, STUDENT)
+    export_adapter(tmp_path, base, adapter(layers, ALPHA), STUDENT)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "unipic_distill",
         "unipic_distill.safetensors",
@@ -96,7 +101,7 @@ def test_three_forms_give_the_same_latents(
 def test_each_form_says_its_recipe(
     base: Path, layers: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export_adapter(tmp_path, base, layers, ALPHA, STUDENT)
+    export_adapter(tmp_path, base, adapter(layers, ALPHA), STUDENT)
     lora = read_lora(tmp_path / "unipic_distill.safetensors")
     assert lora.recipe == STUDENT
     said = json.loads(lora.metadata[LORA_KEY])
@@ -119,7 +124,7 @@ def test_ema_and_raw_lie_beside_each_other_and_a_second_export_replaces_them(
 ) -> None:
     for steps, scale in ((2, 1.0), (4, 2.0)):
         for name in ("unipic_distill", "unipic_distill_raw"):
-            export_adapter(tmp_path / "run", TINY, layers, scale * ALPHA, replace(STUDENT, steps=steps), name)
+            export_adapter(tmp_path / "run", TINY, adapter(layers, scale * ALPHA), replace(STUDENT, steps=steps), name)
     assert len(list((tmp_path / "run").iterdir())) == 6
     for made in (tmp_path / "run").iterdir():
         recipe = Recipe.read(made)
@@ -150,7 +155,7 @@ def test_what_does_not_fit_leaves_nothing(layers: dict[str, tuple[Tensor, Tensor
         export_network(tmp_path, TINY, state, config, STUDENT)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(LoRAError, match="choose a LoRA for a model of these sizes"):
-        export_adapter(tmp_path, TINY, {"img_in": (torch.zeros(2, 8), torch.zeros(64, 2))}, ALPHA, STUDENT)
+        export_adapter(tmp_path, TINY, adapter({"img_in": (torch.zeros(2, 8), torch.zeros(64, 2))}, ALPHA), STUDENT)
     assert [p.name for p in tmp_path.iterdir()] == ["unipic_distill.safetensors"]
 
 
@@ -160,7 +165,7 @@ def test_the_base_is_never_replaced(layers: dict[str, tuple[Tensor, Tensor]], tm
     held = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for base in (tmp_path / "unipic_distill", tmp_path / "unipic_distill.safetensors"):
         with pytest.raises(CheckpointError, match="source"):
-            export_adapter(tmp_path, base, layers, ALPHA, STUDENT)
+            export_adapter(tmp_path, base, adapter(layers, ALPHA), STUDENT)
         with pytest.raises(CheckpointError, match="source"):
             export_network(tmp_path, base, state, config, STUDENT)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == held
@@ -169,7 +174,7 @@ def test_the_base_is_never_replaced(layers: dict[str, tuple[Tensor, Tensor]], tm
 def test_a_disk_that_fills_up_leaves_the_lora_and_what_was_there(
     layers: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export_adapter(tmp_path, TINY, layers, ALPHA, STUDENT)
+    export_adapter(tmp_path, TINY, adapter(layers, ALPHA), STUDENT)
     before = {p: p.read_bytes() for p in (tmp_path / "unipic_distill").rglob("*") if p.is_file()}
 
     def full(*_: Any) -> None:
@@ -177,7 +182,7 @@ def test_a_disk_that_fills_up_leaves_the_lora_and_what_was_there(
 
     monkeypatch.setattr("shutil.copyfile", full)
     with pytest.raises(CheckpointError, match=f"not enough room for {tmp_path / 'unipic_distill'}:"):
-        export_adapter(tmp_path, TINY, layers, 2 * ALPHA, STUDENT)
+        export_adapter(tmp_path, TINY, adapter(layers, 2 * ALPHA), STUDENT)
     assert {p: p.read_bytes() for p in (tmp_path / "unipic_distill").rglob("*") if p.is_file()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "unipic_distill",

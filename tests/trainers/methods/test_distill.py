@@ -13,11 +13,14 @@ from trainers.loop.checkpointing import TrainingError
 from trainers.loop.loop import train
 from trainers.methods.consistency import ConsistencyTraining
 from trainers.methods.dmd import DMDTraining
+from trainers.methods.inputs import Draws
 from trainers.methods.joint import JointTraining
+from trainers.methods.losses import flow_matching_loss
 from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER
 from trainers.train import make_method
 from unipic_core.cli import main
 from unipic_core.pipeline import UniPicPipeline
+from unipic_core.sampling.flow import add_noise
 from unipic_core.weights.lora import read_lora
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import read_config
@@ -212,10 +215,11 @@ def test_the_student_goes_on_from_a_lora(distilling, tmp_path):
     method = make_method(distilling("dmd", start))
     kept = read_lora(first / "unipic_distill.safetensors").layers
     for role in (STUDENT, EMA):
-        for name, (down, up) in method.roles.lora(role).items():
+        for name, layer in method.roles.adapter(role).items():
+            down, up = layer.parts["down"], layer.parts["up"]
             assert torch.allclose(down, kept[name].parts["down"].float())
             assert torch.allclose(up * 2, kept[name].parts["up"].float(), rtol=1e-2)
-    assert all(not up.any() for _, up in method.roles.lora(FAKE_SCORE).values())
+    assert all(not layer.parts["up"].any() for layer in method.roles.adapter(FAKE_SCORE).values())
 
 
 def test_a_method_refuses_roles_that_do_not_fit(distilling):
@@ -244,3 +248,48 @@ def test_previews_are_drawn_by_the_method_s_own_sampler(distilling):
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert Path(method.folder).is_dir()
+
+
+def test_released_rollouts_cycle_with_the_student_one_step_ahead(distilling):
+    """As train_dmd.py counts: (train_step // freq) % max + 1, and every freq-th train_step from 1 is the student's."""
+    sections = {"dmd": {"fake_updates": 2, "max_steps": 4, "rollout": "released"}}
+    method = make_method(distilling("dmd", sections))
+    freq = method.slots
+    theirs = [(train_step // freq) % 4 + 1 for train_step in range(1, 10 * freq + 1)]
+    assert [method.rollout_steps(index) for index in range(10 * freq)] == theirs
+    accumulating = make_method(distilling("dmd", sections, accumulation=2))
+    assert [accumulating.rollout_steps(index) for index in range(20 * freq)] == [n for n in theirs for _ in range(2)]
+
+
+@pytest.mark.parametrize(("method", "steps"), [("dmd", 3), ("joint", 3), ("consistency", 8)])
+def test_the_recipe_says_the_steps_that_were_trained(distilling, method, steps):
+    sections = {} if method == "consistency" else {"dmd": {"max_steps": 3}}
+    assert make_method(distilling(method, sections)).student_recipe.steps == steps
+
+
+def test_the_tangent_warms_up(distilling):
+    """At the first update the target is the trajectory's velocity alone; after the warm-up it is as without."""
+    warm = {"consistency": {"tangent_warmup": 4, "normalisation": "none", "velocity": "data", "guidance": 1.0}}
+    plain = {"consistency": {**warm["consistency"], "tangent_warmup": 0}}
+    method, without = (make_method(distilling("consistency", sections)) for sections in (warm, plain))
+    losses = {}
+    for index in (0, 2, 4):
+        batch = method.batch(index).micro_batches[0]
+        losses[index] = [float(m.loss(STUDENT, batch)[0].detach().mean()) for m in (method, without)]
+    batch = method.batch(0).micro_batches[0]
+    draws = Draws(method.config.seed, batch)
+    t, eps = method.times(draws, method.options.times), draws.noise()
+    with torch.no_grad():
+        prediction = method.role(STUDENT, batch)(add_noise(batch.x0, eps, t), t)
+        flow = flow_matching_loss(prediction, batch.x0, eps)
+    assert losses[0][0] == pytest.approx(float(flow.mean()), rel=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-3)
+    assert losses[2][0] != pytest.approx(losses[2][1], rel=1e-3)
+    assert losses[4][0] == losses[4][1]
+
+
+def test_the_warm_up_counts_the_students_updates(distilling):
+    sections = {"dmd": {"fake_updates": 2, "fake_warmup_steps": 1}, "consistency": {"tangent_warmup": 4}}
+    method = make_method(distilling("joint", sections, steps=4, accumulation=2))
+    updates = [method.student_update(step * 6 + slot) for step in range(4) for slot in (4, 5)]
+    assert updates == [0, 0, 0, 0, 1, 1, 2, 2]

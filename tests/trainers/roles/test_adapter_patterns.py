@@ -10,7 +10,7 @@ from trainers.roles.types import EMA, STUDENT
 from trainers.tools import memory
 from unipic_core.cli.commands import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
-from unipic_core.weights.lora import read_lora, save_lora
+from unipic_core.weights.lora import read_lora, save_adapter
 from unipic_core.weights.transformer import expected_shapes
 
 
@@ -36,12 +36,12 @@ def test_ranks_and_exclusions_by_pattern():
     shapes = memory.adapter_shapes(expected_shapes(roles.network.config), adapter)
     assert {name: tuple(p.shape) for name, p in roles.parameters_of(STUDENT)} == shapes
     layer = roles.layers["transformer_blocks.1.attn.to_k"]
-    assert layer.scaling[STUDENT] == roles.scales["transformer_blocks.1.attn.to_k"] == 8 / 2
+    assert layer.scaling[STUDENT] == roles.adapter(STUDENT)["transformer_blocks.1.attn.to_k"].scale == 8 / 2
 
 
 def test_a_file_of_such_adapters_gives_the_same_velocity(tmp_path):
     patterns = {"ranks": {"*.attn.to_q": 6, "*.img_mlp.*": 2}, "exclude": ("*.to_v",)}
-    roles, adapter = roles_with(**patterns)
+    roles, _ = roles_with(**patterns)
     generator = torch.Generator().manual_seed(0)
     for _, p in roles.parameters_of(STUDENT):
         p.data = torch.randn(p.shape, generator=generator) * 0.1
@@ -49,7 +49,7 @@ def test_a_file_of_such_adapters_gives_the_same_velocity(tmp_path):
     latents = PackedLatents(torch.randn(1, 16, 64, generator=generator), ((shape,),), 16)
     text = TextCond(torch.randn(1, 8, roles.network.config.joint_attention_dim, generator=generator))
     path = tmp_path / "a.safetensors"
-    save_lora(path, roles.lora(STUDENT), alpha=adapter.alpha)
+    save_adapter(path, roles.adapter(STUDENT))
     other, _ = roles_with(**patterns)
     other.start_from(path, (STUDENT, EMA))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_r
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.sampling.flow import add_noise
-from unipic_core.weights.lora import read_lora, save_lora
+from unipic_core.weights.lora import read_lora, save_adapter
 
 SIZES = MMDiTConfig(
     num_layers=2, num_attention_heads=2, attention_head_dim=16, joint_attention_dim=12, axes_dims_rope=(4, 6, 6)
@@ -67,7 +67,7 @@ def test_every_role_starts_as_the_base_and_the_teacher_stays_it(inputs):
 def test_an_adapter_is_the_lora_file_it_is_saved_as(inputs, tmp_path):
     roles = adapters()
     fill(roles, STUDENT, 1)
-    save_lora(tmp_path / "a.safetensors", roles.lora(STUDENT), alpha=ADAPTER.alpha)
+    save_adapter(tmp_path / "a.safetensors", roles.adapter(STUDENT))
     again = adapters()
     again.start_from(tmp_path / "a.safetensors", (STUDENT, EMA))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_an_adapter_is_the_lora_file_it_is_saved_as(inputs, tmp_path):
             assert torch.allclose(again(role, *inputs), wanted, atol=2e-2)  # the file is bfloat16
         assert not torch.allclose(again(FAKE_SCORE, *inputs), wanted, atol=5e-2)
     assert read_lora(tmp_path / "a.safetensors").ranks == (4,)
-    with pytest.raises(ConfigError, match=r"adapter.rank: expected 4, the rank of .*, got 8"):
+    with pytest.raises(ConfigError, match=r"does not fit network.adapter: in .* expected rank 8, got 4"):
         adapters(rank=8).start_from(tmp_path / "a.safetensors", (STUDENT,))
     with pytest.raises(ConfigError, match="differ"):
         adapters(targets=("to_q",)).start_from(tmp_path / "a.safetensors", (STUDENT,))

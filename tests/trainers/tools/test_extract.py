@@ -84,7 +84,8 @@ def test_training_goes_on_from_it_in_its_form(tuned: Path, tmp_path: Path) -> No
     config = NetworkConfig(str(TINY), student=str(file), adapter=AdapterConfig(rank=3, alpha=6.0))
     roles = load_roles(config, ("student",), ("teacher",), seed=0)
     assert (roles.config_of("student").attention_form, roles.config_of("teacher").attention_form) == (FORM, "full")
-    down, up = roles.lora("student")["transformer_blocks.0.attn.to_q"]
+    parts = roles.adapter("student")["transformer_blocks.0.attn.to_q"].parts
+    down, up = parts["down"], parts["up"]
     there = extract(TINY, tuned, RANK).layers["transformer_blocks.0.attn.to_q"]
     wanted = there[1] @ there[0]
     assert (2 * up @ down - wanted).norm() < 1e-2 * wanted.norm()  # alpha / rank is 2; the file is bf16
