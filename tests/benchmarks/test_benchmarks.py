@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.benchmarks import approximate, gpu, network, peers, scaling, training, training_steps, vae
+from tests.benchmarks import approximate, gpu, network, peers, scaling, tangent_precision, training, training_steps, vae
 from tests.benchmarks.arithmetic import Load, cache_bytes, count_flops, fill_flops, step_flops, whole_flops
 from tests.benchmarks.common import Bar, Times, draw, draw_bars, heading, in_turns, line, write_json
 from tests.benchmarks.network import diffusers_network, evaluate_diffusers
@@ -249,6 +249,18 @@ def test_training(tmp_path, monkeypatch, capsys):
         figures = {k for k in row if not k.endswith("_arithmetic")} - {"method", "form", "roles", "case", "padding"}
         assert {f"{key}_arithmetic" for key in figures} <= set(row)
     assert all(f"\n{name}\n" in printed for name in result if name != "machine")
+
+
+def test_tangent_precision(tmp_path, monkeypatch):
+    path = tmp_path / "tangent.json"
+    monkeypatch.setattr(tangent_precision, "TIMES", (0.0, 0.5))
+    monkeypatch.setattr(tangent_precision, "NETWORKS", {"golden": tangent_precision.golden})
+    assert tangent_precision.main(["--seeds", "1", "--json", str(path)]) == 0
+    rows = read(path)["rows"]
+    assert [(row["tangent"], row["t"]) for row in rows] == [(k, t) for k in ("difference", "jvp") for t in (0.0, 0.5)]
+    for row in rows:
+        assert row["float32"] < 1e-4 < row["tf32"] < tangent_precision.BOUND
+        assert row["tf32"] < row["bf16"]
 
 
 def test_approximate(tmp_path, capsys):

@@ -152,7 +152,9 @@ class ConsistencyMethod:
     of the base, or of the student's EMA (guidance_from "ema", released: 2.75).
     tangent: finite "difference" (step e) or "jvp". tangent_along: the "velocity" above, or "data" (released; with
     guidance this converges to a different map). normalisation: of the residual, "none" or "rms", or of the "tangent"
-    (released). times: wider than for flow matching, because sampling starts at t = 1. mask: present for a masked loss.
+    (released). tangent_precision: of its matrix products, "float32", or with tangent jvp "tf32" (emulated on a CPU).
+    tangent_warmup: updates over which the tangent's share grows from 0 to 1. times: wider than for flow
+    matching, because sampling starts at t = 1. mask: present for a masked loss.
     """
 
     velocity: str = "teacher"
@@ -163,18 +165,26 @@ class ConsistencyMethod:
     e: float = 5e-3
     normalisation: str = "rms"
     cosine: bool = False
+    tangent_warmup: int = 0
+    tangent_precision: str = "float32"
     prompt_dropout: float = 0.0
     times: TrainingTimes = field(default_factory=lambda: TrainingTimes(mean=-0.5, std=1.8))
     mask: MaskedLoss | None = None
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "guidance")
+        at_least(self, 0, "guidance", "tangent_warmup")
         within(self, 0, 1, "prompt_dropout")
         one_of(self, "velocity", ("teacher", "data"))
         one_of(self, "guidance_from", ("base", "ema"))
         one_of(self, "tangent", ("difference", "jvp"))
         one_of(self, "tangent_along", ("velocity", "data"))
         one_of(self, "normalisation", ("none", "rms", "tangent"))
+        one_of(self, "tangent_precision", ("float32", "tf32"))
+        if self.tangent_precision == "tf32" and self.tangent != "jvp":
+            raise ConfigError(
+                "tangent_precision tf32 needs tangent jvp: a difference divides the rounding by 2e, up to 8.5% of the "
+                "tangent (docs/benchmarks.md)"
+            )
         if not 0 < self.e <= 0.1:
             raise ConfigError(f"consistency.e must be above 0 and at most 0.1, got {self.e}")
         if self.velocity == "teacher" and self.guidance_from == "ema":
@@ -191,11 +201,14 @@ class ConsistencyMethod:
 class DMDMethod:
     """Distribution matching (UniPic 3, eq. 12-14; losses.py). The student is rolled out in 1 .. max_steps steps.
 
+    max_steps: also the steps of the exported recipe. rollout: the number of steps is drawn for each training step
+    ("random"), or cycles as in the released code ("released").
     fake_updates: updates of the fake score per update of the student; fake_warmup_steps: initial steps that train only
     the fake score. weighting: "final", "first" or "released", see dmd_direction. optimizer: of the fake score.
     """
 
     max_steps: int = 4
+    rollout: str = "random"
     teacher_guidance: float = 6.0
     weighting: str = "first"
     fake_updates: int = 5
@@ -207,6 +220,7 @@ class DMDMethod:
         at_least(self, 1, "max_steps", "fake_updates")
         at_least(self, 0, "fake_warmup_steps", "teacher_guidance")
         one_of(self, "weighting", ("final", "first", "released"))
+        one_of(self, "rollout", ("random", "released"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,9 @@ from .losses import (
     jvp_tangent,
     scaled_residual,
     scaled_tangent,
+    tangent_share,
 )
+from .precision import tensor_float32
 
 Guide = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t, t, eps - x0) -> velocity of the trajectory that the student is made consistent on, all [B, ...]."""
@@ -41,11 +43,12 @@ def consistency_terms(
     t: Tensor,
     options: ConsistencyMethod,
     weights: Tensor | None = None,
+    share: float = 1.0,
 ) -> tuple[Tensor, Metrics]:
     """Consistency loss [B] at x_t = (1 - t) x0 + t eps, with metrics. Only the prediction has a gradient.
 
-    weights: [B, N] of the tokens (masked loss). The tangent is computed in float32 even under autocast: it divides a
-    difference of close numbers by 2e.
+    weights: [B, N] of the tokens (masked loss). share: of the tangent, for its warm-up. The tangent is computed in
+    float32 even under autocast: it divides a difference of close numbers by 2e.
     """
     x_t, data_v = add_noise(x0, eps, t), velocity(x0, eps)
     # the only attention kernel with forward-mode differentiation
@@ -53,7 +56,7 @@ def consistency_terms(
     with torch.no_grad(), kernel:
         v = guide(x_t, t, data_v)
         along = data_v if options.tangent_along == "data" else v
-        with torch.autocast(x_t.device.type, enabled=False):
+        with torch.autocast(x_t.device.type, enabled=False), products(options, x_t.device.type):
             if options.tangent == "jvp":
                 tangent = jvp_tangent(student, x_t, along, t)[1]
             else:
@@ -61,13 +64,18 @@ def consistency_terms(
     prediction = student(x_t, t)
     used_tangent = scaled_tangent(tangent) if options.normalisation == "tangent" else tangent
     # UniPic 3, eq. 9; then eq. 10-11 in `consistency_loss`
-    residual = consistency_residual(prediction.detach(), v, used_tangent, t)
+    residual = consistency_residual(prediction.detach(), v, used_tangent, t, share)
     used_residual = scaled_residual(residual, "rms" if options.normalisation == "rms" else "none", weights)
     metrics = {
         "residual": float(residual.square().mean().sqrt()),
         "tangent": float(tangent.square().mean().sqrt()),
     }
     return consistency_loss(prediction, used_residual, options.cosine, weights), metrics
+
+
+def products(options: ConsistencyMethod, device_type: str) -> AbstractContextManager[None]:
+    """Precision of the tangent's matrix products."""
+    return tensor_float32(device_type) if options.tangent_precision == "tf32" else nullcontext()
 
 
 class ConsistencyTraining(NetworkTraining):
@@ -86,7 +94,8 @@ class ConsistencyTraining(NetworkTraining):
     def consistency(self, batch: Inputs, draws: Draws) -> tuple[Tensor, Metrics]:
         t, eps = self.times(draws, self.options.times), draws.noise()
         student, guide, weights = self.role(STUDENT, batch), self.guide(batch), self.weights_of(batch)
-        return consistency_terms(student, guide, batch.x0, eps, t, self.options, weights)
+        share = tangent_share(self.student_update(batch.index), self.options.tangent_warmup)
+        return consistency_terms(student, guide, batch.x0, eps, t, self.options, weights, share)
 
     def guide(self, batch: Inputs) -> Guide:
         """Velocity of the trajectory that the options choose."""

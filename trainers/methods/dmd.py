@@ -12,7 +12,7 @@ from torch import Tensor
 from unipic_core.sampling.flow import add_noise
 from unipic_core.sampling.samplers import NoiseSource, sample_consistency
 from unipic_core.sampling.schedules import few_step_times
-from unipic_core.weights.recipe import RELEASED_FEW_STEP
+from unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
 
 from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig, required
@@ -69,6 +69,14 @@ class DMDTraining(NetworkTraining):
         step = index // (self.slots * accumulation)
         return index - min(step, self.dmd_options.fake_warmup_steps) * accumulation
 
+    def student_update(self, index: int) -> int:
+        return max(super().student_update(index) - self.dmd_options.fake_warmup_steps, 0)
+
+    @property
+    def student_recipe(self) -> Recipe:
+        """Recipe with as many steps as the student is rolled out in at most."""
+        return replace(super().student_recipe, steps=self.dmd_options.max_steps)
+
     def optimizer(self, part: str) -> OptimizerConfig:
         return self.dmd_options.optimizer if part == FAKE_SCORE else self.config.optimizer
 
@@ -103,7 +111,10 @@ class DMDTraining(NetworkTraining):
 
         So the fake score has just been updated on samples of as many steps as the student is now trained on. Trained on
         a mix of step counts, it matches only their average to the teacher, and single step counts drift apart.
+        "released": the numbers cycle, the student's one ahead of the fake score's before it (train_dmd.py).
         """
-        step = index // (self.slots * self.config.accumulation)
+        step, slot = divmod(index // self.config.accumulation, self.slots)
+        if self.dmd_options.rollout == "released":
+            return (step + (slot == self.slots - 1)) % self.dmd_options.max_steps + 1
         rng = np.random.default_rng([self.config.seed, step, 2])
         return int(rng.integers(1, self.dmd_options.max_steps + 1))

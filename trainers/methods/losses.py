@@ -78,10 +78,18 @@ def jvp_tangent(network: TimedVelocity, x_t: Tensor, v: Tensor, t: Tensor) -> tu
     return value_and_tangent
 
 
-def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor) -> Tensor:
-    """r = F - (v - t dF/dt): zero where f(x_t, t) = x_t - t F does not change along dx/dt = v."""
+def consistency_residual(v_sg: Tensor, v: Tensor, tangent: Tensor, t: Tensor, share: float = 1.0) -> Tensor:
+    """r = F - (v - share t dF/dt): with share 1 zero where f(x_t, t) = x_t - t F does not change along dx/dt = v.
+
+    share: of the tangent, from 0 (flow matching on v) to 1 (tangent warm-up, sCM, arXiv 2410.11081, section 4).
+    """
     # UniPic 3, eq. 9, with the opposite sign: df/dt = v - F - t dF/dt = -r
-    return full(v_sg) - (full(v) - like(t, tangent) * full(tangent))
+    return full(v_sg) - (full(v) - share * like(t, tangent) * full(tangent))
+
+
+def tangent_share(update: int, warmup: int) -> float:
+    """Share of the tangent in update 0, 1, ...: linear from 0 to 1 over `warmup` updates; without warm-up 1."""
+    return min(1.0, update / warmup) if warmup else 1.0
 
 
 def scaled_residual(residual: Tensor, normalisation: str, weights: Tensor | None = None) -> Tensor:

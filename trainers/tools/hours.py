@@ -20,17 +20,18 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class Card:
-    """Dense peak rates from the data sheet, operations per second: bfloat16, and float32 without TF32."""
+    """Dense peak rates from the data sheet, operations per second: bfloat16, TF32, and float32 without TF32."""
 
     name: str
     bf16: float
+    tf32: float
     fp32: float
 
 
-CARDS = (Card("H100", 989e12, 67e12), Card("A100", 312e12, 19.5e12))
+CARDS = (Card("H100", 989e12, 495e12, 67e12), Card("A100", 312e12, 156e12, 19.5e12))
 """SXM modules."""
 
-UTILISATION = {"bf16": 0.4, "no": 0.6}
+UTILISATION = {"bf16": 0.4, "tf32": 0.4, "no": 0.6}
 """Assumed share of the peak that is reached, by precision; usual for large matrices."""
 
 LAUNCH = 0.4e-3
@@ -80,11 +81,12 @@ def hours(config: RunConfig, sizes: MMDiTConfig, tokens: int, card: Card, proces
     trained = 1.0 if network.adapter is not None else 2.0
     backward = (1 + recomputed + trained) * matrices + (1 + recomputed + 2.5) * attention
     batch = config.batch_size / processes
+    tangent = "tf32" if config.consistency and config.consistency.tangent_precision == "tf32" else "no"
     operations_per_second, least = rate(card, config.precision), LAUNCH * sizes.num_layers
     kinds = [
         (passes.forward, (matrices + attention) / operations_per_second, 1.0),
         (passes.backward, backward / operations_per_second, 2.0 + recomputed),
-        (passes.float32, (matrices + attention) / rate(card, "no"), 1.0),
+        (passes.float32, (matrices + attention) / rate(card, tangent), 1.0),
     ]
     seconds = sum(count * max(batch * seconds, least * launches) for count, seconds, launches in kinds)
     return STEPS * config.accumulation * seconds / 3600
@@ -92,7 +94,7 @@ def hours(config: RunConfig, sizes: MMDiTConfig, tokens: int, card: Card, proces
 
 def rate(card: Card, precision: str) -> float:
     """Operations per second that the card reaches."""
-    return UTILISATION[precision] * (card.bf16 if precision == "bf16" else card.fp32)
+    return UTILISATION[precision] * {"bf16": card.bf16, "tf32": card.tf32, "no": card.fp32}[precision]
 
 
 def summary(config: RunConfig, sizes: MMDiTConfig, tokens: int, processes: int = 1) -> str:

@@ -16,6 +16,7 @@ from trainers.methods.losses import (
     flow_matching_loss,
     scaled_residual,
     scaled_tangent,
+    tangent_share,
     vae_loss,
 )
 from unipic_core.conditioning.sequence import pack_latents
@@ -224,3 +225,19 @@ def test_vae_loss_to_a_prior():
     away, _ = vae_loss(picture, picture, prior.expand_as(log_var) + 0.2, log_var, prior, 0.2, **weights)
     assert at.item() == pytest.approx(0, abs=1e-6)
     assert away.item() == pytest.approx(0.5, abs=1e-5)
+
+
+# --- tangent warm-up --------------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_the_tangent_grows_to_one():
+    assert [tangent_share(update, 4) for update in (0, 1, 2, 4, 9, 2**48)] == [0, 0.25, 0.5, 1, 1, 1]
+    assert tangent_share(0, 0) == 1
+
+
+def test_a_share_of_the_tangent_enters_the_residual():
+    v_sg, v, tangent, t = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2), torch.tensor([0.2, 0.9])
+    none, half, whole = (consistency_residual(v_sg, v, tangent, t, share) for share in (0.0, 0.5, 1.0))
+    assert torch.equal(none, v_sg - v)
+    torch.testing.assert_close(half, (none + whole) / 2)
+    assert torch.equal(whole, consistency_residual(v_sg, v, tangent, t))
