@@ -256,7 +256,7 @@ def test_tangent_precision(tmp_path, monkeypatch):
     monkeypatch.setattr(tangent_precision, "TIMES", (0.0, 0.5))
     monkeypatch.setattr(tangent_precision, "NETWORKS", {"golden": tangent_precision.golden})
     assert tangent_precision.main(["--seeds", "1", "--json", str(path)]) == 0
-    rows = read(path)["rows"]
+    rows = json.loads(path.read_text())["rows"]
     assert [(row["tangent"], row["t"]) for row in rows] == [(k, t) for k in ("difference", "jvp") for t in (0.0, 0.5)]
     for row in rows:
         assert row["float32"] < 1e-4 < row["tf32"] < tangent_precision.BOUND

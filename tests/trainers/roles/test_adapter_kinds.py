@@ -22,7 +22,7 @@ KINDS = {
     "lora": {"type": "lora"},
     "dora": {"type": "dora"},
     "lokr": {"type": "lokr", "rank": 2},
-    "lokr of full factors": {"type": "lokr", "rank": 32},
+    "lokr of full factors": {"type": "lokr", "rank": 32, "alpha": 32.0},
     "lokr with factor": {"type": "lokr", "rank": 2, "factor": 4},
     "loha": {"type": "loha"},
 }
