@@ -78,9 +78,8 @@ class DataConfig:
         within(self, 0, LARGEST_SEED, "seed")
         one_of(self, "bad_rows", ("skip", "stop"))
         one_of(self, "text_storage", ("bf16", "fp8", "live"))
-        for name in ("size", "reference_budget"):
-            if getattr(self, name) % 32:
-                raise ConfigError(f"{name} must be a multiple of 32 pixels, got {getattr(self, name)}")
+        if self.size % 32:
+            raise ConfigError(f"size must be a multiple of 32 pixels, got {self.size}")
         at_least(self, 0, "samples", "workers")
         at_least(self, 1, "samples_per_shard")
         at_least(self, 32, "size", "reference_budget")
