@@ -1,7 +1,9 @@
 """Lessons: closed scenes in plain words, which teach one after the other what a pair asks for at once.
 
-    choose      one of two or three alike references is shown, and only its number tells which
-    plain_pair  two things, each by its number alone, in the same words for every scene of a relation
+    choose       one of two or three alike references is shown, and only its number tells which
+    plain_pair   two things, each by its number alone, in the same words for every scene of a relation
+    plain_three  a person and a thing, in such words
+    plain_four   a person and two things, in such words
 
 In the words of the composition set a pair asks for the number of a reference, for the meaning of the relation and for
 the reading of hundreds of paraphrases at once, and a network learns none of them from it. Lessons are not in that set
@@ -10,7 +12,7 @@ the reading of hundreds of paraphrases at once, and a network learns none of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +22,7 @@ from .catalogue import Split
 from .emoji import Bank
 from .layout import ALONE, OBJECT, PERSON
 from .scene import Item, Scene
-from .scenes import Draw, pair, scene_rng
+from .scenes import Draw, compose3, compose4, pair, scene_rng
 
 LESSON_CODE = 200
 """Of the first lesson, in the seed of a scene: closed and open tasks come before."""
@@ -36,6 +38,15 @@ PLAIN_PAIRS = {
     "behind": "{p} in front of {o}",
     "top": "{o} on top of {p}",
 }
+PLAIN_AROUND = {
+    "hold": "holding {o}",
+    "wear": "wearing {o}",
+    "left": "with {o} on the left",
+    "right": "with {o} on the right",
+    "front": "with {o} in front",
+    "behind-left": "with {o} behind on the left",
+    "behind-right": "with {o} behind on the right",
+}
 """By relation; as in ``wording``, ``o`` is the thing that has it, and ``p`` the other one."""
 
 
@@ -50,7 +61,12 @@ def choose(draw: Draw) -> list[Item]:
     return items
 
 
-LESSONS: dict[str, Callable[[Draw], list[Item]]] = {"choose": choose, "plain_pair": pair}
+LESSONS: dict[str, Callable[[Draw], list[Item]]] = {
+    "choose": choose,
+    "plain_pair": pair,
+    "plain_three": compose3,
+    "plain_four": compose4,
+}
 
 
 def make_lesson(bank: Bank, split: Split, seed: int, index: int, *, task: str, size: int = 128) -> Scene:
@@ -67,11 +83,18 @@ def make_lesson(bank: Bank, split: Split, seed: int, index: int, *, task: str, s
 def plainly_reworded(scene: Scene, rng: np.random.Generator) -> Scene:
     """The same picture with a new order of the references."""
     order = tuple(int(source) for source in rng.permutation(len(scene.items) + 1 + len(scene.spares)))
-    names = [f"the object from image {order.index(source) + 1}" for source in range(len(scene.items))]
-    relation = scene.items[-1].relation
-    if scene.task == "choose":
-        things = f"{names[0]} {PLAIN_PLACES[relation]}"
+    return replace(scene, order=order, instruction=plain_words(scene.task, scene.items, order))
+
+
+def plain_words(task: str, items: Sequence[Item], order: Sequence[int]) -> str:
+    """The instruction of a lesson: kinds and numbers in place of names, and one sentence for each relation."""
+    first, *others = [f"the {item.asset.kind} from image {order.index(i) + 1}" for i, item in enumerate(items)]
+    relations = [item.relation for item in items]
+    if task == "choose":
+        things = f"{first} {PLAIN_PLACES[relations[0]]}"
+    elif task == "plain_pair":
+        things = PLAIN_PAIRS[relations[1]].format(p=first, o=others[0])
     else:
-        things = PLAIN_PAIRS[relation].format(p=names[0], o=names[1])
-    words = f"Show {things}, in the scene of image {order.index(len(scene.items)) + 1}."
-    return replace(scene, order=order, instruction=words)
+        around = [PLAIN_AROUND[r].format(o=name) for r, name in zip(relations[1:], others, strict=True)]
+        things = ", ".join([first, *around])
+    return f"Show {things}, in the scene of image {order.index(len(items)) + 1}."

@@ -71,3 +71,16 @@ def test_plain_pairs_name_their_things_by_number_alone(bank: Bank) -> None:
         assert [int(one) for one in told] == ([first, second] if swapped else [second, first])
         again = any_reworded(scene, np.random.default_rng(1))
         assert again == replace(scene, order=again.order, instruction=again.instruction)
+
+
+@pytest.mark.parametrize(("task", "things"), [("plain_three", 1), ("plain_four", 2)])
+def test_plain_persons_have_their_things_in_the_order_of_the_items(bank: Bank, task: str, things: int) -> None:
+    for scene in scenes(bank, task=task):
+        told = re.findall(
+            r"the (person|object|scene) (?:from|of) image (\d)|in the scene of image (\d)", scene.instruction
+        )
+        numbers = [int(one or other) for _, one, other in told]
+        assert numbers == [scene.order.index(source) + 1 for source in range(things + 2)]
+        words = {"hold": "holding", "wear": "wearing", "front": "in front"}
+        relation = scene.items[1].relation
+        assert words.get(relation, relation.split("-")[-1]) in scene.instruction
