@@ -8,6 +8,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
 from ..unipic_core.run.kv_cache import REUSE_WITHIN
+from ..unipic_core.run.kv_storage import CACHE_DTYPES, INT8_ERROR
 from ..unipic_core.weights.recipe import LIMITS, MAX_SHIFT, SAMPLERS, SCHEDULES
 from . import CATEGORY
 from .host.messages import tell
@@ -49,10 +50,22 @@ def cache_input() -> io.Combo.Input:
         options=list(KV_CACHE_MODES),
         default=AUTO,
         optional=True,
-        tooltip="For causal weights: auto = compute the references (and the text) once and cache them for the run; off "
-        "= compute them in every step, slower, with less memory. The picture is the same. For other weights: "
-        f"approximate = reuse the references while t changes by at most {REUSE_WITHIN:g}: faster, with a slightly "
-        f"different picture ({REUSE_ERROR}).",
+        tooltip="For causal weights: the references (and the text) are computed once and cached for the run. gpu = in "
+        "the memory of the device that samples; cpu = in main memory; auto = the first of these that has room; off = "
+        "compute them in every step, slower, with less memory. The picture is the same. For other weights: approximate "
+        f"= reuse the references while t changes by at most {REUSE_WITHIN:g}: faster, with a slightly different "
+        f"picture ({REUSE_ERROR}).",
+    )
+
+
+def cache_dtype_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "cache_dtype",
+        options=list(CACHE_DTYPES),
+        default=AUTO,
+        optional=True,
+        tooltip="Numbers of the condition cache. auto = as computed. int8 = half the memory of bf16, with a slightly "
+        f"different picture ({INT8_ERROR}).",
     )
 
 
@@ -90,7 +103,7 @@ class FewStepSampler(io.ComfyNode):
             category=CATEGORY,
             description="Samples with the steps, the guidance and the sampler of the model's recipe, or of a LoRA's.",
             search_aliases=["unipic sampler", "sampler", "few step", "consistency", "dmd", "lcm", "采样"],
-            inputs=[*_sockets(), *_choices()],
+            inputs=[*_sockets(), *sampling_inputs(), cache_input(), *schedule_inputs(), cache_dtype_input()],
             outputs=[io.Latent.Output(display_name="latent", tooltip="For VAE Decode, with the VAE of Load UniPic.")],
             hidden=[io.Hidden.unique_id],
         )
@@ -110,11 +123,12 @@ class FewStepSampler(io.ComfyNode):
         condition_cache: str = AUTO,
         schedule: str = AUTO,
         shift: float = 0.0,
+        cache_dtype: str = AUTO,
     ) -> io.NodeOutput:
         x = prepared(model, latent)
         chosen = choices(model, x, Widgets(steps, cfg, sampler, schedule, shift))
-        if condition_cache != AUTO:
-            model = with_kv_cache(model, condition_cache)
+        if (condition_cache, cache_dtype) != (AUTO, AUTO):
+            model = with_kv_cache(model, condition_cache, cache_dtype)
         tell(cls, chosen.line, chosen.level)
         times = sigmas_of(chosen.settings, chosen.shift, target_tokens(x), denoise)
         return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen.settings, times))
@@ -129,7 +143,8 @@ def _sockets() -> list[Any]:
     ]
 
 
-def _choices() -> list[Any]:
+def sampling_inputs() -> list[Any]:
+    """Settings of a run."""
     return [
         io.Int.Input(
             "seed",
@@ -157,8 +172,6 @@ def _choices() -> list[Any]:
             "noise in every step, for few-step weights. euler = follow the flow, for base weights.",
         ),
         denoise_input(),
-        cache_input(),
-        *schedule_inputs(),
     ]
 
 

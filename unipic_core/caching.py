@@ -125,24 +125,49 @@ class PictureCache(LRU[V]):
         return [values[key] for key in keys]
 
 
+SAMPLED_VALUES = 1024
+"""Number of values of each tensor that enter a sampled `WeightsKey`."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 class WeightsKey:
     """Key of a module's weights: equal keys mean the same parameters with the same values, without reading the values.
 
     The key changes with other parameters (even at the same address), another dtype, and writes in place (an optimizer
-    step, load_state_dict, a merged LoRA). It does not change with writes through `.data` or to inference tensors, nor
-    with a move to another device, which is why it leaves out addresses of the values.
+    step, load_state_dict, a merged LoRA). It does not change with a move to another device, which is why it leaves out
+    addresses of the values. Writes through `.data` or to inference tensors leave no trace: sampled=True notices them by
+    a checksum over SAMPLED_VALUES evenly spaced values of each parameter and buffer, in milliseconds.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, sampled: bool = False) -> None:
         parameters = list(module.parameters())
         self._references = [weakref.ref(p) for p in parameters]  # an id may be reused after its object is freed
         self._state = tuple((id(p), 0 if p.is_inference() else p._version, p.dtype) for p in parameters)
+        self._checksums = checksums([*parameters, *module.buffers()]) if sampled else ()
 
     def __hash__(self) -> int:
-        return hash(self._state)
+        return hash((self._state, self._checksums))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, WeightsKey) or self._state != other._state:
+        if not isinstance(other, WeightsKey) or (self._state, self._checksums) != (other._state, other._checksums):
             return False
         pairs = zip(self._references, other._references, strict=True)
         return all((mine := a()) is not None and mine is b() for a, b in pairs)
+
+
+def checksums(tensors: Sequence[Tensor], samples: int = SAMPLED_VALUES) -> tuple[int, ...]:
+    """Checksum of the bits of `samples` or more evenly spaced values of each tensor; it depends on their order, not on
+    the device."""
+    sums = [_checksum(t.detach(), samples) for t in tensors if t.itemsize in _INTEGERS and not t.is_meta]
+    by_device = {
+        device: iter(torch.stack([s for s in sums if s.device == device]).tolist())  # one wait per device
+        for device in {s.device for s in sums}
+    }
+    return tuple(next(by_device[s.device]) for s in sums)
+
+
+def _checksum(tensor: Tensor, samples: int) -> Tensor:
+    values = tensor.flatten()[:: max(tensor.numel() // samples, 1)].contiguous()
+    bits = values.view(_INTEGERS[values.itemsize]).long()
+    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()

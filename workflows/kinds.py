@@ -49,7 +49,7 @@ KINDS = {
     ),
     "FewStepSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
-        ("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "condition_cache", "schedule", "shift"),
+        ("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "condition_cache", "schedule", "shift", "cache_dtype"),
         {"latent": "LATENT"},
         (300, 390 + PREVIEW),
         ours=True,

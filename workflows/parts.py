@@ -72,7 +72,10 @@ def few_steps(
     wires["latent"] = latent or composed["latent"]
     settings = {"seed": SEED, CONTROL: "fixed", "steps": 0, "cfg": 0, "sampler": "auto", "denoise": denoise}
     return w.add(
-        "FewStepSampler", wires, {**settings, "condition_cache": "auto", "schedule": "auto", "shift": 0}, title=title
+        "FewStepSampler",
+        wires,
+        {**settings, "condition_cache": "auto", "schedule": "auto", "shift": 0, "cache_dtype": "auto"},
+        title=title,
     )
 
 

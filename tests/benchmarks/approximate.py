@@ -101,7 +101,7 @@ class Reusing:
         segments, _ = network._segments(latents, t, text, None, {})
         keeping = replace(segments[0], state=replace(segments[0].state, return_kv=True))
         by_block: list[list[KeyValue]] = []
-        [done] = through_blocks(network.transformer_blocks, [keeping], key_values=by_block)
+        [done] = through_blocks(network.transformer_blocks, [keeping], collect=by_block.append)
         kept = tuple(kv for (kv,) in by_block)
         v = network.proj_out(network.norm_out(done.img, done.temb))
         return v, tuple((k[:, references.start :], v[:, references.start :]) for k, v in kept)

@@ -162,6 +162,16 @@ def test_the_error_of_the_approximate_cache(schemas) -> None:
         assert re.findall(r"\d+(?:\.\d+)?", tooltip) == [f"{REUSE_WITHIN:g}", f"{error:.0f}"]
 
 
+def test_the_error_of_int8_storage(schemas) -> None:
+    """The tooltip's PSNR is the one that the benchmark measured, in both languages."""
+    results = json.loads((ROOT / "tests/benchmarks/results/cache-storage-cpu-2cores.json").read_text(encoding="utf-8"))
+    for language in ("en", "zh"):
+        names = json.loads((ROOT / f"locales/{language}/nodeDefs.json").read_text(encoding="utf-8"))
+        for node in ("FewStepSampler",):
+            tooltip = names[node]["inputs"]["cache_dtype"]["tooltip"]
+            assert re.findall(r"(\d+) dB PSNR", tooltip) == [f"{results['psnr_db']:.0f}"]
+
+
 # --- workflows -----------------------------------------------------------------------------------------------------
 
 

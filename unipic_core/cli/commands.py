@@ -80,6 +80,8 @@ FLAGS = {
     "torch.float32": "--dtype fp32",
     "overwrite=True": "--overwrite",
     'storage="fp8"': "--storage fp8",
+    "condition_cache": "--condition-cache",
+    "cache_dtype": "--cache-dtype",
 }
 """Argument of the Python API, as its errors name it -> flag of the command line."""
 
@@ -224,6 +226,19 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="storage of the network's matrices: fp8 halves their memory, full = in --dtype; auto: fp8 if the file is "
         "in fp8",
+    )
+    machine.add_argument(
+        "--condition-cache",
+        metavar="NAME",
+        default="auto",
+        help="cache of the references of causal weights: gpu, cpu (main memory), off (computed in every step); auto: "
+        "the first of these that has room",
+    )
+    machine.add_argument(
+        "--cache-dtype",
+        metavar="NAME",
+        default="auto",
+        help="numbers of that cache: auto = as computed; int8 = half the memory of bf16 with a small error",
     )
 
 

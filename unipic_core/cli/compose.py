@@ -24,6 +24,7 @@ from ..pipeline.memory_plan import MemoryPlan
 from ..pipeline.offload import check_machine
 from ..pipeline.pipeline import UniPicPipeline
 from ..replacing import replacing
+from ..run.kv_storage import CacheStorage
 from ..run.plan import Plan, Request, checked_seed, plan, resolve
 from ..weights.lora import LoRA, read_lora
 from ..weights.recipe import Recipe
@@ -110,7 +111,7 @@ def open_checked(args: argparse.Namespace, sizes: list[Size]) -> Opened:
         added = added.add(lora.path, lora.recipe, strength)
         resolve(added.over(opened.model.recipe))  # the checks of load_lora, LoRA by LoRA
     recipe = added.over(opened.model.recipe)
-    places = memory_plan(opened, number_type(args)[1], torch.device(device_name(args)), args.storage)
+    places = memory_plan(opened, number_type(args)[1], torch.device(device_name(args)), args.storage, cache_of(args))
     planned = plan(recipe, sizes, request_of(args))
     if unknown(recipe, args):
         name = (args.transformer or args.model).name
@@ -165,10 +166,17 @@ def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
     print(f"loading {printable(args.model.name)} on {device} in {name}: {settings}{remark}", file=sys.stderr)
     if note := opened.places.note(opened.pipeline.model.config.num_layers):
         print(note, file=sys.stderr)
-    pipe = UniPicPipeline.from_opened(opened.pipeline, dtype, device, args.attention, args.compile, args.storage)
+    pipe = UniPicPipeline.from_opened(
+        opened.pipeline, dtype, device, args.attention, args.compile, args.storage, cache_of(args)
+    )
     for (lora, strength), (path, _) in zip(opened.loras, args.lora, strict=True):
         print(layers_added(path, strength, pipe.load_lora(lora, strength)), file=sys.stderr)
     return pipe
+
+
+def cache_of(args: argparse.Namespace) -> CacheStorage:
+    """Place and dtype of cached keys and values. Raises UniPicError for unknown names."""
+    return CacheStorage(args.condition_cache, args.cache_dtype)
 
 
 def number_type(args: argparse.Namespace) -> tuple[str, torch.dtype]:

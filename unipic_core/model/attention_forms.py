@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..conditioning.sequence import PackedLatents, TextCond
-from .blocks import BlockKeyValues, JointState, KeyValue
+from .blocks import BlockKeyValues, JointState, KeyValue, KeyValues
 from .config import REFERENCES, TARGET, TEXT
 
-CachedKeyValues = Mapping[str, BlockKeyValues]
+CachedKeyValues = Mapping[str, KeyValues]
 """Result of `MMDiT.prefill`: REFERENCES or TEXT -> keys and values in every block."""
 
 
@@ -65,21 +65,21 @@ def advance(
 def through_blocks(
     blocks: Iterable[object],
     segments: Sequence[Segment],
-    past: Sequence[Sequence[KeyValue]] = (),
+    past: Sequence[KeyValues] = (),
     step: Step = advance,
-    key_values: list[list[KeyValue]] | None = None,
+    collect: Callable[[list[KeyValue]], object] | None = None,
 ) -> Sequence[Segment]:
     """Apply all blocks to the segments.
 
     past: for each earlier segment that is not computed, its keys and values in every block. step: function that
-    applies one block; hosts hook in here. key_values: list that receives each block's keys and values; without it they
-    are freed after their block.
+    applies one block; hosts hook in here. collect: called with each block's keys and values; without it they are freed
+    after their block.
     """
     blocks = list(blocks)
     for i, block in enumerate(blocks):
         segments, of_block = step(block, segments, tuple(kv[i] for kv in past), block is blocks[-1])
-        if key_values is not None:
-            key_values.append(of_block)
+        if collect is not None:
+            collect(of_block)
     return segments
 
 

@@ -7,9 +7,9 @@ diffusers'.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,23 @@ KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of some tokens in one block, each [B or 1, N, H, D]."""
 
 BlockKeyValues = tuple[KeyValue, ...]
-"""Keys and values of the same tokens in every block, or of several segments in one block."""
+"""Keys and values of several segments in one block."""
+
+
+class KeyValues(Protocol):
+    """Keys and values of the same tokens in every block, read by the block's index: a list, or storage elsewhere."""
+
+    def __getitem__(self, index: int, /) -> KeyValue: ...
+
+    def __iter__(self) -> Iterator[KeyValue]: ...
+
+    def __len__(self) -> int: ...
+
+
+class KeyValueStore(KeyValues, Protocol):
+    """`KeyValues` that receive each block's keys and values in order."""
+
+    def append(self, kv: KeyValue, /) -> None: ...
 
 
 class Modulation(NamedTuple):

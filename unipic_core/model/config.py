@@ -26,9 +26,9 @@ def fixed_pieces(attention_form: str) -> tuple[str, ...]:
     return tuple(pieces[0] for pieces in SEGMENTS[attention_form] if TARGET not in pieces)
 
 
-def kv_cache_bytes(tokens: int, num_layers: int, width: int, itemsize: int) -> int:
+def kv_cache_bytes(tokens: int, num_layers: int, width: int, itemsize: float) -> int:
     """Memory of the keys and values of this many tokens, in bytes. itemsize: bytes of one number."""
-    return 2 * tokens * num_layers * width * itemsize
+    return round(2 * tokens * num_layers * width * itemsize)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ casting or quantised layers and another attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ..conditioning.sequence import PackedLatents, TextCond
 from .attention import Attention, scaled_dot_product_attention
 from .attention_forms import CachedKeyValues, Segment, Span, advance, key_mask, reference_tokens, spans, through_blocks
-from .blocks import Block, JointState, KeyValue, OutputNorm, TimeEmbedding
+from .blocks import Block, JointState, KeyValue, KeyValues, KeyValueStore, OutputNorm, TimeEmbedding
 from .config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig
 from .layers import Factory, Operations
 from .rope import Rotation, joint_positions, rotation
@@ -124,17 +124,24 @@ class MMDiT(MMDiTLayers):
         text: TextCond | None = None,
         additional_t_cond: Tensor | None = None,
         cache: CachedKeyValues | None = None,
+        store: Callable[[], KeyValueStore] = list,
     ) -> CachedKeyValues:
         """Compute the keys and values that are the same in every step; empty for the attention form "full".
 
         Without text: only those of the references, which serve every prompt. cache: keys and values already computed.
-        Those of the text depend on the references, and on the target's size, which its positions follow.
+        Those of the text depend on the references, and on the target's size, which its positions follow. store: makes
+        the sequence that receives one piece's keys and values block by block.
         """
         segments, past = self._segments(latents, None, text, additional_t_cond, cache or {})
-        key_values: list[list[KeyValue]] = []
-        through_blocks(self.transformer_blocks, segments, past, key_values=key_values)
-        by_segment = zip(segments, zip(*key_values, strict=True), strict=True)
-        return {**(cache or {}), **{segment.pieces[0]: kv for segment, kv in by_segment}}
+        stores = [store() for _ in segments]
+
+        def collect(of_block: Sequence[KeyValue]) -> None:
+            for stored, kv in zip(stores, of_block, strict=True):
+                stored.append(kv)
+
+        through_blocks(self.transformer_blocks, segments, past, collect=collect)
+        new = {segment.pieces[0]: stored for segment, stored in zip(segments, stores, strict=True)}
+        return {**(cache or {}), **new}
 
     def _segments(
         self,
@@ -143,12 +150,12 @@ class MMDiT(MMDiTLayers):
         text: TextCond | None,
         additional_t_cond: Tensor | None,
         cache: CachedKeyValues,
-    ) -> tuple[Sequence[Segment], list[Sequence[KeyValue]]]:
+    ) -> tuple[Sequence[Segment], list[KeyValues]]:
         """Segments to compute, and keys and values of the cached segments. t: None = without the target's segment."""
         places = spans(latents, text)
         rope = self.rope(latents, places[TEXT].stop, latents.tokens.device)
         segments: list[Segment] = []
-        past: list[Sequence[KeyValue]] = []
+        past: list[KeyValues] = []
         attended: list[Span] = []
         for pieces in SEGMENTS[self.config.attention_form]:
             start, stop = places[pieces[0]].start, places[pieces[-1]].stop

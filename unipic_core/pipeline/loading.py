@@ -12,6 +12,7 @@ from ..conditioning.sequence import PATCH
 from ..errors import CheckpointError, UniPicError
 from ..model.mmdit import MMDiT
 from ..run.kv_cache import max_kv_cache_bytes
+from ..run.kv_storage import CacheStorage
 from ..run.plan import resolve
 from ..sampling.schedules import Shift
 from ..weights.files import Weights
@@ -69,12 +70,14 @@ class OpenedPipeline:
         """Number of parameters that the condition encoder loads."""
         return encoder_parameters(self.encoder)
 
-    def sizes(self, dtype: torch.dtype, fp8: bool = False) -> PartSizes:
+    def sizes(self, dtype: torch.dtype, fp8: bool = False, cache: CacheStorage = CacheStorage()) -> PartSizes:
         """Bytes of all parts once loaded, from the files' headers. fp8: the network's matrices are stored in fp8.
 
-        The kv_cache is counted at the recipe's reference budget; it is 0 for the attention form "full".
+        The kv_cache is counted at the recipe's reference budget; it is 0 for the attention form "full", and
+        for a cache that is not on the device.
         """
         config, matrices = self.model.config, self.model.block_matrices.values()
+        itemsize = cache.itemsize(dtype, config.attention_head_dim) if cache.on_device else 0
         blocks, size = config.num_layers, torch.float8_e4m3fn.itemsize if fp8 else dtype.itemsize
         return PartSizes(
             network=(self.model.parameters - sum(matrices)) * dtype.itemsize,
@@ -83,7 +86,7 @@ class OpenedPipeline:
             restored=max(matrices, default=0) * dtype.itemsize if fp8 else 0,
             text_encoder=self.encoder_parameters * dtype.itemsize,
             vae=self.vae.parameters * dtype.itemsize,
-            kv_cache=max_kv_cache_bytes(config, resolve(self.model.recipe).reference_budget, dtype.itemsize),
+            kv_cache=max_kv_cache_bytes(config, resolve(self.model.recipe).reference_budget, itemsize),
         )
 
 
@@ -101,17 +104,31 @@ def check_storage(storage: str) -> None:
         raise UniPicError(f"the storage must be one of {', '.join(STORAGES)}, got {storage!r}")
 
 
-def memory_plan(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device, storage: str) -> MemoryPlan:
-    """Plan the memory of all parts before loading. storage: one of STORAGES. Raises UniPicError if they do not fit."""
+def memory_plan(
+    opened: OpenedPipeline,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str,
+    cache: CacheStorage = CacheStorage(),
+) -> MemoryPlan:
+    """Plan the memory of all parts before loading. storage: one of STORAGES. cache: of keys and values. Raises
+    UniPicError if they do not fit."""
     check_dtype(dtype)
     check_storage(storage)
-    return plan_memory(device, opened.sizes(dtype, holds_fp8(opened.model, storage)))
+    return plan_memory(device, opened.sizes(dtype, holds_fp8(opened.model, storage), cache))
 
 
-def load_parts(opened: OpenedPipeline, dtype: torch.dtype, device: torch.device | str, storage: str = "auto") -> Parts:
-    """Load all parts. storage: of the network's matrices, one of STORAGES. Raises UniPicError."""
+def load_parts(
+    opened: OpenedPipeline,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    storage: str = "auto",
+    cache: CacheStorage = CacheStorage(),
+) -> Parts:
+    """Load all parts. storage: of the network's matrices, one of STORAGES. cache: of keys and values. Raises
+    UniPicError."""
     device = checked_device(device)
-    planned = memory_plan(opened, dtype, device, storage)
+    planned = memory_plan(opened, dtype, device, storage, cache)
     folder, recipe = opened.folder, opened.model.recipe
     shift = read_shift(folder)
     with readable_out_of_memory(_MEMORY_ADVICE):

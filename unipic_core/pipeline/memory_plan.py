@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from ..errors import UniPicError
-
-WORKING_BYTES = 4 * 2**30
-"""Memory reserved for activations of network and VAE. A 1024x1024 output with six references in bfloat16 takes 0.7 GiB
-in the network and 1.3 GiB in the VAE, counted by tensors; the rest is for workspaces of kernels and fragmentation."""
+from ..run.memory import MEMINFO, WORKING_BYTES, gigabytes, meminfo
 
 ENCODER_BYTES = 2 * 2**30
 """Memory reserved for activations of the condition encoder."""
@@ -23,7 +17,7 @@ ENCODER_BYTES = 2 * 2**30
 MemoryInfo = Callable[[torch.device], tuple[int, int]]
 """device -> (free, total) bytes, as torch.cuda.mem_get_info."""
 
-_MEMINFO = Path("/proc/meminfo" if sys.platform == "linux" else os.devnull)
+_MEMINFO = MEMINFO
 
 
 @dataclass(frozen=True)
@@ -108,8 +102,8 @@ def _require_device_memory(device: torch.device, sizes: PartSizes, working: int,
     part, most = max(needed.items(), key=lambda entry: entry[1])
     if most > free:
         raise UniPicError(
-            f"{part} needs {_size(most)} with its activations, {device} has {_size(free)} free; close other programs "
-            'on it, run the weights in ComfyUI, or pass device="cpu"'
+            f"{part} needs {gigabytes(most)} with its activations, {device} has {gigabytes(free)} free; close other "
+            'programs on it, run the weights in ComfyUI, or pass device="cpu"'
         )
 
 
@@ -117,23 +111,15 @@ def _require_main_memory(sizes: PartSizes, total: int | None) -> None:
     needed = sum(sizes.parts.values())
     if total is not None and needed > total:
         raise UniPicError(
-            f"the weights need {_size(needed)} of main memory, this machine has {_size(total)} with its swap; store "
-            'the network in fp8 with storage="fp8", use torch.bfloat16, or a machine with more memory'
+            f"the weights need {gigabytes(needed)} of main memory, this machine has {gigabytes(total)} with its swap; "
+            'store the network in fp8 with storage="fp8", use torch.bfloat16, or a machine with more memory'
         )
 
 
 def main_memory() -> int | None:
     """Total bytes of main memory and swap; None where the system does not say (outside Linux)."""
     try:
-        lines = dict(
-            line.split(":", 1)
-            for line in _MEMINFO.read_text(encoding="ascii", errors="replace").splitlines()
-            if ":" in line
-        )
-        return sum(int(lines[name].split()[0]) * 1024 for name in ("MemTotal", "SwapTotal"))
-    except (OSError, ValueError, KeyError, IndexError):
+        memory = meminfo(_MEMINFO)
+        return memory["MemTotal"] + memory["SwapTotal"]
+    except KeyError:
         return None
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -21,6 +21,7 @@ from ..model.attention import attention_named
 from ..model.compile import compile_blocks
 from ..model.mmdit import MMDiT
 from ..run.kv_cache import KVCache
+from ..run.kv_storage import CacheStorage
 from ..run.plan import Plan, Request, Settings, plan, resolve
 from ..sampling.guidance import guided_velocity
 from ..sampling.samplers import Callback, NoiseSource, Velocity, sample_consistency, sample_euler
@@ -69,6 +70,7 @@ class UniPicPipeline:
         shift: Shift = Shift(),
         device: torch.device | str = "cpu",
         offload: bool = False,
+        cache: CacheStorage = CacheStorage(),
     ) -> None:
         self.transformer = transformer
         self.text_encoder = text_encoder
@@ -83,7 +85,7 @@ class UniPicPipeline:
         self._reference_cache: PictureCache[Tensor] = PictureCache(CACHED_REFERENCES)
         self._vision_cache: LRU[Tensor] = LRU(CACHED_VISION)
         self._text_cache: LRU[TextCond] = LRU(CACHED_TEXTS)
-        self._kv_cache = KVCache()
+        self._kv_cache = KVCache(cache)
         self._base_attention_form = transformer.config.attention_form
 
     @classmethod
@@ -96,17 +98,22 @@ class UniPicPipeline:
         attention: str = "sdpa",
         compile: bool = False,
         storage: str = "auto",
+        condition_cache: str = "auto",
+        cache_dtype: str = "auto",
     ) -> UniPicPipeline:
         """Load a pipeline folder; `transformer` replaces the network by that of another folder or file.
 
         attention: a name in attention.ATTENTIONS. compile: torch.compile for the network's blocks, minutes before the
         first step and faster steps after it. storage: of the network's matrices, one of STORAGES; "fp8" halves their
         memory. If a GPU cannot hold all parts, they take turns on it, and some of the network's blocks are copied from
-        main memory in every step. Raises UniPicError with the parts to download if some are missing; without a GPU pass
-        device="cpu".
+        main memory in every step. condition_cache, cache_dtype: place and numbers of the cached keys and values of a
+        causal network, names in CACHE_PLACES and CACHE_DTYPES (run/kv_storage.py). Raises UniPicError with the parts to
+        download if some are missing; without a GPU pass device="cpu".
         """
         check_machine(device, attention, compile)
-        return cls.from_opened(open_pipeline(folder, transformer), torch_dtype, device, attention, compile, storage)
+        cache = CacheStorage(condition_cache, cache_dtype)
+        opened = open_pipeline(folder, transformer)
+        return cls.from_opened(opened, torch_dtype, device, attention, compile, storage, cache)
 
     @classmethod
     def from_opened(
@@ -117,10 +124,11 @@ class UniPicPipeline:
         attention: str = "sdpa",
         compile: bool = False,
         storage: str = "auto",
+        cache: CacheStorage = CacheStorage(),
     ) -> UniPicPipeline:
         """Load like `from_pretrained` from an OpenedPipeline."""
         check_machine(device, attention, compile)
-        pipe = cls(**vars(load_parts(opened, torch_dtype, device, storage)))
+        pipe = cls(**vars(load_parts(opened, torch_dtype, device, storage, cache)), cache=cache)
         pipe._stored = opened.model.weights if holds_matrices_in_fp8(pipe.transformer) else None
         pipe.transformer.attention = attention_named(attention)
         if compile:
@@ -130,6 +138,15 @@ class UniPicPipeline:
     @property
     def device(self) -> torch.device:
         return self.placement.device
+
+    @property
+    def cache_storage(self) -> CacheStorage:
+        """Place and dtype of cached keys and values of a causal network; may be set between runs."""
+        return self._kv_cache.storage
+
+    @cache_storage.setter
+    def cache_storage(self, storage: CacheStorage) -> None:
+        self._kv_cache.storage = storage
 
     @property
     def recipe(self) -> Recipe:
@@ -162,10 +179,10 @@ class UniPicPipeline:
         return report
 
     def clear_cache(self) -> None:
-        """Empty the caches of encoded references, prompts, and keys and values.
+        """Empty the caches of encoded references, prompts, and keys and values, for example to free their memory.
 
-        Needed only after writing to weights that were loaded in torch.inference_mode by other means than load_lora; all
-        other changes of weights and parts are detected.
+        Changed weights and parts are detected (`WeightsKey`), except a few values that are written through `.data` or
+        to weights that were loaded in torch.inference_mode.
         """
         self._reference_cache.clear()
         self._vision_cache.clear()
@@ -288,7 +305,7 @@ class UniPicPipeline:
 
     def _encode_text(self, references: list[Image.Image], prompt: str) -> TextCond:
         """Encode a prompt; the vision tower runs once for all prompts with the same references."""
-        encoder, weights = self.text_encoder, WeightsKey(self.text_encoder.network)
+        encoder, weights = self.text_encoder, WeightsKey(self.text_encoder.network, sampled=True)
         pictures = tuple(image_key(r) for r in references)
 
         def encode() -> TextCond:
@@ -306,7 +323,7 @@ class UniPicPipeline:
             latents: Tensor = self._use("vae").encode(pixels)
             return latents.split(1)
 
-        return self._reference_cache.encode(references, WeightsKey(self.vae.model), encode)
+        return self._reference_cache.encode(references, WeightsKey(self.vae.model, sampled=True), encode)
 
     def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, settings: Settings) -> Velocity:
         """Velocity function (x_t, t) -> v in float32, guided if there is an unconditional text."""

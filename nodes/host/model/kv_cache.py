@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +18,34 @@ from torch import Tensor
 from ....unipic_core.caching import TensorCache
 from ....unipic_core.conditioning.sequence import PATCH
 from ....unipic_core.errors import UniPicError
-from ....unipic_core.model.blocks import BlockKeyValues
-from ....unipic_core.model.config import FULL, REFERENCES, TEXT, fixed_pieces
+from ....unipic_core.model.blocks import KeyValues, KeyValueStore
+from ....unipic_core.model.config import FULL, REFERENCES, TEXT, fixed_pieces, kv_cache_bytes
 from ....unipic_core.run.kv_cache import is_reusable
+from ....unipic_core.run.kv_storage import (
+    AUTO,
+    CACHE_PLACES,
+    COMPUTED,
+    CPU,
+    INT8,
+    OFF,
+    CacheStorage,
+    StoredKeyValues,
+)
 from .inputs import NetworkInputs
 
-ATTENTION_FORM, KV_CACHE, TIME_ROUNDING = OPTION_KEYS = (
+ATTENTION_FORM, KV_CACHE, TIME_ROUNDING, CACHE_DTYPE = OPTION_KEYS = (
     "unipic_attention_form",
     "unipic_kv_cache",
     "unipic_time_rounding",
+    "unipic_cache_dtype",
 )
 """Keys of transformer_options, and keyword arguments of the network: an attention form in place of the config's, one of
-KV_CACHE_MODES, and one of ROUNDINGS (sampling/schedules.py)."""
+KV_CACHE_MODES, one of ROUNDINGS (sampling/schedules.py), and one of CACHE_DTYPES (run/kv_storage.py)."""
 
-KV_CACHE_MODES = AUTO, OFF, APPROXIMATE = "auto", "off", "approximate"
-"""Causal forms: cache what no step changes, or compute it in every step. Form "full": reuse references' keys and values
-while t moves little."""
+APPROXIMATE = "approximate"
+KV_CACHE_MODES = (*CACHE_PLACES, APPROXIMATE)
+"""Causal forms: place of what no step changes, or off to compute it in every step. Form "full": reuse references' keys
+and values while t moves little."""
 
 KEY = "unipic"
 
@@ -46,6 +59,11 @@ same ones; and tokens that each conditioning caches for itself."""
 REFERENCE_SETS = 2
 """Sets of references whose keys and values are cached: a positive and a negative may have different ones."""
 
+NO_ROOM = (
+    "the device has no memory left for the keys and values of the condition: they are computed again in every step, "
+    "which is slower; use a smaller reference budget, condition_cache cpu, or cache_dtype int8"
+)
+
 TEXTS = 4
 """Texts whose keys and values are cached: two with guidance, and a few for conditionings of an area or a time range."""
 
@@ -55,7 +73,7 @@ class ApproximateReferences:
     """References' keys and values of the form "full", as computed at time t."""
 
     t: float = math.nan
-    key_values: BlockKeyValues = ()
+    key_values: KeyValues = ()
 
     def valid_at(self, t: float) -> bool:
         return bool(self.key_values) and is_reusable(self.t, t)
@@ -65,12 +83,13 @@ class KVCache:
     """Keys and values of one run. Outside a run nothing is cached, and every call computes them."""
 
     def __init__(self) -> None:
-        self.exact: dict[str, TensorCache[BlockKeyValues]] = {
+        self.exact: dict[str, TensorCache[KeyValues]] = {
             REFERENCES: TensorCache(REFERENCE_SETS),
             TEXT: TensorCache(TEXTS),
         }
         self.approximate: TensorCache[ApproximateReferences] = TensorCache(TEXTS)
         self._patcher: Any = None
+        self._full = False
 
     def begin_run(self, patcher: ModelPatcher) -> None:
         """Empty the cache for a run with the weights of this ModelPatcher."""
@@ -82,7 +101,7 @@ class KVCache:
         for cache in self.exact.values():
             cache.clear()
         self.approximate.clear()
-        self._patcher = None
+        self._patcher, self._full = None, False
 
     def may_cache(self, inputs: NetworkInputs) -> bool:
         """True during a run whose weights do not change; hooks on weights and TrainLoraNode change them."""
@@ -90,9 +109,28 @@ class KVCache:
             return False
         return inputs.options.get(KV_CACHE) != OFF
 
-    def get(self, piece: str, inputs: NetworkInputs, compute: Callable[[], BlockKeyValues]) -> BlockKeyValues:
-        """Keys and values of REFERENCES or TEXT in every block, from the cache or computed."""
-        return self.exact[piece].get(*inputs.cache_key(piece), compute)
+    def get(self, piece: str, inputs: NetworkInputs, compute: Callable[[KeyValueStore], None]) -> KeyValues | None:
+        """Keys and values of REFERENCES or TEXT in every block, from the cache or computed into it.
+
+        None if they do not fit into the device's memory; then nothing more is cached in this run.
+        """
+
+        def stored() -> KeyValues:
+            store = new_store(inputs)
+            compute(store)
+            return store
+
+        if self._full:
+            return None
+        try:
+            return self.exact[piece].get(*inputs.cache_key(piece), stored)
+        except management.OOM_EXCEPTION:
+            self._full = True
+        for cache in self.exact.values():
+            cache.clear()
+        management.soft_empty_cache()
+        logging.warning("UniPic: %s", NO_ROOM)
+        return None
 
     def approximate_references(self, inputs: NetworkInputs) -> ApproximateReferences | None:
         """The reusable references for these inputs, separate for each text; None unless APPROXIMATE was chosen."""
@@ -100,6 +138,21 @@ class KVCache:
         if not chosen or not inputs.has_references or not self.may_cache(inputs):
             return None
         return self.approximate.get(*inputs.cache_key(TEXT), ApproximateReferences)
+
+
+def new_store(inputs: NetworkInputs) -> StoredKeyValues:
+    """Empty storage for keys and values, in the place and the dtype of these inputs' options."""
+    device = inputs.latents.tokens.device
+    place = torch.device("cpu") if inputs.options.get(KV_CACHE) == CPU else device
+    return StoredKeyValues(place, inputs.options.get(CACHE_DTYPE) == INT8)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a cache and the activations may take: main memory that is free; of a GPU all, since ComfyUI moves
+    weights away for the memory that a model asks for."""
+    if management.is_device_cpu(device):
+        return int(management.get_free_memory(device))
+    return int(management.get_total_memory(device) - management.extra_reserved_memory())
 
 
 def cache_during_runs(patcher: ModelPatcher) -> None:
@@ -113,24 +166,74 @@ def cache_during_runs(patcher: ModelPatcher) -> None:
 
     patcher.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, lambda p, *_: kv_cache(p).begin_run(p))
     patcher.add_callback_with_key(CallbacksMP.ON_CLEANUP, KEY, lambda p, *_: kv_cache(p).end_run())
-    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _count_cached_tokens)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, _plan_cache)
 
 
-def _count_cached_tokens(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Wrapper of a guider's whole run: sets CACHED_TOKENS of each conditioning; equal references count once."""
+def _plan_cache(executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Wrapper of a guider's whole run: resolves the place of its cache and sets CACHED_TOKENS of each conditioning."""
     guider = executor.class_obj
-    options = guider.model_options.get("transformer_options", {})
+    options = guider.model_options.setdefault("transformer_options", {})  # ComfyUI's copy for this run
+    counts = _cached_tokens(guider, options, len(noise))
+    place = resolved_mode(guider.model_patcher, options, counts)
+    options[KV_CACHE] = place
+    ratio = (
+        0.0
+        if place in (CPU, OFF)
+        else _itemsize(guider.model_patcher, options, stored=True) / _itemsize(guider.model_patcher, options)
+    )
+    for cond, tokens in counts:
+        cond[CACHED_TOKENS] = {name: [1, math.ceil(count * ratio)] for name, count in tokens.items()} if ratio else {}
+    return executor(noise, *args, **kwargs)
+
+
+def _cached_tokens(guider: CFGGuider, options: Mapping[str, Any], pictures: int) -> list[tuple[Any, dict[str, int]]]:
+    """Each conditioning of a run with its `cached_tokens`; equal references count once."""
     form = options.get(ATTENTION_FORM) or guider.model_patcher.model.diffusion_model.config.attention_form
     counted: list[Mapping[str, Any]] = []
+    result = []
     for name, conds in guider.conds.items():
-        pictures = 0 if name == "negative" and _skips_negative(guider) else len(noise)
+        evaluated = 0 if name == "negative" and _skips_negative(guider) else pictures
         for cond in conds:
-            shapes = cond[CACHED_TOKENS] = cached_token_shapes(cond, form, options.get(KV_CACHE, AUTO), pictures)
-            if SHARED in shapes and any(_same_references(cond, other) for other in counted):
-                del shapes[SHARED]
-            elif SHARED in shapes:
+            tokens = cached_tokens(cond, form, options.get(KV_CACHE, AUTO), evaluated)
+            if SHARED in tokens and any(_same_references(cond, other) for other in counted):
+                del tokens[SHARED]
+            elif SHARED in tokens:
                 counted.append(cond)
-    return executor(noise, *args, **kwargs)
+            result.append((cond, tokens))
+    return result
+
+
+def resolved_mode(
+    patcher: ModelPatcher, options: Mapping[str, Any], counts: Sequence[tuple[Any, Mapping[str, int]]]
+) -> str:
+    """The mode for a run: AUTO becomes GPU, CPU or OFF by the memory that its tokens need; OFF too, with a line in the
+    log, where they do not fit."""
+    mode = options.get(KV_CACHE, AUTO)
+    storage = CacheStorage(AUTO if mode == APPROXIMATE else mode, options.get(CACHE_DTYPE, COMPUTED))
+    config = patcher.model.diffusion_model.config
+    tokens = total_tokens(tokens for _, tokens in counts)
+    size = kv_cache_bytes(tokens, config.num_layers, config.width, _itemsize(patcher, options, stored=True))
+    if not size or mode == OFF:
+        return mode
+    place = storage.resolve(size, patcher.load_device, free_memory)
+    if place == OFF:
+        logging.warning("UniPic: %s", storage.no_room(size, patcher.load_device, free_memory))
+    return place if mode != APPROXIMATE or place == OFF else mode
+
+
+def total_tokens(counts: Iterable[Mapping[str, int]]) -> int:
+    """Tokens whose keys and values are in memory at once: the largest sets of references, and all separate tokens."""
+    counts = list(counts)
+    shared = sorted(tokens.get(SHARED, 0) for tokens in counts)
+    return sum(shared[-REFERENCE_SETS:]) + sum(tokens.get(SEPARATE, 0) for tokens in counts)
+
+
+def _itemsize(patcher: ModelPatcher, options: Mapping[str, Any], stored: bool = False) -> float:
+    """Bytes of one key or value as the network computes it, or as it is stored."""
+    dtype = patcher.model.get_dtype_inference()
+    head_dim = patcher.model.diffusion_model.config.attention_head_dim
+    storage = CacheStorage(dtype=options.get(CACHE_DTYPE, COMPUTED) if stored else COMPUTED)
+    return storage.itemsize(dtype, head_dim)
 
 
 def _same_references(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
@@ -151,8 +254,8 @@ def _skips_negative(guider: CFGGuider) -> bool:
     return stock and math.isclose(guider.cfg, 1.0) and not guider.model_options.get("disable_cfg1_optimization")
 
 
-def cached_token_shapes(cond: Mapping[str, Any], form: str, mode: str, pictures: int) -> dict[str, list[int]]:
-    """SHARED and SEPARATE -> [1, tokens] whose keys and values stay in memory during a run.
+def cached_tokens(cond: Mapping[str, Any], form: str, mode: str, pictures: int) -> dict[str, int]:
+    """SHARED and SEPARATE -> number of tokens whose keys and values are cached during a run.
 
     cond: a conditioning with its cross_attn and reference_latents. mode: one of KV_CACHE_MODES. pictures: of the run's
     batch, those for which it is evaluated.
@@ -162,18 +265,19 @@ def cached_token_shapes(cond: Mapping[str, Any], form: str, mode: str, pictures:
     sides = [z.shape[-2:] for z in cond.get("reference_latents") or ()]
     references = sum(math.ceil(height / PATCH) * math.ceil(width / PATCH) for height, width in sides)
     if form == FULL:  # references attend to the target, so their keys and values differ for each picture of the batch
-        return {SEPARATE: [1, references * pictures]} if mode == APPROXIMATE else {}
+        return {SEPARATE: references * pictures} if mode == APPROXIMATE else {}
     text = cond.get("cross_attn") if TEXT in fixed_pieces(form) else None
-    return {SHARED: [1, references], SEPARATE: [1, 0 if text is None else text.shape[1]]}
+    return {SHARED: references, SEPARATE: 0 if text is None else text.shape[1]}
 
 
-def with_kv_cache(model: ModelPatcher, mode: str) -> Any:
-    """A clone of a MODEL whose network caches in one of KV_CACHE_MODES.
+def with_kv_cache(model: ModelPatcher, mode: str, dtype: str = COMPUTED) -> Any:
+    """A clone of a MODEL whose network caches in one of KV_CACHE_MODES, in one of CACHE_DTYPES.
 
-    UniPicError for APPROXIMATE with a network that has no such cache.
+    UniPicError for unknown names, and for APPROXIMATE with a network that has no such cache.
     """
     if mode not in KV_CACHE_MODES:
         raise UniPicError(f"condition_cache must be one of {', '.join(KV_CACHE_MODES)}, got {mode!r}")
+    CacheStorage(dtype=dtype)  # checks the name
     clone = model.clone()
     has_cache = isinstance(getattr(model.model.diffusion_model, "kv_cache", None), KVCache)
     if mode == APPROXIMATE and not has_cache:
@@ -181,5 +285,6 @@ def with_kv_cache(model: ModelPatcher, mode: str) -> Any:
             "condition_cache approximate expects a model from Load UniPic, got ComfyUI's own Qwen-Image network; "
             "choose auto, or load the model with Load UniPic"
         )
-    clone.model_options.setdefault("transformer_options", {})[KV_CACHE] = mode
+    options = clone.model_options.setdefault("transformer_options", {})
+    options |= {KV_CACHE: mode, CACHE_DTYPE: dtype}
     return clone

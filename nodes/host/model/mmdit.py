@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ....unipic_core.conditioning.sequence import PATCH, PackedLatents, unpack_latents
 from ....unipic_core.model.attention_forms import Segment, Step, advance, through_blocks
-from ....unipic_core.model.blocks import BlockKeyValues, KeyValue
+from ....unipic_core.model.blocks import KeyValue, KeyValues, KeyValueStore
 from ....unipic_core.model.config import REFERENCE_CAUSAL, REFERENCES, SEGMENTS, TEXT, MMDiTConfig
 from ....unipic_core.model.layers import Operations
 from ....unipic_core.model.mmdit import MMDiTLayers
 from ....unipic_core.sampling.schedules import rounded_time
 from .attention import HookedState, Options, attention_on, check_patches, rotation_matrices, text_bias
 from .inputs import NetworkInputs, checked_method, checked_text, packed, positions
-from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, KVCache
+from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, KVCache, new_store
 
 
 def network_options(config: MMDiTConfig) -> Options:
@@ -128,7 +128,7 @@ class ComfyMMDiT(MMDiTLayers):
         timestep: Tensor,
         inputs: NetworkInputs,
         earlier: Sequence[Segment],
-        past: Sequence[BlockKeyValues],
+        past: Sequence[KeyValues],
         options: Options,
         control: dict[str, object] | None,
         method: str,
@@ -156,12 +156,13 @@ class ComfyMMDiT(MMDiTLayers):
             return_kv=approximate is not None,
         )
         target = Segment(pieces, img, txt, temb, state, latents.num_target_tokens)
-        key_values: list[list[KeyValue]] | None = None if approximate is None else []
+        stored = None if approximate is None else new_store(inputs)
+        collect = None if stored is None else partial(_append_references, stored)
         step = self._step_with_hooks(x, options, control)
-        target = through_blocks(self.transformer_blocks, [*earlier, target], past, step, key_values)[-1]
+        target = through_blocks(self.transformer_blocks, [*earlier, target], past, step, collect)[-1]
         assert target.img is not None  # the target's segment has image tokens
-        if approximate is not None and key_values and all(key_values):  # a replaced block returns none
-            approximate.t, approximate.key_values = float(timestep[0]), tuple(kv for (kv,) in key_values)
+        if approximate is not None and stored is not None and len(stored) == len(self.transformer_blocks):
+            approximate.t, approximate.key_values = float(timestep[0]), stored
         velocity = self.proj_out(self.norm_out(target.img[:, : latents.num_target_tokens], temb[: x.shape[0]]))
         velocity = unpack_latents(velocity, latents.shapes[0][0])[..., : x.shape[-2], : x.shape[-1]]
         return velocity if x.ndim == 5 else velocity[:, :, 0]
@@ -216,25 +217,29 @@ class ComfyMMDiT(MMDiTLayers):
 
     # --- references and text that no step changes ---
 
-    def _earlier_segments(self, inputs: NetworkInputs) -> tuple[list[Segment], list[BlockKeyValues]]:
+    def _earlier_segments(self, inputs: NetworkInputs) -> tuple[list[Segment], list[KeyValues]]:
         """The segments before the target's: to be computed in this step, or their cached keys and values.
 
         Computed ones go through each block just before the target, so each block's keys and values are freed after it.
         """
         segments = [piece for (piece,) in SEGMENTS[inputs.attention_form][:-1]]
         pieces = [piece for piece in segments if piece != REFERENCES or inputs.has_references]
-        if not pieces or not self.kv_cache.may_cache(inputs):
-            return [self._segment(piece, inputs) for piece in pieces], []
-        past: list[BlockKeyValues] = []
-        for piece in pieces:
-            past.append(self.kv_cache.get(piece, inputs, partial(self._prefill, piece, inputs, tuple(past))))
-        return [], past
+        past: list[KeyValues] = []
+        for piece in pieces if self.kv_cache.may_cache(inputs) else ():
+            cached = self.kv_cache.get(piece, inputs, partial(self._prefill, piece, inputs, tuple(past)))
+            if cached is None:
+                break
+            past.append(cached)
+        return [self._segment(piece, inputs) for piece in pieces[len(past) :]], past
 
-    def _prefill(self, piece: str, inputs: NetworkInputs, past: Sequence[BlockKeyValues]) -> BlockKeyValues:
-        """Keys and values of references or text in every block."""
-        key_values: list[list[KeyValue]] = []
-        through_blocks(self.transformer_blocks, [self._segment(piece, inputs)], past, key_values=key_values)
-        return tuple(kv for (kv,) in key_values)
+    def _prefill(self, piece: str, inputs: NetworkInputs, past: Sequence[KeyValues], store: KeyValueStore) -> None:
+        """Compute the keys and values of references or text in every block into the store."""
+
+        def collect(of_block: list[KeyValue]) -> None:
+            [kv] = of_block
+            store.append(kv)
+
+        through_blocks(self.transformer_blocks, [self._segment(piece, inputs)], past, collect=collect)
 
     def _segment(self, piece: str, inputs: NetworkInputs) -> Segment:
         """References or text before the first block; of one sample where the whole batch shares them."""
@@ -283,6 +288,12 @@ class ComfyMMDiT(MMDiTLayers):
     def _positions(self, latents: PackedLatents, words: int, device: torch.device, method: str) -> Tensor:
         """Positions [B, L + S, 3], text first; patches may change them."""
         return positions(latents, words, self.config.use_layer3d_rope, method).to(device)
+
+
+def _append_references(store: KeyValueStore, of_block: list[KeyValue]) -> None:
+    """Store one block's keys and values; a replaced block returns none."""
+    for kv in of_block:
+        store.append(kv)
 
 
 def _references_of(kv: KeyValue, target: Segment) -> KeyValue:

@@ -16,7 +16,8 @@ from unipic_core.errors import UniPicError
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.vae import ImageVAE, VAEConfig
 from unipic_core.pipeline import memory_plan
-from unipic_core.pipeline.memory_plan import WORKING_BYTES, MemoryPlan, PartSizes, main_memory, plan_memory
+from unipic_core.pipeline.memory_plan import MemoryPlan, PartSizes, main_memory, plan_memory
+from unipic_core.run.memory import WORKING_BYTES
 from unipic_core.weights.stored import Storage
 
 CUDA, CPU, GIB = torch.device("cuda"), torch.device("cpu"), 2**30

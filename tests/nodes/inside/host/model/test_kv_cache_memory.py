@@ -137,6 +137,30 @@ def test_the_estimate_takes_the_negative_where_a_guider_may(
     assert estimates[1] - estimates[0] == pytest.approx(kv_cache_bytes(4, config.num_layers, config.width, 4))
 
 
+@pytest.mark.parametrize(("place", "dtype"), [("gpu", "int8"), ("auto", "int8"), ("cpu", "auto"), ("cpu", "int8")])
+@pytest.mark.parametrize("form", CAUSAL)
+def test_the_estimate_counts_what_is_on_the_device(
+    form: str, place: str, dtype: str, causal_models: dict[str, Any], estimates: list[float], monkeypatch: Any
+) -> None:
+    """int8 with a float32 scale for each head of each token; a cache in main memory is not the device's."""
+    stored: list[int] = []
+    original = kv_cache.KVCache.end_run
+
+    def watched(self: Any) -> None:
+        stored.append(sum(value.nbytes for cache in self.exact.values() for value in cache.values()))
+        original(self)
+
+    monkeypatch.setattr(kv_cache.KVCache, "end_run", watched)
+    model = kv_cache.with_kv_cache(causal_models[form], place, dtype)
+    run(model)
+    config = model.model.diffusion_model.config
+    itemsize = 4 if dtype == "auto" else 1 + 4 / config.attention_head_dim
+    texts = 0 if form == "reference_causal" else 9
+    assert max(stored) == kv_cache_bytes(15 + 12 + texts, config.num_layers, config.width, itemsize)
+    whole_tokens = 2 * kv_cache_bytes(1, config.num_layers, config.width, 4)  # counted up for references and text
+    assert 0 <= estimates[0] - (0 if place == "cpu" else max(stored)) <= whole_tokens
+
+
 def test_odd_references_are_counted_in_whole_tokens() -> None:
     cond = {"cross_attn": torch.zeros(1, 7, 8), "reference_latents": [torch.zeros(1, 16, 1, 5, 7)]}
-    assert kv_cache.cached_token_shapes(cond, "prefix_causal", "auto", 1) == {SHARED: [1, 3 * 4], SEPARATE: [1, 7]}
+    assert kv_cache.cached_tokens(cond, "prefix_causal", "auto", 1) == {SHARED: 3 * 4, SEPARATE: 7}
