@@ -84,3 +84,13 @@ def test_plain_persons_have_their_things_in_the_order_of_the_items(bank: Bank, t
         words = {"hold": "holding", "wear": "wearing", "front": "in front"}
         relation = scene.items[1].relation
         assert words.get(relation, relation.split("-")[-1]) in scene.instruction
+
+
+def test_any_object_is_worn_in_a_lesson(bank: Bank) -> None:
+    """Where hats alone are worn, a network knows them by sight and needs no number."""
+    drawn = scenes(bank, 60, task="plain_four")
+    worn = [item.asset for scene in drawn for item in scene.items if item.relation == "wear"]
+    assert len({asset.key for asset in worn}) > 5
+    assert not all(asset.is_hat for asset in worn)
+    assert all(len({item.asset.family for item in scene.items[1:]}) == 2 for scene in drawn)
+    assert all(render(bank, scene).placements[1].mask.mean() > 0 for scene in drawn[:8])
