@@ -92,7 +92,10 @@ class NetworkConfig:
     attention_form: the student's attention form; absent: that of its starting weights. Teacher and fake score keep the
     base's.
     weights: storage type of the base in memory; fp8 and nf4 only with adapters. block_swap: number of last blocks that
-    stay in main memory and are copied to the GPU on use. shard: shard networks over all processes (FSDP2).
+    stay in main memory and are copied to the GPU on use. shard: shard networks over processes (FSDP2): those that train
+    with their gradients and optimizer states, or the frozen base of adapters, which stay whole in every process.
+    shard_over: number of neighbouring processes that share one copy, such as those of a machine (0: all processes).
+    gather: dtype in which the weights of trained networks are sent, "fp32" or "bf16"; auto: bf16 where precision is.
     """
 
     model: str
@@ -105,6 +108,8 @@ class NetworkConfig:
     gradient_checkpointing: bool = False
     block_swap: int = 0
     shard: bool = False
+    shard_over: int = 0
+    gather: str = "auto"
 
     def __post_init__(self) -> None:
         one_of(self, "weights", ("fp32", "bf16", "fp8", "nf4"))
@@ -124,8 +129,31 @@ class NetworkConfig:
             raise ConfigError(
                 f"adapter.type {self.adapter.type} cannot be used with weights nf4; use fp8, or type lora"
             )
-        if self.adapter is not None and self.shard:
-            raise ConfigError("shard is for full-parameter training; remove the adapter section or shard")
+        self._check_sharding()
+
+    def _check_sharding(self) -> None:
+        one_of(self, "gather", ("auto", "fp32", "bf16"))
+        at_least(self, 0, "shard_over")
+        if not self.shard:
+            for key, value, default in (("shard_over", self.shard_over, 0), ("gather", self.gather, "auto")):
+                if value != default:
+                    raise ConfigError(f"{key} is for sharded networks, got {value}; set shard to true, or remove it")
+        if self.shard_over == 1:
+            raise ConfigError("shard_over must be at least 2, or 0 for all processes, got 1; set shard to false")
+        if self.shard and self.block_swap:
+            raise ConfigError("block_swap cannot be used with shard, got both; set block_swap to 0, or shard to false")
+        if self.shard and self.adapter is not None and self.adapter.type == "dora":
+            raise ConfigError("adapter.type dora needs whole weights of the base, got shard true; use another type")
+        if self.adapter is not None and self.gather != "auto":
+            raise ConfigError(
+                f"gather is for trained networks, got {self.gather} with adapters, whose base is sent as it is stored "
+                "(weights); remove it"
+            )
+
+    @property
+    def shards_trained(self) -> bool:
+        """True if the trained parameters are sharded, not only the frozen base of adapters."""
+        return self.shard and self.adapter is None
 
 
 @dataclass(frozen=True)
@@ -234,6 +262,8 @@ class RunConfig:
             )
         self._check_validation()
         self._check_export()
+        if self.network is not None and self.network.gather == "bf16" and self.precision != "bf16":
+            raise ConfigError(f"network.gather bf16 needs precision bf16, got precision {self.precision}")
         self._check_optimizers()
         adapter = None if self.network is None else self.network.adapter
         if adapter is not None and adapter.type == "loha" and self.consistency and self.consistency.tangent == "jvp":
@@ -244,7 +274,7 @@ class RunConfig:
 
     def _check_optimizers(self) -> None:
         for options in (self.optimizer, *([self.dmd.optimizer] if self.dmd else [])):
-            if self.network is not None and self.network.shard:
+            if self.network is not None and self.network.shards_trained:
                 if options.muon_lr:
                     raise ConfigError(
                         "muon_lr needs whole matrices, which network.shard splits over processes; set muon_lr to 0"

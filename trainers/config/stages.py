@@ -34,14 +34,25 @@ def stage_of(common: Mapping[str, Any], stage: Mapping[str, Any], i: int) -> dic
     if "steps" not in stage:
         raise ConfigError(f"stages[{i}] needs steps")
     values = merged(common, {k: v for k, v in stage.items() if k != "name"})
-    data = values.get("data", {})
+    data, of_stage = section_of(values, i), section_of(stage, i)
     for key, others in (("sources", ("folder", "path", "kind")), ("folder", ("sources", "alternate"))):
-        if key in stage.get("data", {}):  # one set in place of several, or several in place of one
-            data = {k: v for k, v in data.items() if k not in others or k in stage["data"]}
+        if key in of_stage:  # one set in place of several, or several in place of one
+            data = {k: v for k, v in data.items() if k not in others or k in of_stage}
     name = str(stage.get("name", data.get("reference_budget", i + 1)))
     if not name.replace("-", "").replace("_", "").isalnum():
         raise ConfigError(f"stages[{i}].name must be of letters, digits, - and _, got {displayed(name)}")
     return {**values, "data": data, "stage": name, "output": f"{common.get('output')}/stage-{i + 1}-{name}"}
+
+
+def section_of(stage: Mapping[str, Any], i: int) -> Mapping[str, Any]:
+    """The data section of stage i. Raises ConfigError if it is none."""
+    data = stage.get("data", {})
+    if not isinstance(data, dict):
+        raise ConfigError(f"stages[{i}].data must be a section of keys and values, got {displayed(data)}")
+    sources = data.get("sources") or ()
+    if not isinstance(sources, (list, tuple)) or not all(isinstance(source, dict) for source in sources):
+        raise ConfigError(f"stages[{i}].data.sources must be a list of sections, got {displayed(sources)}")
+    return data
 
 
 def merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, Any]:
@@ -58,7 +69,7 @@ def check_folders(stages: Sequence[Mapping[str, Any]]) -> None:
     sizes: dict[str, tuple[str, Any]] = {}
     for stage in stages:
         data = stage.get("data", {})
-        for source in data.get("sources", [data]):
+        for source in data.get("sources") or [data]:
             folder = source.get("folder")
             size = tuple(source.get(key, data.get(key)) for key in ("size", "reference_budget"))
             name, first = sizes.setdefault(str(folder), (stage["stage"], size))

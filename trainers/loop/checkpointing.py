@@ -177,9 +177,9 @@ def remove_leftovers(output: Path) -> None:
 NO_CHANGE = (
     *("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens"),
     *("export", "validation.every", "validation.rows", "validation.draws"),
-    *("bad_samples", "trackers", "data.workers", "data.bad_rows"),
+    *("bad_samples", "trackers", "data.workers", "data.bad_rows", "network.shard_over"),
 )
-"""Config keys that change no numbers of a run (max_tokens: only rounding; bad_samples: where one stopped it)."""
+"""Config keys that change no numbers of a run (max_tokens and shard_over: rounding; bad_samples: where it stopped)."""
 
 
 def changed_keys(before: object, now: object, where: str = "") -> list[str]:

@@ -100,7 +100,7 @@ def train(
     parts = make_parts(config, method)
     averaged = method.averaged()
     averages, contents = [average for average, _ in averaged], getattr(method, "data_contents", "")
-    state = State(list(parts.values()), averages, contents, method.sharded)
+    state = State(list(parts.values()), averages, contents, method.shards_trained)
     start = resume(accelerator, state, output, config, allow_change)
     if not start and start_from is not None:
         start_from_checkpoint(accelerator, state, start_from)
@@ -146,7 +146,7 @@ def train(
     log.close()
     if export_folder is not None:
         with evaluated(optimizers):
-            write_exports(accelerator, method.exports(), export_folder, method.sharded)
+            write_exports(accelerator, method.exports(), export_folder, method.shards_trained)
     accelerator.end_training()
     return export_folder or output
 

@@ -55,7 +55,10 @@ class Method(Protocol):
     """Largest number of updates in a step."""
 
     sharded: bool
-    """True for networks sharded over the processes, which then all take part in previews and exports."""
+    """True for networks sharded over the processes, which then all take part in previews."""
+
+    shards_trained: bool
+    """True if the trained parameters are among them: all processes take part in exports and checkpoints."""
 
     def place(self, device: torch.device, share: Share) -> None:
         """Move networks to the device and set this process's share of batches."""

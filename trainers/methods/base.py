@@ -63,7 +63,7 @@ class NetworkTraining:
         self.network_config, self.data = required(config.network), required(config.data)
         self.preview_config = required(config.preview)
         trained, frozen = roles_of(config)
-        self.roles = roles or load_roles(self.network_config, trained, frozen, config.seed)
+        self.roles = roles or load_roles(self.network_config, trained, frozen, config.seed, config.precision)
         require_roles(self.roles, trained, frozen)
         self.folder, self.base = (
             Path(self.network_config.model),
@@ -73,7 +73,7 @@ class NetworkTraining:
         self.encoder = self.frozen_encoder()
         self.open_data()
         self.device, self.share = torch.device("cpu"), Share()
-        self.sharded = self.network_config.shard
+        self.sharded, self.shards_trained = self.network_config.shard, self.network_config.shards_trained
 
     def open_data(self) -> None:
         """Open the cached samples, and choose held-out rows, the order of training rows and the preview samples."""

@@ -52,7 +52,7 @@ class VAETraining:
     """Training of the 2-D VAE, which is exact for single pictures; exported in the video layout."""
 
     slots = 1
-    sharded = False
+    sharded = shards_trained = False
 
     def __init__(self, config: RunConfig) -> None:
         self.options, self.config = required(config.vae), config

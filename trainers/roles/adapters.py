@@ -79,11 +79,23 @@ def initialise(layers: Mapping[str, Any], names: Iterable[str], seed: int) -> No
     for name in names:
         for layer in layers.values():
             for _, part, p in layer_parameters(layer, name):
+                if p.is_meta:  # over a base that is sharded and filled later
+                    p = renewed(layer, part, name, p.shape)
                 p.data = torch.zeros(p.shape)
                 if part == "lora_magnitude_vector":
                     p.data = layer.get_base_layer().weight.detach().float().norm(dim=1)
                 elif part not in FIRST_ZERO:
                     nn.init.kaiming_uniform_(p.data, a=5**0.5, generator=generator)
+
+
+def renewed(layer: Any, part: str, role: str, shape: torch.Size) -> nn.Parameter:
+    """A new parameter in main memory in the place of one part of a role's adapter."""
+    held, p = getattr(layer, part), nn.Parameter(torch.empty(shape))
+    if isinstance(layer, LoraLayer):
+        held[role].weight = p
+    else:
+        held[role] = p
+    return p
 
 
 def file_layer(layer: Any, role: str, alpha: float) -> LoRALayer:

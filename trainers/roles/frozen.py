@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from unipic_core.model.attention import attention_named
+from unipic_core.model.block_swap import swap_blocks
 from unipic_core.model.layers import set_parameters
 from unipic_core.model.mmdit import MMDiT
+from unipic_core.model.pinned import pinned
 from unipic_core.model.stored import StoredLinear
 from unipic_core.weights.convert import quantise_fp8
 from unipic_core.weights.transformer import is_block_matrix, open_transformer
 
 from ..config.run import ConfigError, NetworkConfig
+from .sharding import Sharding, fill_share, is_main_process, mesh_of, several_processes, split
 
 TENSOR_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "nf4": torch.uint8}
 """Storage dtype of a weight -> dtype of its tensor; nf4 packs two weights into a byte."""
@@ -39,33 +43,41 @@ class FrozenLinear(StoredLinear):
 
     storage_dtype: str = "fp32"
 
-    def reserve(self, storage_dtype: str) -> None:
-        """Allocate main memory for a weight in this storage dtype and a float32 bias."""
+    def reserve(self, storage_dtype: str, device: str = "cpu") -> None:
+        """Allocate memory for a weight in this storage dtype and a float32 bias."""
         self.storage_dtype = storage_dtype
         stored, scale = empty_storage((self.out_features, self.in_features), storage_dtype)
-        self.weight = nn.Parameter(torch.empty_like(stored, device="cpu"), requires_grad=False)
-        self.register_buffer("scale", None if scale is None else torch.empty_like(scale, device="cpu"), False)
-        self.bias = None if self.bias is None else nn.Parameter(torch.empty(self.out_features), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty_like(stored, device=device), requires_grad=False)
+        self.register_buffer("scale", None if scale is None else torch.empty_like(scale, device=device), False)
+        bias = torch.empty(self.out_features, device=device)
+        self.bias = None if self.bias is None else nn.Parameter(bias, requires_grad=False)
 
     def fill(self, weight: Tensor, bias: Tensor | None) -> None:
         """Quantise a weight [out, in] and copy it with a bias [out] into the reserved memory."""
-        if self.scale is not None:
-            weight, scale = QUANTISERS[self.storage_dtype](weight)
-            self.scale.copy_(scale)
-        self.weight.data.copy_(weight)
-        if bias is not None:
-            self.bias.data.copy_(bias)
+        tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        for name, tensor in self.stored_tensors(tensors).items():
+            getattr(self, name).data.copy_(tensor)
+
+    def stored_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors to store, by name, from a weight [out, in] and perhaps a bias [out]: quantised as reserved."""
+        if self.scale is None:
+            return dict(tensors)
+        weight, scale = QUANTISERS[self.storage_dtype](tensors["weight"])
+        return {**tensors, "weight": weight, "scale": scale}
 
     def dequantised(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] on this device in this dtype."""
         if self.storage_dtype != "nf4" or self.scale is None:
             return super().dequantised(device, dtype)
-        weight, scale = self.weight.to(device, non_blocking=True), self.scale.to(device, non_blocking=True)
+        weight, scale = self.stored(device)
+        assert scale is not None  # as in main memory
         return dequantise_nf4(weight, scale, (self.out_features, self.in_features), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
         x = x.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)
+        if self.swap is not None and self.swap.serves(self, x.device):
+            self.swap.stored(self, x.device, returns=torch.is_grad_enabled())  # backward begins with the last block
         if torch.is_grad_enabled() and x.requires_grad:
             y: Tensor = FrozenProduct.apply(x, self)
             return y
@@ -82,7 +94,7 @@ class FrozenLinear(StoredLinear):
     def _placed(self, stored: Tensor, device: torch.device) -> Tensor:
         if self.on_device:
             return stored.to(device)
-        return stored.pin_memory() if device.type == "cuda" else stored  # pinned: full transfer speed
+        return pinned(stored) if device.type == "cuda" else stored
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -169,7 +181,10 @@ def storage_dtype_of(name: str, shape: tuple[int, ...], base_dtype: str) -> str:
 
 
 def load_frozen(config: NetworkConfig) -> MMDiT:
-    """Load the frozen base tensor by tensor in its storage dtype; activations are float32 or autocast's."""
+    """Load the frozen base tensor by tensor in its storage dtype; activations are float32 or autocast's.
+
+    With config.shard it stays on the meta device, for `shard_frozen`.
+    """
     if config.weights == "nf4":
         bitsandbytes_functional()  # fail before reading weights
     opened = open_transformer(config.transformer or config.model)
@@ -182,22 +197,52 @@ def load_frozen(config: NetworkConfig) -> MMDiT:
         compute_dtype=torch.float32,
     )
     keep_in_main_memory(network, config.block_swap)
+    device = "meta" if config.shard else "cpu"
     for name, module in network.named_modules():  # allocate all first: temporary tensors would fragment the memory
         if isinstance(module, FrozenLinear):
-            module.reserve(
-                storage_dtype_of(f"{name}.weight", (module.out_features, module.in_features), config.weights)
-            )
+            shape = (module.out_features, module.in_features)
+            module.reserve(storage_dtype_of(f"{name}.weight", shape, config.weights), device)
         else:
-            set_parameters(module, lambda _, parameter: torch.empty(parameter.shape), requires_grad=False)
-    for name, module in network.named_modules():
-        stored = {n: weights.get(f"{name}.{n}") for n, p in module._parameters.items() if p is not None}
-        if isinstance(module, FrozenLinear):
-            module.fill(stored["weight"], stored.get("bias"))
-        else:
-            for n, tensor in stored.items():
-                module.get_parameter(n).data.copy_(tensor)
+            set_parameters(module, lambda _, p: torch.empty(p.shape, device=device), requires_grad=False)
+    if not config.shard:
+        for name, module in network.named_modules():
+            for n, tensor in tensors_of(name, module, weights.get).items():
+                getattr(module, n).data.copy_(tensor)
     network.gradient_checkpointing = config.gradient_checkpointing
     return network.eval()
+
+
+def tensors_of(name: str, module: nn.Module, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Tensors to store in a module by their names in it. read: full parameter name -> tensor of the file."""
+    tensors = {n: read(f"{name}.{n}") for n, p in module._parameters.items() if p is not None}
+    return module.stored_tensors(tensors) if tensors and isinstance(module, FrozenLinear) else tensors
+
+
+def shard_frozen(
+    network: MMDiT,
+    device: torch.device,
+    sharding: Sharding,
+    read: Callable[[str], Tensor],
+    adapters: Sequence[nn.Parameter],
+) -> None:
+    """Shard a frozen base on the meta device over processes and fill it; its adapters stay whole in each.
+
+    read: parameter name -> whole tensor; the main process alone calls it, layer by layer, and quantises.
+    """
+    several, main = several_processes(), is_main_process()
+    values = [p.detach().clone() for p in adapters]
+    if several:
+        split(network, mesh_of(device, sharding.over), whole=adapters)
+    network.to_empty(device=device)
+    for p, value in zip(adapters, values, strict=True):
+        p.data.copy_(value)
+    of_adapters = set(map(id, adapters))
+    for name, module in network.named_modules():
+        names = [n for n, p in module._parameters.items() if p is not None and id(p) not in of_adapters]
+        names += ["scale"] if names and isinstance(module, FrozenLinear) and module.scale is not None else []
+        tensors = tensors_of(name.replace(".base_layer", ""), module, read) if names and main else {}
+        for n in names:
+            fill_share(getattr(module, n).detach(), partial(tensors.__getitem__, n))
 
 
 def keep_in_main_memory(network: MMDiT, blocks: int) -> None:
@@ -205,10 +250,7 @@ def keep_in_main_memory(network: MMDiT, blocks: int) -> None:
     total = len(network.transformer_blocks)
     if blocks > total:
         raise ConfigError(f"network.block_swap must be at most the network's {total} blocks, got {blocks}")
-    for block in network.transformer_blocks[total - blocks :]:
-        for module in block.modules():
-            if isinstance(module, FrozenLinear):
-                module.on_device = False
+    swap_blocks(network, blocks)
 
 
 def place(network: nn.Module, device: torch.device) -> None:

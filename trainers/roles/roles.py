@@ -35,7 +35,7 @@ from .adapters import (
     peft_config,
 )
 from .frozen import place
-from .sharding import shard, whole
+from .sharding import whole
 from .types import EMA, STUDENT, TEACHER, NamedParameters
 
 
@@ -50,7 +50,8 @@ class RoleSetup:
 class AdapterRoles(nn.Module):
     """One frozen base; every role but the teacher is an adapter over it: LoRA, DoRA, LoKr or LoHa.
 
-    trained: roles that train; the EMA is added. network_configs: configs of roles that differ from the base's.
+    trained: roles that train; the EMA is added. network_configs: configs of roles that differ from the base's. sharded:
+    of a base on the meta device, shards and fills it when it is placed: (network, device, adapters=parameters).
     """
 
     def __init__(
@@ -60,8 +61,10 @@ class AdapterRoles(nn.Module):
         trained: Sequence[str],
         seed: int,
         network_configs: Mapping[str, MMDiTConfig] | None = None,
+        sharded: Callable[..., None] | None = None,
     ) -> None:
         super().__init__()
+        self.sharded = sharded
         self.network = base.requires_grad_(False)
         self._trained = tuple(trained)
         adapters = (*trained, EMA)
@@ -149,24 +152,27 @@ class AdapterRoles(nn.Module):
                     ) from None
 
     def place(self, device: torch.device) -> None:
-        place(self.network, device)
+        if self.sharded is None:
+            place(self.network, device)
+            return
+        adapters = [p for role in self.names for _, p in self.parameters_of(role)]
+        self.sharded(self.network, device, adapters=adapters)
 
 
 class FullRoles(nn.Module):
     """One network per role; those in `trained` train, all others are frozen.
 
-    sources: of networks on the meta device, which are sharded over all processes (FSDP2) and filled when they are
-    placed: role -> (parameter name -> tensor).
+    sharded: of networks on the meta device, shards and fills them when they are placed: role -> (network, device).
     """
 
     def __init__(
         self,
         networks: Mapping[str, MMDiT],
         trained: Sequence[str],
-        sources: Mapping[str, Callable[[str], Tensor]] | None = None,
+        sharded: Mapping[str, Callable[[MMDiT, torch.device], None]] | None = None,
     ) -> None:
         super().__init__()
-        self.sources = sources
+        self.sharded = sharded
         self.networks = nn.ModuleDict(networks)
         self._trained = tuple(trained)
         for role, network in networks.items():
@@ -204,11 +210,11 @@ class FullRoles(nn.Module):
         return weights
 
     def place(self, device: torch.device) -> None:
-        if self.sources is None:
+        if self.sharded is None:
             self.to(device)
             return
-        for role, source in self.sources.items():  # block by block: a whole network may not fit on the device
-            shard(self.network(role), device, source)
+        for role, shard in self.sharded.items():  # block by block: a whole network may not fit on the device
+            shard(self.network(role), device)
 
 
 def copy_parameters(source: NamedParameters, target: NamedParameters) -> None:

@@ -164,9 +164,8 @@ def stored_base(shapes: Shapes, storage_dtype: str, layers: int, block_swap: int
     gpu = main = 0
     for name, shape in shapes.items():
         block = block_of(name)
-        if len(shape) == 2 and name.endswith(".weight") and "embedding" not in name:
-            weight, scale = empty_storage((shape[0], shape[1]), storage_dtype_of(name, shape, storage_dtype))
-            stored = [weight.nbytes] if scale is None else [weight.nbytes, scale.nbytes]
+        if is_matrix(name, shape):
+            stored = stored_bytes(name, shape, storage_dtype)
             if block is not None and block >= layers - block_swap:
                 main += sum(pinned(n) for n in stored)
             else:
@@ -174,6 +173,23 @@ def stored_base(shapes: Shapes, storage_dtype: str, layers: int, block_swap: int
         else:  # norms and biases are float32 and stay on the GPU
             gpu += 4 * prod(shape)
     return Row(f"frozen base, {storage_dtype}", gpu, main)
+
+
+def swap_rooms(shapes: Shapes, storage_dtype: str, block_swap: int) -> Row:
+    """Memory on the GPU for the swapped blocks of the moment: the one that computes and the next."""
+    block = [stored_bytes(n, s, storage_dtype) for n, s in shapes.items() if block_of(n) == 0 and is_matrix(n, s)]
+    return Row("room for swapped blocks", min(2, block_swap) * sum(map(sum, block)))
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """True for the weight of a linear layer."""
+    return len(shape) == 2 and name.endswith(".weight") and "embedding" not in name
+
+
+def stored_bytes(name: str, shape: tuple[int, ...], storage_dtype: str) -> list[int]:
+    """Bytes of the stored weight of a linear layer, and of its scale if it has one."""
+    weight, scale = empty_storage((shape[0], shape[1]), storage_dtype_of(name, shape, storage_dtype))
+    return [weight.nbytes] if scale is None else [weight.nbytes, scale.nbytes]
 
 
 def pinned(nbytes: int) -> int:
@@ -236,12 +252,11 @@ def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: floa
     backward = waiting + trained if config.accumulation > 1 else max(waiting, trained)
     layer = max(prod(shape) for shape in shapes.values())
     if network.adapter is not None:
-        copies = 0 if network.weights == ("fp32" if config.precision == "no" else "bf16") else 4 * layer
+        copies: float = 0 if network.weights == ("fp32" if config.precision == "no" else "bf16") else 4 * layer
+        if network.shard:  # gathered: this block and the next one
+            copies += swap_rooms(shapes, network.weights, 2).gpu
     else:
-        block = count({n: s for n, s in shapes.items() if block_of(n) == 0})
-        # weights cast by autocast, and gathered shards: of this block, the next one, and a gradient
-        casts = 2 * block * (1 if network.gradient_checkpointing else sizes.num_layers)
-        copies = (casts if config.precision == "bf16" else 0) + (3 * 4 * block if network.shard else 0)
+        copies = block_copies(config, count({n: s for n, s in shapes.items() if block_of(n) == 0}), sizes.num_layers)
     rows = [
         Row("backward: activations, gradients, dequantised weights", backward + working + copies),
         Row(
@@ -255,6 +270,17 @@ def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: floa
         scores = (SCORES.jvp if jvp else SCORES.forward * matmul) * score_count(config, sizes, processes)
         rows.append(Row("tangent in float32", ACTIVATIONS["no"].forward * unit * (1 + jvp) + 4 * layer + scores))
     return tuple(rows)
+
+
+def block_copies(config: RunConfig, block: int, layers: int) -> float:
+    """Bytes of casts and gathered shards of trained networks. block: parameters of a block."""
+    network, half = required(config.network), config.precision == "bf16"
+    if not network.shard:
+        return 2 * block * (1 if network.gradient_checkpointing else layers) if half else 0
+    if half and network.gather != "fp32":  # this block and the next one in bfloat16, a gradient, and it in float32
+        return (2 * 2 + 2 + 4) * block
+    casts = 2 * block * (1 if network.gradient_checkpointing else layers) if half else 0
+    return casts + 3 * 4 * block  # this block, the next one, and a gradient
 
 
 def estimate(config: RunConfig, processes: int = 1) -> Estimate:
@@ -274,26 +300,30 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
 
 
 def estimate_roles(config: RunConfig, trained: Sequence[str], frozen: Sequence[str], processes: int) -> Estimate:
-    """Memory for given roles; sharded networks are divided by the number of processes."""
+    """Memory for given roles; sharded networks are divided by the number of processes that share a copy."""
     network = required(config.network)
     sizes = sizes_of(network)
     shapes = shapes_of(sizes)
+    sharers = network.shard_over or processes
+    # sharded networks are read tensor by tensor, by the main process alone
+    one_tensor = 4 * max(prod(shape) for shape in shapes.values())
     optimizers = {STUDENT: config.optimizer, FAKE_SCORE: config.dmd.optimizer if config.dmd else config.optimizer}
     if network.adapter is not None:
         trained_shapes = adapter_shapes(shapes, network.adapter)
         base = stored_base(shapes, network.weights, sizes.num_layers, network.block_swap)
+        rooms = [swap_rooms(shapes, network.weights, network.block_swap)] if network.block_swap else []
         roles = ", ".join((*trained, EMA))
         held = [
-            base,
+            replace(base, gpu=base.gpu / (sharers if network.shard else 1)),
+            *rooms,
             Row(f"adapters of rank {network.adapter.rank}: {roles}", 4 * count(trained_shapes) * (len(trained) + 1)),
         ]
-        part, loading = 1, stored_base(shapes, network.weights, sizes.num_layers).gpu
+        part, loading = 1, one_tensor if network.shard else stored_base(shapes, network.weights, sizes.num_layers).gpu
     else:
-        trained_shapes, part = dict(shapes), processes if network.shard else 1
+        trained_shapes, part = dict(shapes), sharers if network.shard else 1
         weights = {role: weight_bytes(role, network) * count(trained_shapes) for role in (*trained, EMA, *frozen)}
         held = [Row(f"network of {role}", nbytes / part) for role, nbytes in weights.items()]
-        # sharded networks are read tensor by tensor, by the main process alone
-        loading = 4 * max(prod(shape) for shape in shapes.values()) if network.shard else sum(weights.values())
+        loading = one_tensor if network.shard else sum(weights.values())
     for role in trained:
         held.append(Row(f"optimizer states of {role}", state_bytes(trained_shapes, optimizers[role]) / part))
     return Estimate(tuple(held), moments(config, sizes, shapes, 4 * count(trained_shapes) / part, processes), loading)
@@ -309,7 +339,9 @@ def four_copies(config: RunConfig) -> Estimate:
 
     The release trains so, on a cluster.
     """
-    network = replace(required(config.network), adapter=None, weights="bf16", block_swap=0, shard=False)
+    network = replace(
+        required(config.network), adapter=None, weights="bf16", block_swap=0, shard=False, shard_over=0, gather="auto"
+    )
     return estimate_roles(replace(config, network=network), (STUDENT, FAKE_SCORE), (TEACHER,), 1)
 
 

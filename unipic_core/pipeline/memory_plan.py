@@ -14,6 +14,9 @@ from ..run.memory import MEMINFO, WORKING_BYTES, gigabytes, meminfo
 ENCODER_BYTES = 2 * 2**30
 """Memory reserved for activations of the condition encoder."""
 
+ROOMS = 2
+"""Blocks for which the device has room while others are in main memory (model/block_swap.py)."""
+
 MemoryInfo = Callable[[torch.device], tuple[int, int]]
 """device -> (free, total) bytes, as torch.cuda.mem_get_info."""
 
@@ -49,7 +52,8 @@ class PartSizes:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Placement of the parts. turns: one part at a time is on the device, the others are in main memory. left_behind:
-    number of last blocks of the network whose matrices stay in main memory and are copied for each product."""
+    number of last blocks of the network whose matrices stay in main memory and are copied one block ahead of their use,
+    for which the device has room for two."""
 
     turns: bool = False
     left_behind: int = 0
@@ -89,14 +93,16 @@ def plan_memory(
     _require_device_memory(device, sizes, working, free)
     _require_main_memory(sizes, (main or main_memory)())
     missing = sizes.parts["network"] + working - free
-    return MemoryPlan(turns=True, left_behind=max(math.ceil(missing / sizes.block), 0) if sizes.block else 0)
+    if missing <= 0 or not sizes.block:
+        return MemoryPlan(turns=True)
+    return MemoryPlan(turns=True, left_behind=min(math.ceil(missing / sizes.block) + ROOMS, sizes.blocks))
 
 
 def _require_device_memory(device: torch.device, sizes: PartSizes, working: int, free: int) -> None:
     """Raise UniPicError if one part, with its activations, is larger than the device's free memory."""
     needed = {
         "the condition encoder": sizes.text_encoder + ENCODER_BYTES,
-        "the network without its blocks": sizes.network + working,
+        "the network with two of its blocks": sizes.network + min(ROOMS, sizes.blocks) * sizes.block + working,
         "the VAE": sizes.vae + WORKING_BYTES,
     }
     part, most = max(needed.items(), key=lambda entry: entry[1])

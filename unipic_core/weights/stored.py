@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..model.block_swap import swap_blocks
 from ..model.mmdit import MMDiT
 from ..model.stored import StoredLinear, StoredOperations
 from .convert import quantise_fp8
@@ -39,7 +40,7 @@ def holds_fp8(opened: OpenedModel, storage: str) -> bool:
 def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, device: torch.device | str) -> MMDiT:
     """Load like `load_transformer`, with the blocks' matrices in `storage` and all else on the device in `dtype`."""
     network = MMDiT(opened.config, operations=StoredOperations, device="meta", compute_dtype=dtype)
-    leave_behind(network, storage.left_behind)
+    swap_blocks(network, storage.left_behind)
     for module_name, module in network.named_modules():
         for name, parameter in list(module._parameters.items()):
             full = f"{module_name}.{name}" if module_name else name
@@ -52,14 +53,6 @@ def load_stored(opened: OpenedModel, storage: Storage, dtype: torch.dtype, devic
             else:
                 module._parameters[name] = nn.Parameter(opened.weights.get(full).to(device=device, dtype=dtype))
     return network.eval()
-
-
-def leave_behind(network: MMDiT, blocks: int) -> None:
-    """Let the matrices of the last `blocks` blocks stay in main memory."""
-    for block in network.transformer_blocks[len(network.transformer_blocks) - blocks :]:
-        for module in block.modules():
-            if isinstance(module, StoredLinear):
-                module.on_device = False
 
 
 def _matrix(weights: Weights, name: str, fp8: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -94,6 +87,8 @@ def merge_into_stored(
             module.store(*quantise_fp8(value))
         else:
             parameters[name].copy_(last.apply(name, parameters[name], strength))
+            if isinstance(module, StoredLinear) and module.swap is not None:
+                module.swap.release()
     return last.report
 
 

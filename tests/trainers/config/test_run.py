@@ -94,7 +94,7 @@ def test_precision_no_needs_no_quotes(tmp_path, word):
     [
         ("sft", {"network": {"weights": "nf4"}}, "need a frozen base; add an adapter section"),
         ("sft", {"network": {"block_swap": 2}}, "need a frozen base"),
-        ("sft", {"network": {"adapter": {}, "shard": True}}, "shard is for full-parameter training"),
+        ("sft", {"network": {"adapter": {}, "shard": True, "gather": "fp32"}}, "gather is for trained networks"),
         ("sft", {"network": {"shard": True}, "optimizer": {"muon_lr": 0.01}}, "muon_lr needs whole matrices"),
         ("dmd", {"network": {"shard": True}, "dmd": {"optimizer": {"muon_lr": 0.01}}}, "muon_lr needs whole matrices"),
         ("sft", {"network": {"shard": True}, "optimizer": {"kind": "adamw8bit"}}, "adamw8bit does not support tensors"),

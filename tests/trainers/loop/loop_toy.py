@@ -40,7 +40,7 @@ class Toy:
     """
 
     loader_workers = 0
-    sharded = False
+    sharded = shards_trained = False
     slots = 3
 
     def __init__(self, fail_at=None, bad_loss_at=None, dropout=0.0, options=None):

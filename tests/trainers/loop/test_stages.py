@@ -137,6 +137,8 @@ def test_a_cache_of_another_budget_is_refused_by_name(staged, tmp_path):
     ("change", "message"),
     [
         (lambda d: d.update(steps=5), "steps belongs into each of stages"),
+        (lambda d: d["stages"][0].update(data=None), r"stages\[0\].data must be a section of keys and values, got"),
+        (lambda d: d["stages"][1]["data"].update(sources="x"), r"stages\[1\].data.sources must be a list of sections"),
         (lambda d: d["stages"][0].pop("steps"), r"stages\[0\] needs steps"),
         (lambda d: d["stages"][1].update(seed=4), r"stages\[1\] cannot change seed"),
         (lambda d: d["stages"][1].update(batch_size=0), r"stages\[1\]: batch_size must be at least 1"),
@@ -144,7 +146,7 @@ def test_a_cache_of_another_budget_is_refused_by_name(staged, tmp_path):
         (lambda d: d["stages"].append(d["stages"][1]), "different names or reference budgets, got 64, 96, 96"),
         (lambda d: d.update(stages=["a"]), "stages must be a list of sections"),
     ],
-    ids=["steps", "no steps", "fixed", "wrong", "name", "twice", "no section"],
+    ids=["steps", "no data", "no sources", "no steps", "fixed", "wrong", "name", "twice", "no section"],
 )
 def test_wrong_stages(staged, change, message):
     data = yaml.safe_load(staged().read_text())

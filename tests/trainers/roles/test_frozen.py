@@ -24,6 +24,7 @@ from trainers.config.run import ConfigError
 from trainers.roles.frozen import FrozenLinear, load_frozen
 from trainers.roles.types import EMA, STUDENT, TEACHER
 from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.model.block_swap import Copies
 from unipic_core.weights.convert import convert
 from unipic_core.weights.transformer import load_transformer
 
@@ -159,11 +160,41 @@ def test_checkpointing_and_block_swap_change_no_bit(kind, autocast, inputs):
         assert torch.equal(a, b)
 
 
+def swapping(made):
+    """The roles with copies of swapped blocks into the memory of the CPU, as a GPU would have them."""
+    (swap,) = {m.swap for m in layers(made.network).values() if m.swap is not None}
+    swap.copies = Copies()
+    return swap
+
+
 @pytest.mark.parametrize("kind", FORMS)
-def test_the_exact_tangent_goes_through(kind, inputs):
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_copied_blocks_change_no_bit(kind, checkpointing, inputs):
+    """Three steps, each of a pass without gradient and one with; backward goes through the blocks in reverse."""
+    plain = roles(kind, gradient_checkpointing=checkpointing)
+    other = roles(kind, gradient_checkpointing=checkpointing, block_swap=5)
+    swap = swapping(other)
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.equal(plain(TEACHER, *inputs), other(TEACHER, *inputs))
+        before = swap.waited
+        expected, mine = gradients(plain, inputs), gradients(other, inputs)
+        for a, b in zip((expected[0], expected[2], *expected[1]), (mine[0], mine[2], *mine[1]), strict=True):
+            assert torch.equal(a, b)
+        assert swap.waited - before == 0, "there and back, every block was copied ahead"
+        for p in (p for made in (plain, other) for _, p in made.trained(STUDENT)):
+            p.grad = None
+    assert len(swap.rooms) == 2
+
+
+@pytest.mark.parametrize("kind", FORMS)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_the_exact_tangent_goes_through(kind, swapped, inputs):
     """Forward-mode differentiation, in float32 inside autocast, against a difference."""
     latents, t, text = inputs
-    made = roles(kind)
+    made = roles(kind, block_swap=3 if swapped else 0)
+    if swapped:
+        swapping(made)
     made.network.attention = lambda q, k, v, mask: (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
 
     def network(x, t):

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
+from unipic_core.model.block_swap import swap_blocks
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.model.stored import StoredLinear, StoredOperations
-from unipic_core.weights.stored import Storage, leave_behind
+from unipic_core.weights.stored import Storage
 from unipic_core.weights.transformer import is_block_matrix
 
 DEVICE, MAIN = torch.device("cpu"), torch.device("lazy:0")
@@ -65,7 +66,7 @@ def network(config: MMDiTConfig, storage: Storage, dtype: torch.dtype) -> MMDiT:
     """The network as `load_stored` leaves it on DEVICE, without numbers."""
     with _disable_current_modes():
         made = MMDiT(config, operations=StoredOperations, device="meta", compute_dtype=dtype, attention=fused)
-    leave_behind(made, storage.left_behind)
+    swap_blocks(made, storage.left_behind)
     for module_name, module in made.named_modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
