@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
 from ..unipic_core.conditioning.images import ASPECTS, resize_references
+from ..unipic_core.conditioning.influence import Influence
 from ..unipic_core.conditioning.picture_numbers import number_cautions
 from ..unipic_core.conditioning.reference_sheet import Seen, reference_sheet
 from ..unipic_core.conditioning.reference_sizes import (
@@ -33,6 +34,7 @@ from ..unipic_core.run.plan import Plan, Request, plan
 from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
 from .host.messages import tell
+from .host.model.influences import INFLUENCES
 from .host.pictures.images import to_image
 from .host.pictures.previews import preview
 from .host.pictures.references import (
@@ -45,6 +47,7 @@ from .host.pictures.references import (
     Socket,
     cautions,
     connected,
+    reference_influences,
     reference_weights,
 )
 from .host.pictures.vae import UniPicVAE
@@ -125,6 +128,7 @@ class MultiImageCompose(io.ComfyNode):
         share: str = RELEASE,
         references: Mapping[str, object] | None = None,
         size: str = CUSTOM,
+        boxes: object = "",
         **others: object,
     ) -> io.NodeOutput:
         _check_sockets(others)
@@ -141,6 +145,7 @@ class MultiImageCompose(io.ComfyNode):
                 reference_budget=reference_budget or None,
                 share=share,
                 reference_weights=reference_weights(sockets),
+                influences=reference_influences(sockets, boxes),
             ),
             size,
         )
@@ -148,7 +153,13 @@ class MultiImageCompose(io.ComfyNode):
         _tell(cls, sockets, [picture.size for picture in pictures], planned)
         resized = resize_references(pictures, planned.settings.reference_budget, share, request.reference_weights)
         latents = _reference_latents(vae, resized)
-        positive, negative = (_text(clip, text, resized, latents) for text in (prompt, negative_prompt))
+        references_of_run: dict[str, Any] = {"reference_latents": latents} if latents else {}
+        if planned.influences:
+            references_of_run[INFLUENCES] = planned.influences
+        positive, negative = (
+            node_helpers.conditioning_set_values(_text(clip, text, resized), references_of_run)
+            for text in (prompt, negative_prompt)
+        )
         sheet = _sheet(sockets, resized, planned)
         return io.NodeOutput(positive, negative, _empty_latent(vae, planned), sheet, ui=preview(sheet))
 
@@ -216,6 +227,18 @@ def _inputs() -> list[Any]:
             optional=True,
             tooltip="Size of the new picture. custom = width and height; first picture = its aspect; 16:9 and others = "
             "this aspect, at the size that the weights were made for, or at one of width and height.",
+        ),
+        io.MultiType.Input(
+            io.String.Input(
+                "boxes",
+                default="",
+                multiline=True,
+                optional=True,
+                tooltip="Where pictures go, as JSON with boxes [top, left, bottom, right] from 0 to 1000, such as "
+                '[{"id": "image_2", "bbox": [500, 100, 900, 400]}]; or connect elements of Create Bounding Boxes. '
+                "Empty = anywhere. The text encoder never gets this text.",
+            ),
+            types=[io.Custom("ARRAY")],
         ),
     ]
 
@@ -285,7 +308,8 @@ def _sheet(sockets: Sequence[Socket], resized: Sequence[Image.Image], planned: P
     given = [
         (picture.size, mask) for socket in sockets for picture, mask in zip(socket.pictures, socket.masks, strict=True)
     ]
-    seen = [Seen(picture, size, mask) for picture, (size, mask) in zip(resized, given, strict=True)]
+    influences = planned.influences or [Influence()] * len(given)
+    seen = [Seen(p, *before, influence) for p, before, influence in zip(resized, given, influences, strict=True)]
     return to_image(reference_sheet(seen, planned.size))
 
 
@@ -314,14 +338,13 @@ def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tens
     return [latent.to(comfy.model_management.intermediate_device()) for latent in latents]
 
 
-def _text(clip: CLIP, text: str, references: list[Image.Image], latents: list[Tensor]) -> Conditioning:
-    """Conditioning of a text with the references' latents. Cached, unless hooks change the weights meanwhile."""
+def _text(clip: CLIP, text: str, references: list[Image.Image]) -> Conditioning:
+    """Conditioning of a text. Cached, unless hooks change the weights meanwhile."""
 
     def encode() -> Conditioning:
         return encode_prompt(clip, text, references)
 
-    conditioning = encode() if changes_weights(clip) else _texts.get(_text_key(clip, text, references), encode)
-    return node_helpers.conditioning_set_values(conditioning, {"reference_latents": latents} if latents else {})
+    return encode() if changes_weights(clip) else _texts.get(_text_key(clip, text, references), encode)
 
 
 def _text_key(clip: CLIP, text: str, references: list[Image.Image]) -> tuple[Any, ...]:

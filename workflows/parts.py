@@ -59,9 +59,10 @@ def compose(
         "batches": "first",
         "share": "release",
         "size": "custom",
+        "boxes": "",
     }
     wires = {"clip": model["CLIP"], "vae": model["VAE"], **images}
-    return w.add("MultiImageCompose", wires, {**texts, **others}, height=500 + 20 * len(images) + PREVIEW)
+    return w.add("MultiImageCompose", wires, {**texts, **others}, height=600 + 20 * len(images) + PREVIEW)
 
 
 def few_steps(

@@ -62,7 +62,8 @@ def own_photographs() -> Workflow:
 
 def reference() -> dict[str, object]:
     """Settings of a Reference at their defaults."""
-    return {"weight": 1, "enabled": True}
+    place = {"x": 0, "y": 0, "width": 1000, "height": 1000}
+    return {"weight": 1, "enabled": True, "strength": 1, "start": 0, "end": 1, **place}
 
 
 def inpaint() -> Workflow:

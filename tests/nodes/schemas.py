@@ -68,7 +68,9 @@ class IOType:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def Input(self, id: str, **kwargs: Any) -> Recorded:
+    def Input(self, id: str | Recorded, **kwargs: Any) -> Recorded:
+        if isinstance(id, Recorded):  # io.MultiType: a widget that takes wires of other types too
+            return Recorded(id, types=[kind.name for kind in kwargs["types"]])
         return Recorded(type=self.name, id=id, **kwargs)
 
     def Output(self, id: str = "", **kwargs: Any) -> Recorded:

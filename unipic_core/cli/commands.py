@@ -185,6 +185,24 @@ def _compose_arguments(p: argparse.ArgumentParser) -> None:
         metavar="W,W,...",
         help="one factor on the share of each picture; 4 doubles the sides of a small picture beside a large one",
     )
+    p.add_argument(
+        "--boxes",
+        metavar="JSON",
+        help='where pictures go: \'[{"id": "image_2", "bbox": [top, left, bottom, right]}]\' on a grid of 1000, or a '
+        "file of it",
+    )
+    p.add_argument(
+        "--strengths",
+        type=weights_argument,
+        metavar="S,S,...",
+        help="factor on the attention to each picture: 1 = as without, 0 = none",
+    )
+    p.add_argument(
+        "--ranges",
+        type=ranges_argument,
+        metavar="A-B,A-B,...",
+        help="part of the run in which box and strength of each picture count, such as 0-1,0-0.5",
+    )
     weights = p.add_argument_group("weights")
     weights.add_argument(
         "--model", type=path_argument, default=DEFAULT_MODEL, help="model folder (default: bundled unipic-nano)"
@@ -257,6 +275,15 @@ def weights_argument(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a number for each picture such as 1,4, got {text!r}") from None
+
+
+def ranges_argument(text: str) -> list[tuple[float, float]]:
+    """Parse "0-1,0.2-0.5" to [(0.0, 1.0), (0.2, 0.5)]."""
+    try:
+        ranges = [tuple(float(end) for end in part.split("-")) for part in text.split(",")]
+        return [(start, end) for start, end in ranges]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a range for each picture such as 0-1,0-0.5, got {text!r}") from None
 
 
 def path_argument(text: str) -> Path:

@@ -14,10 +14,12 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
+from ..conditioning.boxes import MAX_TEXT, parse_boxes
 from ..conditioning.images import load_image
+from ..conditioning.influence import Influence
 from ..conditioning.picture_numbers import number_cautions
 from ..conditioning.reference_sizes import Size, described_sizes, small_references
-from ..errors import UniPicError, printable
+from ..errors import UniPicError, one_line, printable
 from ..pipeline.loading import OpenedPipeline, memory_plan, open_pipeline
 from ..pipeline.loras import AddedLoRAs
 from ..pipeline.memory_plan import MemoryPlan
@@ -149,7 +151,33 @@ def request_of(args: argparse.Namespace) -> Request:
         share=args.share,
         reference_weights=args.reference_weights,
         aspect=args.aspect,
+        influences=influences_of(args),
     )
+
+
+def influences_of(args: argparse.Namespace) -> list[Influence] | None:
+    """Strength, box and time range of each picture; None without any of them. Raises UniPicError."""
+    count = len(args.images)
+    if args.boxes is None and args.strengths is None and args.ranges is None:
+        return None
+    strengths, ranges = args.strengths or [1.0] * count, args.ranges or [(0.0, 1.0)] * count
+    for name, values in (("strengths", strengths), ("ranges", ranges)):
+        if len(values) != count:
+            raise UniPicError(f"--{name} must have one value for each of {count} pictures, got {len(values)}")
+    regions = parse_boxes(boxes_text(args.boxes), count) if args.boxes is not None else {}
+    each = enumerate(zip(strengths, ranges, strict=True), start=1)
+    return [Influence(strength, regions.get(i), start, end) for i, (strength, (start, end)) in each]
+
+
+def boxes_text(boxes: str) -> str:
+    """The JSON itself, or the text of the file that is named. Raises UniPicError."""
+    if boxes.lstrip()[:1] in ("[", "{", ""):
+        return boxes
+    try:
+        with open(boxes, encoding="utf-8") as file:
+            return file.read(MAX_TEXT + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UniPicError(f"--boxes must be JSON or a file of it, got {boxes[:80]!r}: {one_line(error)}") from error
 
 
 def load_pipeline(args: argparse.Namespace, opened: Opened) -> UniPicPipeline:
@@ -204,6 +232,9 @@ def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings:
         "lora": [[path.name, strength] for path, strength in args.lora],
         "share": args.share,
         "reference_weights": args.reference_weights,
+        "strengths": args.strengths,
+        "boxes": args.boxes,
+        "ranges": args.ranges,
         "attention": args.attention,
         "recipe": vars(settings),
         "version": __version__,

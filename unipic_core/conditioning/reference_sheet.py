@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .influence import GRID, NEUTRAL, Influence, Region
 from .reference_sizes import Size
 
 LEAST_SIDE = 256
@@ -23,11 +24,12 @@ _HATCH, _CLEAR = (208, 64, 128), (250, 240, 245)
 @dataclass(frozen=True)
 class Seen:
     """A reference in a run. picture: RGB at the size seen; given: its size before; masked: "L", 255 = left out, of any
-    size, or None."""
+    size, or None; influence: its strength and region, which the sheet shows where they change something."""
 
     picture: Image.Image
     given: Size
     masked: Image.Image | None = None
+    influence: Influence = NEUTRAL
 
 
 def reference_sheet(references: Sequence[Seen], new: Size) -> Image.Image:
@@ -38,8 +40,11 @@ def reference_sheet(references: Sequence[Seen], new: Size) -> Image.Image:
     font = _font(longest * scale)
     tiles = [_reference_tile(number, reference, scale, font) for number, reference in enumerate(references, start=1)]
     shrink = longest * scale / 2 / max(new)
-    frame = Image.new("RGB", (max(round(new[0] * shrink), 4), max(round(new[1] * shrink), 4)), _GROUND)
-    tiles.append(_tile(_framed(frame), ["new picture", f"{new[0]}x{new[1]}"], font))
+    frame = _framed(Image.new("RGB", (max(round(new[0] * shrink), 4), max(round(new[1] * shrink), 4)), _GROUND))
+    for number, reference in enumerate(references, start=1):
+        if reference.influence.region is not None:
+            _draw_region(frame, reference.influence.region, str(number), font)
+    tiles.append(_tile(frame, ["new picture", f"{new[0]}x{new[1]}"], font))
     return _rows(tiles)
 
 
@@ -63,8 +68,11 @@ def _reference_tile(number: int, reference: Seen, scale: int, font: Any) -> Imag
     picture = hatched(_magnified(reference.picture, scale), reference.masked)
     (width, height), (wide, high) = reference.given, reference.picture.size
     lines = [f"image {number}", f"{width}x{height} seen at {wide}x{high}"]
-    share = masked_share(reference.masked)
-    return _tile(picture, [*lines, f"{share:.0%} masked"] if share else lines, font)
+    if share := masked_share(reference.masked):
+        lines.append(f"{share:.0%} masked")
+    if reference.influence.strength != 1:
+        lines.append(f"strength {reference.influence.strength:g}")
+    return _tile(picture, lines, font)
 
 
 def _magnified(picture: Image.Image, scale: int) -> Image.Image:
@@ -76,6 +84,16 @@ def _framed(picture: Image.Image) -> Image.Image:
     width, height = picture.size
     ImageDraw.Draw(picture).rectangle((0, 0, width - 1, height - 1), outline=_FRAME, width=2)
     return picture
+
+
+def _draw_region(frame: Image.Image, region: Region, label: str, font: Any) -> None:
+    """Draw a reference's box and its number into the frame of the new picture."""
+    width, height = frame.size
+    box = [region.left * width, region.top * height, region.right * width, region.bottom * height]
+    left, top, right, bottom = (round(side / GRID) for side in box)
+    draw = ImageDraw.Draw(frame)
+    draw.rectangle((left, top, max(right - 1, left), max(bottom - 1, top)), outline=_INK, width=2)
+    draw.text((left + 5, top + 3), label, fill=_INK, font=font)
 
 
 def _font(longest: int) -> Any:

@@ -64,7 +64,8 @@ class Modulation(NamedTuple):
 class JointState:
     """Attention context of one segment: RoPE, mask, cached keys and values.
 
-    rope: of the segment's tokens, text first. mask: [B, 1, 1, past + segment] bool or None, True = attend. reference:
+    rope: of the segment's tokens, text first. mask: None, [B, 1, 1, past + segment] bool with True = attend,
+    or a bias [1 or B, 1, L + S, past + segment] with one row for each query. reference:
     [1, S, 1] bool or None, True for image tokens modulated by the second half of the time embedding. attention: the
     attention function. past: keys and values of earlier tokens, which are attended to but not computed. return_kv:
     return the segment's keys and values.
@@ -93,7 +94,8 @@ class JointState:
         q = rotate(q, (cos, sin))
         segment = self.placed(k, v)
         k, v = joined(self.past, segment)
-        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), self.mask)
+        mask = rows_of(self.mask, start, q.shape[1], dim=2)
+        out = self.attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         return out.transpose(1, 2).flatten(2).to(v.dtype), segment if self.return_kv else None
 
 
@@ -104,6 +106,11 @@ def joined(past: BlockKeyValues, segment: KeyValue, dim: int = 1) -> KeyValue:
     batch = len(segment[0])
     k, v = zip(*((k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in (*past, segment)), strict=True)
     return torch.cat(k, dim=dim), torch.cat(v, dim=dim)
+
+
+def rows_of(mask: Tensor | None, start: int, queries: int, dim: int) -> Tensor | None:
+    """Rows of a mask for some of a segment's queries; a mask with one row for all, and None, stay as they are."""
+    return mask if mask is None or mask.shape[dim] == 1 else mask.narrow(dim, start, queries)
 
 
 _EMPTY = torch.empty(0)

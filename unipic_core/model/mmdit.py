@@ -18,6 +18,7 @@ from .attention_forms import CachedKeyValues, Segment, Span, advance, key_mask, 
 from .blocks import Block, JointState, KeyValue, KeyValues, KeyValueStore, OutputNorm, TimeEmbedding
 from .config import REFERENCES, SEGMENTS, TARGET, TEXT, MMDiTConfig
 from .layers import Factory, Operations
+from .reference_bias import attention_bias, joined_mask
 from .rope import Rotation, joint_positions, rotation
 
 
@@ -102,17 +103,21 @@ class MMDiT(MMDiTLayers):
         text: TextCond,
         additional_t_cond: Tensor | None = None,
         cache: CachedKeyValues | None = None,
+        reference_bias: Tensor | None = None,
     ) -> Tensor:
         """Predict the velocity [B, N_O, 4C] of the target tokens at time t, a number or [B], in [0, 1].
 
         Samples may differ in references and text; the result of a sample does not depend on the others. cache: result
-        of `prefill` with the same references and text; it saves time and does not change the velocity. Raises
-        ValueError if the batches of latents and text differ.
+        of `prefill` with the same references and text; it saves time and does not change the velocity. reference_bias:
+        [N_O, K] added to the scores of the target's queries on the keys of each of K references (`reference_bias.py`),
+        for samples with the same shapes; None = no mask. Raises ValueError if the batches of latents and text differ.
         """
         batch = latents.tokens.shape[0]
         if text.embeds.shape[0] != batch:
             raise ValueError(f"expected {batch} text conditions, got {text.embeds.shape[0]}; expand or stack them")
-        segments, past = self._segments(latents, t, text, additional_t_cond, cache or {})
+        if reference_bias is not None and len(set(latents.shapes)) > 1:
+            raise ValueError("a reference bias needs samples with the same shapes; run them one by one")
+        segments, past = self._segments(latents, t, text, additional_t_cond, cache or {}, reference_bias)
         step = _recomputed if self.gradient_checkpointing and torch.is_grad_enabled() else advance
         segments = through_blocks(self.transformer_blocks, segments, past, step)
         target = segments[-1]
@@ -150,6 +155,7 @@ class MMDiT(MMDiTLayers):
         text: TextCond | None,
         additional_t_cond: Tensor | None,
         cache: CachedKeyValues,
+        reference_bias: Tensor | None = None,
     ) -> tuple[Sequence[Segment], list[KeyValues]]:
         """Segments to compute, and keys and values of the cached segments. t: None = without the target's segment."""
         places = spans(latents, text)
@@ -166,9 +172,14 @@ class MMDiT(MMDiTLayers):
             if not has_target and pieces[0] in cache:
                 past.append(cache[pieces[0]])
                 continue
+            mask = key_mask(attended, len(latents.tokens), latents.tokens.device)
+            if has_target and reference_bias is not None:
+                first_query = places[TARGET].start - start
+                bias = reference_bias.to(latents.tokens.device, self.dtype)
+                mask = joined_mask(_bias_of(bias, latents, stop - start, first_query, attended, places), mask)
             state = JointState(
                 rope=(rope[0][:, start:stop], rope[1][:, start:stop]),
-                mask=key_mask(attended, len(latents.tokens), latents.tokens.device),
+                mask=mask,
                 reference=reference_tokens(latents) if self._two_times(pieces) else None,
                 attention=self.attention,
                 return_kv=not has_target,
@@ -204,6 +215,21 @@ class MMDiT(MMDiTLayers):
     def rope(self, latents: PackedLatents, text_tokens: int, device: torch.device) -> Rotation:
         positions = joint_positions(latents.shapes, text_tokens, self.config.use_layer3d_rope)
         return rotation(positions.to(device), self.config.axes_dims_rope)
+
+
+def _bias_of(
+    bias: Tensor,
+    latents: PackedLatents,
+    queries: int,
+    first_query: int,
+    attended: Sequence[Span],
+    places: dict[str, Span],
+) -> Tensor:
+    """Attention bias [queries, keys] of the target's segment. attended: places of its keys, in order."""
+    before = attended[: next(i for i, span in enumerate(attended) if span is places[REFERENCES])]
+    keys, first_key = (sum(span.stop - span.start for span in part) for part in (attended, before))
+    tokens = [shape.num_tokens for shape in latents.shapes[0][1:]]
+    return attention_bias(bias, tokens, queries, first_query, keys, first_key)
 
 
 def _recomputed(

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..caching import LRU, PictureCache, WeightsKey, image_key
 from ..conditioning.images import resize_references, to_images, to_tensor
+from ..conditioning.influence import Influence
 from ..conditioning.reference_sizes import RELEASE
 from ..conditioning.sequence import LatentShape, PackedLatents, TextCond, pack_with_references, unpack_latents
 from ..errors import UniPicError
 from ..model.attention import attention_named
 from ..model.compile import compile_blocks
 from ..model.mmdit import MMDiT
+from ..model.reference_bias import reference_bias
 from ..run.kv_cache import KVCache
 from ..run.kv_storage import CacheStorage
 from ..run.plan import Plan, Request, Settings, plan, resolve
@@ -212,6 +214,7 @@ class UniPicPipeline:
         share: str = RELEASE,
         reference_weights: Sequence[float] | None = None,
         aspect: str | None = None,
+        influences: Sequence[Influence] | None = None,
     ) -> UniPicOutput:
         """Compose a picture. None = from the recipe, else the default of the released weights (docs/recipes.md).
 
@@ -223,7 +226,8 @@ class UniPicPipeline:
         the last step, x_t the latent at t, x0 the prediction. output_type: "pil", "pt" or "latent". schedule: "base",
         "few_step", or "fixed_shift" with `shift`. share: division of the reference budget, "release" (one scale for
         all) or "equal" (equal areas). reference_weights: one factor on the share of each reference. aspect: of the
-        output, such as "16:9", with at most one of height and width. Raises UniPicError.
+        output, such as "16:9", with at most one of height and width. influences: strength, region and time range of
+        each reference. Raises UniPicError.
         """
         request = Request(
             prompt=prompt,
@@ -241,6 +245,7 @@ class UniPicPipeline:
             share=share,
             reference_weights=reference_weights,
             aspect=aspect,
+            influences=influences,
         )
         return self.run(images, request, latents, step_noise, callback, output_type)
 
@@ -265,7 +270,7 @@ class UniPicPipeline:
         with readable_out_of_memory(memory_advice(planned, len(originals), len(start))):
             references, cond, uncond = self._encode(originals, planned)
             packed = pack_with_references(start, shape, [references] * len(start))
-            x0 = self._sample(packed, cond, uncond, noise, settings, callback)
+            x0 = self._sample(packed, cond, uncond, noise, planned, callback)
             output = x0 if output_type == "latent" else self._decode(x0, shape)
         seeds = [planned.seed + i for i in range(len(start))]
         return UniPicOutput(to_images(output) if output_type == "pil" else output, seeds, settings)
@@ -284,13 +289,14 @@ class UniPicPipeline:
         cond: TextCond,
         uncond: TextCond | None,
         noise: NoiseSource,
-        settings: Settings,
+        planned: Plan,
         callback: Callback | None,
     ) -> Tensor:
         """Sample x0 [B, N_O, 4C]. packed: the start noise with the references."""
+        settings = planned.settings
         times = settings.times(packed.num_target_tokens, self.shift).tolist()
         try:
-            velocity = self._velocity(packed, cond, uncond, settings)  # inside, since it holds the kv_cache
+            velocity = self._velocity(packed, cond, uncond, planned)  # inside, since it holds the kv_cache
             if settings.sampler == "euler":
                 return sample_euler(velocity, packed.target, times, callback)
             return sample_consistency(velocity, packed.target, times, noise, callback)
@@ -325,16 +331,18 @@ class UniPicPipeline:
 
         return self._reference_cache.encode(references, WeightsKey(self.vae.model, sampled=True), encode)
 
-    def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, settings: Settings) -> Velocity:
+    def _velocity(self, packed: PackedLatents, cond: TextCond, uncond: TextCond | None, planned: Plan) -> Velocity:
         """Velocity function (x_t, t) -> v in float32, guided if there is an unconditional text."""
-        batch = packed.tokens.shape[0]
+        batch, settings, influences = packed.tokens.shape[0], planned.settings, planned.influences
+        intervals = settings.intervals(influences, packed.num_target_tokens, self.shift)
         transformer = self._use("transformer")
         texts = [cond] if uncond is None else [cond, uncond]
         key_values = {id(text): self._kv_cache.get(transformer, packed.row(0), text) for text in texts}
 
         def conditional_velocity(latents: PackedLatents, t: float, text: TextCond) -> Tensor:
             time = rounded_time(t, settings.time_rounding, transformer.dtype)
-            return transformer(latents, time, text.expand(batch), cache=key_values[id(text)])
+            bias = reference_bias(influences, intervals, packed.shapes[0][0], t)
+            return transformer(latents, time, text.expand(batch), cache=key_values[id(text)], reference_bias=bias)
 
         def velocity(x_t: Tensor, t: float) -> Tensor:
             return guided_velocity(conditional_velocity, packed.with_target(x_t), t, cond, uncond, settings.guidance)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..checks import finite, whole
 from ..conditioning.images import aspect_size, output_size
+from ..conditioning.influence import Influence, checked_influences
 from ..conditioning.prompt import check_unicode
 from ..conditioning.reference_sizes import DEFAULT_BUDGET, MAX_REFERENCES, RELEASE, Size, reference_sizes
 from ..errors import UniPicError
-from ..sampling.schedules import Shift, base_times, few_step_times, fixed_shift_times
+from ..model.reference_bias import Interval
+from ..sampling.schedules import Shift, base_times, few_step_times, fixed_shift_times, percent_time, resolution_shift
 from ..weights.recipe import (
     LIMITS,
     MAX_GUIDANCE,
@@ -72,6 +74,11 @@ class Settings:
             return fixed_shift_times(self.steps, self.fixed_shift or DEFAULT_SHIFT)
         make = base_times if self.schedule == "base" else few_step_times
         return make(self.steps, num_target_tokens, shift)
+
+    def intervals(self, influences: Sequence[Influence], num_target_tokens: int, shift: Shift) -> list[Interval]:
+        """Latest and earliest t of each influence's part of the run, with the time shift of this schedule."""
+        k = self.fixed_shift or resolution_shift(num_target_tokens, shift)
+        return [(percent_time(p.start, k), percent_time(p.end, k)) for p in influences]
 
 
 def resolve(
@@ -140,6 +147,7 @@ class Request:
     width, height: of the output in pixels, multiples of 16. aspect: of the output, such as "16:9", in place of the
     first reference's; then at most one of width and height. seed: of the first of `num_images`; image i has seed + i.
     share, reference_weights: division of the pixel budget among the references (conditioning/reference_sizes.py).
+    influences: strength, region and time range of each reference (conditioning/influence.py).
     """
 
     prompt: str = ""
@@ -157,13 +165,15 @@ class Request:
     share: str = RELEASE
     reference_weights: Sequence[float] | None = None
     aspect: str | None = None
+    influences: Sequence[Influence] | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """A checked request with resolved settings, planned before any weights are loaded.
 
-    size: (width, height) of the output in pixels. seen: sizes of the references after resizing.
+    size: (width, height) of the output in pixels. seen: sizes of the references after resizing. influences: one per
+    reference, or empty if none changes anything.
     """
 
     request: Request
@@ -172,6 +182,7 @@ class Plan:
     seed: int
     num_images: int
     seen: tuple[Size, ...] = ()
+    influences: tuple[Influence, ...] = ()
 
 
 def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
@@ -194,7 +205,8 @@ def plan(recipe: Recipe, references: Sequence[Size], request: Request) -> Plan:
         raise UniPicError(f"at most {MAX_REFERENCES} pictures can be composed, got {len(references)}; leave some out")
     size = _output_size(references[0] if references else None, settings.output_budget, request)
     seen = reference_sizes(references, settings.reference_budget, request.share, request.reference_weights)
-    return Plan(request, settings, size, seed, num_images, tuple(seen))
+    influences = checked_influences(request.influences, len(references))
+    return Plan(request, settings, size, seed, num_images, tuple(seen), influences)
 
 
 def _output_size(first_reference: Size | None, budget: int, request: Request) -> Size:

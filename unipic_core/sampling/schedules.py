@@ -99,6 +99,12 @@ def shift_times(t: Tensor, k: float) -> Tensor:
     return k * t / (1 + (k - 1) * t)
 
 
+def percent_time(percent: float, k: float) -> float:
+    """Time at a share of the run's steps, from 1 at 0 to 0 at 1: a linear schedule shifted by k, as ComfyUI's
+    `percent_to_sigma`."""
+    return float(shift_times(torch.tensor(1 - percent, dtype=torch.float64), k))
+
+
 def few_step_times(steps: int, num_target_tokens: int, shift: Shift = Shift()) -> Tensor:
     """Schedule of the distilled models, [steps + 1] float64 from 1 to 0: linspace, shifted, no terminal stretch."""
     _check(steps)

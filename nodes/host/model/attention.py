@@ -12,7 +12,7 @@ from comfy.ldm.modules.attention import attention_pytorch, optimized_attention_m
 from torch import Tensor
 
 from ....unipic_core.errors import UniPicError
-from ....unipic_core.model.blocks import JointState, KeyValue, joined
+from ....unipic_core.model.blocks import JointState, KeyValue, joined, rows_of
 from ....unipic_core.model.rope import rotation
 
 Options = dict[str, Any]
@@ -23,8 +23,8 @@ Options = dict[str, Any]
 class HookedState(JointState):
     """Attention context of one segment, computed by ComfyUI's function after its "attn1_patch" patches.
 
-    rope: rotation matrices [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1, keys] or None; attention: with ComfyUI's
-    signature; words: L; past: keys and values [B or 1, H, N, D].
+    rope: rotation matrices [B, 1, L + S, D / 2, 2, 2]; mask: a bias [B, 1 or L + S, keys] or None; attention: with
+    ComfyUI's signature; words: L; past: keys and values [B or 1, H, N, D].
     """
 
     rope: Any
@@ -40,7 +40,7 @@ class HookedState(JointState):
         """As `JointState.attend`. Patches get q and k before rotation and the text's mask [B, L], as in ComfyUI's own
         network, which leaves a mask aside that they return."""
         q, k, v = q.transpose(1, 2).contiguous(), k.transpose(1, 2).contiguous(), v.transpose(1, 2)
-        rope, mask = self.rope, self.mask
+        rope, mask = self.rope, rows_of(self.mask, start, q.shape[2], dim=1)
         extra = {**self.options, "img_slice": [self.words, q.shape[2]]}
         text_mask = self._text_mask(k.shape[2])
         for patch in self.options.get("patches", {}).get("attn1_patch", ()):

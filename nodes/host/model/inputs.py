@@ -15,6 +15,7 @@ from torch import Tensor
 from ....unipic_core.conditioning.sequence import PATCH, LatentShape, PackedLatents, pack_latents
 from ....unipic_core.errors import UniPicError
 from ....unipic_core.model.config import REFERENCES, TARGET, TEXT
+from ....unipic_core.model.reference_bias import attention_bias
 from ....unipic_core.model.rope import joint_positions
 
 REFERENCE_METHODS = ("index", "index_timestep_zero", "negative_index")
@@ -27,7 +28,8 @@ class NetworkInputs:
 
     key: all that the results depend on beside these tensors and the weights. context: text [B, L, D]; ids: positions
     [B, L + S, 3], text first; bias: attention bias of the text [B, L] or None; options: transformer_options without
-    patches, which apply to the target's segment alone.
+    patches, which apply to the target's segment alone; reference_bias: log strengths [N_O, K] of K references in this
+    step, or None.
     """
 
     attention_form: str
@@ -38,6 +40,7 @@ class NetworkInputs:
     bias: Tensor | None
     additional_t_cond: Tensor | None
     options: dict[str, Any]
+    reference_bias: Tensor | None = None
 
     @property
     def has_references(self) -> bool:
@@ -66,14 +69,30 @@ class NetworkInputs:
         return (self.key, shapes, self.bias is None), tensors
 
     def mask(self, segments: Sequence[tuple[str, ...]], images: int) -> Tensor | None:
-        """Attention bias [B, 1, keys] over the keys of these segments, the last of which has `images` image tokens."""
+        """Attention bias [B, 1 or queries, keys] over the keys of these segments for the queries of the last one, which
+        has `images` image tokens."""
         pieces = [piece for segment in segments for piece in segment]
-        if self.bias is None or TEXT not in pieces:
-            return None
-        text = pieces.index(TEXT)
-        before = self.references.shape[1] if REFERENCES in pieces[:text] else 0
-        after = images if TARGET in pieces else 0
-        return F.pad(self.bias, (before, after))[:, None]
+        padding = None
+        if self.bias is not None and TEXT in pieces:
+            before = self.references.shape[1] if REFERENCES in pieces[: pieces.index(TEXT)] else 0
+            after = images if TARGET in pieces else 0
+            padding = F.pad(self.bias, (before, after))[:, None]
+        if self.reference_bias is None or TARGET not in pieces:
+            return padding
+        whole = self._strengths(pieces, segments[-1], images)[None]
+        return whole if padding is None else whole + padding
+
+    def _strengths(self, pieces: Sequence[str], target: Sequence[str], images: int) -> Tensor:
+        """Attention bias [queries, keys] of the references' strengths. pieces: of the keys; target: of the queries."""
+        assert self.reference_bias is not None  # checked by `mask`
+        words, references = self.context.shape[1], self.references.shape[1]
+        before = 0 if REFERENCES in target else references
+        keys = before + (words if TEXT in pieces else 0) + images
+        first_query = words if TEXT in target else 0
+        first_key = words + self.latents.num_target_tokens if REFERENCES in target else 0
+        tokens = [shape.num_tokens for shape in self.latents.shapes[0][1:]]
+        bias = self.reference_bias.to(self.latents.tokens)
+        return attention_bias(bias, tokens, first_query + images, first_query, keys, first_key)
 
 
 def _all_rows_equal(tensors: Sequence[Tensor | None]) -> bool:

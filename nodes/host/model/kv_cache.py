@@ -137,7 +137,10 @@ class KVCache:
         chosen = inputs.options.get(KV_CACHE) == APPROXIMATE and inputs.attention_form == FULL
         if not chosen or not inputs.has_references or not self.may_cache(inputs):
             return None
-        return self.approximate.get(*inputs.cache_key(TEXT), ApproximateReferences)
+        key, tensors = inputs.cache_key(TEXT)
+        bias = inputs.reference_bias  # references attend to the target, which depends on it
+        tensors = tensors if bias is None else [*tensors, bias]
+        return self.approximate.get((key, bias is None), tensors, ApproximateReferences)
 
 
 def new_store(inputs: NetworkInputs) -> StoredKeyValues:

@@ -1,7 +1,7 @@
 """UniPic's MMDiT as ComfyUI's `diffusion_model`: the core's network with ComfyUI's layers, attention and hooks.
 
 Parameters have their diffusers names at the top level, where LoRA loaders look for them. All hooks of ComfyUI's own
-Qwen-Image network work: patches "post_input", "attn1_patch" and "double_block", replacement of ("double_block", i),
+Qwen-Image network work: patches "post_input", "attn1_patch" and "double_block", reinfluence of ("double_block", i),
 ControlNet residuals, attention override and diffusion model wrappers.
 """
 
@@ -25,6 +25,7 @@ from ....unipic_core.model.layers import Operations
 from ....unipic_core.model.mmdit import MMDiTLayers
 from ....unipic_core.sampling.schedules import rounded_time
 from .attention import HookedState, Options, attention_on, check_patches, rotation_matrices, text_bias
+from .influences import TimedInfluences, bias_at
 from .inputs import NetworkInputs, checked_method, checked_text, packed, positions
 from .kv_cache import ATTENTION_FORM, OPTION_KEYS, TIME_ROUNDING, ApproximateReferences, KVCache, new_store
 
@@ -95,9 +96,11 @@ class ComfyMMDiT(MMDiTLayers):
         transformer_options: Options | None = None,
         control: dict[str, object] | None = None,
         ref_latents_method: str | None = None,
+        unipic_influences: TimedInfluences = (),
         **unipic_options: object,
     ) -> Tensor:
         method = checked_method(ref_latents_method or self.default_ref_method)
+        sigma = timestep
         options = {**(transformer_options or {}), **{k: v for k, v in unipic_options.items() if k in OPTION_KEYS}}
         timestep = rounded_time(timestep, options.get(TIME_ROUNDING, "none"), x.dtype)
         form = options.get(ATTENTION_FORM) or self.config.attention_form
@@ -111,6 +114,7 @@ class ComfyMMDiT(MMDiTLayers):
             bias=text_bias(attention_mask, x.dtype),
             additional_t_cond=additional_t_cond,
             options={key: value for key, value in options.items() if not key.startswith("patches")},
+            reference_bias=bias_at(unipic_influences, latents.shapes[0], sigma),
         )
         approximate = self.kv_cache.approximate_references(inputs)
         if approximate is not None and approximate.valid_at(float(timestep[0])):
@@ -185,10 +189,10 @@ class ComfyMMDiT(MMDiTLayers):
     def _step_with_hooks(self, x: Tensor, options: Options, control: dict[str, Any] | None) -> Step:
         """`advance` with ComfyUI's hooks around the last segment; the last block is pruned where no hook sees it."""
         check_patches(options)
-        replacements = options.get("patches_replace", {}).get("dit", {})
+        reinfluences = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         residuals = (control or {}).get("input") or ()
-        hooked = bool(options.get("patches") or replacements or residuals or "optimized_attention_override" in options)
+        hooked = bool(options.get("patches") or reinfluences or residuals or "optimized_attention_override" in options)
         index = {id(block): i for i, block in enumerate(self.transformer_blocks)}
 
         def step(
@@ -198,8 +202,8 @@ class ComfyMMDiT(MMDiTLayers):
             *before, target = segments
             before, computed = advance(block, before, past, last)
             past = (*past, *computed)
-            if ("double_block", i) in replacements:
-                target = _replaced(replacements[("double_block", i)], block, target, past, options)
+            if ("double_block", i) in reinfluences:
+                target = _replaced(reinfluences[("double_block", i)], block, target, past, options)
                 key_values: list[KeyValue] = []
             else:
                 [target], key_values = advance(block, [target], past, last and not hooked)
@@ -304,13 +308,13 @@ def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
 
 
 def _replaced(
-    replacement: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
+    reinfluence: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
 ) -> Segment:
     """The target after a patch that replaces the block; the patch may call the original block."""
     assert isinstance(target.state, HookedState)  # set by `_velocity`
     state = replace(target.state, past=past)
     args = {"img": target.img, "txt": target.txt, "vec": target.temb, "pe": state.rope, "transformer_options": options}
-    out = replacement(args, {"original_block": _original(block, state)})
+    out = reinfluence(args, {"original_block": _original(block, state)})
     return replace(target, img=out["img"], txt=out["txt"])
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import comfy.model_base
 import comfy.model_management as management
 import comfy.supported_models
 import torch
+from comfy.conds import CONDConstant
 from torch import Tensor
 
+from ....unipic_core.conditioning.sequence import PATCH
 from ....unipic_core.model.config import kv_cache_bytes
 from ..sampling.model_sampling import check_times
+from .influences import INFLUENCES, timed_influences
 from .kv_cache import CACHED_TOKENS, OPTION_KEYS, REFERENCE_SETS, SEPARATE, SHARED
 from .latent_format import PictureLatents
 from .mmdit import ComfyMMDiT
@@ -44,7 +48,10 @@ class UniPicModel(comfy.model_base.QwenImage):
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dtype == torch.bool:  # ComfyUI would cast it to a float that reads as a bias
             kwargs["attention_mask"] = mask.long()
-        return super().extra_conds(**kwargs)
+        conds: dict[str, Any] = super().extra_conds(**kwargs)
+        if influences := timed_influences(kwargs.get(INFLUENCES), self.model_sampling):
+            conds[INFLUENCES] = CONDConstant(influences)
+        return conds
 
     def extra_conds_shapes(self, **kwargs: Any) -> dict[str, Any]:
         """Shapes for the memory estimate: references by their area, since the stock one assumes 16 channels."""
@@ -53,17 +60,22 @@ class UniPicModel(comfy.model_base.QwenImage):
         if references is not None:
             area = sum(z[0, 0].numel() for z in references)
             shapes["ref_latents"] = [1, self.latent_format.latent_channels, area]
+        if kwargs.get(INFLUENCES) and kwargs.get("cross_attn") is not None:
+            shapes[INFLUENCES] = [1, kwargs["cross_attn"].shape[1]]
         return shapes
 
     def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
-        """The stock estimate plus the kv cache: the largest sets of references that it holds at once, and the tokens
-        that each conditioning caches for itself."""
+        """The stock estimate plus the kv cache (the largest sets of references that it holds at once, and the tokens
+        that each conditioning caches for itself) and the attention bias of references with a strength or a box."""
         config, cond_shapes = self.diffusion_model.config, cond_shapes or {}
         shared, separate = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (SHARED, SEPARATE))
         itemsize = management.dtype_size(self.get_dtype_inference())
         tokens = sum(sorted(shared)[-REFERENCE_SETS:]) + sum(separate)
         cache = kv_cache_bytes(tokens, config.num_layers, config.width, itemsize)
-        return super().memory_required(input_shape, cond_shapes) + cache
+        images = prod(input_shape[2:]) + sum(shape[-1] for shape in cond_shapes.get("ref_latents", ()))
+        sequence = images // PATCH**2 + max((shape[-1] for shape in cond_shapes.get(INFLUENCES, ())), default=0)
+        mask = 2 * sequence**2 * itemsize if INFLUENCES in cond_shapes else 0
+        return super().memory_required(input_shape, cond_shapes) + cache + mask
 
 
 class UniPicConfig(comfy.supported_models.QwenImage):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ....unipic_core.conditioning.boxes import parse_boxes, regions_of
+from ....unipic_core.conditioning.influence import GRID, NEUTRAL, Influence
 from ....unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from ....unipic_core.errors import UniPicError
 from .images import to_masks, to_pictures
@@ -27,16 +29,17 @@ ReferenceSocket = io.Custom("UNIPIC_REFERENCE")
 
 @dataclass(frozen=True)
 class Reference:
-    """A picture with its mask, weight and switch.
+    """A picture with its mask, weight, switch and influence.
 
     image: ComfyUI's IMAGE; mask: the MASK of parts to leave out; weight: multiplies its share of the reference budget;
-    enabled: False = the picture is left out, and later ones are renumbered.
+    enabled: False = the picture is left out, and later ones are renumbered; influence: strength, region, time range.
     """
 
     image: Tensor
     mask: Tensor | None = None
     weight: float = 1.0
     enabled: bool = True
+    influence: Influence = NEUTRAL
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Socket:
     """A connected socket: its kind and number, the pictures of it that are used, and the size of its batch.
 
     weight: of each of its pictures; enabled: False = no pictures, since its Reference node is switched off; masks: of
-    each picture, "L" with 255 = left out, or None.
+    each picture, "L" with 255 = left out, or None; influence: of each of its pictures.
     """
 
     kind: str
@@ -54,6 +57,7 @@ class Socket:
     weight: float = 1.0
     enabled: bool = True
     masks: Sequence[Image.Image | None] = ()
+    influence: Influence = NEUTRAL
 
     @property
     def name(self) -> str:
@@ -103,7 +107,8 @@ def _socket(kind: str, number: int, reference: Reference, batches: str) -> Socke
     if batches == FIRST and size > 1:
         batch, mask = batch[:1], mask[:1] if mask is not None and mask.ndim > 2 else mask
     pictures = to_pictures(batch, mask)
-    return Socket(kind, number, pictures, size, reference.weight, masks=to_masks(batch, mask))
+    masks = to_masks(batch, mask)
+    return Socket(kind, number, pictures, size, reference.weight, masks=masks, influence=reference.influence)
 
 
 def check_tensors(inputs: Mapping[str, object]) -> None:
@@ -126,6 +131,24 @@ def _check_count(sockets: Sequence[Socket]) -> None:
 def reference_weights(sockets: Sequence[Socket]) -> list[float]:
     """Weights of the pictures, in order."""
     return [socket.weight for socket in sockets for _ in socket.pictures]
+
+
+def reference_influences(sockets: Sequence[Socket], boxes: object) -> list[Influence]:
+    """Influences of the pictures, in order.
+
+    boxes: JSON, or its rows, as from Create Bounding Boxes. UniPicError for a picture with a box of its own too.
+    """
+    influences = [socket.influence for socket in sockets for _ in socket.pictures]
+    count = len(influences)
+    regions = parse_boxes(boxes, count) if isinstance(boxes, str) else regions_of(boxes, count)
+    for number, region in regions.items():
+        if influences[number - 1].region is not None:
+            raise UniPicError(
+                f"image {number} has a box in boxes and in Reference (UniPic); leave one of them out, there by x and y "
+                f"0, width and height {GRID}"
+            )
+        influences[number - 1] = replace(influences[number - 1], region=region)
+    return influences
 
 
 def cautions(sockets: Sequence[Socket]) -> Iterator[str]:

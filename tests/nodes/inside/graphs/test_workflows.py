@@ -43,7 +43,7 @@ def test_kinds_are_the_nodes(name: str) -> None:
         options = spec[1] if len(spec) > 1 else {}
         if str(spec[0]).startswith("COMFY_AUTOGROW"):
             growing |= {f"{field}.{name}" for name in options["template"]["names"]}
-        elif isinstance(spec[0], list) or spec[0] in PLAIN:
+        elif isinstance(spec[0], list) or spec[0].partition(",")[0] in PLAIN:
             widgets += [field, CONTROL] if options.get("control_after_generate") else [field]
         else:
             sockets[field] = spec[0]

@@ -1,0 +1,171 @@
+"""Strength, box and time range of references: the core's numbers, caches that are never stale, boxes from the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy
+from causal_tools import CAUSAL, close
+from compose_tools import distance, image
+from model_tools import random_inputs, velocity
+from running import Executor, node_of
+from torch import Tensor
+from unipic_pack.nodes import compose
+from unipic_pack.nodes.compose import MultiImageCompose
+from unipic_pack.nodes.host.model.influences import INFLUENCES
+from unipic_pack.nodes.host.pictures.vae import load_vae
+from unipic_pack.nodes.host.text.encoder import load_clip
+from unipic_pack.nodes.reference import UniPicReference
+from unipic_pack.nodes.sample import FewStepSampler
+from unipic_pack.unipic_core.conditioning.influence import Influence, Region
+from unipic_pack.unipic_core.conditioning.sequence import (
+    LatentShape,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+    unpack_latents,
+)
+from unipic_pack.unipic_core.errors import UniPicError
+from unipic_pack.unipic_core.model.reference_bias import reference_bias
+from unipic_pack.unipic_core.weights.transformer import load_transformer
+from unipic_pack.workflows import build
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("inference")
+
+LEFT = Region(0, 0, 500, 1000)
+BOTH = (Influence(0.5, LEFT), Influence(2.0))
+ALWAYS = ((1.0, 0.0),) * 2
+WISHES = {"reference_budget": 96, "width": 32, "height": 32}
+
+
+@pytest.fixture(scope="module")
+def tiny(golden: Path) -> Any:
+    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
+
+
+def models(nano_model: Any, causal_models: dict[str, Any]) -> dict[str, Any]:
+    return {"full": nano_model, **causal_models}
+
+
+@pytest.mark.parametrize("form", ["full", *CAUSAL])
+def test_as_the_core_computes_it(
+    form: str, nano: Path, nano_model: Any, causal_folders: dict[str, Path], causal_models: dict[str, Any]
+) -> None:
+    x, text, references = random_inputs()
+    shape = LatentShape(1, 4, 4)
+    network = load_transformer({"full": nano, **causal_folders}[form], dtype=torch.float32)
+    bias = reference_bias(BOTH, ALWAYS, shape, 0.7)
+    packed = pack_with_references(pack_latents(x), shape, [references])
+    want = unpack_latents(network(packed, 0.7, TextCond(text), reference_bias=bias), shape)
+    timed = tuple(zip(BOTH, ALWAYS, strict=True))
+    model = models(nano_model, causal_models)[form]
+    got = velocity(model, x, 0.7, text, references, **{INFLUENCES: timed})
+    torch.testing.assert_close(got, want, rtol=0, atol=3e-5)
+    assert float((got - velocity(model, x, 0.7, text, references)).abs().max()) > 1e-3
+    mask = torch.tensor([[1] * 6 + [0] * 3])
+    padded = velocity(model, x, 0.7, text, references, attention_mask=mask, **{INFLUENCES: timed})
+    short = velocity(model, x, 0.7, text[:, :6], references, **{INFLUENCES: timed})
+    torch.testing.assert_close(padded, short, rtol=0, atol=3e-5)
+
+
+def run(model: Any, influences: Any, cache: str = "auto", cfg: float = 1.0, steps: int = 4) -> Tensor:
+    x, text, references = random_inputs()
+    extra = {"reference_latents": references, **({INFLUENCES: influences} if influences else {})}
+    positive, negative = ([[t, dict(extra)]] for t in (text, text[:, :4] * -0.5))
+    empty = {"samples": torch.zeros_like(x)}
+    return FewStepSampler.execute(model, positive, negative, empty, 3, steps, cfg, "euler", 1.0, cache)[0]["samples"]
+
+
+@pytest.mark.parametrize("form", CAUSAL)
+def test_the_cache_of_a_run_serves_every_strength(form: str, causal_models: dict[str, Any]) -> None:
+    plain = run(causal_models[form], None)
+    for influences in (BOTH, (Influence(), Influence(0.0, end=0.5))):
+        cached, computed = (run(causal_models[form], influences, cache, cfg=2.0) for cache in ("auto", "off"))
+        close(cached, computed)
+        assert float((run(causal_models[form], influences) - plain).abs().max()) > 1e-3
+    close(run(causal_models[form], None), plain)
+
+
+def test_an_approximate_cache_is_computed_again_where_a_strength_begins_to_count(nano_model: Any) -> None:
+    """Reused over that step, the references' keys and values would be those of the other strength."""
+    late = (Influence(start=0.1, strength=0.05), Influence(start=0.1, strength=0.05))
+    exact, approximate = (run(nano_model, late, cache, steps=30) for cache in ("auto", "approximate"))
+    plain = run(nano_model, None, "approximate", steps=30)
+    error = float((exact - approximate).norm() / exact.norm())
+    assert error < 0.2
+    assert float((approximate - plain).norm() / exact.norm()) > 2 * error
+
+
+def test_time_ranges_are_comfyuis_percents(nano_model: Any) -> None:
+    plain = run(nano_model, None)
+    assert torch.equal(run(nano_model, (Influence(0.0, start=1.0), Influence())), plain)
+    always = run(nano_model, (Influence(0.0), Influence()))
+    assert torch.equal(run(nano_model, (Influence(0.0, start=0.0, end=1.0), Influence())), always)
+    half = run(nano_model, (Influence(0.0, end=0.5), Influence()))
+    assert not torch.equal(half, always)
+    assert not torch.equal(half, plain)
+
+
+def test_comfyuis_own_network_refuses_them() -> None:
+    patcher = toy.model()
+    cond = [[torch.zeros(1, 3, 8), {INFLUENCES: (Influence(0.5),)}]]
+    with pytest.raises(UniPicError, match="need the model of Load UniPic, got ComfyUI's own network"):
+        FewStepSampler.execute(patcher, cond, toy.text(), toy.latent(), 1, 2, 1.0, "euler", 1.0)
+
+
+def composed(tiny: Any, *references: Any, **more: Any) -> Any:
+    compose.clear_caches()
+    given = {f"reference_{i + 1}": r for i, r in enumerate(references)}
+    return MultiImageCompose.execute(*tiny, "Blend them.", references=given, **{**WISHES, **more}).args
+
+
+def wire(index: int, **more: Any) -> Any:
+    return UniPicReference.execute(image(index), **more).args[0]
+
+
+def test_without_strength_and_box_the_conditioning_has_nothing_new(tiny: Any) -> None:
+    [[_, extra]] = composed(tiny, wire(0), wire(1, strength=1.0, x=0, width=1000), boxes="[]")[0]
+    assert set(extra) == {"reference_latents"}
+
+
+def test_influences_reach_both_conditionings_and_no_text_the_encoder(tiny: Any) -> None:
+    plain = composed(tiny, wire(0), wire(1))
+    boxes = '[{"id": "image_2", "bbox": [0, 500, 1000, 1000], "desc": "a red thing"}]'
+    made = composed(tiny, wire(0, strength=0.5, start=0.25), wire(1), boxes=boxes)
+    expected = (Influence(0.5, None, 0.25), Influence(region=Region(500, 0, 1000, 1000)))
+    for which in (0, 1):
+        assert distance(made[which][0][0], plain[which][0][0]) == 0
+        assert made[which][0][1][INFLUENCES] == expected
+    assert not torch.equal(made[3], plain[3]), "the sheet shows the box"
+    drawn = composed(tiny, wire(0), wire(1), boxes=[{"type": "obj", "bbox": [0, 0, 500, 500], "desc": ""}])
+    assert drawn[0][0][1][INFLUENCES] == (Influence(region=Region(0, 0, 500, 500)), Influence())
+
+
+def test_wrong_boxes_are_one_sentence(tiny: Any) -> None:
+    with pytest.raises(UniPicError, match="image 1 has a box in boxes and in Reference"):
+        composed(tiny, wire(0, width=500), boxes='[{"bbox": [0, 0, 1, 1]}]')
+    with pytest.raises(UniPicError, match="boxes must be JSON such as"):
+        composed(tiny, wire(0), boxes="left")
+    with pytest.raises(UniPicError, match="boxes must be a list of rows"):
+        composed(tiny, wire(0), boxes=5)
+    with pytest.raises(UniPicError, match="a box must be wider and higher than 0"):
+        wire(0, x=1000)
+
+
+def test_boxes_drawn_in_the_page_by_comfyuis_own_node() -> None:
+    graph = build.two_references().api()
+    inputs = node_of(graph, "MultiImageCompose")
+    box = {"x": 0, "y": 0, "width": 64, "height": 128, "metadata": {"desc": "the panda of image 1"}}
+    drawn = {"width": 128, "height": 128, "editor_state": [box]}
+    graph["drawn"] = {"class_type": "CreateBoundingBoxes", "inputs": drawn}
+    inputs["boxes"] = ["drawn", 2]
+    node_of(graph, "FewStepSampler").update(steps=1)
+    done = Executor().run(graph)
+    assert done.success, done.error.get("exception_message")
+    inputs["boxes"] = '[{"id": "image_9", "bbox": [0, 0, 1, 1]}]'
+    failed = Executor().run(graph)
+    assert "box 1 is of image 9, and there are 2 pictures" in failed.error["exception_message"]
