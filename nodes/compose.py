@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.model_management
@@ -33,6 +33,7 @@ from ..unipic_core.errors import UniPicError
 from ..unipic_core.run.plan import Plan, Request, plan
 from ..unipic_core.weights.recipe import LIMITS, Recipe
 from . import CATEGORY
+from .host.compare.run import COMPOSITION
 from .host.messages import tell
 from .host.model.influences import INFLUENCES
 from .host.pictures.images import to_image
@@ -149,19 +150,46 @@ class MultiImageCompose(io.ComfyNode):
             ),
             size,
         )
-        planned = _plan(attachment_of(clip.patcher).recipe, [picture.size for picture in pictures], request)
+        composition = Composition(clip, vae, tuple(pictures), request)
+        planned = composition.plan()
         _tell(cls, sockets, [picture.size for picture in pictures], planned)
-        resized = resize_references(pictures, planned.settings.reference_budget, share, request.reference_weights)
-        latents = _reference_latents(vae, resized)
-        references_of_run: dict[str, Any] = {"reference_latents": latents} if latents else {}
-        if planned.influences:
-            references_of_run[INFLUENCES] = planned.influences
-        positive, negative = (
-            node_helpers.conditioning_set_values(_text(clip, text, resized), references_of_run)
-            for text in (prompt, negative_prompt)
-        )
+        resized = composition.resized(planned)
+        positive, negative = composition.conditionings(planned, resized)
         sheet = _sheet(sockets, resized, planned)
         return io.NodeOutput(positive, negative, _empty_latent(vae, planned), sheet, ui=preview(sheet))
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Inputs of one run. Its conditionings carry it, so that Compare encodes them at other reference budgets."""
+
+    clip: CLIP
+    vae: VAE
+    pictures: tuple[Image.Image, ...]
+    request: Request
+
+    def plan(self, reference_budget: int | None = None) -> Plan:
+        """The checked plan of the run, or of one at another reference budget."""
+        request = self.request if reference_budget is None else replace(self.request, reference_budget=reference_budget)
+        return _plan(attachment_of(self.clip.patcher).recipe, [picture.size for picture in self.pictures], request)
+
+    def resized(self, planned: Plan) -> list[Image.Image]:
+        """The pictures at the plan's reference budget."""
+        request, budget = planned.request, planned.settings.reference_budget
+        return resize_references(self.pictures, budget, request.share, request.reference_weights)
+
+    def conditionings(self, planned: Plan, resized: list[Image.Image]) -> tuple[Conditioning, Conditioning]:
+        """Positive and negative with the resized pictures."""
+        extra: dict[str, Any] = {COMPOSITION: self}
+        if resized:
+            extra["reference_latents"] = _reference_latents(self.vae, resized)
+        if planned.influences:
+            extra[INFLUENCES] = planned.influences
+        positive, negative = (
+            node_helpers.conditioning_set_values(_text(self.clip, text, resized), extra)
+            for text in (planned.request.prompt, planned.request.negative_prompt)
+        )
+        return positive, negative
 
 
 def _inputs() -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import UniPicCompare
 from .compose import MultiImageCompose
 from .crop_and_stitch import UniPicCrop, UniPicStitch
 from .load import LoadUniPic
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     UniPicSampleImages,
     UniPicSigmas,
     UniPicSamplerSelect,
+    UniPicCompare,
 ]
 
 

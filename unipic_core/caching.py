@@ -128,6 +128,9 @@ class PictureCache(LRU[V]):
 SAMPLED_VALUES = 1024
 """Number of values of each tensor that enter a sampled `WeightsKey`."""
 
+_SPREAD = -7046029254386353131
+"""2^64 divided by the golden ratio, as int64: makes factors whose sums do not cancel where signs change."""
+
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -170,4 +173,5 @@ def checksums(tensors: Sequence[Tensor], samples: int = SAMPLED_VALUES) -> tuple
 def _checksum(tensor: Tensor, samples: int) -> Tensor:
     values = tensor.flatten()[:: max(tensor.numel() // samples, 1)].contiguous()
     bits = values.view(_INTEGERS[values.itemsize]).long()
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+    spread = torch.arange(1, len(bits) + 1, device=bits.device) * _SPREAD
+    return (bits * ((spread ^ (spread >> 29)) * _SPREAD | 1)).sum()  # modulo 2^64

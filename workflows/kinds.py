@@ -65,6 +65,16 @@ KINDS = {
         (300, 390 + PREVIEW),
         ours=True,
     ),
+    "UniPicCompare": Kind(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "vae": "VAE"},
+        (
+            *("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "x_axis", "x_values", "y_axis", "y_values"),
+            *("lora", "schedule", "shift", "condition_cache", "cache_dtype"),
+        ),
+        {"grid": "IMAGE", "images": "IMAGE"},
+        (300, 590 + PREVIEW),
+        ours=True,
+    ),
     "UniPicSigmas": Kind(
         {"model": "MODEL", "latent": "LATENT"},
         ("steps", "denoise", "schedule", "shift"),

@@ -167,7 +167,7 @@ def test_the_error_of_int8_storage(schemas) -> None:
     results = json.loads((ROOT / "tests/benchmarks/results/cache-storage-cpu-2cores.json").read_text(encoding="utf-8"))
     for language in ("en", "zh"):
         names = json.loads((ROOT / f"locales/{language}/nodeDefs.json").read_text(encoding="utf-8"))
-        for node in ("FewStepSampler",):
+        for node in ("FewStepSampler", "UniPicCompare"):
             tooltip = names[node]["inputs"]["cache_dtype"]["tooltip"]
             assert re.findall(r"(\d+) dB PSNR", tooltip) == [f"{results['psnr_db']:.0f}"]
 

@@ -13,7 +13,7 @@ from workflows.kinds import KINDS
 MODELS = ROOT / "unipic_core" / "models"
 IDS = {
     *("LoadUniPic", "MultiImageCompose", "FewStepSampler", "DistillLoRA"),
-    *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect", "UniPicReference"),
+    *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect", "UniPicCompare", "UniPicReference"),
     *("UniPicCrop", "UniPicStitch"),
 }
 SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from PIL import Image
 
-from unipic_core.caching import LRU, WeightsKey, image_key
+from unipic_core.caching import LRU, WeightsKey, checksums, image_key
 
 
 def test_lru() -> None:
@@ -40,3 +40,14 @@ def test_moved_weights_keep_their_key_and_others_never_get_it() -> None:
     after = WeightsKey(layer)
     after._state = state  # even if the new parameter got the old one's id
     assert after != before
+
+
+def test_checksums_notice_signs_order_and_values() -> None:
+    """Sampled values weighted so that changed signs, of whose sums many are 0, do not cancel."""
+    tensors = [torch.randn(160, generator=torch.Generator().manual_seed(seed)) for seed in range(300)]
+    for count in (16, 1024):
+        seen = checksums(tensors, count)
+        assert len(set(seen)) == len(tensors)
+        for change in (torch.neg, lambda t: t.flip(0), lambda t: t * 1.001, lambda t: t.bfloat16()):
+            changed = checksums([change(t) for t in tensors], count)
+            assert not any(a == b for a, b in zip(seen, changed, strict=True))

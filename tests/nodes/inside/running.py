@@ -47,7 +47,7 @@ def saved_pictures(outputs: dict[str, Any]) -> list[dict[str, Any]]:
 
 STOCK = (
     *("nodes_qwen", "nodes_custom_sampler", "nodes_edit_model", "nodes_images"),
-    *("nodes_mask", "nodes_compositing", "nodes_rebatch", "nodes_bounding_boxes"),
+    *("nodes_mask", "nodes_compositing", "nodes_rebatch", "nodes_bounding_boxes", "nodes_image_compare"),
 )
 """ComfyUI's files that hold the stock nodes of the workflows and the tests, beside nodes.py."""
 
