@@ -20,7 +20,7 @@ from .basics import (
     two_references,
 )
 from .graph import Blueprint, Workflow
-from .photos import frames, inpaint, own_photographs, released_weights, second_pass
+from .photos import boxes, frames, grid, inpaint, own_photographs, released_weights, second_pass
 from .start import app, compose_blueprint, edit_blueprint, one_node
 
 FOLDER = Path(__file__).parent
@@ -41,7 +41,9 @@ ALL: tuple[Callable[[], Workflow], ...] = (
     app,
     own_photographs,
     inpaint,
+    boxes,
     second_pass,
+    grid,
     frames,
     released_weights,
 )

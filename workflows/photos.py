@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import Group, Workflow
+from .graph import CONTROL, Group, Workflow
 from .kinds import KINDS
 from .parts import (
     BLUE,
@@ -15,6 +15,7 @@ from .parts import (
     PURPLE,
     RESULT,
     SAMPLING,
+    SEED,
     compose,
     decode,
     few_steps,
@@ -60,10 +61,32 @@ def own_photographs() -> Workflow:
     return w
 
 
-def reference() -> dict[str, object]:
-    """Settings of a Reference at their defaults."""
-    place = {"x": 0, "y": 0, "width": 1000, "height": 1000}
+def reference(x: int = 0, y: int = 0, width: int = 1000, height: int = 1000) -> dict[str, object]:
+    """Settings of a Reference: its box on a grid of 1000, the others at their defaults."""
+    place = {"x": x, "y": y, "width": width, "height": height}
     return {"weight": 1, "enabled": True, "strength": 1, "start": 0, "end": 1, **place}
+
+
+def boxes() -> Workflow:
+    """Where each picture goes, in numbers."""
+    w = Workflow("13-boxes", KINDS)
+    model = load(w)
+    pictures = sample_pictures(w, ("panda", "carrot", "room"))
+    places = (reference(40, 400, 440, 560), reference(520, 400, 440, 560), reference())
+    references = [
+        w.add("UniPicReference", {"image": picture["image"]}, place)
+        for picture, place in zip(pictures, places, strict=True)
+    ]
+    prompt = "Put the panda from image 1 to the left of the carrot from image 2, in the room of image 3."
+    composed = compose(w, model, [], prompt, references=[one["reference"] for one in references])
+    sampled = few_steps(w, model["MODEL"], composed)
+    decoded = decode(w, sampled["latent"], model)
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
+    w.column(Group("3 Boxes", references, GREEN))
+    w.column(Group("4 Prompt", [composed], BROWN))
+    w.column(Group("5 Sampling", [sampled], PURPLE))
+    w.column(Group("6 Result", [decoded, save(w, decoded["IMAGE"])], GREY))
+    return w
 
 
 def inpaint() -> Workflow:
@@ -110,6 +133,26 @@ def second_pass() -> Workflow:
     w.column(Group("5 Larger", [small, large, latent], GREY))
     w.column(Group("6 Second pass", [second], PURPLE))
     w.column(Group("7 Result", [decoded, save(w, decoded["IMAGE"])], GREY))
+    return w
+
+
+def grid() -> Workflow:
+    """Seeds from left to right, guidance from top to bottom."""
+    w = Workflow("15-variations-grid", KINDS)
+    model = load(w)
+    pictures = sample_pictures(w, ("office-worker", "pizza", "room"))
+    prompt = "Put the pizza from image 2 to the left of the office worker from image 1, in the room of image 3."
+    composed = compose(w, model, [picture["image"] for picture in pictures], prompt)
+    wires = {"model": model["MODEL"], "vae": model["VAE"]}
+    wires |= {name: composed[name] for name in ("positive", "negative", "latent")}
+    axes = {"x_axis": "seed", "x_values": "1, 2, 3, 4", "y_axis": "guidance", "y_values": "1, 3"}
+    settings = {"seed": SEED, CONTROL: "fixed", "steps": 0, "cfg": 0, "sampler": "auto", "denoise": 1, **axes}
+    others = {"lora": "none", "schedule": "auto", "shift": 0, "condition_cache": "auto", "cache_dtype": "auto"}
+    made = w.add("UniPicCompare", wires, {**settings, **others})
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
+    w.column(Group(PROMPT, [composed], BROWN))
+    w.column(Group("4 Grid", [made], PURPLE))
+    w.column(Group(RESULT, [save(w, made["grid"])], GREY))
     return w
 
 
