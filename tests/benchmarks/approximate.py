@@ -78,7 +78,9 @@ class Reusing:
         self.network.to(device)
         return self
 
-    def __call__(self, latents: PackedLatents, t: float, text: TextCond, cache: Any = None) -> Tensor:
+    def __call__(
+        self, latents: PackedLatents, t: float, text: TextCond, cache: Any = None, reference_bias: None = None
+    ) -> Tensor:
         if not self.times or self.times[-1] != t:
             self.times.append(t)
             self._calls = 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.paths import GOLDEN, TINY
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.pipeline import UniPicPipeline
-from unipic_core.run.plan import resolve
+from unipic_core.run.plan import Plan, Request, resolve
 from unipic_core.sampling.schedules import base_times, few_step_times, rounded_time
 from unipic_core.weights.recipe import RELEASED_BASE, Recipe
 
@@ -31,10 +31,12 @@ def distances(name: str, pipe: UniPicPipeline, recipe: Recipe) -> list[float]:
     """Relative distance of our velocity of each step to the release's."""
     folder = GOLDEN / "cases" / name
     case, tensors = json.loads((folder / "case.json").read_text()), load_file(folder / "tensors.safetensors")
-    settings = resolve(recipe, sampler=case["sampler"])
+    settings = replace(resolve(recipe, sampler=case["sampler"]), guidance=1.0)
+    size = (case["width"], case["height"])
+    planned = Plan(Request(prompt=""), settings, size, seed=0, num_images=1)
     references = [tensors[f"reference_latent_{i + 1}"] for i in range(len(case["reference_sizes"]))]
-    packed = pack_with_references(tensors["noise"], LatentShape.of_pixels(case["width"], case["height"]), [references])
-    velocity = pipe._velocity(packed, TextCond(tensors["prompt_embeds"], None), None, replace(settings, guidance=1.0))
+    packed = pack_with_references(tensors["noise"], LatentShape.of_pixels(*size), [references])
+    velocity = pipe._velocity(packed, TextCond(tensors["prompt_embeds"], None), None, planned)
     got = []
     for step, want in sorted(load_file(folder / "bf16.safetensors").items()):
         number = int(step.removeprefix("velocity_"))
