@@ -12,10 +12,10 @@ KINDS = {
         {},
         ("model", "text_encoder", "vae", "weight_dtype"),
         {"MODEL": "MODEL", "CLIP": "CLIP", "VAE": "VAE"},
-        (300, 190),
+        (300, 214),
         ours=True,
     ),
-    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 60 + PREVIEW), ours=True),
+    "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 112 + PREVIEW), ours=True),
     "MultiImageCompose": Kind(
         {"clip": "CLIP", "vae": "VAE"},
         (
@@ -43,7 +43,7 @@ KINDS = {
         {"image": "IMAGE", "mask": "MASK"},
         ("weight", "enabled", "strength", "start", "end", "x", "y", "width", "height"),
         {"reference": "UNIPIC_REFERENCE"},
-        (300, 310 + PREVIEW),
+        (300, 364 + PREVIEW),
         frozenset({"mask"}),
         ours=True,
     ),
@@ -51,18 +51,18 @@ KINDS = {
         {"image": "IMAGE", "mask": "MASK", "model": "MODEL"},
         ("context", "budget", "grow", "edge"),
         {"stitch": "UNIPIC_STITCH", "image": "IMAGE", "mask": "MASK", "width": "INT", "height": "INT"},
-        (300, 230 + PREVIEW),
+        (300, 276 + PREVIEW),
         frozenset({"model"}),
         ours=True,
     ),
     "UniPicStitch": Kind(
-        {"stitch": "UNIPIC_STITCH", "image": "IMAGE"}, (), {"image": "IMAGE"}, (300, 60 + PREVIEW), ours=True
+        {"stitch": "UNIPIC_STITCH", "image": "IMAGE"}, (), {"image": "IMAGE"}, (300, 104 + PREVIEW), ours=True
     ),
     "FewStepSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT"},
         ("seed", CONTROL, "steps", "cfg", "sampler", "denoise", "condition_cache", "schedule", "shift", "cache_dtype"),
         {"latent": "LATENT"},
-        (300, 390 + PREVIEW),
+        (300, 476 + PREVIEW),
         ours=True,
     ),
     "UniPicCompare": Kind(
@@ -72,23 +72,23 @@ KINDS = {
             *("lora", "schedule", "shift", "condition_cache", "cache_dtype"),
         ),
         {"grid": "IMAGE", "images": "IMAGE"},
-        (300, 590 + PREVIEW),
+        (300, 890 + PREVIEW),
         ours=True,
     ),
     "UniPicSigmas": Kind(
         {"model": "MODEL", "latent": "LATENT"},
         ("steps", "denoise", "schedule", "shift"),
         {"sigmas": "SIGMAS"},
-        (300, 230),
+        (300, 258),
         ours=True,
     ),
-    "UniPicSamplerSelect": Kind({}, ("sampler",), {"sampler": "SAMPLER"}, (300, 60), ours=True),
-    "DistillLoRA": Kind({"model": "MODEL"}, ("lora", "strength"), {"model": "MODEL"}, (300, 170), ours=True),
+    "UniPicSamplerSelect": Kind({}, ("sampler",), {"sampler": "SAMPLER"}, (300, 90), ours=True),
+    "DistillLoRA": Kind({"model": "MODEL"}, ("lora", "strength"), {"model": "MODEL"}, (300, 182), ours=True),
     "KSampler": Kind(
         {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
         ("seed", CONTROL, "steps", "cfg", "sampler_name", "scheduler", "denoise"),
         {"LATENT": "LATENT"},
-        (300, 270 + PREVIEW),
+        (300, 304 + PREVIEW),
     ),
     "RandomNoise": Kind({}, ("noise_seed", CONTROL), {"NOISE": "NOISE"}, (300, 90)),
     "BasicGuider": Kind({"model": "MODEL", "conditioning": "CONDITIONING"}, (), {"GUIDER": "GUIDER"}, (300, 60)),
@@ -96,7 +96,7 @@ KINDS = {
         {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"},
         (),
         {"output": "LATENT", "denoised_output": "LATENT"},
-        (300, 130 + PREVIEW),
+        (300, 156 + PREVIEW),
     ),
     "TextEncodeQwenImageEditPlus": Kind(
         {"clip": "CLIP", "vae": "VAE", "image1": "IMAGE", "image2": "IMAGE", "image3": "IMAGE"},
@@ -113,7 +113,7 @@ KINDS = {
         frozenset({"latent"}),
     ),
     "LoadImage": Kind({}, ("image",), {"IMAGE": "IMAGE", "MASK": "MASK"}, (300, 330)),
-    "SolidMask": Kind({}, ("value", "width", "height"), {"MASK": "MASK"}, (300, 110)),
+    "SolidMask": Kind({}, ("value", "width", "height"), {"MASK": "MASK"}, (300, 122)),
     "MaskComposite": Kind(
         {"destination": "MASK", "source": "MASK"}, ("x", "y", "operation"), {"MASK": "MASK"}, (300, 140)
     ),
@@ -125,7 +125,7 @@ KINDS = {
     "CLIPLoader": Kind({}, ("clip_name", "type", "device"), {"CLIP": "CLIP"}, (340, 110)),
     "VAELoader": Kind({}, ("vae_name",), {"VAE": "VAE"}, (340, 60)),
     "ImageScale": Kind(
-        {"image": "IMAGE"}, ("upscale_method", "width", "height", "crop"), {"IMAGE": "IMAGE"}, (300, 140)
+        {"image": "IMAGE"}, ("upscale_method", "width", "height", "crop"), {"IMAGE": "IMAGE"}, (300, 150)
     ),
     "VAEEncode": Kind({"pixels": "IMAGE", "vae": "VAE"}, (), {"LATENT": "LATENT"}, (300, 60)),
     "VAEDecode": Kind({"samples": "LATENT", "vae": "VAE"}, (), {"IMAGE": "IMAGE"}, (300, 60)),

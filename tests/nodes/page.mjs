@@ -46,8 +46,8 @@ function runGraph(limit) {
 }
 
 // In the page: the other way in which it draws nodes, "Nodes 2.0".
-async function inVueNodes() {
-  await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', true)
+async function vueNodes(on) {
+  await window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on)
   await new Promise(resolve => setTimeout(resolve, 4000))
 }
 
@@ -93,6 +93,7 @@ for (const file of files) {
   const ready = () => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100
   await page.waitForFunction(ready, { timeout: 10 * minutes })
   await pause(2000)
+  await page.evaluate(vueNodes, false) // the server remembers it
   const report = await page.evaluate(load, JSON.parse(fs.readFileSync(file)))
   report.before = await page.evaluate(boxes)
   if (!opened.includes(file)) {
@@ -104,7 +105,7 @@ for (const file of files) {
   const clip = app ? undefined : await tidy(page)
   const name = path.basename(file, '.json')
   await page.screenshot({ path: path.join(out, name + '.png'), clip })
-  if (!app) report.vue = await page.evaluate(inVueNodes).then(() => page.evaluate(boxes))
+  if (!app) report.vue = await page.evaluate(vueNodes, true).then(() => page.evaluate(boxes))
   fs.writeFileSync(path.join(out, name + '.json'), JSON.stringify({ ...report, errors }))
   console.log(name)
   await browser.close()

@@ -19,10 +19,9 @@ import comfyui
 import pytest
 from PIL import Image
 from running import UPDATE, server
-from unipic_pack.workflows import build
+from unipic_pack.workflows import build, parts, photos
 from unipic_pack.workflows.graph import Group, Workflow
 from unipic_pack.workflows.kinds import KINDS
-from unipic_pack.workflows.photos import reference
 
 PACKAGES = ("puppeteer-core@24", "@sparticuz/chromium@147")
 SCREENSHOTS = comfyui.ROOT / "docs" / "workflows"
@@ -82,14 +81,10 @@ def old() -> dict[str, Any]:
 def muted() -> dict[str, Any]:
     """Three Reference nodes, the second of which is muted."""
     w = Workflow(MUTED, KINDS)
-    choices = {"model": build.NANO, "text_encoder": "auto", "vae": "auto", "weight_dtype": "as stored"}
-    model = w.add("LoadUniPic", values=choices)
-    pictures = [w.add("UniPicSampleImages", values={"picture": name}) for name in ("panda", "beach", "crown")]
-    wires = [w.add("UniPicReference", {"image": p["image"]}, reference()) for p in pictures]
-    sockets = {f"references.reference_{i + 1}": wire["reference"] for i, wire in enumerate(wires)}
-    values = {"prompt": "Image 1.", "negative_prompt": " ", "width": 0, "height": 0, "batch_size": 1}
-    values |= {"reference_budget": 0, "batches": "first", "share": "release", "size": "custom", "boxes": ""}
-    made = w.add("MultiImageCompose", {"clip": model["CLIP"], "vae": model["VAE"], **sockets}, values)
+    model = parts.load(w)
+    pictures = parts.sample_pictures(w, ("panda", "beach", "crown"))
+    wires = [w.add("UniPicReference", {"image": picture["image"]}, photos.reference()) for picture in pictures]
+    made = parts.compose(w, model, [], "Image 1.", references=[wire["reference"] for wire in wires])
     decoded = w.add("VAEDecode", {"samples": made["latent"], "vae": model["VAE"]})
     saved = w.add("SaveImage", {"images": decoded["IMAGE"]}, {"filename_prefix": MUTED})
     w.column(Group("all", [model, *pictures, *wires, made, decoded, saved]))

@@ -36,7 +36,14 @@ def saved(on: Server, events: Events) -> list[Image.Image]:
 
 @pytest.mark.parametrize("make", build.ALL, ids=lambda make: make.__name__)
 def test_workflow(comfy: Server, make: Any) -> None:
-    [events] = run(comfy, make().api())
+    workflow = make()
+    if not workflow.runs_here:
+        pytest.skip("needs the released weights")
+    graph = workflow.api()
+    for node in graph.values():
+        if "seed" in node["inputs"]:  # of its own, so that nothing comes out of ComfyUI's cache
+            node["inputs"]["seed"] = 100 + build.ALL.index(make)
+    [events] = run(comfy, graph)
     assert events.ended == "execution_success", events.detail
     assert events.progress, "no progress was reported"
     assert events.progress[-1][0] == events.progress[-1][1] >= 4
@@ -109,7 +116,7 @@ def test_help_and_translations(comfy: Server) -> None:
     known = json.loads(comfy.get("/object_info"))
     ours = {name for name, node in known.items() if node["python_module"] == f"custom_nodes.{PACK_FOLDER}"}
     assert ours == set(KINDS) & ours
-    assert len(ours) == 10
+    assert len(ours) == 11
     for name in ours:
         assert name in translations["en"]["nodeDefs"]
         assert name in translations["zh"]["nodeDefs"]
@@ -119,4 +126,5 @@ def test_help_and_translations(comfy: Server) -> None:
 
 def test_nothing_is_written_into_the_input_folder(comfy: Server) -> None:
     inputs = Path(comfy.base) / "input"
-    assert not inputs.exists() or not [path for path in inputs.rglob("*") if path.is_file() and path.suffix == ".png"]
+    written = {path.name for path in inputs.rglob("*.png")} - {"example.png"}
+    assert not written

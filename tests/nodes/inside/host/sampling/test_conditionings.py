@@ -185,7 +185,7 @@ def test_crop_and_flip_latent_work_on_other_axes_as_the_help_says() -> None:
         ({"negative": "words"}, "negative must be a CONDITIONING, got str"),
         ({"latent": 5}, "latent must be a LATENT, got int; connect that of Multi-Image Compose"),
         ({"latent": {"waveform": torch.zeros(1)}}, "latent must be a LATENT, got dict"),
-        ({"condition_cache": 5}, "condition_cache must be one of auto, off, approximate, got 5"),
+        ({"condition_cache": 5}, "condition_cache must be one of auto, gpu, cpu, off, approximate, got 5"),
         ({"sampler": 5}, "the sampler must be one of consistency, euler, got 5"),
     ],
 )
