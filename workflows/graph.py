@@ -133,7 +133,7 @@ class Workflow:
         height: int = 0,
     ) -> Node:
         """A node; every widget of its kind must have a value, and every wire must fit its socket."""
-        node = Node(kind, self.kinds[kind], dict(wires or {}), dict(values or {}), title, height, len(self.nodes) + 1)
+        node = Node(kind, self.kinds[kind], dict(wires or {}), dict(values or {}), title, height, self.next_id())
         assert tuple(node.values) == node.kind.widgets, (
             f"{kind} has the widgets {node.kind.widgets}, got {tuple(node.values)}"
         )
@@ -148,9 +148,12 @@ class Workflow:
     def add_blueprint(self, blueprint: Blueprint, wires: Mapping[str, tuple[Node, str]], height: int) -> Node:
         """A subgraph as one node."""
         kind = Kind(blueprint.inputs.kind.outputs, (), blueprint.outputs.kind.sockets, (340, height))
-        node = Node(blueprint.id, kind, dict(wires), {}, blueprint.name, 0, len(self.nodes) + 1, blueprint=blueprint)
+        node = Node(blueprint.id, kind, dict(wires), {}, blueprint.name, 0, self.next_id(), blueprint=blueprint)
         self.nodes.append(node)
         return node
+
+    def next_id(self) -> int:
+        return len(self.nodes) + 1
 
     def column(self, *groups: Group) -> None:
         self.columns.append(list(groups))
@@ -311,6 +314,10 @@ class Blueprint(Workflow):
         self.about = description
         self.aliases = list(aliases)
 
+    def next_id(self) -> int:
+        """From 101 on: the page numbers nodes anew whose ids occur outside the subgraph too."""
+        return len(self.nodes) + 101
+
     def _ends(self) -> list[Node]:
         return [*self.nodes, self.outputs]
 
@@ -339,7 +346,7 @@ class Blueprint(Workflow):
         keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
         state = {
             "lastGroupId": len(groups),
-            "lastNodeId": len(self.nodes),
+            "lastNodeId": self.next_id() - 1,
             "lastLinkId": len(links),
             "lastRerouteId": 0,
         }

@@ -121,9 +121,9 @@ KINDS = {
     "ImageBatch": Kind({"image1": "IMAGE", "image2": "IMAGE"}, (), {"IMAGE": "IMAGE"}, (300, 60)),
     "RebatchImages": Kind({"images": "IMAGE"}, ("batch_size",), {"IMAGE": "IMAGE"}, (300, 60)),
     "ImageScaleBy": Kind({"image": "IMAGE"}, ("upscale_method", "scale_by"), {"IMAGE": "IMAGE"}, (300, 90)),
-    "UNETLoader": Kind({}, ("unet_name", "weight_dtype"), {"MODEL": "MODEL"}, (340, 90)),
-    "CLIPLoader": Kind({}, ("clip_name", "type", "device"), {"CLIP": "CLIP"}, (340, 110)),
-    "VAELoader": Kind({}, ("vae_name",), {"VAE": "VAE"}, (340, 60)),
+    "UNETLoader": Kind({}, ("unet_name", "weight_dtype"), {"MODEL": "MODEL"}, (340, 130)),
+    "CLIPLoader": Kind({}, ("clip_name", "type", "device"), {"CLIP": "CLIP"}, (340, 150)),
+    "VAELoader": Kind({}, ("vae_name",), {"VAE": "VAE"}, (340, 100)),
     "ImageScale": Kind(
         {"image": "IMAGE"}, ("upscale_method", "width", "height", "crop"), {"IMAGE": "IMAGE"}, (300, 150)
     ),

@@ -102,7 +102,9 @@ def composition(name: str, names: Sequence[str], prompt: str, weight_dtype: str 
 def arrange(w: Workflow, model: Node, pictures: list[Node], composed: Node, sampled: Node, latent: Wire) -> None:
     """Decode and save, and lay the nodes out in four columns."""
     decoded = decode(w, latent, model)
-    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures[:3], GREEN))
+    if pictures[3:]:
+        w.column(Group(PICTURES, pictures[3:], GREEN))
     w.column(Group(PROMPT, [composed], BROWN))
     w.column(Group(SAMPLING, [sampled], PURPLE))
     w.column(Group(RESULT, [decoded, save(w, decoded["IMAGE"])], GREY))

@@ -121,7 +121,11 @@ def report_of(pages: Path, name: str) -> dict[str, Any]:
 def test_opens_without_a_red_node_and_runs(pages: Path, make: Any) -> None:
     workflow = make()
     report = report_of(pages, workflow.name)
-    assert report["missing"] == report["red"] == report["errors"] == []
+    assert report["missing"] == report["errors"] == []
+    loaders = (
+        [] if workflow.runs_here else ["Load Diffusion Model", "Load CLIP", "Load VAE"]
+    )  # their files are not here
+    assert report["red"] == loaders
     assert report.get("run") == ({"ok": True} if workflow.runs_here else None)
 
 
