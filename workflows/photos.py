@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .graph import CONTROL, Group, Workflow
+from .graph import CONTROL, Group, Node, Workflow
 from .kinds import KINDS
 from .parts import (
     BLUE,
@@ -36,24 +36,30 @@ VAE = "qwen_image_vae.safetensors"
 """Files of the released weights, as the notes say how to get them."""
 
 
+def rectangle(w: Workflow, box: tuple[int, int, int, int], inside: int) -> list[Node]:
+    """Nodes that make a mask of 256 x 256, the last of them the mask: `inside` a box, the opposite around it."""
+    x, y, width, height = box
+    around = w.add("SolidMask", values={"value": 1 - inside, "width": 256, "height": 256})
+    part = w.add("SolidMask", values={"value": 1, "width": width, "height": height})
+    area = {"x": x, "y": y, "operation": "add" if inside else "subtract"}
+    mask = w.add("MaskComposite", {"destination": around["MASK"], "source": part["MASK"]}, area)
+    return [around, part, mask]
+
+
 def own_photographs() -> Workflow:
     """A thing out of one picture, by a mask, into another."""
     w = Workflow("11-own-photographs-with-masks", KINDS)
     model = load(w)
     photo, place = sample_pictures(w, ("scene-with-barber-pole", "beach"))
-    x, y, width, height = POLE
-    everything = w.add("SolidMask", values={"value": 1, "width": 256, "height": 256})
-    part = w.add("SolidMask", values={"value": 1, "width": width, "height": height})
-    area = {"x": x, "y": y, "operation": "subtract"}
-    left_out = w.add("MaskComposite", {"destination": everything["MASK"], "source": part["MASK"]}, area)
-    thing = w.add("UniPicReference", {"image": photo["image"], "mask": left_out["MASK"]}, reference())
+    masks = rectangle(w, POLE, inside=0)
+    thing = w.add("UniPicReference", {"image": photo["image"], "mask": masks[-1]["MASK"]}, reference())
     prompt = "Place the barber pole from image 1 on the left, on the beach of image 2."
     around = w.add("UniPicReference", {"image": place["image"]}, reference())
     composed = compose(w, model, [], prompt, references=[thing["reference"], around["reference"]])
     sampled = few_steps(w, model["MODEL"], composed)
     decoded = decode(w, sampled["latent"], model)
     w.column(Group(MODEL, [model], BLUE), Group(PICTURES, [photo, place], GREEN))
-    w.column(Group("3 Mask: white is left out", [everything, part, left_out], GREY))
+    w.column(Group("3 Mask: white is left out", masks, GREY))
     w.column(Group("4 References", [thing, around], GREEN))
     w.column(Group("5 Prompt", [composed], BROWN))
     w.column(Group("6 Sampling", [sampled], PURPLE))
@@ -94,19 +100,15 @@ def inpaint() -> Workflow:
     w = Workflow("12-inpaint-crop-and-stitch", KINDS)
     model = load(w)
     [photo] = sample_pictures(w, ["scene-with-pushpin"])
-    nothing = w.add("SolidMask", values={"value": 0, "width": 256, "height": 256})
-    x, y, width, height = PUSHPIN
-    part = w.add("SolidMask", values={"value": 1, "width": width, "height": height})
-    area = {"x": x, "y": y, "operation": "add"}
-    mask = w.add("MaskComposite", {"destination": nothing["MASK"], "source": part["MASK"]}, area)
-    wires = {"image": photo["image"], "mask": mask["MASK"], "model": model["MODEL"]}
+    masks = rectangle(w, PUSHPIN, inside=1)
+    wires = {"image": photo["image"], "mask": masks[-1]["MASK"], "model": model["MODEL"]}
     crop = w.add("UniPicCrop", wires, {"context": 4, "budget": 0, "grow": 14, "edge": 12})
     composed = compose(w, model, [crop["image"]], "Remove the round pushpin from image 1.")
     sampled = few_steps(w, model["MODEL"], composed)
     decoded = decode(w, sampled["latent"], model)
     stitched = w.add("UniPicStitch", {"stitch": crop["stitch"], "image": decoded["IMAGE"]})
     w.column(Group(MODEL, [model], BLUE), Group(PICTURES, [photo], GREEN))
-    w.column(Group("3 Mask: white is painted anew", [nothing, part, mask], GREY))
+    w.column(Group("3 Mask: white is painted anew", masks, GREY))
     w.column(Group("4 Crop", [crop], GREEN))
     w.column(Group("5 Prompt", [composed], BROWN))
     w.column(Group("6 Sampling", [sampled], PURPLE))

@@ -12,12 +12,12 @@ from .parts import (
     GREEN,
     GREY,
     MODEL,
-    PICTURES,
     PROMPT,
     PURPLE,
     RESULT,
     SAMPLING,
     compose,
+    composition,
     decode,
     few_steps,
     load,
@@ -74,17 +74,9 @@ def one_node() -> Workflow:
 
 def app() -> Workflow:
     """Opens as an app: a person, a thing and a place to choose, the words, the seed."""
-    w = Workflow("10-app-compose-three-pictures", KINDS)
-    model = load(w)
-    pictures = sample_pictures(w, ("man-office-worker", "tent", "desert"))
     prompt = "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3."
-    composed = compose(w, model, [picture["image"] for picture in pictures], prompt)
-    sampled = few_steps(w, model["MODEL"], composed)
-    decoded = decode(w, sampled["latent"], model)
-    saved = save(w, decoded["IMAGE"])
-    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
-    w.column(Group(PROMPT, [composed], BROWN))
-    w.column(Group(SAMPLING, [sampled], PURPLE))
-    w.column(Group(RESULT, [decoded, saved], GREY))
-    w.app = ([*((picture, "picture") for picture in pictures), (composed, "prompt"), (sampled, "seed")], [saved])
+    w = composition("10-app-compose-three-pictures", ("man-office-worker", "tent", "desert"), prompt)
+    shown = {"UniPicSampleImages": "picture", "MultiImageCompose": "prompt", "FewStepSampler": "seed"}
+    widgets = [(node, shown[node.kind_name]) for node in w.nodes if node.kind_name in shown]
+    w.app = (widgets, [node for node in w.nodes if node.kind_name == "SaveImage"])
     return w
