@@ -7,6 +7,7 @@ its script writes weights/TASK.json. ``judged_weight`` asks the judge about both
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def read_weights(folder: Path) -> dict[str, float]:
     return weights
 
 
+@cache
 def weight_templates() -> tuple[Template, Template]:
     """Questions about a person's identity and about another source's presence."""
     return load_template("identity"), load_template("presence")

@@ -20,8 +20,6 @@ ROOMS = 2
 MemoryInfo = Callable[[torch.device], tuple[int, int]]
 """device -> (free, total) bytes, as torch.cuda.mem_get_info."""
 
-_MEMINFO = MEMINFO
-
 
 @dataclass(frozen=True)
 class PartSizes:
@@ -125,7 +123,7 @@ def _require_main_memory(sizes: PartSizes, total: int | None) -> None:
 def main_memory() -> int | None:
     """Total bytes of main memory and swap; None where the system does not say (outside Linux)."""
     try:
-        memory = meminfo(_MEMINFO)
+        memory = meminfo(MEMINFO)
         return memory["MemTotal"] + memory["SwapTotal"]
     except KeyError:
         return None

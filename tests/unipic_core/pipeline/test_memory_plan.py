@@ -88,12 +88,12 @@ def test_main_memory_is_checked_too() -> None:
 
 def test_main_memory_of_this_machine(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:       100 kB\nMemFree: 3 kB\nSwapTotal:   20 kB\n")
-    monkeypatch.setattr(memory_plan, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory_plan, "MEMINFO", tmp_path / "meminfo")
     assert main_memory() == 120 * 1024
     for content in ("", "MemTotal: many\nSwapTotal: 1 kB"):
         (tmp_path / "meminfo").write_text(content)
         assert main_memory() is None
-    monkeypatch.setattr(memory_plan, "_MEMINFO", tmp_path / "absent")
+    monkeypatch.setattr(memory_plan, "MEMINFO", tmp_path / "absent")
     assert main_memory() is None
 
 
