@@ -17,8 +17,8 @@ import torch
 
 from trainers.cache import build, load_image_vae
 from trainers.config.run import RunConfig, parse_run, required
-from trainers.loop.loop import make_parts, update_average
 from trainers.loop.method import MAIN
+from trainers.loop.parts import make_parts, update_average
 from trainers.methods.inputs import padded_batch
 from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method

@@ -15,7 +15,7 @@ from unipic_core.sampling.samplers import NonFiniteLatent
 
 from ..config.run import RunConfig
 from .checkpointing import non_finite
-from .method import Batch, HoldsOut, Method
+from .method import HoldsOut, Method, MicroBatch
 from .metrics import Metrics
 
 MOST_IN_A_ROW = 16
@@ -55,7 +55,7 @@ class SampleLosses:
             raise self._error("a loss became NaN or infinite", part, batch, bad, step)
         return losses, metrics, batch
 
-    def _computed(self, part: str, batch: Batch, step: int) -> tuple[Tensor, Metrics]:
+    def _computed(self, part: str, batch: MicroBatch, step: int) -> tuple[Tensor, Metrics]:
         try:
             with self.accelerator.autocast():
                 return self.method.loss(part, batch)
@@ -73,7 +73,7 @@ class SampleLosses:
 
     def _without(self, batch: Any, bad: Tensor, part: str, step: int, why: str) -> Any:
         """The batch without its bad samples. Raises TrainingError if there were too many in a row."""
-        counts = float(getattr(batch, "counts", True))
+        counts = float(batch.counts)
         missing, good = (int(self._sum(marks.sum() * counts)) for marks in (bad, ~bad))
         self.skipped += missing
         self.in_a_row = 0 if good else self.in_a_row + missing
@@ -88,7 +88,7 @@ class SampleLosses:
         method = cast(HoldsOut, self.method)  # RunConfig allows skipping for rows alone
         return method.without(batch, rows).to(self.accelerator.device)
 
-    def _error(self, what: str, part: str, batch: Batch, bad: Tensor, step: int) -> Exception:
+    def _error(self, what: str, part: str, batch: MicroBatch, bad: Tensor, step: int) -> Exception:
         places = bad.nonzero().flatten().tolist()
         where = f"sample {places[0]} of {batch.name}" if places else "another process's batch"
         return non_finite(what, part, where, step, Path(self.config.output))

@@ -6,7 +6,6 @@ of samples in the whole batch, and gradients are summed over processes, so any n
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,31 +13,26 @@ from contextlib import closing, contextmanager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs, InitProcessGroupKwargs, ProjectConfiguration
-from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from unipic_core.replacing import write_json
 
-from ..config.methods import OptimizerConfig
 from ..config.parse import make_folder
 from ..config.run import ConfigError, RunConfig
-from ..roles.sharding import sum_gradients, whole
-from ..roles.types import NamedParameters
 from ..seeds import mixed_seed
 from .bad_samples import SampleLosses
 from .checkpointing import non_finite, resume, save, start_from_checkpoint
 from .export import check_space, write_exports
-from .method import MAIN, Batch, Method, MicroSteps, Share
+from .method import MAIN, Batch, Method, MicroBatch, MicroSteps, Share
 from .metrics import MetricLog, Metrics
-from .optimizers import evaluated, learning_rate, lr_factor, make_optimizers
+from .optimizers import evaluated
+from .parts import Part, make_parts, update_average
 from .prefetch import Prefetched
 from .state import State
 from .stopping import StopRequest
@@ -48,32 +42,91 @@ PATIENCE = timedelta(hours=6)
 """Timeout of processes that wait for one that draws a preview or writes an export; torch's default is ten minutes."""
 
 
-class Part:
-    """Parameters that are updated together, with their optimizers and schedulers."""
+class Run:
+    """One run of a method, at its first step or at that of its newest checkpoint."""
 
-    def __init__(self, name: str, parameters: NamedParameters, config: OptimizerConfig, updates: int) -> None:
-        self.name, self.config = name, config
-        self.parameters = [p for _, p in parameters]
-        self.optimizers: list[Optimizer] = make_optimizers(parameters, config)
-        factor = lr_factor(config, updates)
-        self.schedulers = [LambdaLR(optimizer, factor) for optimizer in self.optimizers]
-        self.prefix = "" if name == MAIN else f"{name}/"
+    def __init__(self, accelerator: Accelerator, config: RunConfig, method: Method) -> None:
+        self.accelerator, self.config, self.method = accelerator, config, method
+        self.output = Path(config.output)
+        self.parts, self.averaged = make_parts(config, method), method.averaged()
+        self.optimizers = [optimizer for part in self.parts.values() for optimizer in part.optimizers]
+        averages = [average for average, _ in self.averaged]
+        self.state = State(self.parts.values(), averages, method.data_contents, method.shards_trained)
+        self.losses_of = SampleLosses(accelerator, config, method)
+        self.start = 0
 
-    def update(self) -> Metrics:
-        """Step the optimizers; returns gradient norm and learning rate. FloatingPointError: the norm is not finite."""
-        sum_gradients(self.parameters)
-        norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
-        if not bool(torch.isfinite(norm)):
-            raise FloatingPointError(f"the gradients of {self.name} became {float(norm)}")
-        lr = learning_rate(self.optimizers[0])
-        for optimizer, scheduler in zip(self.optimizers, self.schedulers, strict=True):
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        return {f"{self.prefix}grad_norm": float(norm), f"{self.prefix}lr": lr}
+    def begin(self, allow_change: Sequence[str], start_from: Path | None) -> None:
+        """Resume, open the records, and write what is due before the first step. Raises TrainingError."""
+        accelerator, config = self.accelerator, self.config
+        self.start = start = resume(accelerator, self.state, self.output, config, allow_change)
+        if not start and start_from is not None:
+            start_from_checkpoint(accelerator, self.state, start_from)
+        first = start + 1 if start else 0
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first}})
+        self.log, self.saved = MetricLog(accelerator, self.output, start), time.monotonic()
+        if not start and config.validation is not None and config.validation.holds_out:
+            self.validate(0)
+        if start and samples_due(config, start) and not preview_path(self.output, start).exists():  # interrupted then
+            self.preview(start)
 
+    def train(self) -> None:
+        """Run the steps that are left. Raises KeyboardInterrupt after a stop signal, when a checkpoint is saved."""
+        steps = self.config.steps
+        bar = tqdm(total=steps, initial=self.start, disable=not self.accelerator.is_main_process, smoothing=0.05)
+        with StopRequest() as request, closing(self.log), load_batches(self.config, self.method, self.start) as batches:
+            for step in range(self.start, steps):
+                self.step(batches, step)
+                stopped = self.record(step + 1, request.asked, bar)
+                if stopped and step + 1 < steps:
+                    raise KeyboardInterrupt
+                if samples_due(self.config, step + 1):
+                    self.preview(step + 1)
+        bar.close()
 
-IN_OUTPUT = Path("export")
+    def step(self, batches: Iterator[Batch], step: int) -> None:
+        """Run the updates of one step, each after `accumulation` batches, and update the moving average."""
+        updates = self.method.updates(step)
+        for name in updates:
+            for _ in range(self.config.accumulation):
+                batch = next(batches).to(self.accelerator.device)
+                self.log.add(backward(self.losses_of, self.parts[name], batch, step), self.config.batch_size)
+            try:
+                self.log.add(self.parts[name].update())
+            except FloatingPointError as error:
+                raise non_finite(str(error), name, f"the update after {batch.name}", step, self.output) from error
+        if MAIN in updates:
+            with evaluated(self.optimizers):
+                update_average(self.averaged, self.config.ema_decay, self.state.updates)
+            self.state.updates += 1
+
+    def record(self, done: int, asked: bool, bar: tqdm[NoReturn]) -> bool:
+        """Write metrics, validation loss and checkpoint if they are due; True if any process is asked to stop."""
+        config = self.config
+        late = bool(config.save_minutes) and time.monotonic() - self.saved >= 60 * config.save_minutes
+        stop, late = any_process(self.accelerator, asked, late)
+        save_now = late or stop or done % config.save_every == 0 or done == config.steps
+        if done % config.log_every == 0 or save_now:  # resumed runs then average the same steps
+            self.log.write(done, self.losses_of.take_skipped())
+        if validation_due(config, done):
+            self.validate(done)
+        bar.update()
+        bar.set_postfix(self.log.losses, refresh=False)
+        if save_now:
+            save(self.accelerator, self.state, self.output, done, config, self.method.adapter_writer)
+            self.saved = time.monotonic()
+        return stop
+
+    def validate(self, done: int) -> None:
+        with evaluated(self.optimizers):
+            self.log.record(done, validate(self.accelerator, self.config, self.method, done))
+
+    def preview(self, done: int) -> None:
+        with evaluated(self.optimizers):
+            save_preview(self.accelerator, self.method, self.output, done)
+
+    def export(self, folder: Path) -> None:
+        with evaluated(self.optimizers):
+            write_exports(self.accelerator, self.method.exports(), folder, self.method.shards_trained)
 
 
 def train(
@@ -81,74 +134,30 @@ def train(
     method: Method,
     allow_change: Sequence[str] = (),
     start_from: Path | None = None,
-    export: Path | None = IN_OUTPUT,
+    export_folder: Path | None = None,
+    exports: bool = True,
 ) -> Path:
     """Start or resume a run; returns the export folder.
 
     A resumed run needs the config it was started with, except for the keys in `allow_change`. start_from: checkpoint of
-    another run whose weights and averages a new run starts with. export: folder of the exports, by default that of the
-    output; None: nothing is exported. Raises TrainingError, and KeyboardInterrupt after a stop signal (a checkpoint is
-    saved).
+    another run whose weights and averages a new run starts with. export_folder: None for that of the output; exports:
+    False for a run that others go on from. Raises TrainingError, and KeyboardInterrupt after a stop signal (a
+    checkpoint is saved).
     """
     output = Path(config.output)
-    export_folder = output / export if export is IN_OUTPUT else export
+    export_folder = export_folder or output / "export"
     accelerator = make_accelerator(config, output)
     method.place(accelerator.device, Share(accelerator.process_index, accelerator.num_processes))
     write_data_report(accelerator, method, output)
-    if export_folder is not None:
+    if exports:
         check_space(accelerator, method.exports(), output)
-    parts = make_parts(config, method)
-    averaged = method.averaged()
-    averages, contents = [average for average, _ in averaged], getattr(method, "data_contents", "")
-    state = State(list(parts.values()), averages, contents, method.shards_trained)
-    start = resume(accelerator, state, output, config, allow_change)
-    if not start and start_from is not None:
-        start_from_checkpoint(accelerator, state, start_from)
-    bar = tqdm(total=config.steps, initial=start, disable=not accelerator.is_main_process, smoothing=0.05)
-    first = start + 1 if start else 0
-    accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": first}})
-    log = MetricLog(accelerator, output, start)
-    optimizers = [optimizer for part in parts.values() for optimizer in part.optimizers]
-    if not start and config.validation is not None and config.validation.holds_out:
-        log.record(0, validate(accelerator, config, method, 0))
-    if start and samples_due(config, start) and not preview_path(output, start).exists():  # interrupted while drawing
-        with evaluated(optimizers):
-            save_preview(accelerator, method, output, start)
-    losses_of, saved = SampleLosses(accelerator, config, method), time.monotonic()
-    with StopRequest() as request, load_batches(config, method, start) as batches:
-        for step in range(start, config.steps):
-            run_step(losses_of, parts, batches, step, log)
-            if MAIN in method.updates(step):
-                with evaluated(optimizers):
-                    update_average(averaged, config.ema_decay, state.updates)
-                state.updates += 1
-            done = step + 1
-            late = bool(config.save_minutes) and time.monotonic() - saved >= 60 * config.save_minutes
-            stop, due = any_process(accelerator, request.asked, late)
-            due = due or stop or save_due(config, done)
-            if done % config.log_every == 0 or due:  # resumed runs then average the same steps
-                log.write(done, losses_of.take_skipped())
-            if validation_due(config, done):
-                with evaluated(optimizers):
-                    log.record(done, validate(accelerator, config, method, done))
-            bar.update()
-            bar.set_postfix(log.losses, refresh=False)
-            if due:
-                save(accelerator, state, output, done, config, getattr(method, "save_adapter", None))
-                saved = time.monotonic()
-            if stop and done < config.steps:
-                log.close()
-                raise KeyboardInterrupt
-            if samples_due(config, done):
-                with evaluated(optimizers):
-                    save_preview(accelerator, method, output, done)
-    bar.close()
-    log.close()
-    if export_folder is not None:
-        with evaluated(optimizers):
-            write_exports(accelerator, method.exports(), export_folder, method.shards_trained)
+    run = Run(accelerator, config, method)
+    run.begin(allow_change, start_from)
+    run.train()
+    if exports:
+        run.export(export_folder)
     accelerator.end_training()
-    return export_folder or output
+    return export_folder
 
 
 def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
@@ -157,38 +166,16 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
     return [value > 0 for value in sums.tolist()]
 
 
-def save_due(config: RunConfig, done: int) -> bool:
-    """True if a checkpoint is saved after this step."""
-    return done % config.save_every == 0 or done == config.steps
-
-
 @contextmanager
 def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Iterator[Batch]]:
     """Iterate over the batches of all steps from `start` on."""
     steps = MicroSteps(method, start, config.steps, config.accumulation)
     batches = iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
-    ahead: int = getattr(method, "prefetch", 0)
-    if not ahead:
+    if not method.prefetch:
         yield batches
         return
-    with closing(Prefetched(batches, ahead)) as prefetched:
+    with closing(Prefetched(batches, method.prefetch)) as prefetched:
         yield prefetched
-
-
-def run_step(
-    losses_of: SampleLosses, parts: dict[str, Part], batches: Iterator[Batch], step: int, log: MetricLog
-) -> None:
-    """Run the updates of one step, each after `accumulation` batches."""
-    accelerator, config = losses_of.accelerator, losses_of.config
-    for name in losses_of.method.updates(step):
-        for _ in range(config.accumulation):
-            batch = next(batches).to(accelerator.device)
-            log.add(backward(losses_of, parts[name], batch, step), config.batch_size)
-        try:
-            log.add(parts[name].update())
-        except FloatingPointError as error:
-            where = f"the update after {batch.name}"
-            raise non_finite(str(error), name, where, step, Path(config.output)) from error
 
 
 def make_accelerator(config: RunConfig, output: Path) -> Accelerator:
@@ -216,31 +203,22 @@ def trackers_of(config: RunConfig, output: Path) -> list[Any]:
     return [*others, WandBTracker("unipic", name=output.name, dir=str(output))]
 
 
-def make_parts(config: RunConfig, method: Method) -> dict[str, Part]:
-    """Create the parts by name, each with a learning rate schedule over its number of updates."""
-    counts: dict[str, int] = defaultdict(int)
-    for step in range(config.steps):
-        for name in method.updates(step):
-            counts[name] += 1
-    return {name: Part(name, method.trained(name), method.optimizer(name), n) for name, n in counts.items()}
-
-
 def backward(losses_of: SampleLosses, part: Part, batch: Batch, step: int) -> Metrics:
     """Accumulate the gradient of one batch; returns loss and metrics, averaged over all processes."""
     accelerator, config = losses_of.accelerator, losses_of.config
     total: dict[str, float] = defaultdict(float)
-    for number, micro_batch in enumerate(getattr(batch, "micro_batches", (batch,))):
+    for number, micro_batch in enumerate(batch.micro_batches):
         torch.manual_seed(mixed_seed(config.seed, micro_batch.index, accelerator.process_index, number))  # for dropout
         for name, value in backward_micro_batch(losses_of, part, micro_batch, step).items():
             total[name] += value
     return total
 
 
-def backward_micro_batch(losses_of: SampleLosses, part: Part, batch: Batch, step: int) -> Metrics:
+def backward_micro_batch(losses_of: SampleLosses, part: Part, batch: MicroBatch, step: int) -> Metrics:
     """`backward` of one micro-batch, weighted by its share of the samples in the whole batch."""
     accelerator, config = losses_of.accelerator, losses_of.config
     losses, metrics, computed = losses_of(part.name, batch, step)
-    weight = float(getattr(computed, "counts", True))  # 0: filler that only keeps processes in step
+    weight = float(computed.counts)  # 0: filler that only keeps processes in step
     loss = losses.sum() * (weight / config.batch_size)
     (loss / config.accumulation).backward()
     share = weight * len(losses) / config.batch_size
@@ -251,16 +229,7 @@ def backward_micro_batch(losses_of: SampleLosses, part: Part, batch: Batch, step
 
 def write_data_report(accelerator: Accelerator, method: Method, output: Path) -> None:
     """Write RUN/data.json and print it, for methods that train on rows."""
-    report = getattr(method, "data_report", None)
-    values = report() if report is not None and accelerator.is_main_process else None
+    values = method.data_report() if accelerator.is_main_process else {}
     if values:
         accelerator.print(", ".join(f"{name} {value}" for name, value in values.items()))
         write_json(output / "data.json", values)
-
-
-def update_average(averaged: Sequence[tuple[Tensor, Tensor]], decay: float, n: int) -> None:
-    """Update the EMA; its decay grows as (1 + n) / (10 + n) up to `decay`, so short runs forget their start."""
-    if averaged:
-        averages, parameters = zip(*averaged, strict=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(averages), [p.detach() for p in parameters], 1 - min(decay, (1 + n) / (10 + n)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -38,27 +39,76 @@ class Share:
         return slice(self.process * size, (self.process + 1) * size)
 
 
-class Batch(Protocol):
-    """Input of a method's loss. index: of its micro step; name: for messages."""
+class MicroBatch(Protocol):
+    """Input of a method's loss: samples that are computed at once.
 
-    index: int
-    name: str
+    index: of its micro step; name: for messages; counts: False for a filler that only keeps processes in step.
+    """
+
+    @property
+    def index(self) -> int: ...
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def counts(self) -> bool: ...
 
     def to(self, device: torch.device | str) -> Any: ...
 
 
-class Method(Protocol):
-    """Training method as the loop sees it. A part is one set of trained parameters: "student" or "fake_score"."""
+B = TypeVar("B", bound=MicroBatch)
 
-    loader_workers: int
-    slots: int
+
+@dataclass(frozen=True)
+class Batch(Generic[B]):
+    """Samples of one micro step that a process computes, as micro-batches one after another. name: for messages."""
+
+    micro_batches: tuple[B, ...]
+    index: int
+    name: str
+
+    @classmethod
+    def of_one(cls, micro_batch: B) -> Batch[B]:
+        """The batch that is a single micro-batch."""
+        return cls((micro_batch,), micro_batch.index, micro_batch.name)
+
+    def to(self, device: torch.device | str) -> Batch[B]:
+        return replace(self, micro_batches=tuple(one.to(device) for one in self.micro_batches))
+
+
+class Method(Protocol):
+    """Training method as the loop sees it. A part is one set of trained parameters: "student" or "fake_score".
+
+    Methods are its subclasses, which inherit the defaults.
+    """
+
+    loader_workers: int = 0
+    prefetch: int = 0
+    """Batches that a thread reads ahead; 0: none."""
+
+    slots: int = 1
     """Largest number of updates in a step."""
 
-    sharded: bool
+    sharded: bool = False
     """True for networks sharded over the processes, which then all take part in previews."""
 
-    shards_trained: bool
+    shards_trained: bool = False
     """True if the trained parameters are among them: all processes take part in exports and checkpoints."""
+
+    @property
+    def data_contents(self) -> str:
+        """Digest of the rows that a resumed run must train on; "" for drawn data."""
+        return ""
+
+    @property
+    def adapter_writer(self) -> Callable[[Path], None] | None:
+        """Function that writes the student's LoRA into a folder; None for methods that train none."""
+        return None
+
+    def data_report(self) -> Mapping[str, float]:
+        """Counts for RUN/data.json; empty for drawn data."""
+        return {}
 
     def place(self, device: torch.device, share: Share) -> None:
         """Move networks to the device and set this process's share of batches."""
@@ -73,7 +123,7 @@ class Method(Protocol):
 
     def optimizer(self, part: str) -> OptimizerConfig: ...
 
-    def batch(self, index: int) -> Any:
+    def batch(self, index: int) -> Batch[Any]:
         """Batch of a micro step, a pure function of its index: resumed and uninterrupted runs see the same batches."""
 
     def loss(self, part: str, batch: Any) -> tuple[Tensor, Metrics]:
@@ -91,8 +141,8 @@ class HoldsOut(Method, Protocol):
     def without(self, batch: Any, rows: Sequence[int]) -> Any:
         """The micro-batch without these rows; a filler if none is left."""
 
-    def validation_batches(self) -> Iterator[Any]:
-        """This process's share of the held-out rows, as batches of `micro_batches`."""
+    def validation_batches(self) -> Iterator[Batch[Any]]:
+        """This process's share of the held-out rows."""
 
 
 class MicroSteps(Dataset):
@@ -110,5 +160,5 @@ class MicroSteps(Dataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, i: int) -> Any:
+    def __getitem__(self, i: int) -> Batch[Any]:
         return self.batch(self.indices[i])

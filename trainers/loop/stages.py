@@ -28,6 +28,6 @@ def train_stages(
         newest = newest_checkpoint(Path(stage.output))
         if last or newest is None or step_of(newest) < stage.steps:
             announce(stage)
-            train(stage, make_method(stage), allow_change, before, export if last else None)
+            train(stage, make_method(stage), allow_change, before, export, exports=last)
         before = newest_checkpoint(Path(stage.output))
     return export

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +32,12 @@ from ..data.previews import PreviewRow, decode_latents, row_from_latents
 from ..data.samples import Samples, evenly_spaced, held_out_rows, order_of
 from ..data.text_embeddings import encode_rows, text_fingerprint
 from ..loop.export import Export, export_adapter, export_bytes, export_network
-from ..loop.method import Share
+from ..loop.method import Batch, Method, Share
 from ..loop.metrics import Metrics
 from ..roles.load import load_roles
 from ..roles.roles import AdapterRoles, FullRoles
 from ..roles.types import EMA, STUDENT, NamedParameters, Roles, require_roles, roles_of
-from .inputs import Draws, Inputs, MicroBatches, make_inputs, padded_batch, select_text
+from .inputs import Draws, Inputs, make_inputs, padded_batch, select_text
 from .losses import TimedVelocity, mask_weights
 from .times import logit_normal_times, some_uniform
 
@@ -46,15 +45,13 @@ VALIDATION = 2**48
 """First micro step index of validation draws of time and noise; no run trains that many."""
 
 
-class NetworkTraining:
+class NetworkTraining(Method):
     """Training of the network; a subclass adds the loss."""
 
     recipe = RELEASED_BASE
     """Sampling recipe of the student, merged over the base's, which sets the picture sizes."""
-    loader_workers = 0
     prefetch = 2
     live_text: TextEncoder | None = None
-    slots = 1
     prompt_dropout = 0.0
     masked_loss: MaskedLoss | None = None
 
@@ -136,11 +133,11 @@ class NetworkTraining:
     def optimizer(self, part: str) -> OptimizerConfig:
         return self.config.optimizer
 
-    def batch(self, index: int) -> Any:
+    def batch(self, index: int) -> Batch[Inputs]:
         rows = self.order[self.position(index)]
         return self.micro_batches(self.samples, rows, index, self.prompt_dropout)
 
-    def validation_batches(self) -> Iterator[MicroBatches]:
+    def validation_batches(self) -> Iterator[Batch[Inputs]]:
         """This process's share of the held-out rows, always with the same times and noise."""
         rows, size = evenly_spaced(self.held_out, self.validation.rows), self.config.batch_size
         for draw in range(self.validation.draws):
@@ -149,7 +146,7 @@ class NetworkTraining:
 
     def micro_batches(
         self, samples: Samples, rows: np.ndarray, index: int, prompt_dropout: float = 0.0
-    ) -> MicroBatches:
+    ) -> Batch[Inputs]:
         """This process's share of a batch, as micro-batches."""
         share, micro_batches = self.share, []
         rows_of_process = micro_batches_of_process(
@@ -157,7 +154,7 @@ class NetworkTraining:
         )
         for some, counts in rows_of_process:
             micro_batches.append(replace(self.micro_batch(samples, some, index, prompt_dropout), counts=counts))
-        return MicroBatches(tuple(micro_batches), index, f"rows {', '.join(map(str, rows))}")
+        return Batch(tuple(micro_batches), index, f"rows {', '.join(map(str, rows))}")
 
     def position(self, index: int) -> int:
         """Position of a micro step in the order of rows, which skips micro steps that are not computed."""
@@ -292,11 +289,18 @@ class NetworkTraining:
         causal_form = self.student_recipe.causal_attention_form
         return f"{name}_{causal_form}" if causal_form else name
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the EMA's adapter into a checkpoint folder; full-parameter runs write none."""
-        if isinstance(self.roles, AdapterRoles):
+    @property
+    def adapter_writer(self) -> Callable[[Path], None] | None:
+        """Function that writes the EMA's adapter into a folder; None in full-parameter runs."""
+        roles = self.roles
+        if not isinstance(roles, AdapterRoles):
+            return None
+
+        def write(folder: Path) -> None:
             path = folder / f"{self.export_name}.safetensors"
-            save_adapter(path, self.roles.adapter(EMA), recipe=self.student_recipe)
+            save_adapter(path, roles.adapter(EMA), recipe=self.student_recipe)
+
+        return write
 
     def exports(self) -> list[Export]:
         """Exports of the EMA, and with "raw" of the student: LoRAs, then merged files, then folders."""

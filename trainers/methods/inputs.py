@@ -99,18 +99,6 @@ def joined_masks(batches: Sequence[Inputs]) -> Tensor | None:
     return torch.cat([torch.ones(b.x0.shape[:2]) if b.mask is None else b.mask for b in batches])
 
 
-@dataclass(frozen=True)
-class MicroBatches:
-    """Batch of mixed shapes, split into micro-batches of similar length that are computed one after another."""
-
-    micro_batches: tuple[Inputs, ...]
-    index: int
-    name: str
-
-    def to(self, device: torch.device | str) -> MicroBatches:
-        return replace(self, micro_batches=tuple(one.to(device) for one in self.micro_batches))
-
-
 def select_text(first: np.ndarray, a: TextCond, b: TextCond) -> TextCond:
     """Take sample i from `a` where first[i] is True, else from `b`."""
     rows = [(a if f else b).row(i) for i, f in enumerate(first)]

@@ -22,6 +22,7 @@ from ..data.previews import NANO_PREVIEWS, PreviewRow, reference_cell
 from ..data.rows import Row
 from ..data.sources import Compositions
 from ..data.text_embeddings import UNCOND_PROMPT, mixed_encoder_inputs
+from ..loop.method import Batch
 from .correspondence import NOBODY, Owners
 from .inputs import Inputs
 from .sft_text import SFTWithText, UnencodedInputs
@@ -37,12 +38,12 @@ class SFTOnScenes(SFTWithText):
         """No report: endless scenes have no epochs."""
         return {}
 
-    def batch(self, index: int) -> Inputs:
+    def batch(self, index: int) -> Batch[Inputs]:
         batch = self.stream[index]
         part = self.share.part(len(batch))
         uses, dropped = batch[part], self.without_prompt(index, len(batch))[part]
         name = f"scenes {', '.join(str(use.index) for use in uses)}"
-        return self.scene_inputs(uses, dropped, index, part.start, name)
+        return Batch.of_one(self.scene_inputs(uses, dropped, index, part.start, name))
 
     def scene_inputs(
         self, uses: Sequence[SceneUse], dropped: np.ndarray, index: int, first: int, name: str

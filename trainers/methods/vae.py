@@ -22,7 +22,7 @@ from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig, required
 from ..data.picture_grid import picture_grid
 from ..loop.export import Export
-from ..loop.method import MAIN, Share
+from ..loop.method import MAIN, Batch, Method, Share
 from ..loop.metrics import Metrics
 from ..nano.backgrounds import draw, sample_background
 from ..nano.catalogue import Split
@@ -43,16 +43,14 @@ class Crops:
     pictures: Tensor
     index: int
     name: str
+    counts: bool = True
 
     def to(self, device: torch.device | str) -> Crops:
         return replace(self, pictures=self.pictures.to(device))
 
 
-class VAETraining:
+class VAETraining(Method):
     """Training of the 2-D VAE, which is exact for single pictures; exported in the video layout."""
-
-    slots = 1
-    sharded = shards_trained = False
 
     def __init__(self, config: RunConfig) -> None:
         self.options, self.config = required(config.vae), config
@@ -92,12 +90,13 @@ class VAETraining:
             return None
         return PrincipalComponents(self._pictures("train", STATISTICS_PICTURES, seed=2), VAEConfig.z_dim)
 
-    def batch(self, index: int) -> Crops:
+    def batch(self, index: int) -> Batch[Crops]:
         """Draw the whole batch and take this process's share."""
         rng = np.random.default_rng([self.config.seed, index])
         crops = [random_crop(self.collages.picture(rng), self.options.crop, rng) for _ in range(self.config.batch_size)]
         share = crops[self.share.part(len(crops))]
-        return Crops(torch.stack([to_tensor(crop) for crop in share]), index, f"crops of micro step {index}")
+        pictures = torch.stack([to_tensor(crop) for crop in share])
+        return Batch.of_one(Crops(pictures, index, f"crops of micro step {index}"))
 
     def loss(self, part: str, batch: Crops) -> tuple[Tensor, Metrics]:
         pictures = batch.pictures.contiguous(memory_format=torch.channels_last)

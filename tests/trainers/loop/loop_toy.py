@@ -19,7 +19,7 @@ from trainers.config.methods import OptimizerConfig
 from trainers.config.run import RunConfig
 from trainers.loop.export import Export
 from trainers.loop.loop import train
-from trainers.loop.method import Share
+from trainers.loop.method import Batch, Method, Share
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,19 @@ class Points:
     x: Tensor
     index: int
     name: str
+    counts: bool = True
 
     def to(self, device):
         return replace(self, x=self.x.to(device))
 
 
-class Toy:
+class Toy(Method):
     """Regression of the student on data that is a function of the micro step; a second part trains twice a step.
 
     fail_at: micro step that is interrupted; bad_loss_at: one whose second sample has no loss; dropout: of the
     student's inputs, from torch's global random state; options: of the student's optimizers.
     """
 
-    loader_workers = 0
-    sharded = shards_trained = False
     slots = 3
 
     def __init__(self, fail_at=None, bad_loss_at=None, dropout=0.0, options=None):
@@ -71,7 +70,7 @@ class Toy:
         if index == self.fail_at:
             raise KeyboardInterrupt
         whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(index))
-        return Points(whole[self.share.part(4)], index, f"points {index}")
+        return Batch.of_one(Points(whole[self.share.part(4)], index, f"points {index}"))
 
     def loss(self, part, batch):
         model = self.student if part == "student" else self.other

@@ -79,6 +79,15 @@ def test_a_disk_that_is_full_at_a_checkpoint_leaves_the_lora_of_the_step(changed
     assert (export / lora.name).read_bytes() == lora.read_bytes()
 
 
+def test_a_full_disk_promises_no_lora_that_a_run_does_not_train(changed, monkeypatch, tmp_path):
+    config = changed(sections={"sft": {"train_text_encoder": False}}, steps=2, save_every=2)
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(TrainingError, match=r"A checkpoint needs [\d.]+ GB") as no:
+        train(config, SFTTraining(config))
+    assert "LoRA" not in str(no.value)
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
 def test_earlier_exports_stay_and_are_named(tmp_path, capsys):
     def write(name):
         return Export(name, 0, lambda folder: (folder / name).write_text("new"))

@@ -19,10 +19,11 @@ from tests.trainers.processes import ENV, launch
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import ConfigError
 from trainers.loop.checkpointing import TrainingError, newest_checkpoint, resume, whole_folder
-from trainers.loop.loop import PATIENCE, Part, make_accelerator, make_parts, train
+from trainers.loop.loop import PATIENCE, make_accelerator, train
 from trainers.loop.method import Share
 from trainers.loop.metrics import MetricLog
 from trainers.loop.optimizers import lr_factor
+from trainers.loop.parts import Part, make_parts
 from trainers.loop.state import State
 from unipic_core.sampling.samplers import NonFiniteLatent
 
