@@ -34,6 +34,11 @@ class SFTOnScenes(SFTWithText):
     def open_data(self) -> None:
         self.stream = SceneStream(self.data, self.config.batch_size, self.config.seed, self.folder / "vae")
 
+    @property
+    def data_contents(self) -> str:
+        """No digest: a scene is a function of seed and index."""
+        return ""
+
     def data_report(self) -> dict[str, float]:
         """No report: endless scenes have no epochs."""
         return {}
