@@ -4,6 +4,7 @@
     python -m trainers.evaluate --model A --model B --steps 8 --steps 4 ...     several systems, paired by sample
     python -m trainers.evaluate --controls-only --n 100                         scores of the controls
     python -m trainers.evaluate --scenes open --seeds-per-scene 4 ...           several pictures of a scene are right
+    python -m trainers.evaluate --model PATH --seed weights --sheet FILE.png    scenes that nobody has chosen
 
 Sample i is scene i of (seed, split) for every system, drawn with the noise seed SEED + i. The first system is the
 reference: the report has the quality that the others retain of it, and compares systems with equal steps in pairs.
@@ -12,6 +13,7 @@ reference: the report has the quality that the others retain of it, and compares
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -42,6 +44,9 @@ if TYPE_CHECKING:
     from unipic_core.run.plan import Settings
 
 T = TypeVar("T")
+
+FROM_WEIGHTS = "weights"
+"""Value of --seed."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +200,30 @@ def shape_of(text: str) -> Shape:
     return int(wide), int(high)
 
 
+def seed_of(text: str) -> int | None:
+    """Read --seed; None for the word weights. Raises ArgumentTypeError for anything else."""
+    if text == FROM_WEIGHTS:
+        return None
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, or {FROM_WEIGHTS}; got {text!r}")
+    return int(text)
+
+
+def weights_seed(folder: Path) -> int:
+    """Seed of scenes that nobody can have chosen: the first 4 bytes of the SHA-256 of a model's weights, without LoRAs.
+
+    Raises ValueError for a folder without safetensors files.
+    """
+    files = [path for path in sorted(folder.glob("*/*.safetensors")) if path.parent.name != "loras"]
+    if not files:
+        raise ValueError(f"--seed {FROM_WEIGHTS}: {folder} has no safetensors files in its parts; give a number")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return int.from_bytes(digest.digest()[:4], "big")
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="trainers.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -208,7 +237,12 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--label", action="append", default=[], help="a name for the table")
     group.add_argument("--controls-only", action="store_true", help="no model: judge the controls")
     top.add_argument("--n", type=int, default=600, help="number of scenes (%(default)s)")
-    top.add_argument("--seed", type=int, default=0, help="of the scenes and of the noise (%(default)s)")
+    top.add_argument(
+        "--seed",
+        type=seed_of,
+        default=0,
+        help=f"of the scenes and of the noise; {FROM_WEIGHTS}: the SHA-256 of the first model's weights (%(default)s)",
+    )
     top.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (%(default)s)")
     top.add_argument("--shape", type=shape_of, default=SQUARE, metavar="WxH", help="ratio of the targets' sides (1x1)")
     top.add_argument("--scenes", default="closed", choices=["closed", "open"], help="%(default)s")
@@ -245,9 +279,12 @@ def parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Run the evaluation. Raises ValueError in one sentence for bad input."""
     systems = systems_of(args)
+    if args.seed is None and not systems:
+        raise ValueError(f"--seed {FROM_WEIGHTS} needs --model; give one, or a number")
+    seed = weights_seed(Path(systems[0].model)) if args.seed is None else args.seed
     plan = Plan(
         args.n,
-        args.seed,
+        seed,
         args.split,
         tuple(args.task),
         seeds_per_scene=args.seeds_per_scene,

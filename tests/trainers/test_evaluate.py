@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.paths import TINY
-from trainers.evaluate import evaluate, main, parser, systems_of
+from trainers.evaluate import evaluate, main, parser, systems_of, weights_seed
 from trainers.judges.measure import SEED_STRIDE, Generate, Plan, compare
 from trainers.judges.saved_pictures import PictureStore
 from trainers.nano.emoji import SUBSET, Bank
@@ -145,11 +145,30 @@ def test_controls_only_writes_numbers_and_a_sheet(
     assert {path.name for path in tmp_path.iterdir()} == {"c.json", f"c.{ending}"}
 
 
+def test_the_seed_of_the_weights_follows_their_bytes_alone(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(TINY, model)
+    seed = weights_seed(model)
+    (model / "loras").mkdir(exist_ok=True)
+    (model / "loras" / "other.safetensors").write_bytes(b"a LoRA")
+    (model / "transformer" / "notes.txt").write_text("a note")
+    assert weights_seed(model) == seed == weights_seed(TINY)
+    weights = next((model / "transformer").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert weights_seed(model) != seed
+    with pytest.raises(ValueError, match="no safetensors files"):
+        weights_seed(tmp_path / "empty")
+
+
 def test_a_pipeline_folder_is_measured(tmp_path: Path) -> None:
     numbers = tmp_path / "tiny.json"
     options = ["--model", str(TINY), "--steps", "1", "--cfg", "1", "--sampler", "consistency", "--device", "cpu"]
-    assert main([*options, "--n", "2", "--task", "compose2", "--data", str(SUBSET), "--json", str(numbers)]) == 0
+    options += ["--n", "2", "--seed", "weights", "--task", "compose2", "--data", str(SUBSET)]
+    assert main([*options, "--json", str(numbers)]) == 0
     report = json.loads(numbers.read_text(encoding="utf-8"))
+    assert report["seed"] == weights_seed(TINY)
     assert report["model"]["steps"] == 1
     assert report["model"]["seconds_per_picture"] > 0
 
@@ -222,6 +241,7 @@ def test_the_command_keeps_pictures_until_the_weights_are_others(tmp_path: Path)
         (["--controls-only", "--sheet", "sheet.txt"], ".png"),
         (["--model", "a", "--steps", "1", "--steps", "2", "--cfg", "1", "--cfg", "2", "--cfg", "3"], "--steps"),
         (["--controls-only", "--data", "no/such/pictures"], "no pictures"),
+        (["--controls-only", "--seed", "weights"], "--seed weights needs --model"),
     ],
 )
 def test_bad_input_is_one_sentence(options: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
