@@ -30,7 +30,7 @@ from torch import Tensor
 from trainers.nano.emoji import Bank, default_folder
 from trainers.nano.render import Sample, render
 from trainers.nano.scenes import make_scene
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention_forms import spans, through_blocks
 from unipic_core.model.blocks import KeyValue

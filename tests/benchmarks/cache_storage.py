@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trainers.nano.render import Sample
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.run.kv_storage import AUTO, INT8, CacheStorage, StoredTensor

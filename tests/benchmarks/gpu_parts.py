@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLModel
 
 from trainers.nano.make_model import text_encoder_config
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.prompt import IMAGE_PAD
 from unipic_core.conditioning.reference_sizes import MAX_REFERENCES, Size, reference_sizes
 from unipic_core.conditioning.sequence import VAE_SCALE

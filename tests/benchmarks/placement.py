@@ -40,7 +40,7 @@ from trainers.nano.open_scenes.wording import open_instruction
 from trainers.nano.render import Hidden, Sample, render_with
 from trainers.nano.scene import Scene
 from trainers.nano.scenes import make_scene
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.images import resize_references, to_images
 from unipic_core.conditioning.influence import GRID, Influence, Region
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references

@@ -30,7 +30,7 @@ from trainers.data.text_embeddings import encode_rows
 from trainers.methods.inputs import make_inputs
 from trainers.methods.losses import TimedVelocity, difference_tangent, jvp_tangent
 from trainers.methods.precision import tensor_float32
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.pipeline.text_encoder import TextEncoder
 from unipic_core.sampling.flow import add_noise, velocity

@@ -33,7 +33,7 @@ from trainers.methods.inputs import Inputs, make_inputs, padded_batch
 from trainers.roles.load import load_roles
 from trainers.roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
 from trainers.tools.memory import GIB, estimate, four_copies
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model.config import FULL
 from unipic_core.pipeline.text_encoder import TextEncoder

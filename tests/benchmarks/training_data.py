@@ -40,7 +40,7 @@ from trainers.roles.frozen import FrozenLinear
 from trainers.roles.load import load_roles
 from trainers.roles.roles import AdapterRoles
 from trainers.roles.types import STUDENT, Roles
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.reference_sizes import reference_sizes, vision_size
 from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN, LatentShape, TextCond, pack_with_references
 from unipic_core.model.block_swap import BlockSwap, Copies, Pairs

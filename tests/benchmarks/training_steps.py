@@ -22,7 +22,7 @@ from trainers.loop.parts import make_parts, update_average
 from trainers.methods.inputs import padded_batch
 from trainers.tools.memory import OUTSIDE, estimate
 from trainers.train import make_method
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.model.config import ATTENTION_FORMS
 from unipic_core.pipeline.text_encoder import TextEncoder
 

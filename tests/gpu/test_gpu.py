@@ -7,7 +7,7 @@ import torch
 
 from trainers.loop.loop import train
 from trainers.methods.sft_text import SFTWithText
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.images import load_image
 from unipic_core.pipeline import UniPicPipeline
 

@@ -11,7 +11,7 @@ from trainers.roles.frozen import FrozenLinear, load_frozen
 from trainers.roles.roles import AdapterRoles
 from trainers.roles.types import STUDENT
 from trainers.tools.memory import OUTSIDE, estimate
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT

@@ -21,7 +21,7 @@ from trainers.judges.sheet import PICTURE, Layout, draw_sheet, font
 from trainers.judges.statistics import Bootstrap
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import Sample
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.weights.lora import save_lora
 from unipic_core.weights.recipe import Recipe
 

@@ -8,7 +8,7 @@ import torch
 
 from trainers.evaluate import System, evaluate
 from trainers.nano.emoji import SUBSET, Bank
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.images import load_image
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.weights.describe import describe

@@ -9,7 +9,7 @@ from trainers.config.run import AdapterConfig, NetworkConfig
 from trainers.roles.frozen import FrozenLinear, load_frozen
 from trainers.roles.roles import AdapterRoles
 from trainers.roles.types import STUDENT
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 
 FORMS = ("fp32", "bf16", "fp8", "nf4")

@@ -8,7 +8,7 @@ from trainers.roles.frozen import load_frozen
 from trainers.roles.roles import AdapterRoles
 from trainers.roles.types import EMA, STUDENT
 from trainers.tools import memory
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.weights.lora import read_lora, save_adapter
 from unipic_core.weights.transformer import expected_shapes

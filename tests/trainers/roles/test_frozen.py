@@ -23,7 +23,7 @@ from tests.trainers.roles.stored_bases import (
 from trainers.config.run import ConfigError
 from trainers.roles.frozen import FrozenLinear, load_frozen
 from trainers.roles.types import EMA, STUDENT, TEACHER
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.model.block_swap import Copies
 from unipic_core.weights.convert import convert
 from unipic_core.weights.transformer import load_transformer

@@ -6,7 +6,7 @@ import torch
 from tests.trainers.roles.stored_bases import distance, example
 from trainers.methods.losses import difference_tangent, jvp_tangent
 from trainers.roles.sharding import GatheredOperations
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.model.attention import attention_named
 from unipic_core.weights.transformer import load_transformer
 

@@ -13,7 +13,7 @@ from trainers.roles.frozen import load_frozen
 from trainers.roles.roles import AdapterRoles
 from trainers.tools import memory
 from trainers.tools.hours import CARDS, forward_operations, hours, passes_of, summary
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.config import MMDiTConfig
 

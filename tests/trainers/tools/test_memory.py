@@ -19,7 +19,7 @@ from trainers.roles.roles import AdapterRoles
 from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of
 from trainers.tools import memory
 from trainers.tools.memory import GIB, estimate, four_copies
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention import matmul_attention, scaled_dot_product_attention
 from unipic_core.model.config import MMDiTConfig

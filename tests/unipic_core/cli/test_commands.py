@@ -20,7 +20,8 @@ from PIL import Image
 from tests.paths import ROOT
 from unipic_core.cli import commands as cli
 from unipic_core.cli import compose as command
-from unipic_core.cli.commands import lora_argument, main, size_argument
+from unipic_core.cli.argument_types import lora_argument, size_argument
+from unipic_core.cli.commands import main
 from unipic_core.errors import UniPicError
 from unipic_core.model.attention import PACKAGES, matmul_attention
 from unipic_core.pipeline import pipeline

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unipic_core.cli.commands import main, parser
+from unipic_core.cli.arguments import parser
+from unipic_core.cli.commands import main
 from unipic_core.cli.compose import influences_of
 from unipic_core.conditioning.influence import Influence, Region
 from unipic_core.errors import UniPicError

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.unipic_core.model.test_attention_forms import SIZES, condition
 from tests.unipic_core.small_runs import SMALL, picture
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.influence import Influence, Region
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention import BACKENDS, Checked

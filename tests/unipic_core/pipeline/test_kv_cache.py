@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.prompt import LONG_PROMPT
 from unipic_core.errors import UniPicError
 from unipic_core.model.attention import scaled_dot_product_attention

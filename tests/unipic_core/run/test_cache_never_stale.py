@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unipic_core.caching import WeightsKey
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.errors import UniPicError
 from unipic_core.model.attention import scaled_dot_product_attention

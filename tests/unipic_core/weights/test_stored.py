@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.paths import TINY
 from unipic_core.cli import main
-from unipic_core.cli.commands import DEFAULT_MODEL
+from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.errors import LoRAError
 from unipic_core.model.mmdit import MMDiT
