@@ -2,17 +2,25 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from tests.paths import PICTURES
 from tests.trainers.curate.test_filters import textured
 from tests.trainers.curate.test_run import config, manifest
 from trainers.curate.config import read_stages
 from trainers.curate.filters.catalogue import FILTERS
-from trainers.curate.filters.packages import NEEDS, brisque, measure_with_package, missing, text
+from trainers.curate.filters.packages import (
+    NEEDS,
+    brisque,
+    compare_with_package,
+    measure_with_package,
+    missing,
+    text,
+)
 from trainers.curate.filters.picture import Decoded
 from trainers.curate.runner import run
 
@@ -68,25 +76,57 @@ def test_area_of_a_polygon():
     assert text.polygon_area(np.array([[0, 0], [4, 0], [4, 2], [0, 2]])) == 8
 
 
+def photograph(name: str) -> Image.Image:
+    """A photograph of scikit-image, which brisque's package brings along."""
+    folder = Path(pytest.importorskip("skimage").__file__).parent / "data"
+    return Image.open(folder / name).convert("RGB")
+
+
 @needs["brisque"]
-def test_brisque_separates_spoilt_pictures():
-    sharp = textured(512)
-    clean = measure_with_package("brisque", Decoded(sharp))
-    for sigma in (2, 4):
-        assert measure_with_package("brisque", Decoded(sharp.filter(ImageFilter.GaussianBlur(sigma)))) > clean + 20
+@pytest.mark.parametrize("name", ["astronaut.png", "coffee.png", "chelsea.png"])
+def test_brisque_separates_spoilt_photographs_from_clean_ones(name):
+    clean = photograph(name)
+    enlarged = clean.resize((4 * clean.width, 4 * clean.height), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
-    sharp.save(buffer, "JPEG", quality=5)
-    assert measure_with_package("brisque", Decoded(Image.open(buffer).convert("RGB"))) > clean
+    clean.save(buffer, "JPEG", quality=10)
+    spoilt = [clean.filter(ImageFilter.GaussianBlur(sigma)) for sigma in (1, 2, 4)]
+    spoilt += [enlarged.crop((0, 0, 1024, 1024)), Image.open(buffer).convert("RGB")]
+    assert measure_with_package("brisque", Decoded(clean)) < FILTERS["brisque"].most
+    for picture in spoilt:
+        assert measure_with_package("brisque", Decoded(picture)) > FILTERS["brisque"].most
 
 
 @needs["text"]
-def test_watermarks_are_read():
-    picture = textured(512).filter(ImageFilter.GaussianBlur(3))
-    assert measure_with_package("text", Decoded(picture)) <= FILTERS["text"].most
-    ImageDraw.Draw(picture).text((60, 440), "SAMPLE WATERMARK", fill="white", font=ImageFont.load_default(40))
+def test_watermarks_are_read_and_pictures_without_text_say_nothing(capfd):
+    picture = photograph("coffee.png")
+    assert measure_with_package("text", Decoded(picture)) == 0
+    assert "".join(capfd.readouterr()) == ""  # a line per picture would bury the progress
+    ImageDraw.Draw(picture).text((60, 340), "SAMPLE WATERMARK", fill="white", font=ImageFont.load_default(40))
     assert measure_with_package("text", Decoded(picture)) > FILTERS["text"].most
+    assert measure_with_package("text", Decoded(photograph("page.png"))) > 0.3
 
 
 @needs["head"]
-def test_a_picture_without_a_face_has_no_head():
+def test_cut_heads_are_seen():
+    whole = photograph("astronaut.png")
+    cut = [whole.crop(box) for box in ((0, 60, 512, 512), (0, 100, 512, 512), (200, 0, 512, 512))]
+    scores = [measure_with_package("head", Decoded(picture)) for picture in (whole, *cut)]
+    assert scores[0] == 1
+    assert max(scores[1:]) < FILTERS["head"].least
+    assert scores[2] < scores[1]
     assert measure_with_package("head", Decoded(textured())) == 0
+
+
+@needs["face_identity"]
+def test_a_mirrored_person_is_the_same_one_and_a_picture_without_a_face_is_not_judged(tmp_path):
+    person = photograph("astronaut.png")
+    person.save(tmp_path / "source.png")
+    ImageOps.mirror(person).resize((400, 400)).save(tmp_path / "same.png")
+    photograph("coffee.png").save(tmp_path / "cup.png")
+
+    def distance(target: str):
+        sources = [{"subject": "person", "path": "source.png"}]
+        return compare_with_package("face_identity", tmp_path, {"path": target, "sources": sources})
+
+    assert distance("same.png") < 0.35 < FILTERS["face_identity"].most
+    assert distance("cup.png") == {"not run": "no face was found in the target"}

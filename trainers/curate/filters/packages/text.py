@@ -46,6 +46,6 @@ def reader() -> Any:
     """Reader of one thread."""
     from rapidocr import RapidOCR
 
-    logging.getLogger("RapidOCR").setLevel(logging.WARNING)
+    logging.getLogger("RapidOCR").setLevel(logging.ERROR)  # it warns of every picture without text
     threads = {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "EngineConfig.onnxruntime.inter_op_num_threads": 1}
-    return RapidOCR(params={"Global.log_level": "warning", **threads})
+    return RapidOCR(params={"Global.log_level": "error", **threads})
