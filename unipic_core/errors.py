@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -15,10 +16,17 @@ def joined_lines(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most]
 
 
+FULL_DISK = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
+
+
 def message_of(error: Exception) -> str:
     """Return the message of an error; for one of the system the file and the reason, without its number."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)[:100]}: {error.strerror}; check the path"
+    if isinstance(error, OSError) and error.strerror:
+        file = "" if error.filename is None else f"{os.fsdecode(error.filename)[:100]}: "
+        if error.errno in FULL_DISK:
+            return f"{file}{error.strerror}; free some space and run again"
+        if file:
+            return f"{file}{error.strerror}; check the path"
     return str(error)
 
 

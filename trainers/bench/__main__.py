@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
     make = commands.add_parser("run", help="generate pictures")
     make.add_argument("--bench", required=True, choices=BENCHES)
-    make.add_argument("--root", type=Path, help="the benchmark's folder; for own and multicom a JSONL file")
+    make.add_argument(
+        "--root", type=Path, help="the benchmark's folder; own, multicom: a JSONL file; omniref: its list"
+    )
     make.add_argument("--n", type=int, help="only the first N cases")
     make.add_argument("--seed", type=int, default=0, help="of the noise and of drawn scenes (%(default)s)")
     make.add_argument("--model", action="append", default=[], metavar="PATH", help="repeatable, once per system")

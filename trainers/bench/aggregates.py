@@ -41,7 +41,18 @@ NAMES = {
     "gedit": "G_O, mean of the groups' means",
     "imgedit": "mean of the edit types' means, 1-5",
     "multicom": "mean of the halves of 2-3 and 4-6 sources",
+    "omniref": "mean of the six dimensions' means",
 }
+OMNIREF_DIMENSIONS = (
+    "subject_consistency",
+    "style_consistency",
+    "background_consistency",
+    "lighting_consistency",
+    "aesthetic_quality",
+    "text_adherence",
+)
+"""Dimensions of OmniRef-Bench's judge; a case has no value for a dimension without its kind of reference."""
+
 MACRO = ("gedit", "imgedit")
 """Benchmarks whose groups weigh the same, whatever their sizes."""
 
@@ -52,16 +63,23 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def aggregate(bench: str, scored: Sequence[Scored]) -> Aggregate:
-    """Macro average over groups (GEdit-Bench, ImgEdit-Bench), over halves (MultiCom-Bench), or mean over cases."""
+    """Macro average over groups (GEdit-Bench, ImgEdit-Bench), halves (MultiCom-Bench), dimensions (OmniRef-Bench), or
+    mean over cases.
+    """
     known = [one for one in scored if one.score is not None]
     groups = group_means(known, lambda one: one.score, halves if bench == "multicom" else by_task)
     if bench == "multicom":
         value = mean(list(groups.values())) if len(groups) == 2 else None
     elif bench in MACRO:
         value = mean(list(groups.values()))
+    elif bench == "omniref":
+        means = dimension_means(known)
+        value = mean(list(means.values())) if len(means) == len(OMNIREF_DIMENSIONS) else None
     else:
         value = mean([one.score for one in known if one.score is not None])
     parts = gedit_parts(known) if bench == "gedit" else {}
+    if bench == "omniref" and known:
+        parts = {"dimensions": dimension_means(known)}
     return Aggregate(NAMES[bench], value, groups, len(known), len(scored), parts)
 
 
@@ -84,6 +102,13 @@ def group_means(
         if number is not None:
             values[group(one)].append(number)
     return {name: sum(numbers) / len(numbers) for name, numbers in sorted(values.items())}
+
+
+def dimension_means(scored: Sequence[Scored]) -> dict[str, float]:
+    """OmniRef-Bench's mean of each dimension over the cases that have it."""
+    found = {name: [one.values.get(name) for one in scored] for name in OMNIREF_DIMENSIONS}
+    known = {name: [value for value in values if value is not None] for name, values in found.items()}
+    return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def gedit_parts(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unipic_core.replacing import write_json
+from unipic_core.replacing import replacing, write_json
 
-from .aggregates import Scored, group_means
+from .aggregates import OMNIREF_DIMENSIONS, Scored, group_means
 from .cases import MICO_TASKS, Case, Plan, file_name
 from .make import result_path
 from .score import Rows
@@ -33,7 +34,7 @@ def write_benchmark_files(plan: Plan, rows: Rows, judge: str, out: Path) -> None
     """Write the files of each system's scores under ``out``/results/SYSTEM.
 
     GEdit-Bench: SYSTEM_GROUP_gpt_score.csv. MICo-Bench: scores/TASK.json and summary.json. ImgEdit-Bench: result.json,
-    average_score.json and typescore.json.
+    average_score.json and typescore.json. OmniRef-Bench: vlm_results.jsonl.
     """
     for label in plan.systems:
         folder = out / "results" / file_name(label)
@@ -45,6 +46,8 @@ def write_benchmark_files(plan: Plan, rows: Rows, judge: str, out: Path) -> None
             write_mico(scored, folder)
         elif plan.bench == "imgedit":
             write_imgedit(scored, folder)
+        elif plan.bench == "omniref":
+            write_omniref(scored, folder)
 
 
 def write_gedit(scored: Sequence[CaseRow], folder: Path, label: str, out: Path) -> None:
@@ -96,3 +99,15 @@ def write_imgedit(scored: Sequence[CaseRow], folder: Path) -> None:
     write_json(folder / "average_score.json", {case.id: round(row["score"], 2) for case, row in scored})
     means = group_means([Scored(case.task, 1, round(row["score"], 2)) for case, row in scored], lambda one: one.score)
     write_json(folder / "typescore.json", {task: round(value, 2) for task, value in means.items()})
+
+
+def write_omniref(scored: Sequence[CaseRow], folder: Path) -> None:
+    """Write a line per case with the score of each dimension, -1 for one that does not apply."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for case, row in scored:
+        marks = {name: {"score": row["values"].get(name, -1)} for name in OMNIREF_DIMENSIONS}
+        index = int(case.id) if case.id.isdecimal() else case.id
+        lines.append(json.dumps({**marks, "overall_average_score": row["score"], "index": index}) + "\n")
+    with replacing(folder / "vlm_results.jsonl") as path:
+        path.write_text("".join(lines), encoding="utf-8")

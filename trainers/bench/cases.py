@@ -2,25 +2,30 @@
 
 Own cases and MultiCom-Bench are JSON lines {id, instruction, sources, truth?, task?}; GEdit-Bench is a
 gedit.jsonl with its fields and input_image as a path; MICo-Bench is its checkout with the pictures beside it or in
-data/MICo-Bench; ImgEdit-Bench is its basic_edit.json with the pictures beside it. Pictures outside the folder of their
-list are refused: such lists are shared, and what they name is opened and sent to a judge.
+data/MICo-Bench; ImgEdit-Bench is its basic_edit.json and OmniRef-Bench one of its lists, with the pictures beside it.
+Pictures outside the folder of their list are refused: such lists are shared, and what they name is opened and sent to a
+judge.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from unipic_core.errors import printable
+from unipic_core.replacing import write_json
 
 from ..judges.measure import Plan as Scenes
 from ..judges.panel import Case as Scene
 from ..judges.vlm import JudgeError, read_lines
 from ..nano.emoji import Bank
 
-BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom")
+BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom", "omniref")
 MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
 MAX_SOURCES = 6
 TEMPLATES = {
@@ -30,14 +35,25 @@ TEMPLATES = {
     "gedit": "edit",
     "imgedit": "imgedit",
     "multicom": "composition3",
+    "omniref": "omniref",
 }
+OMNIREF_FOLDERS = {
+    "transfer_subjects": "subject",
+    "style": "style",
+    "lighting": "lighting",
+    "background": "background",
+    "skeleton": "pose",
+    "reference": "pose",
+}
+"""Folder of a reference in OmniRef-Bench -> its kind."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One case. result: path of the picture in a system's folder.
 
-    extra: language and intersection of GEdit-Bench; persons, the sources that show one, of MICo-Bench.
+    extra: language and intersection of GEdit-Bench; persons, the sources that show one, of MICo-Bench; kinds of the
+    sources, of OmniRef-Bench.
     """
 
     id: str
@@ -61,6 +77,8 @@ def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Pat
         cases = [_gedit(root, row) for row in _rows(root / "gedit.jsonl")]
     elif bench == "imgedit":
         cases = [_imgedit(root, key, row) for key, row in _object(root / "basic_edit.json").items()]
+    elif bench == "omniref":
+        cases = [_omniref(root.parent, row) for row in _list(root)]
     else:
         cases = [_own(root.parent, number, row) for number, row in enumerate(_rows(root))]
     left_out = [case.id for case in cases if len(case.sources) > MAX_SOURCES]
@@ -68,32 +86,56 @@ def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Pat
     ids = [case.id for case in covered]
     if not covered or len(set(ids)) < len(ids):
         raise ValueError(f"{root} has {'two cases with one id; each needs another' if covered else 'no cases'}")
+    for case in covered:
+        _check_characters(case)
     return covered, left_out
+
+
+def _check_characters(case: Case) -> None:
+    """Raise ValueError for half characters (lone surrogates), which neither a file nor a page can hold."""
+    for text in (case.id, case.task, case.instruction, *case.sources, case.truth or ""):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"case {printable(case.id)}: {printable(text)[:60]!r} holds half a character") from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path))
 
 
-def _object(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, dict[str, Any]]:
     """Read a JSON object of objects. Raises JudgeError."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise JudgeError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError:
-        values = None
+    values = _json(path)
     if not isinstance(values, dict) or not all(isinstance(one, dict) for one in values.values()):
         raise JudgeError(f"{path} is not a JSON object of cases")
     return values
 
 
+def _list(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON list of objects. Raises JudgeError."""
+    values = _json(path)
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+        raise JudgeError(f"{path} is not a JSON list of cases")
+    return values
+
+
+def _json(path: Path) -> Any:
+    """Read JSON; None if it is none. Raises JudgeError for an unreadable file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise JudgeError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        return None
+
+
 def _picture(folder: Path, name: object) -> str:
-    """Path of a picture that a list names, inside ``folder``. Raises ValueError for any other place."""
+    """Absolute path of a picture that a list names, inside ``folder``. Raises ValueError for any other place."""
     path = folder / str(name)
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"picture {str(name)[:80]!r} is outside {folder}; put the pictures into that folder")
-    return str(path)
+    return os.path.abspath(path)
 
 
 def _text(row: Mapping[str, object], name: str) -> str:
@@ -143,10 +185,27 @@ def _imgedit(root: Path, key: str, row: Mapping[str, object]) -> Case:
     return Case(key, _text(row, "edit_type"), _text(row, "prompt"), (source,), None, f"{file_name(key)}.png", {})
 
 
+def _omniref(folder: Path, row: Mapping[str, Any]) -> Case:
+    """Case of OmniRef-Bench, by its ``index``; the folder of each reference says its kind."""
+    name, names = _text(row, "index"), row.get("edit_image")
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"case {name}: expected 'edit_image', a list of pictures, got {names!r}")
+    folders = [Path(str(one)).parent.name for one in names]
+    unknown = [one for one in folders if one not in OMNIREF_FOLDERS]
+    if unknown:
+        raise ValueError(
+            f"case {name}: a reference in {unknown[0]!r} has no kind; expected {', '.join(OMNIREF_FOLDERS)}"
+        )
+    kinds = [OMNIREF_FOLDERS[one] for one in folders]
+    sources = tuple(_picture(folder, one) for one in names)
+    category = _text(row, "category")
+    return Case(name, category, _text(row, "prompt"), sources, None, f"{file_name(name)}.png", {"kinds": kinds})
+
+
 def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
     """Draw scenes of unseen assets with their truth into ``out``/inputs."""
     bank, plan = Bank.open(None), Scenes(max(2, n), seed, progress=False)
-    folder = out / "inputs"
+    folder = Path(os.path.abspath(out)) / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     cases = []
     for index in range(n):
@@ -161,9 +220,23 @@ def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
     return cases
 
 
+def _with_paths(case: Case, change: Callable[[str], str]) -> Case:
+    """Case with changed paths of its sources and its truth."""
+    truth = None if case.truth is None else change(case.truth)
+    return replace(case, sources=tuple(change(one) for one in case.sources), truth=truth)
+
+
+def _place(path: str, folder: str) -> str:
+    """Path relative to ``folder`` if it is inside, with forward slashes."""
+    return Path(path).relative_to(folder).as_posix() if Path(path).is_relative_to(folder) else path
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Run of a benchmark, stored as bench.json: its cases, and the systems by label."""
+    """Run of a benchmark, stored as bench.json: its cases, and the systems by label.
+
+    Pictures inside the run's folder are stored by their place in it, so that the folder can be moved.
+    """
 
     bench: str
     seed: int
@@ -173,10 +246,9 @@ class Plan:
 
     def save(self, out: Path) -> None:
         """Write bench.json."""
-        from unipic_core.replacing import replacing
-
-        with replacing(out / "bench.json") as path:
-            path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        folder = os.path.abspath(out)
+        cases = [asdict(_with_paths(case, lambda one: _place(one, folder))) for case in self.cases]
+        write_json(out / "bench.json", asdict(replace(self, cases=())) | {"cases": cases}, indent=1)
 
     def with_systems(self, systems: Mapping[str, Mapping[str, object]]) -> Plan:
         return replace(self, systems={**self.systems, **systems})
@@ -186,7 +258,9 @@ class Plan:
         """Read bench.json. Raises JudgeError if the folder holds no run."""
         try:
             data = json.loads((out / "bench.json").read_text(encoding="utf-8"))
-            cases = tuple(Case(**{**one, "sources": tuple(one["sources"])}) for one in data["cases"])
+            folder = os.path.abspath(out)
+            stored = [Case(**{**one, "sources": tuple(one["sources"])}) for one in data["cases"]]
+            cases = tuple(_with_paths(case, lambda one: os.path.join(folder, one)) for case in stored)
             return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"])
         except (OSError, ValueError, KeyError, TypeError):
             raise JudgeError(

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from unipic_core.conditioning.picture_files import open_picture
+from unipic_core.errors import UniPicError
 from unipic_core.replacing import replacing
 
 from ..evaluate import System, find_device, systems_of
 from ..judges.vlm import AnswerError, LineFile, load_picture
+from ..progress import Progress
 from .cases import Case, Plan, file_name, read_cases
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+
+if TYPE_CHECKING:
+    from unipic_core.pipeline import UniPicPipeline
 
 
 def result_path(out: Path, label: str, case: Case) -> Path:
@@ -62,12 +70,16 @@ def _as_json(settings: Mapping[str, object]) -> str:
 
 
 def collect(plan: Plan, out: Path, label: str, folder: Path) -> None:
-    """Copy pictures of another program: ``folder``/RESULT of the benchmark's layout, or ``folder``/ID.png."""
+    """Copy pictures of another program: ``folder``/RESULT of the benchmark's layout, or ``folder``/ID.png.
+
+    PNG, JPEG or WebP; pictures are read by their content, so the copy is named .png.
+    """
     if not folder.is_dir():
         raise ValueError(f"--pictures {label}=DIR: expected a folder, got {folder}")
     for case in plan.cases:
         target = result_path(out, label, case)
-        candidates = [path for path in (folder / case.result, folder / f"{file_name(case.id)}.png") if path.is_file()]
+        stems = (folder / case.result, folder / f"{file_name(case.id)}.png")
+        candidates = [path for one in stems for path in map(one.with_suffix, ENDINGS) if path.is_file()]
         if candidates and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as partial:
@@ -75,7 +87,7 @@ def collect(plan: Plan, out: Path, label: str, folder: Path) -> None:
 
 
 def generate(plan: Plan, out: Path, system: System, device: str, budget: int | None, seed: int) -> None:
-    """Generate missing pictures. Cases with unreadable sources are listed in failures.jsonl and skipped."""
+    """Generate missing pictures. Cases that fail are listed in failures.jsonl; ValueError if all do."""
     missing = [(i, case) for i, case in enumerate(plan.cases) if not result_path(out, system.label, case).exists()]
     if not missing:
         return
@@ -87,36 +99,49 @@ def generate(plan: Plan, out: Path, system: System, device: str, budget: int | N
     pipe = UniPicPipeline.from_pretrained(system.model, torch_dtype=dtype, device=device)
     if system.lora:
         pipe.load_lora(system.lora)
-    failures = LineFile(out / "failures.jsonl")
-    for number, (index, case) in enumerate(missing, 1):
-        print(f"\r{system.label}: {number} of {len(missing)}", end="", file=sys.stderr, flush=True)
+    failures, failed = LineFile(out / "failures.jsonl"), 0
+    progress = Progress(system.label, len(plan.cases), len(plan.cases) - len(missing))
+    for index, case in missing:
         try:
-            images = [load_picture(Path(path)).image for path in case.sources]
-        except AnswerError as error:
+            picture = composed(pipe, plan, case, system, budget, seed + index)
+        except (AnswerError, UniPicError) as error:
             failures.add({"system": system.label, "id": case.id, "failure": str(error)})
+            failed, message = failed + 1, f"case {case.id}: {error}"
             continue
-        size: tuple[int | None, int | None] = (None, None)
-        if plan.bench == "nano" and case.truth:
-            with open_picture(case.truth) as truth:
-                size = truth.size
-        output = pipe(
-            images=images,
-            prompt=case.instruction,
-            width=size[0],
-            height=size[1],
-            num_inference_steps=system.steps,
-            true_cfg_scale=system.cfg,
-            sampler=system.sampler,
-            seed=seed + index,
-            reference_budget=budget,
-        )
         path = result_path(out, system.label, case)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            output.images[0].save(partial)
-        if plan.bench == "gedit":
+        if plan.bench == "gedit":  # first, since a case with a picture is done
             shutil.copyfile(case.sources[0], path.with_name(f"{path.stem}_SRCIMG.png"))
-    print(file=sys.stderr)
+        with replacing(path) as partial:
+            picture.save(partial)
+        progress.add()
+    progress.close()
+    if failed == len(plan.cases):
+        raise ValueError(f"{system.label} made no picture; {message}")
+    if failed:
+        print(f"{system.label}: {failed} of {len(plan.cases)} cases have no picture; see {out / 'failures.jsonl'}")
+
+
+def composed(
+    pipe: UniPicPipeline, plan: Plan, case: Case, system: System, budget: int | None, seed: int
+) -> Image.Image:
+    """Picture of one case. Raises AnswerError for unreadable sources, UniPicError for a case that is out of range."""
+    size: tuple[int | None, int | None] = (None, None)
+    if plan.bench == "nano" and case.truth:
+        with open_picture(case.truth) as truth:
+            size = truth.size
+    output = pipe(
+        images=[load_picture(Path(path)).image for path in case.sources],
+        prompt=case.instruction,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=system.steps,
+        true_cfg_scale=system.cfg,
+        sampler=system.sampler,
+        seed=seed,
+        reference_budget=budget,
+    )
+    return output.images[0]
 
 
 def described(plan: Plan) -> dict[str, Any]:

@@ -19,7 +19,7 @@ LARGEST = 50_000_000
 STYLE = """body{font:14px sans-serif;margin:20px;color:#222}table{border-collapse:collapse;margin:12px 0}
 td,th{border-bottom:1px solid #ddd;padding:5px 9px;text-align:left;vertical-align:top}img{max-width:128px;margin:2px}
 pre{white-space:pre-wrap;font-size:11px;max-width:240px;max-height:90px;overflow:auto;color:#555}.bad{color:#a00}
-small{color:#666}.words{max-width:220px}"""
+small{color:#666}.words{max-width:220px}td>div:first-of-type{margin-top:6px}"""
 SCRIPT = """const t=document.getElementById('t'),f=document.getElementById('f');function go(){
 for(const r of document.querySelectorAll('tr.case'))
 r.hidden=(t.value&&r.dataset.task!=t.value)||(f.checked&&!r.dataset.bad)}
@@ -29,16 +29,18 @@ esc = html.escape
 
 def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
     """Render the page."""
-    about = {name: summary[name] for name in ("version", "commit", "date", "seed", "systems", "judge", "not_covered")}
+    about = {name: summary[name] for name in ("version", "commit", "date", "seed", "systems", "judges", "not_covered")}
     tasks = sorted({case.task for case in plan.cases})
     options = "".join(f'<option value="{esc(task, quote=True)}">{esc(task)}' for task in tasks)
     labels = "".join(f"<th>{esc(label)}" for label in plan.systems)
     spent = [0]
     parts = [
         f"<!doctype html><meta charset=utf-8><title>{esc(plan.bench)}</title><style>{STYLE}</style>",
-        f"<h1>{esc(plan.bench)}: {len(plan.cases)} cases, {len(plan.systems)} systems</h1><details><summary>settings",
-        f"</summary><pre style='max-width:none;max-height:none'>{esc(json.dumps(about, indent=1))}</pre></details>",
-        controls_table(summary["controls"]),
+        f"<h1>{esc(plan.bench)}: {len(plan.cases)} cases, {len(plan.systems)} systems</h1>",
+        header(summary),
+        f"<details><summary>all settings</summary><pre style='max-width:none;max-height:none'>"
+        f"{esc(json.dumps(about, indent=1))}</pre></details>",
+        *(controls_table(judge, summary["controls"].get(judge)) for judge in summary["judges"]),
         f"<table><tr><th>score{labels}</tr>",
         *(score_row(judge, scores, judge in summary["lower_is_better"]) for judge, scores in summary["scores"].items()),
         *(
@@ -58,13 +60,44 @@ def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
     return "".join(parts)
 
 
-def controls_table(fitness: dict[str, Any] | None) -> str:
-    """Render the judge's test on controls."""
+def header(summary: dict[str, Any]) -> str:
+    """Render the systems, the judges and the version in words."""
+    lines = [f"<b>{esc(label)}</b>: {esc(system_words(about))}" for label, about in summary["systems"].items()]
+    lines += [f"<b>{esc(name)}</b>: {esc(judge_words(about))}" for name, about in summary["judges"].items()]
+    commit = f", commit {summary['commit'][:12]}" if summary["commit"] else ""
+    lines.append(f"version {esc(summary['version'])}{esc(commit)}, {esc(summary['date'])}, seed {summary['seed']}")
+    if summary["not_covered"]:
+        lines.append(f"{len(summary['not_covered'])} cases of more than six sources are not covered")
+    return f"<p>{'<br>'.join(lines)}</p>"
+
+
+def system_words(about: dict[str, Any]) -> str:
+    """Model, LoRA and the recipe that it ran with; or the folder of another program's pictures."""
+    if "model" not in about:
+        return f"pictures of {about.get('pictures', 'another program')}"
+    lora = [f"LoRA {Path(about['lora']).name}"] if about.get("lora") else []
+    budget = [f"reference budget {about['budget']}"] if about.get("budget") else []
+    guidance = f"guidance {about['cfg']:g}" if about["cfg"] is not None else "no guidance"
+    steps = f"{about['steps']} step{'s' * (about['steps'] != 1)}"
+    return ", ".join([Path(about["model"]).name, *lora, steps, guidance, f"sampler {about['sampler']}", *budget])
+
+
+def judge_words(about: dict[str, Any]) -> str:
+    """Sampling of a judge, and how its answers are read."""
+    config, abilities = about["settings"], about["abilities"]
+    passes = f"{config['passes']} pass{'es' * (config['passes'] != 1)}"
+    read = "log-probabilities where a question asks for one word" if abilities["logprobs"] else "text"
+    sampling = f"temperature {config['temperature']:g}, {passes}, seed {config['seed']}"
+    return f"{config['model']}, {sampling}, answers read from {read}, response format {abilities['response_format']}"
+
+
+def controls_table(judge: str, fitness: dict[str, Any] | None) -> str:
+    """Render a judge's test on controls."""
     if not fitness:
-        return "<p>The judge was not tested on controls.</p>"
+        return f"<p>{esc(judge)} was not tested on controls.</p>"
     names = "".join(f"<th>{esc(name)}" for name in fitness["means"])
     means = "".join(f"<td>{number(one['mean'])} {bounds(one['ci95'])}" for one in fitness["means"].values())
-    return f"<p><b>{esc(fitness['sentence'])}</b></p><table><tr>{names}</tr><tr>{means}</tr></table>"
+    return f"<p>{esc(judge)}: <b>{esc(fitness['sentence'])}</b></p><table><tr>{names}</tr><tr>{means}</tr></table>"
 
 
 def score_row(judge: str, scores: dict[str, Any], lower_is_better: bool) -> str:
@@ -75,6 +108,9 @@ def score_row(judge: str, scores: dict[str, Any], lower_is_better: bool) -> str:
         gap = f"{one['minus_first']:+.3f} {bounds(one['minus_first_ci95'])}; " if one["minus_first_ci95"] else ""
         failures = ", ".join(f"{kind}: {count}" for kind, count in one["failures"].items())
         more = f"{gap}{one['judged']}" + (f" ({failures})" if failures else "")
+        if "logprobs" in one["read_from"]:
+            counts = one["read_from"]
+            more += f"; {counts['logprobs']} answers by log-probabilities, {counts.get('text', 0)} by text"
         if "sd_between_passes" in one:
             more += f"; sd between passes {one['sd_between_passes']:.3f}, equal in {one['equal_passes']:.0%}"
         cells.append(f"<td><b>{number(one['value'])}</b> {bounds(one['ci95'])}<br><small>{esc(more)}</small>")
@@ -128,7 +164,7 @@ def score_cell(judge: str, row: dict[str, Any]) -> str:
         return ""
     name = esc(judge.removeprefix(f"{PIXELS}: "))
     if judge.startswith(PIXELS):
-        return f"<small>{name} {row['score']:.2f}<br></small>"
+        return f"<div><small>{name}: {row['score']:.2f}</small></div>"
     answers = "\n".join(f"{one['question']}: {one['answer'][:300]}" for one in row.get("readings", []))
     return f"<div>{name}: <b>{row['score']:.2f}</b></div><pre>{esc(answers)}</pre>"
 

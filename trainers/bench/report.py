@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,25 @@ from ..judges.statistics import Bootstrap, interval, rounded
 from .aggregates import Scored, aggregate
 from .benchmark_files import write_benchmark_files
 from .cases import Plan
-from .make import described
+from .make import described, result_path
 from .page import page
 from .pictures import sheet
 from .pixels import PIXELS
 from .score import Rows, all_rows
+from .setup import read_by_judge
 
 
 def report(out: Path) -> dict[str, Any]:
-    """Write report.json, report.html, sheet.png and the benchmark's files; return report.json. Raises JudgeError."""
+    """Write report.json, report.html, cases.jsonl, sheet.png and the benchmark's files; return report.json.
+
+    Raises JudgeError.
+    """
     plan, rows = Plan.load(out), all_rows(out)
-    controls = _json(out / "pixel_controls.json") or {}
+    controls = read_by_judge(out / "pixel_controls.json")
     not_reported = {judge: found["note"] for judge, found in controls.items() if not found["valid"]}
-    judges = sorted({judge for _, _, judge in rows} - not_reported.keys())
+    judges = sorted(
+        {judge for _, _, judge in rows} - not_reported.keys(), key=lambda one: (one.startswith(PIXELS), one)
+    )
     summary: dict[str, Any] = {
         "bench": plan.bench,
         "version": __version__,
@@ -41,8 +47,8 @@ def report(out: Path) -> dict[str, Any]:
         "cases": len(plan.cases),
         "not_covered": list(plan.not_covered),
         "systems": described(plan),
-        "judge": _json(out / "judge.json"),
-        "controls": _json(out / "controls.json"),
+        "judges": read_by_judge(out / "judge.json"),
+        "controls": read_by_judge(out / "controls.json"),
         "scores": {judge: summarise(plan, rows, judge) for judge in judges},
         "lower_is_better": sorted(judge for judge, found in controls.items() if found["better"] == "lower"),
         "not_reported": not_reported,
@@ -51,8 +57,10 @@ def report(out: Path) -> dict[str, Any]:
     for judge in judges:
         if not judge.startswith(PIXELS):
             write_benchmark_files(plan, rows, judge, out)
+    with replacing(out / "cases.jsonl") as path:
+        path.write_text("".join(f"{json.dumps(one)}\n" for one in case_rows(plan, rows, out)), encoding="utf-8")
     with replacing(out / "report.html") as path:
-        path.write_text(page(plan, rows, summary, out), encoding="utf-8")
+        path.write_text(page(plan, rows, summary, out), encoding="utf-8", errors="replace")
     with replacing(out / "sheet.png") as path:
         sheet(plan, rows, out).save(path)
     return summary
@@ -70,8 +78,16 @@ def commit() -> str | None:
     return found.stdout.strip()
 
 
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def case_rows(plan: Plan, rows: Rows, out: Path) -> Iterator[dict[str, Any]]:
+    """Row per case, system and judge: the case, the picture, and all that scores.jsonl has about it."""
+    for case in plan.cases:
+        about = {"id": case.id, "task": case.task, "n_refs": len(case.sources), "instruction": case.instruction}
+        about |= {"sources": list(case.sources), "truth": case.truth}
+        for (label, name, judge), row in rows.items():
+            if name == case.id:
+                path = result_path(out, label, case)
+                seconds = sum(one["seconds"] for one in row.get("readings", ()))
+                yield {**about, "system": label, "judge": judge, "output": str(path), **row, "seconds": seconds}
 
 
 def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
@@ -109,9 +125,17 @@ def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
             "by_sources": {count: sum(v) / len(v) for count, v in sorted(by_count.items())},
             "parts": total.parts,
             "failures": dict(failures),
+            "read_from": dict(
+                Counter(one["how"] for row in judged for one in row.get("readings", ()) if one["numbers"])
+            ),
         }
         result[label] |= repeatability([row.get("passes", ()) for row in judged if row.get("score") is not None])
     return result
+
+
+def ways_of_reading(row: dict[str, Any]) -> list[str]:
+    """ "text" or "logprobs" for each answer of a row that was read."""
+    return [one["how"] for one in row.get("readings", ()) if one["numbers"]]
 
 
 def repeatability(passes: Sequence[Sequence[float]]) -> dict[str, Any]:

@@ -3,85 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from unipic_core.replacing import write_json
-
-from ..judges.measure import Plan as Scenes
-from ..judges.panel import Case as Scene
-from ..judges.panel import control_pictures
-from ..judges.vlm import (
-    AnswerError,
-    Asker,
-    Client,
-    LineFile,
-    Recorder,
-    Replay,
-    Shown,
-    fitness,
-    in_order,
-    judge_case,
-    load_picture,
-    load_template,
-    read_judge,
-    read_lines,
-    transfer_notice,
-)
-from ..judges.vlm.templates import Template
-from ..judges.vlm.transfer import pictures_per_case
-from ..nano.emoji import Bank
+from ..judges.vlm import AnswerError, LineFile, Shown, in_order, judge_case, load_picture, read_lines, transfer_notice
+from ..progress import Progress
 from .aggregates import case_score
-from .cases import TEMPLATES, Case, Plan
+from .cases import Case, Plan
+from .controls import ControlRun
 from .make import result_path
-from .mico_weights import judged_weight, read_weights
+from .mico_weights import judged_weight
 from .pixels import score_pixels
-
-CONTROLS = {
-    "truth": "truth",
-    "redrawn": "recomposed",
-    "shuffled": "positions_shuffled",
-    "swapped": "object_swapped",
-    "background alone": "background_alone",
-}
+from .setup import JudgeSetup, open_judge, read_by_judge, write_by_judge
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 """Score rows by (system, case, judge)."""
-
-
-@dataclass(frozen=True)
-class JudgeSetup:
-    """A judge for a run: who is asked, with which questions, and MICo-Bench's weights.
-
-    templates: by task, if a checkout has a text per task. weights: by case; None: 1; "judge": asked.
-    """
-
-    asker: Asker
-    template: Template
-    templates: Mapping[str, Template]
-    weights: Mapping[str, float] | Literal["judge"] | None
-
-    @property
-    def name(self) -> str:
-        """Name of the judge in scores.jsonl."""
-        asked = ", W by the judge" if self.weights == "judge" else ""
-        return f"{self.asker.config.model}, {self.template.title}{asked}"
-
-    def template_of(self, case: Case) -> Template:
-        return self.templates.get(case.task, self.template)
-
-    def questions_and_pictures(self, case: Case) -> tuple[int, int]:
-        """Numbers of questions and pictures of one case."""
-        passes = self.asker.config.passes
-        counts = pictures_per_case(self.template_of(case), len(case.sources))
-        questions, pictures = (passes * count for count in counts)
-        if self.weights == "judge":
-            return questions + len(case.sources), pictures + 2 * len(case.sources)
-        return questions, pictures
 
 
 def score(args: argparse.Namespace) -> None:
@@ -93,55 +31,41 @@ def score(args: argparse.Namespace) -> None:
     setup = open_judge(args, plan)
     config, done = setup.asker.config, finished(args.out)
     jobs = [(label, case) for label in plan.systems for case in plan.cases if (label, case.id, setup.name) not in done]
-    if args.judge and not args.replay:
+    controls = ControlRun(plan, setup, args.out) if args.controls else None
+    if not args.replay:
+        questions, pictures = controls.counts() if controls else (0, 0)
         counts = [setup.questions_and_pictures(case) for _, case in jobs]
-        print(transfer_notice(config, sum(p for _, p in counts), sum(q for q, _ in counts)))
-    head = {"judge": setup.name, "settings": config.public(), "abilities": vars(setup.asker.abilities)}
-    write_json(args.out / "judge.json", head)
-    if args.controls:
-        print(control_sentence(plan, setup.asker, setup.template, args.out))
+        print(transfer_notice(config, pictures + sum(p for _, p in counts), questions + sum(q for q, _ in counts)))
+    path = args.out / "judge.json"
+    about = {"settings": config.public(), "abilities": vars(setup.asker.abilities)}
+    write_by_judge(path, read_by_judge(path) | {setup.name: about})
+    if controls:
+        print(controls.run())
+    score_cases(plan, setup, args.out, file, jobs)
+    print(outcome(plan, setup.name, args.out))
+
+
+def score_cases(plan: Plan, setup: JudgeSetup, out: Path, file: LineFile, jobs: Sequence[tuple[str, Case]]) -> None:
+    """Ask about each picture and append its row at once, so that a fault of another case loses no answer."""
+    progress = Progress("score", len(jobs))
 
     def one(job: tuple[str, Case]) -> None:
-        """Written at once, so that a fault of another case loses no answer."""
         label, case = job
-        file.add(judged_row(plan, setup, args.out, label, case) | {"judge": setup.name})
+        file.add(judged_row(plan, setup, out, label, case) | {"judge": setup.name})
 
-    for _ in in_order(one, jobs, config.concurrency):
-        pass
-
-
-def open_judge(args: argparse.Namespace, plan: Plan) -> JudgeSetup:
-    """Open the server or the recording, the question templates, and the weights. Raises ValueError."""
-    weights: Mapping[str, float] | Literal["judge"] | None = None
-    if plan.bench == "mico" and not args.w_one:
-        weights = "judge" if args.w_judge else read_weights(args.weights) if args.weights else {}
-        if not weights:
-            case_score("mico", 0, {}, None)
-    config = read_judge(args.judge) if args.judge else None
-    asker: Asker
-    if args.replay:
-        asker = Replay(args.replay, config)
-    else:
-        assert config is not None
-        asker = Client(config)
-        if args.record:
-            asker = Recorder(asker, args.record)
-    name, tasks = args.template or TEMPLATES[plan.bench], sorted({case.task for case in plan.cases})
-    texts = {task: capped(load_template(name, args.templates, task), args.enforce_cap) for task in tasks}
-    return JudgeSetup(asker, texts[tasks[0]], texts, weights)
+    for _ in in_order(one, jobs, setup.asker.config.concurrency):
+        progress.add()
+    progress.close()
 
 
-def capped(template: Template, enforce: bool) -> Template:
-    """With ``enforce``, no mark of a case is higher than its first, as ImgEdit-Bench asks of the judge.
-
-    Raises ValueError for templates whose answers are not lines of marks.
-    """
-    if not enforce:
-        return template
-    if any(question.kind != "lines" for question in template.questions):
-        raise ValueError(f"--enforce-cap is for answers in lines of marks, as of imgedit; {template.name} has none")
-    questions = tuple(replace(question, combine="capped_mean") for question in template.questions)
-    return replace(template, version=f"{template.version}, capped", questions=questions)
+def outcome(plan: Plan, judge: str, out: Path) -> str:
+    """One sentence: pictures with a score, and those without one by failure."""
+    rows = [row for (_, _, name), row in all_rows(out).items() if name == judge]
+    failures = Counter(row["failure"] for row in rows if row.get("failure"))
+    scored = sum(row["score"] is not None for row in rows)
+    text = f"{judge}: {scored} of {len(plan.systems) * len(plan.cases)} pictures have a score"
+    kinds = ", ".join(f"{kind} {count}" for kind, count in failures.most_common())
+    return text + (f"; without one: {kinds} (run again to ask about them again)" if kinds else "")
 
 
 def finished(out: Path) -> Rows:
@@ -162,7 +86,8 @@ def shown_case(plan: Plan, case: Case, output: Path, max_side: int) -> Shown:
     sources = tuple(load_picture(Path(path), max_side) for path in case.sources)
     size = sources[0].size if plan.bench == "gedit" else None
     reference = load_picture(Path(case.truth), max_side) if case.truth else None
-    return Shown(case.instruction, load_picture(output, max_side, size), sources, reference)
+    kinds = tuple(case.extra.get("kinds", ()))
+    return Shown(case.instruction, load_picture(output, max_side, size), sources, reference, kinds=kinds)
 
 
 def judged_row(plan: Plan, setup: JudgeSetup, out: Path, label: str, case: Case) -> dict[str, Any]:
@@ -188,24 +113,3 @@ def judged_row(plan: Plan, setup: JudgeSetup, out: Path, label: str, case: Case)
         first = judgement.failures[0]
         return row | {"failure": first.failure, "message": first.message}
     return row | {"score": case_score(plan.bench, judgement.score, judgement.values, weight)}
-
-
-def control_sentence(plan: Plan, asker: Asker, template: Template, out: Path) -> str:
-    """Judge the controls of drawn scenes, write controls.json and return its sentence. ValueError for other sets."""
-    if plan.bench != "nano":
-        raise ValueError("--controls needs drawn scenes: run with --bench nano")
-    bank, scenes = Bank.open(None), Scenes(max(2, len(plan.cases)), plan.seed, progress=False)
-    side = asker.config.image_max_side
-    jobs = []
-    for index, case in enumerate(plan.cases):
-        scene = scenes.scene(bank, index)
-        pictures = control_pictures(bank, scene, Scene.of(bank, scene).sample)
-        sources = tuple(load_picture(Path(path), side) for path in case.sources)
-        truth = load_picture(pictures["truth"][0], side)
-        for control in CONTROLS.values():
-            jobs.append(Shown(case.instruction, load_picture(pictures[control][0], side), sources, truth))
-    answers = in_order(lambda one: judge_case(asker, template, one).score, jobs, asker.config.concurrency)
-    scores = np.array([np.nan if one is None else one for one in answers]).reshape(-1, len(CONTROLS))
-    result = fitness({name: scores[:, column] for column, name in enumerate(CONTROLS)}, plan.seed)
-    write_json(out / "controls.json", result.as_dict())
-    return result.sentence

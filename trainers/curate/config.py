@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..config.parse import ConfigError, at_least, one_of, parse, within
 from ..config.yaml_reader import read_yaml_mapping
+from ..judges.vlm import JudgeError, ServerConfig
 from .errors import CurateError
 
 SUBJECTS = ("person", "object", "background", "photograph")
@@ -142,30 +143,24 @@ class SynthesiseConfig:
 
 
 @dataclass(frozen=True)
-class ImagesConfig:
-    """Server with an images API that edits several pictures (POST base_url/images/edits). There is no default.
+class ImagesConfig(ServerConfig):
+    """Server with an images API that edits several pictures (POST base_url/images/edits).
 
-    api_key_env: name of the environment variable with the key. size: "1024x1024", or None for the server's default.
-    extra: more form fields. price_per_call: for --dry-run, in your currency.
+    size: "1024x1024", or None for the server's default. extra: more form fields. price_per_call: for --dry-run, in your
+    currency.
     """
 
-    base_url: str
-    model: str
-    api_key_env: str | None = None
+    section: ClassVar[str] = "images"
+
     timeout: float = 300.0
-    tries: int = 5
-    max_wait: float = 60.0
     concurrency: int = 2
-    image_max_side: int = 1024
     size: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
     price_per_call: float = 0.0
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "tries", "concurrency")
-        at_least(self, 0.01, "timeout")
-        at_least(self, 0, "max_wait", "price_per_call")
-        at_least(self, 32, "image_max_side")
+        super().__post_init__()
+        self._check_numbers(price_per_call=0.0)
 
 
 @dataclass(frozen=True)
@@ -240,6 +235,6 @@ def read_stages(path: Path) -> Stages:
                 names = values[section]
                 values[section] = {"filters": {k: {} if v is None else v for k, v in names.items()}}
         stages: Stages = parse(Stages, values, "config")
-    except ConfigError as error:
+    except (ConfigError, JudgeError) as error:
         raise CurateError(f"{path}: {str(error).replace('.filters', '')}") from None
     return stages

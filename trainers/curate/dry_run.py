@@ -11,8 +11,8 @@ from unipic_core.errors import UniPicError
 from ..judges.vlm import parse_judge
 from .config import Stages
 from .filters.catalogue import Filter, chosen
-from .stages.decompose import MOST_PARTS
 from .stages.listing import Entry, entries
+from .stages.parts import MOST_PARTS
 
 MEGA = 1e6
 

@@ -27,6 +27,7 @@ from .stages.questions import open_judge
 from .stages.sheets import sheets_of
 from .stages.synthesise import synthesise
 from .stages.tools import Tools
+from .synthesis.endpoint import ImagesClient
 
 
 def run(stages: Stages, executor: str = "local") -> list[StageSummary]:
@@ -50,6 +51,12 @@ def check_settings(stages: Stages) -> None:
                 raise CurateError(f"pair.always: there is no category {name!r}; known: {', '.join(rules.categories)}")
     if any(one.kind == "webdataset" for one in stages.export):
         arrow()
+    for section, maker in (("decompose", stages.decompose), ("synthesise", stages.synthesise)):
+        if maker is not None and maker.kind == "endpoint":
+            assert stages.images is not None  # checked by the config
+            ImagesClient(stages.images)
+        if maker is not None and maker.model is not None and not Path(maker.model).is_dir():
+            raise CurateError(f"{section}.model: expected a folder of weights, got {maker.model}, which is none")
 
 
 def _stages(stages: Stages, tools: Tools) -> list[StageSummary]:

@@ -43,6 +43,23 @@ def test_multicom_is_the_mean_of_its_halves_as_in_the_paper():
     assert aggregate("multicom", scored[:1]).value is None  # one half is no overall
 
 
+def test_omniref_is_the_mean_of_its_dimensions_over_the_cases_that_have_them():
+    def row(**values):
+        return Scored("subject", 2, sum(values.values()) / len(values), values)
+
+    rows = [
+        row(text_adherence=8, subject_consistency=6, aesthetic_quality=4, style_consistency=2),
+        row(text_adherence=4, subject_consistency=2, aesthetic_quality=8, lighting_consistency=9),
+        row(text_adherence=6, subject_consistency=1, aesthetic_quality=6),
+    ]
+    assert aggregate("omniref", rows).value is None  # no case has a background
+    found = aggregate("omniref", [*rows, row(text_adherence=10, subject_consistency=3, background_consistency=5)])
+    means = {"text_adherence": 7, "subject_consistency": 3, "aesthetic_quality": 6, "style_consistency": 2}
+    assert found.parts["dimensions"] == means | {"lighting_consistency": 9, "background_consistency": 5}
+    assert found.value == pytest.approx((7 + 3 + 6 + 2 + 9 + 5) / 6)
+    assert found.groups["subject"] == pytest.approx((5 + 5.75 + 13 / 3 + 6) / 4)  # each the mean of its marks
+
+
 def test_mico_multiplies_the_weight_with_both_scores():
     values = {"sc": 6.0, "pq": 8.0}
     assert case_score("mico", 6.9, values, 0.5) == 24.0

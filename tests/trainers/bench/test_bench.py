@@ -11,6 +11,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.paths import TINY
 from tests.trainers.judges.vlm.servers import KEY, FakeServer
 from trainers.bench.__main__ import main
 
@@ -79,16 +80,81 @@ def test_own_cases_judged_recorded_replayed_and_shown(tmp_path, judge):
     first = (out / "scores.jsonl").read_text()
     assert main(["report", "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
-    found = report["scores"]["looks, reference 1 (bundled)"]["made"]
+    found = report["scores"]["looks, reference 1 (bundled), 128 pixels"]["made"]
     assert (found["value"], found["judged"], found["failures"]) == (10.0, "2 of 3", {"picture": 1})
     page = (out / "report.html").read_text()
     assert "Show &lt;b&gt;." in page
+    for words in ("looks, temperature 0, 1 pass, seed 1, answers read from text, response format none", "pictures of "):
+        assert words in page
+    listed = [json.loads(line) for line in (out / "cases.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["n_refs"], row["score"]) for row in listed if row["judge"].startswith("looks")] == [
+        ("a", 1, 10.0), ("b", 1, None), ("<b>", 1, 10.0)
+    ]  # fmt: skip
+    assert {"task", "instruction", "sources", "output", "system", "seconds"} <= listed[0].keys()
     assert KEY not in page + first + json.dumps(report) + answers.read_text()
     assert "http" not in page.replace("&quot;base_url&quot;: &quot;http", "")
     (out / "scores.jsonl").unlink()
     assert main([*score, "--replay", str(answers)]) == 0
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert {row["id"]: row["score"] for row in rows} == {"a": 10.0, "b": None, "<b>": 10.0}
+
+
+def test_answers_with_half_a_character_are_shown_and_other_settings_are_another_judge(tmp_path, judge, capsys):
+    out = own_run(tmp_path)
+    server = FakeServer("\ud800 it is fine: [5, 5]")
+    score = ["score", "--out", str(out), "--template", "reference", "--judge"]
+    assert main([*score, judge(server, passes=2, temperature=0.5)]) == 0
+    name = "looks, reference 1 (bundled), 2 passes, temperature 0.5, 128 pixels"
+    assert f"{name}: 3 of 3 pictures have a score" in capsys.readouterr().out
+    assert main([*score, judge(FakeServer("It is nice."))]) == 0
+    assert "0 of 3 pictures have a score; without one: unparsed 3 (run again" in capsys.readouterr().out
+    assert main(["report", "--out", str(out)]) == 0
+    assert "? it is fine" in (out / "report.html").read_text(encoding="utf-8")
+    scores = json.loads((out / "report.json").read_text())["scores"]
+    assert {judge: found["made"]["judged"] for judge, found in scores.items()} == {
+        name: "3 of 3", "looks, reference 1 (bundled), 128 pixels": "0 of 3"
+    }  # fmt: skip
+
+
+def test_a_run_that_was_moved_is_scored_from_any_folder(tmp_path, monkeypatch, judge):
+    from trainers.bench.cases import Plan, draw_cases
+
+    picture(tmp_path / "lists/a.png", "red")
+    (tmp_path / "lists/cases.jsonl").write_text(json.dumps({"id": "a", "instruction": "x", "sources": ["a.png"]}))
+    picture(tmp_path / "made/a.png", "red")
+    monkeypatch.chdir(tmp_path / "lists")
+    arguments = ["run", "--bench", "own", "--root", "cases.jsonl", "--pictures", "made=../made", "--device", "cpu"]
+    assert main([*arguments, "--out", "../out"]) == 0
+    Plan("nano", 0, tuple(draw_cases(2, 0, Path("drawn"))), (), {}).save(Path("drawn"))
+    stored = json.loads(Path("drawn/bench.json").read_text())
+    assert stored["cases"][0]["truth"] == "inputs/0_truth.png"
+    (tmp_path / "out").rename(tmp_path / "moved")
+    Path("drawn").rename(tmp_path / "moved-too")
+    monkeypatch.chdir("/")
+    assert all(Path(path).is_file() for case in Plan.load(tmp_path / "moved-too").cases for path in case.sources)
+    score = ["score", "--out", str(tmp_path / "moved"), "--template", "edit", "--judge"]
+    assert main([*score, judge(FakeServer('{"score": [4, 9]}'))]) == 0
+    (row,) = map(json.loads, (tmp_path / "moved/scores.jsonl").read_text().splitlines())
+    assert row["score"] == 4.0
+    monkeypatch.chdir(tmp_path / "lists")
+    assert main([*arguments, "--out", "../moved"]) == 0  # the same cases: the run continues
+
+
+def test_a_case_that_cannot_be_composed_is_listed_and_the_others_are_made(tmp_path, capsys):
+    picture(tmp_path / "ok.png", "red")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    rows = [{"id": name, "instruction": "Show it.", "sources": [f"{name}.png"]} for name in ("ok", "bad")]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["run", "--bench", "own", "--root", str(tmp_path / "cases.jsonl"), "--model", str(TINY)]
+    assert main([*arguments, "--steps", "1", "--label", "a", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert "a: 1 of 2 cases have no picture; see " in capsys.readouterr().out
+    (failure,) = [json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()]
+    assert failure["id"] == "bad"
+    assert "cannot be read as a picture" in failure["failure"]
+    rows = [{"id": "half", "instruction": "Show \ud800.", "sources": ["ok.png"]}]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main([*arguments, "--out", str(tmp_path / "other"), "--device", "cpu"]) == 2
+    assert "holds half a character" in capsys.readouterr().err
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, judge, capsys):
@@ -105,19 +171,30 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, judge, capsys):
     assert len(server.bodies) == 3 + 4  # two of the first case, the refused one, two for each other case
 
 
-def test_the_controls_pass_a_judge_that_looks_and_not_one_that_likes_everything(tmp_path, judge):
+def test_the_controls_pass_a_judge_that_looks_and_not_one_that_likes_everything(tmp_path, judge, capsys):
     from trainers.bench.cases import Plan, draw_cases
 
     out = tmp_path / "out"
     Plan("nano", 0, tuple(draw_cases(16, 0, out)), (), {}).save(out)
     score = ["score", "--out", str(out), "--template", "reference", "--controls", "--judge"]
-    assert main([*score, judge(FakeServer(looks), concurrency=2)]) == 0
-    found = json.loads((out / "controls.json").read_text())
+    server = FakeServer(looks, faults=[*[None] * 9, 401])
+    assert main([*score, judge(server, concurrency=1)]) == 2
+    assert main([*score, judge(server, concurrency=2)]) == 0
+    printed = capsys.readouterr().out
+    assert "judge: 160 questions with 240 pictures of at most 128 pixels a side, to 127.0.0.1" in printed
+    assert "judge: 152 questions with 228 pictures" in printed  # four controls were scored before the stop
+    assert len(server.bodies) == 8 + 2 + 152  # two of the control that was refused
+    (found,) = json.loads((out / "controls.json").read_text()).values()
     means = [one["mean"] for one in found["means"].values()]
     assert means == sorted(means, reverse=True)
     assert found["fit"], found["sentence"]
-    assert main([*score, judge(FakeServer('{"score": [9, 9]}'))]) == 0
-    assert not json.loads((out / "controls.json").read_text())["fit"]
+    assert main([*score, judge(FakeServer('{"score": [9, 9]}'), seed=2)]) == 0
+    fit = {name: found["fit"] for name, found in json.loads((out / "controls.json").read_text()).items()}
+    name = "looks, reference 1 (bundled)"
+    assert fit == {f"{name}, 128 pixels": True, f"{name}, seed 2, 128 pixels": False}
+    assert main(["report", "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert page.count(f"{name}, seed 2, 128 pixels: <b>unfit: over 16 cases") == 1
 
 
 def test_gedit_and_mico_are_read_and_written_in_their_forms(tmp_path, judge):
@@ -175,7 +252,7 @@ def test_the_judge_gives_the_weights_of_mico_where_it_is_asked_to(tmp_path, judg
     assert main(score) == 2  # neither weights nor a way to them
     assert main([*score, "--w-judge"]) == 0
     (row,) = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    assert row["judge"].endswith("W by the judge")
+    assert row["judge"].endswith(", W by the judge")
     assert row["weight"] == pytest.approx((6 / 9 + 1) / 2)
     assert row["score"] == pytest.approx(25 * row["weight"])
 
@@ -208,6 +285,62 @@ def test_imgedit_is_asked_by_type_with_the_texts_of_a_checkout(tmp_path, judge):
     scores = json.loads((out / "report.json").read_text())["scores"]
     assert {("capped" in judge): found["made"]["value"] for judge, found in scores.items()} == {False: 4.0, True: 2.0}
     assert (out / "results/made/typescore.json").exists()
+
+
+def omniref_case(index, category, *references):
+    edited = [f"{category}/{index}/{one}" for one in references]
+    return {"index": index, "category": category, "prompt": "Show image 1.", "edit_image": edited, "image": "no.png"}
+
+
+def test_omniref_shows_references_by_kind_and_asks_for_the_marks_that_apply(tmp_path, judge):
+    subjects = ["transfer_subjects/a hat.png", "transfer_subjects/a cat.png"]
+    others = ["background/background.png", "style/reference.png", "pose/skeleton/a_man.jpg"]
+    cases = [omniref_case(370, "subject_pose_bg_style", *subjects, *others), omniref_case(3, "subject", *subjects)]
+    cases.append(omniref_case(4, "subject", *[f"transfer_subjects/{i}.png" for i in range(7)]))
+    for i, name in enumerate(name for case in cases for name in case["edit_image"]):
+        picture(tmp_path / name, (20 * i, 0, 0))
+    (tmp_path / "test_set.json").write_text(json.dumps(cases))
+    for index in (370, 3):
+        picture(tmp_path / f"made/{index}.jpg", "blue")  # as the benchmark's own script names them
+    out = run_pictures("omniref", tmp_path / "test_set.json", tmp_path)
+    marks = {"text_adherence": 8, "subject_consistency": {"score": 6, "reasoning": "x"}, "style_consistency": 4}
+    marks |= {"background_consistency": 5, "aesthetic_quality": 7, "lighting_consistency": -1}
+    server = FakeServer(json.dumps(marks))
+    assert main(["score", "--out", str(out), "--judge", judge(server, concurrency=1)]) == 0
+    assert main(["report", "--out", str(out)]) == 0
+    content = server.bodies[0]["messages"][0]["content"]
+    labels = [part["text"] for part in content[1:] if part["type"] == "text" and part["text"].endswith(":")]
+    expected = ["The subject reference 1:", "The subject reference 2:", "The style reference:"]
+    assert labels == [*expected, "The background reference:", "The picture to judge:"]  # a pose is not shown
+    shown = [int(pixels(part)[0, 0, 0]) for part in content if part["type"] == "image_url"]
+    assert shown == [0, 20, 60, 40, 0]
+    rows = {row["id"]: row for row in map(json.loads, (out / "scores.jsonl").read_text().splitlines())}
+    assert rows["370"]["score"] == pytest.approx((8 + 6 + 4 + 5 + 7) / 5)
+    assert rows["3"]["score"] == pytest.approx((8 + 6 + 7) / 3)
+    report = json.loads((out / "report.json").read_text())
+    assert report["not_covered"] == ["4"]
+    (found,) = report["scores"].values()
+    assert found["made"]["value"] is None  # no case has a light
+    assert found["made"]["parts"]["dimensions"]["style_consistency"] == 4
+    lines = [json.loads(line) for line in (out / "results/made/vlm_results.jsonl").read_text().splitlines()]
+    assert [line["index"] for line in lines] == [370, 3]
+    assert lines[1]["style_consistency"] == {"score": -1}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"index": 1, "edit_image": []}, "expected 'edit_image', a list of pictures"),
+        ({"index": 1, "edit_image": ["depth/a.png"]}, "a reference in 'depth' has no kind"),
+        ({"edit_image": ["style/reference.png"]}, "a case has no 'index'"),
+        ([], "is not a JSON list of cases"),
+    ],
+)
+def test_faults_of_omnirefs_list_are_named(tmp_path, capsys, row, words):
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    arguments = ["run", "--bench", "omniref", "--root", str(tmp_path / "list.json"), "--pictures", f"a={tmp_path}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", ["../secret.png", "/etc/secret.png"])

@@ -135,3 +135,27 @@ def test_targets_by_the_pipeline_are_compared_with_the_compositors_truth(tmp_pat
         assert 8 < row["filters"]["likeness"]["score"] < 90
         assert row["reason"].startswith("likeness ")
         assert (row["width"], row["height"]) == (64, 64)
+
+
+def test_drawn_photographs_are_decomposed_by_the_pipeline(tmp_path):
+    """Every part of the scene is extracted, and the new picture is compared with the photograph itself."""
+    changes = {
+        "ingest": [{"kind": "drawn_scenes", "samples": 1, "size": 64}],
+        "filter": {"flat": None},
+        "pair": None,
+        "decompose": {"kind": "pipeline", "model": str(BUNDLED), "steps": 1, "size": 64},
+        "prompt": {"kind": "templates"},
+        "synthesise": {"kind": "pipeline", "model": str(BUNDLED), "steps": 1, "size": 64, "attempts": 1},
+        "check": {"likeness": {"least": 3}},
+        "export": [{"kind": "mico"}],
+    }
+    curate(read_stages(config(tmp_path, **changes)))
+    (row,) = manifest(tmp_path / "out", "check-1")
+    assert [source["subject"] for source in row["sources"]].count("background") == 1
+    assert all((tmp_path / "out" / source["path"]).is_file() for source in row["sources"])
+    assert row["filters"]["likeness"]["score"] < 99
+    (line,) = (tmp_path / "out/export/mico/data.jsonl").read_text().splitlines()
+    exported = json.loads(line)
+    assert len(exported["input"]) == len(row["sources"])
+    photograph = (tmp_path / "out" / row["reference"]).read_bytes()
+    assert (tmp_path / "out/export/mico" / exported["reference"]).read_bytes() == photograph

@@ -19,8 +19,8 @@ from tests.paths import PICTURES, ROOT
 from trainers.curate.__main__ import main
 from trainers.curate.config import read_stages
 from trainers.curate.filters.catalogue import FILTERS
-from trainers.curate.manifest.progress import Progress, duration
 from trainers.curate.runner import check_settings, run
+from trainers.progress import Progress, duration
 
 DRAWN = {
     "seed": 3,
@@ -291,6 +291,9 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
         ({"synthesise": None}, "pair (or decompose) and synthesise go together"),
         ({"synthesise": {"kind": "endpoint"}}, "synthesise.kind endpoint needs the section images"),
         ({"synthesise": {"kind": "pipeline"}}, "model goes with kind pipeline"),
+        ({"synthesise": {"kind": "pipeline", "model": "/nowhere"}}, "synthesise.model: expected a folder of weights"),
+        ({"synthesise": {"kind": "endpoint"}, "images": {"base_url": "localhost:1", "model": "m"}}, "images.base_url"),
+        ({"images": {"base_url": "http://localhost:1", "model": "m", "tries": 0}}, "images.tries must be a whole"),
         ({"prompt": {"kind": "endpoint"}}, "prompt.kind endpoint needs the section judge"),
         ({"ingest": []}, "ingest needs at least one set of pictures"),
         ({"ingest": [{"kind": "folder", "path": "/nowhere"}]}, "ingest[0].path: expected a folder of pictures"),

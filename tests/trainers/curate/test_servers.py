@@ -12,6 +12,7 @@ from tests.trainers.curate.test_run import config, contents, manifest
 from trainers.curate.__main__ import main
 from trainers.curate.config import read_stages
 from trainers.curate.runner import run
+from trainers.curate.stages.parts import read_parts
 from trainers.curate.stages.prompt import checked
 from trainers.judges.vlm import AnswerError, JudgeError
 from unipic_core.errors import UniPicError
@@ -140,6 +141,27 @@ def test_pictures_that_do_not_come_are_asked_for_again(tmp_path, photographs):
     assert len((tmp_path / "out/export/jsonl/data.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [("html", "answered with a web page"), (429, "HTTP 429 (busy); run again later"), (404, "check the address")],
+)
+@pytest.mark.parametrize("stage", ["filter", "synthesise"])
+def test_a_server_that_never_answers_stops_the_run_and_the_next_one_goes_on(
+    tmp_path, photographs, capsys, fault, words, stage
+):
+    server = LookingServer()
+    changes = {"filter": {"flat": None}} if stage == "synthesise" else {}
+    path = served(server, tmp_path, photographs, prompt={"kind": "templates"}, check={"flat": None}, **changes)
+    server.faults = [fault] * 1000
+    assert main(["run", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    server.faults = []
+    assert main(["run", str(path)]) == 0
+    assert len((tmp_path / "out/export/jsonl/data.jsonl").read_text().splitlines()) == 6
+
+
 def test_a_server_that_is_gone_stops_the_run_in_one_sentence(tmp_path, photographs, capsys):
     server = LookingServer()
     path = served(server, tmp_path, photographs)
@@ -151,10 +173,12 @@ def test_a_server_that_is_gone_stops_the_run_in_one_sentence(tmp_path, photograp
     assert error.count("\n") == 1
 
 
-def test_photographs_are_decomposed_by_a_server(tmp_path):
+@pytest.fixture
+def photograph_run(tmp_path):
     (tmp_path / "pictures").mkdir()
     shutil.copy(PICTURES / "panda.png", tmp_path / "pictures")
     server = LookingServer()
+    judge = {"base_url": server.url, "model": "looking", "logprobs": "off", "response_format": "none", "max_wait": 0}
     path = served(
         server,
         tmp_path,
@@ -166,13 +190,54 @@ def test_photographs_are_decomposed_by_a_server(tmp_path):
         prompt={"kind": "templates"},
         check={"likeness": {"least": 25}},
         export=[{"kind": "mico"}],
+        judge={**judge, "tries": 1},
     )
+    return server, path
+
+
+def test_photographs_are_decomposed_by_a_server(photograph_run, tmp_path, capsys):
+    _, path = photograph_run
     run(read_stages(path))
+    printed = capsys.readouterr().out
+    assert "judge: 1 questions with 1 pictures of at most 1024 pixels a side, to 127.0.0.1" in printed
+    assert "decompose: at most 6 calls with one picture each to 127.0.0.1" in printed
     (line,) = (tmp_path / "out/export/mico/data.jsonl").read_text().splitlines()
     row = json.loads(line)
     assert (row["ed_idx"], row["Task"], len(row["input"])) == (0, "De&Re", 1)
     folder = tmp_path / "out/export/mico"
     assert (folder / row["reference"]).read_bytes() == (PICTURES / "panda.png").read_bytes()
+
+
+def test_parts_that_the_judge_did_not_list_are_asked_for_again_and_once(photograph_run, tmp_path):
+    server, path = photograph_run
+    server.faults = ["prose"]
+    with pytest.raises(UniPicError, match="no row passed every check"):
+        run(read_stages(path))
+    (row,) = manifest(tmp_path / "out", "decompose")
+    assert (row["keep"], row["again"]) == (None, True)
+    assert row["reason"].startswith("not decomposed: the judge listed no parts (expected a JSON object")
+    run(read_stages(path))
+    asked = server.calls["completions"]
+    assert asked == 2
+    for folder in (tmp_path / "out").glob("decompose-*"):
+        shutil.rmtree(folder)  # as after a kill: the answers are stored apart
+    run(read_stages(path))
+    assert server.calls["completions"] == asked
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (None, "got none"),
+        ([], "got 0"),
+        ([{"name": "a", "category": "b"}] * 7, "got 7"),
+        (["a hat"], "no name or no category"),
+        ([{"name": {"a": 1}, "category": "hat"}], "no name or no category"),
+    ],
+)
+def test_parts_are_never_guessed(parts, words):
+    with pytest.raises(AnswerError, match=words):
+        read_parts(parts)
 
 
 def test_an_instruction_names_every_source():

@@ -10,8 +10,8 @@ from typing import Any
 
 from unipic_core.errors import UniPicError
 
+from ...progress import Progress
 from ..manifest.executor import Executor
-from ..manifest.progress import Progress
 from ..manifest.scores import Scores
 from ..manifest.shards import Row, batches
 from .catalogue import FILTERS, Filter

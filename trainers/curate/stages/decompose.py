@@ -10,26 +10,20 @@ from typing import Any
 
 from unipic_core.errors import UniPicError
 
-from ...judges.vlm import AnswerError, Question, in_order, load_picture, object_schema, parse_object
+from ...judges.vlm import AnswerError, in_order, png_of, transfer_notice
 from ...nano.backgrounds import draw
+from ...progress import Progress
 from ..config import DecomposeConfig, Stages
 from ..filters.picture import content_id
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, StageFolder, batches, digest
 from ..synthesis.endpoint import ImagesClient
-from ..synthesis.png import png
 from .drawn_sources import bank_of, cut_out, scene_of
 from .ingest import write_picture
-from .questions import Judge
+from .parts import MOST_PARTS, unlisted, with_parts
 from .tools import Tools
 
 VERSION = 1
 BATCH = 4
-MOST_PARTS = 6
-LIST = (
-    "List the persons, things and garments that stand out in this photograph, and its background, at most six in all. "
-    'Answer as JSON: {"parts": [{"name": "a red umbrella", "category": "umbrella"}, ...]}'
-)
 EXTRACT = "Extract {name} from the picture: the whole of it, alone on a plain white background, unchanged."
 EXTRACT_GROUND = "Remove every person and every thing that stands in front, and show the empty background."
 
@@ -41,6 +35,11 @@ def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder,
     key = digest("decompose", VERSION, asdict(config), images, judge, stages.seed, photographs.content)
     folder = StageFolder(stages.folder, "decompose", key, photographs.count)
     client = ImagesClient(stages.images) if stages.images and config.kind == "endpoint" else None
+    if config.kind != "drawn" and tools.judge is not None and tools.judge.remote:
+        shards = (usable(photographs.read(index)) for index in range(photographs.count))
+        asked = sum(unlisted(rows, tools.judge, tools.scores) for rows in shards)
+        if asked:
+            print(transfer_notice(tools.judge.asker.config, asked, asked))
     if client is not None:
         count = sum(len(row.get("parts", ())) or MOST_PARTS for row in photographs.rows() if row["keep"] is True)
         print(f"decompose: at most {count} calls with one picture each {client.notice}")
@@ -50,11 +49,17 @@ def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder,
         if folder.done(index) and not any(row.get("again") for row in folder.read(index)):
             progress.skip(len(photographs.read(index)))
             continue
-        rows = [row for row in photographs.read(index) if row["keep"] is True and row["subject"] == "photograph"]
-        rows = [_with_parts(row, tools.judge, stages.folder) for row in rows]
+        rows = usable(photographs.read(index))
+        if config.kind != "drawn":
+            rows = with_parts(rows, tools.judge, tools.scores, stages.folder)
         folder.write(index, _made(make, rows, tools, client, progress))
     progress.close()
     return folder
+
+
+def usable(rows: Sequence[Row]) -> list[Row]:
+    """Photographs that the filters kept."""
+    return [row for row in rows if row["keep"] is True and row["subject"] == "photograph"]
 
 
 def _made(make: Any, rows: Sequence[Row], tools: Tools, client: ImagesClient | None, progress: Progress) -> list[Row]:
@@ -83,10 +88,10 @@ def composition(
         about |= {"scene": photograph.get("drawn", {}).get("scene")}
     try:
         if "fault" in photograph:
-            raise AnswerError("unparsed", photograph["fault"])
+            raise UniPicError(photograph["fault"])
         sources = _sources(out, config, client, folder, seed, photograph)
     except (AnswerError, UniPicError) as error:
-        again = isinstance(error, AnswerError) and config.kind == "endpoint"
+        again = photograph.get("again") or (isinstance(error, AnswerError) and config.kind == "endpoint")
         fault = {"keep": None if again else False, "reason": f"not decomposed: {error}"}
         return {**about, "id": "", "sources": [], **fault, **({"again": True} if again else {})}
     key = digest(photograph["id"], [source["id"] for source in sources])
@@ -101,7 +106,7 @@ def _sources(
     else:
         parts = photograph.get("parts", [])
         if not 1 <= len(parts) <= MOST_PARTS:
-            raise UniPicError(f"expected 1 to {MOST_PARTS} parts, got {len(parts)}; more are not covered")
+            raise UniPicError(f"expected 1 to {MOST_PARTS} parts, got {len(parts)}")
         pictures = [(part, b"") for part in parts]
     sources = []
     for number, (part, data) in enumerate(pictures, 1):
@@ -130,13 +135,13 @@ def _layers(photograph: Row) -> list[tuple[dict[str, str], bytes]]:
     layers = [
         (
             {"name": one.asset.name, "category": one.asset.category, "subject": one.asset.kind},
-            png(cut_out(bank, one, size)),
+            png_of(cut_out(bank, one, size)),
         )
         for one in scene.items
     ]
     ground = draw(scene.background, size, size)
     name = scene.background.place.name
-    layers.append(({"name": name, "category": "background", "subject": "background"}, png(ground)))
+    layers.append(({"name": name, "category": "background", "subject": "background"}, png_of(ground)))
     return [layers[source] for source in scene.order]
 
 
@@ -151,20 +156,3 @@ def _extracted(
 
     assert config.model is not None
     return compose(config.model, [photograph], text, seed, config.steps, config.size, None)
-
-
-def _with_parts(row: Row, judge: Judge | None, out: Path) -> Row:
-    """Row with `parts`, asked of the judge if the data set has none; a failure is part of the row."""
-    if row.get("parts") or "drawn" in row:
-        return row
-    if judge is None:
-        return {**row, "fault": "its row has no parts, and no judge is configured that could list them"}
-    try:
-        picture = load_picture(out / row["path"], judge.asker.config.image_max_side)
-        one = {"type": "object", "properties": {"name": {"type": "string"}, "category": {"type": "string"}}}
-        schema = object_schema({"parts": {"type": "array", "items": one}})
-        answer = judge.asker.ask(Question(("The photograph:", picture, LIST), schema))
-        parts = parse_object(answer.text)["parts"]
-        return {**row, "parts": [{"name": str(p["name"])[:100], "category": str(p["category"])[:64]} for p in parts]}
-    except (AnswerError, KeyError, TypeError) as error:
-        return {**row, "fault": f"the judge listed no parts ({error})"}

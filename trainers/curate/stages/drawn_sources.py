@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...judges.vlm import png_of
 from ...nano.backgrounds import Background, draw, sample_background
 from ...nano.catalogue import Asset, Split
 from ...nano.emoji import Bank
@@ -17,7 +18,6 @@ from ...nano.render import Sample, in_square, look_matrix, render, sprite_at
 from ...nano.scene import Item, Look, Scene
 from ...nano.scenes import COLOUR_WORDS, make_scene
 from ..config import IngestConfig
-from ..synthesis.png import png
 from .listing import Entry
 
 SCENE_TASKS = ("compose2", "compose3", "compose4", "compose5", "compose6")
@@ -81,11 +81,11 @@ def _look(asset: Asset, turn: int, seed: int, index: int) -> list[float]:
 def draw_picture(recipe: dict[str, Any]) -> bytes:
     """PNG of one entry's recipe; equal recipes give equal bytes."""
     if "scene" in recipe:
-        return png(scene_of(recipe)[1].target)
+        return png_of(scene_of(recipe)[1].target)
     if "background" in recipe:
-        return png(draw(Background(*recipe["background"]), recipe["size"], recipe["size"]))
+        return png_of(draw(Background(*recipe["background"]), recipe["size"], recipe["size"]))
     item, bank = item_of(recipe), bank_of(recipe["size"])
-    return png(cut_out(bank, item, recipe["size"]))
+    return png_of(cut_out(bank, item, recipe["size"]))
 
 
 def item_of(recipe: dict[str, Any]) -> Item:

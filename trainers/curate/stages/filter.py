@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...progress import Progress
 from ..config import FilterConfig, Stages
 from ..filters.calibration import Calibration
 from ..filters.catalogue import FILTERS, Filter, chosen
 from ..filters.decide import Decisions, values_of
 from ..filters.measure import NOT_RUN, measure_pictures
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, StageFolder, digest
 from .likeness import measure_likeness
 from .questions import ask_about_pictures

@@ -11,10 +11,10 @@ from typing import Any
 
 from unipic_core.errors import UniPicError, printable
 
+from ...progress import Progress
 from ..config import Stages
 from ..filters.picture import content_id, decode, read_bytes
 from ..manifest.executor import Executor
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, StageFolder, batches, digest, full_disk
 from .drawn_sources import draw_picture
 from .listing import Entry, entries, listing_state

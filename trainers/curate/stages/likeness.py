@@ -11,11 +11,11 @@ from PIL import Image
 
 from unipic_core.errors import UniPicError
 
+from ...progress import Progress
 from ..filters.catalogue import Filter
 from ..filters.decide import store_id
 from ..filters.measure import NOT_RUN
 from ..filters.picture import decode, read_bytes
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, StageFolder, batches
 from .tools import Tools
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from ...progress import Progress
 from ..config import PairConfig, Stages
 from ..conflicts.rules import Rules, read_rules
 from ..conflicts.solve import Solution, solve
 from ..errors import CurateError
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, RowIndex, StageFolder, digest, shard_ranges
 
 VERSION = 1

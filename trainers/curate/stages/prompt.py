@@ -13,12 +13,12 @@ from unipic_core.errors import UniPicError
 
 from ...data.rows import BadRow, check_prompt
 from ...judges.vlm import AnswerError, Question, in_order, load_picture, object_schema, parse_object, transfer_notice
+from ...progress import Progress
 from ..config import Stages
 from ..conflicts.rules import Rules
 from ..conflicts.solve import Seat
 from ..conflicts.wording import FRAMES, instruction
 from ..errors import CurateError
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, StageFolder, digest
 from .questions import Judge
 from .tools import Tools

@@ -23,11 +23,11 @@ from ...judges.vlm import (
 )
 from ...judges.vlm.judge import ask_question
 from ...judges.vlm.templates import FOLDER, read_template
+from ...progress import Progress
 from ..errors import CurateError
 from ..filters.catalogue import Filter
 from ..filters.decide import store_id
 from ..filters.measure import NOT_RUN, ROWS_AT_ONCE
-from ..manifest.progress import Progress
 from ..manifest.scores import Scores
 from ..manifest.shards import Row, batches
 

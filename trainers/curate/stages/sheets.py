@@ -10,9 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from unipic_core.errors import UniPicError, printable
 
+from ...judges.vlm import png_of
 from ..filters.picture import decode, read_bytes
 from ..manifest.shards import Row, write_bytes
-from ..synthesis.png import png
 
 PER_SIDE, COLUMNS, TILE, TEXT = 32, 8, 112, 14
 GROUND, CHECKS = (255, 255, 255), (214, 214, 214)
@@ -45,7 +45,7 @@ class Sheets:
                 for keep in (True, False)
             )
             path = folder / f"{name}.png"
-            write_bytes(path, png(sheet(name, kept, dropped, out)))
+            write_bytes(path, png_of(sheet(name, kept, dropped, out)))
             paths.append(path)
         return paths
 

@@ -11,9 +11,9 @@ from typing import Any
 from unipic_core.errors import UniPicError
 
 from ...judges.vlm import AnswerError, in_order
+from ...progress import Progress
 from ..config import Stages, SynthesiseConfig
 from ..filters.picture import content_id, decode, read_bytes
-from ..manifest.progress import Progress
 from ..manifest.shards import Row, StageFolder, batches, digest
 from ..synthesis.endpoint import ImagesClient
 from .ingest import write_picture

@@ -10,6 +10,7 @@ import numpy as np
 
 from unipic_core.errors import UniPicError
 
+from ...judges.vlm import png_of
 from ...nano.backgrounds import Background, sample_background
 from ...nano.layout import OBJECT, PERSON, SMALL, around, person_anchor
 from ...nano.render import Sample, render
@@ -18,7 +19,6 @@ from ...nano.wording import compose_instruction
 from ..errors import CurateError
 from ..manifest.shards import Row
 from ..stages.drawn_sources import bank_of, item_of, scene_of
-from .png import png
 
 RELATIONS = {"head": "wear", "hands": "hold", "left": "left", "right": "right", "front": "front", "chest": "front"}
 GENERIC_SHARE = 0.3
@@ -29,7 +29,7 @@ MANY = 2
 def draw_target(row: Row, size: int, attempt: int) -> bytes:
     """PNG of the target; a later attempt differs in the hidden scale, flip and offset. Raises UniPicError."""
     bank = bank_of(size)
-    return png(render(bank, scene_of_row(row, size), hidden_seed=attempt - 1 if attempt > 1 else None).target)
+    return png_of(render(bank, scene_of_row(row, size), hidden_seed=attempt - 1 if attempt > 1 else None).target)
 
 
 def truth_of(row: Row, size: tuple[int, int]) -> Sample:

@@ -12,10 +12,9 @@ from pathlib import Path
 from unipic_core.conditioning.images import load_image
 from unipic_core.errors import UniPicError
 
-from ...judges.vlm import AnswerError, Endpoint, Picture, key_from_environment, load_picture
+from ...judges.vlm import AnswerError, Endpoint, Picture, load_picture, png_of
 from ...judges.vlm.errors import one_line
 from ..config import ImagesConfig
-from .png import png
 
 PATH = "/images/edits"
 
@@ -25,13 +24,7 @@ class ImagesClient:
 
     def __init__(self, config: ImagesConfig) -> None:
         self.config = config
-        self.endpoint = Endpoint(
-            config.base_url,
-            key_from_environment(config.api_key_env),
-            timeout=config.timeout,
-            tries=config.tries,
-            max_wait=config.max_wait,
-        )
+        self.endpoint = Endpoint(config)
 
     def edit(self, pictures: Sequence[Path], prompt: str, seed: int) -> bytes:
         """PNG of the new picture. Raises AnswerError if this request fails, JudgeError if all would."""
@@ -79,4 +72,4 @@ def read_picture(data: Mapping[str, object]) -> bytes:
         picture = load_image(io.BytesIO(base64.b64decode(text, validate=True)))
     except (binascii.Error, ValueError, UniPicError) as error:
         raise AnswerError("picture", f"the answer holds no picture ({one_line(error, 80)})") from None
-    return png(picture)
+    return png_of(picture)

@@ -7,8 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...judges.vlm import load_picture
-from .png import png
+from ...judges.vlm import load_picture, png_of
 
 if TYPE_CHECKING:
     from unipic_core.pipeline import UniPicPipeline
@@ -39,4 +38,4 @@ def compose(
         true_cfg_scale=guidance,
         seed=seed,
     )
-    return png(output.images[0])
+    return png_of(output.images[0])

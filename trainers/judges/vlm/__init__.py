@@ -9,13 +9,13 @@ For custom questions: ``client.ask(Question((text, load_picture(path)), schema))
 """
 
 from .client import Abilities, Asker, Client, in_order, object_schema
-from .config import JudgeConfig, parse_judge, read_judge
+from .config import JudgeConfig, ServerConfig, parse_judge, read_judge
 from .controls import Fitness, fitness
-from .endpoint import Endpoint, key_from_environment
+from .endpoint import Endpoint
 from .errors import AnswerError, JudgeError
 from .judge import Judgement, Reading, Shown, ask_question, judge_case
 from .parse import parse_boxes, parse_lines, parse_object, parse_scores, parse_yes_no
-from .pictures import Picture, load_picture, side_by_side
+from .pictures import Picture, load_picture, png_of, side_by_side
 from .probabilities import expected_digit, yes_probability
 from .question import Answer, Question
 from .recording import LineFile, Recorder, Replay, read_lines
@@ -39,6 +39,7 @@ __all__ = [
     "Reading",
     "Recorder",
     "Replay",
+    "ServerConfig",
     "Shown",
     "Template",
     "ask_question",
@@ -47,7 +48,6 @@ __all__ = [
     "fitness",
     "in_order",
     "judge_case",
-    "key_from_environment",
     "load_picture",
     "load_template",
     "object_schema",
@@ -57,6 +57,7 @@ __all__ = [
     "parse_object",
     "parse_scores",
     "parse_yes_no",
+    "png_of",
     "read_judge",
     "read_lines",
     "side_by_side",

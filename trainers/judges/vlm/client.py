@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from .config import JudgeConfig
-from .endpoint import Endpoint, Reply, key_from_environment
+from .endpoint import Endpoint, Reply
 from .errors import AnswerError, JudgeError, one_line
 from .question import Answer, Question, TokenChoice
 
@@ -49,15 +49,7 @@ class Client:
         self, config: JudgeConfig, *, abilities: Abilities | None = None, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self.config = config
-        self.endpoint = Endpoint(
-            config.base_url,
-            key_from_environment(config.api_key_env),
-            timeout=config.timeout,
-            first_timeout=config.first_timeout,
-            tries=config.tries,
-            max_wait=config.max_wait,
-            sleep=sleep,
-        )
+        self.endpoint = Endpoint(config, sleep=sleep)
         self._abilities = abilities
         self._lock = threading.Lock()
 

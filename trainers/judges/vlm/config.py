@@ -1,4 +1,4 @@
-"""Settings of a judge: server, model, sampling. There is no default address."""
+"""Settings of a server and of a judge on it. There is no default address."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ...config.yaml_reader import ConfigError, read_yaml_mapping
 from .errors import JudgeError
@@ -18,15 +18,16 @@ RESERVED = ("model", "messages", "temperature", "seed", "max_tokens", "stream", 
 
 
 @dataclass(frozen=True)
-class JudgeConfig:
-    """The ``judge:`` section of a YAML file.
+class ServerConfig:
+    """Settings of a server that the user runs. section: of the YAML file, for messages.
 
     base_url: such as http://localhost:8000/v1. api_key_env: name of the environment variable with the key, which is
     never written anywhere. timeout: seconds per answer; first_timeout: for the first one, while the server loads its
-    model. max_images: limit of the server per request. image_max_side: pixels. passes: answers per question, with
-    seeds seed, seed + 1, ... . logprobs, response_format: "auto" probes the server once. extra: additional request
-    keys, such as {reasoning_effort: none}. tries: requests per question; max_wait: longest pause between them, seconds.
+    model. concurrency: requests at once. image_max_side: pixels. tries: requests per question; max_wait: longest pause
+    between them, seconds. extra: additional request keys.
     """
+
+    section: ClassVar[str] = "server"
 
     base_url: str
     model: str
@@ -34,8 +35,53 @@ class JudgeConfig:
     timeout: float = 120.0
     first_timeout: float = 600.0
     concurrency: int = 4
-    max_images: int = 8
     image_max_side: int = 1024
+    tries: int = 5
+    max_wait: float = 60.0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_text("base_url", "model")
+        if self.api_key_env is not None and not (isinstance(self.api_key_env, str) and self.api_key_env.isidentifier()):
+            raise JudgeError(
+                f"{self.section}.api_key_env must be the name of an environment variable, never the key itself"
+            )
+        self._check_numbers(timeout=0.01, first_timeout=0.01, max_wait=0.0)
+        self._check_whole_numbers(concurrency=1, tries=1, image_max_side=32)
+        if not isinstance(self.extra, Mapping):
+            raise JudgeError(f"{self.section}.extra must be a mapping of request keys, got {self.extra!r}")
+
+    def _check_text(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value.strip():
+                raise JudgeError(f"{self.section}.{name} must be a text, got {value!r}")
+
+    def _check_numbers(self, **least: float) -> None:
+        for name, bound in least.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not number or value < bound:
+                raise JudgeError(f"{self.section}.{name} must be a number of at least {bound:g}, got {value!r}")
+
+    def _check_whole_numbers(self, **least: int) -> None:
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < bound:
+                raise JudgeError(f"{self.section}.{name} must be a whole number of at least {bound}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class JudgeConfig(ServerConfig):
+    """The ``judge:`` section of a YAML file.
+
+    max_images: limit of the server per request. passes: answers per question, with seeds seed, seed + 1, ... .
+    logprobs, response_format: "auto" probes the server once. extra: such as {reasoning_effort: none}.
+    """
+
+    section: ClassVar[str] = "judge"
+
+    max_images: int = 8
     template: str = "edit"
     passes: int = 1
     temperature: float = 0.0
@@ -43,27 +89,15 @@ class JudgeConfig:
     max_tokens: int = 1024
     logprobs: str = "auto"
     response_format: str = "auto"
-    tries: int = 5
-    max_wait: float = 60.0
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("base_url", "model", "template"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise JudgeError(f"judge.{name} must be a text, got {value!r}")
-        if self.api_key_env is not None and not (isinstance(self.api_key_env, str) and self.api_key_env.isidentifier()):
-            raise JudgeError("judge.api_key_env must be the name of an environment variable, never the key itself")
-        for name, least in (("timeout", 0.01), ("first_timeout", 0.01), ("max_wait", 0.0), ("temperature", 0.0)):
-            _check_number(name, getattr(self, name), least)
-        for name in ("concurrency", "max_images", "passes", "max_tokens", "tries"):
-            _check_whole(name, getattr(self, name), 1)
-        _check_whole("image_max_side", self.image_max_side, 32)
-        _check_whole("seed", self.seed, 0)
-        _check_choice("logprobs", self.logprobs, LOGPROBS)
-        _check_choice("response_format", self.response_format, RESPONSE_FORMATS)
-        if not isinstance(self.extra, Mapping):
-            raise JudgeError(f"judge.extra must be a mapping of request keys, got {self.extra!r}")
+        super().__post_init__()
+        self._check_text("template")
+        self._check_numbers(temperature=0.0)
+        self._check_whole_numbers(max_images=1, passes=1, max_tokens=1, seed=0)
+        for name, choices in (("logprobs", LOGPROBS), ("response_format", RESPONSE_FORMATS)):
+            if getattr(self, name) not in choices:
+                raise JudgeError(f"judge.{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         taken = sorted(set(self.extra) & {*RESERVED, "response_format"})
         if taken:
             raise JudgeError(f"judge.extra may not hold {taken[0]!r}; it has its own option or is fixed")
@@ -71,22 +105,6 @@ class JudgeConfig:
     def public(self) -> dict[str, Any]:
         """Settings for reports; the key is not part of the settings."""
         return asdict(self) | {"extra": dict(self.extra)}
-
-
-def _check_number(name: str, value: object, least: float) -> None:
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= least
-    if not fits:
-        raise JudgeError(f"judge.{name} must be a number of at least {least:g}, got {value!r}")
-
-
-def _check_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise JudgeError(f"judge.{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise JudgeError(f"judge.{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def parse_judge(values: object, source: str = "the judge") -> JudgeConfig:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from .config import ServerConfig
 from .errors import AnswerError, JudgeError, one_line
 
 RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 508, 509, 520, 521, 522, 523, 524, 529})
@@ -63,23 +64,13 @@ class _Again(Exception):
 class Endpoint:
     """Requests to one base address; thread-safe."""
 
-    def __init__(
-        self,
-        base_url: str,
-        api_key: str | None = None,
-        *,
-        timeout: float = 120.0,
-        first_timeout: float | None = None,
-        tries: int = 5,
-        max_wait: float = 60.0,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.base_url = checked_url(base_url)
+    def __init__(self, config: ServerConfig, *, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.config = config
+        self.base_url = checked_url(config)
         self.host = urlsplit(self.base_url).hostname or ""
         self.is_local = is_this_machine(self.host)
-        self._key = api_key
-        self.timeout, self.first_timeout = timeout, first_timeout or timeout
-        self.tries, self.max_wait, self._sleep = tries, max_wait, sleep
+        self._key = key_from_environment(config)
+        self._sleep = sleep
         proxies = [urllib.request.ProxyHandler({})] if self.is_local else []
         self._opener = urllib.request.build_opener(_NoRedirect, *proxies)
         self._answered = False
@@ -97,18 +88,18 @@ class Endpoint:
         requests would fail too: no server, a wrong key or address, or three failed requests in a row.
         """
         message = ""
-        for attempt in range(1, self.tries + 1):
+        for attempt in range(1, self.config.tries + 1):
             start = time.monotonic()
             try:
                 data = self._try(path, body, content_type)
             except _Again as failure:
                 message = str(failure)
-                if attempt < self.tries:
+                if attempt < self.config.tries:
                     self._sleep(self._pause(attempt, failure.wait))
                 continue
             self._count(failed=False)
             return Reply(data, time.monotonic() - start, attempt)
-        tries = f"{self.tries} tries" if self.tries > 1 else "one try"
+        tries = f"{self.config.tries} tries" if self.config.tries > 1 else "one try"
         if self._count(failed=True) >= FAILURES_IN_A_ROW or "refused" in message:
             raise JudgeError(f"the server at {self.base_url} gave no answer after {tries}: {message}; run again later")
         raise AnswerError("server", f"no answer after {tries}: {message}")
@@ -123,10 +114,10 @@ class Endpoint:
     def _pause(self, attempt: int, asked: float | None) -> float:
         """Seconds before the next try: the server's Retry-After, else doubling with jitter; at most ``max_wait``."""
         wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.8, 1.2) if asked is None else asked
-        return min(wait, self.max_wait)
+        return min(wait, self.config.max_wait)
 
     def _try(self, path: str, body: bytes, content_type: str) -> dict[str, Any]:
-        timeout = self.timeout if self._answered else self.first_timeout
+        timeout = self.config.timeout if self._answered else self.config.first_timeout
         headers = {"Content-Type": content_type, "Accept": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -145,7 +136,7 @@ class Endpoint:
     def _object(self, raw: bytes) -> dict[str, Any]:
         """Parse the JSON object of an answer with status 200."""
         try:
-            data = json.loads(raw)
+            data = parse_json(raw)
         except (ValueError, RecursionError):
             if raw.lstrip()[:1] == b"<":
                 raise JudgeError(
@@ -169,7 +160,10 @@ class Endpoint:
                 f"{self.base_url} redirects to {one_line(where, 80)}; redirects are not followed; use that address"
             )
         if code in (401, 403):
-            return JudgeError(f"{self.base_url} refuses the key (HTTP {code}: {explanation}); set judge.api_key_env")
+            section = self.config.section
+            return JudgeError(
+                f"{self.base_url} refuses the key (HTTP {code}: {explanation}); set {section}.api_key_env"
+            )
         return JudgeError(
             f"{self.base_url} answered HTTP {code}: {explanation}; check the address and the model's name"
         )
@@ -204,6 +198,14 @@ def _read(reply: http.client.HTTPResponse, deadline: float) -> bytes:
     return b"".join(parts)
 
 
+def parse_json(raw: bytes) -> Any:
+    """Parse JSON; escapes of half a character, which no file can hold, become question marks. Raises ValueError."""
+    data = json.loads(raw)
+    if b"\\ud" in raw.lower():
+        data = json.loads(json.dumps(data, ensure_ascii=False).encode("utf-8", "replace"))
+    return data
+
+
 def _sentence(error: urllib.error.HTTPError, timeout: float) -> str:
     """Extract the explanation from an error body: OpenAI's and FastAPI's formats, else plain text."""
     try:
@@ -211,10 +213,10 @@ def _sentence(error: urllib.error.HTTPError, timeout: float) -> str:
     except (OSError, http.client.HTTPException):
         return str(error.reason)
     try:
-        data = json.loads(raw)
+        data = parse_json(raw)
         detail = data.get("error", data.get("detail", data.get("message", data)))
         text = detail.get("message", detail) if isinstance(detail, dict) else detail
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         text = raw.decode("utf-8", "replace")
         if text.lstrip().startswith("<"):
             text = "a web page"
@@ -230,22 +232,21 @@ def _retry_after(headers: email.message.Message) -> float | None:
     return seconds if 0 <= seconds < float("inf") else None
 
 
-def checked_url(url: str) -> str:
+def checked_url(config: ServerConfig) -> str:
     """The base address without a final slash. Raises JudgeError for anything but http(s)://host[:port][/path]."""
+    url, name = config.base_url.strip(), f"{config.section}.base_url"
     try:
-        parts = urlsplit(url.strip())
+        parts = urlsplit(url)
         port_fits = parts.port is None or parts.port > 0
     except ValueError:
         parts, port_fits = urlsplit(""), False
     if parts.scheme not in ("http", "https") or not parts.hostname or not port_fits:
-        raise JudgeError(
-            f"judge.base_url must be an address such as http://localhost:8000/v1, got {one_line(url, 80)!r}"
-        )
+        raise JudgeError(f"{name} must be an address such as http://localhost:8000/v1, got {one_line(url, 80)!r}")
     if parts.username or parts.password:
-        raise JudgeError("judge.base_url holds a name or password; use judge.api_key_env")
+        raise JudgeError(f"{name} holds a name or password; use {config.section}.api_key_env")
     if parts.query or parts.fragment:
-        raise JudgeError(f"judge.base_url must not contain '?' or '#', got {one_line(url, 80)!r}")
-    return url.strip().rstrip("/")
+        raise JudgeError(f"{name} must not contain '?' or '#', got {one_line(url, 80)!r}")
+    return url.rstrip("/")
 
 
 def is_this_machine(host: str) -> bool:
@@ -271,13 +272,16 @@ def _is_local_address(address: str) -> bool:
     return True
 
 
-def key_from_environment(name: str | None) -> str | None:
-    """Read the API key from the environment variable ``name``. Raises JudgeError, without the key."""
+def key_from_environment(config: ServerConfig) -> str | None:
+    """Read the API key from the environment variable ``api_key_env``. Raises JudgeError, without the key."""
+    name = config.api_key_env
     if name is None:
         return None
     key = os.environ.get(name, "").strip()
     if not key:
-        raise JudgeError(f"the environment variable {name} (judge.api_key_env) is empty; put the key into it")
+        raise JudgeError(
+            f"the environment variable {name} ({config.section}.api_key_env) is empty; put the key into it"
+        )
     if not key.isascii() or not key.isprintable():
         raise JudgeError(f"the environment variable {name} contains characters that no key has; set it again")
     return key

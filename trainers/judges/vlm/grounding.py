@@ -25,13 +25,17 @@ def changed_parts(asker: Asker, sources: Sequence[Picture], output: Picture, see
     boxes = {"boxes": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}}
     question = Question((*source, "The picture to judge:", output, ASK), object_schema(boxes))
     changes = parse_boxes(asker.ask(question, seed).text, MAX_BOXES)
-    room = max(0, (asker.config.max_images - 1 - len(sources)) // 2)
     parts: list[Part] = []
-    for number, box in enumerate(changes[:room], 1):
+    for number, box in enumerate(changes[: room_for_boxes(len(sources), asker.config.max_images)], 1):
         if sources:
             parts += [f"Region {number} of the source:", crop(sources[0], box)]
         parts += [f"Region {number} of the picture to judge:", crop(output, box)]
     return tuple(parts)
+
+
+def room_for_boxes(sources: int, max_images: int) -> int:
+    """Number of boxes whose two crops fit beside the sources and the output in one request."""
+    return max(0, (max_images - 1 - sources) // 2)
 
 
 def crop(picture: Picture, box: Box) -> Picture:

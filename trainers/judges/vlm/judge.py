@@ -9,28 +9,36 @@ from typing import Any
 from .client import Asker, object_schema
 from .errors import AnswerError
 from .grounding import changed_parts
-from .parse import parse_lines, parse_scores, parse_yes_no
+from .parse import parse_lines, parse_named, parse_scores, parse_yes_no
 from .pictures import Picture, encode_picture, side_by_side
 from .probabilities import expected_digit, yes_probability
 from .question import Answer, Part, Question
-from .templates import QuestionTemplate, Template
+from .templates import SOURCE_KINDS, QuestionTemplate, Template
 from .values import combine
 
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures and texts of one case. ``captions``: one per source, for questions about a single source."""
+    """Pictures and texts of one case.
+
+    ``captions``: one per source, for questions about a single source; ``kinds``: of each source, for templates that
+    show or need sources of a kind.
+    """
 
     instruction: str
     output: Picture
     sources: tuple[Picture, ...] = ()
     reference: Picture | None = None
     captions: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Answer to one question in one pass. value: combined, None after a failure. how: "text" or "logprobs"."""
+    """Answer to one question in one pass. value: combined, None after a failure. how: "text" or "logprobs".
+
+    names: of the numbers, for answers by name.
+    """
 
     question: str
     seed: int
@@ -42,6 +50,7 @@ class Reading:
     seconds: float = 0.0
     failure: str | None = None
     message: str = ""
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,16 @@ def judge_case(asker: Asker, template: Template, shown: Shown) -> Judgement:
     by_question = {
         one.id: _mean([r.value for r in readings if r.question.split("#")[0] == one.id]) for one in template.questions
     }
-    return Judgement(_mean(passes), by_question, tuple(passes), tuple(readings))
+    return Judgement(_mean(passes), by_question | named_values(readings), tuple(passes), tuple(readings))
+
+
+def named_values(readings: Sequence[Reading]) -> dict[str, float | None]:
+    """Mean over the passes of each number that has a name."""
+    found: dict[str, list[float]] = {}
+    for reading in readings:
+        for name, number in zip(reading.names, reading.numbers, strict=bool(reading.names)):
+            found.setdefault(name, []).append(number)
+    return {name: _mean(numbers) for name, numbers in found.items()}
 
 
 def _one_pass(asker: Asker, template: Template, shown: Shown, seed: int) -> list[Reading]:
@@ -108,16 +126,22 @@ def ask_question(
     except AnswerError as error:
         return Reading(name, seed, failure=error.kind, message=str(error))
     try:
-        numbers, how = read_numbers(question, answer, answer_count(question, shown))
+        numbers, how = read_numbers(question, answer, shown)
     except AnswerError as error:
         return Reading(name, seed, answer=answer.text, key=answer.key, failure=error.kind, message=str(error))
     value = combine(numbers, question.combine)
-    return Reading(name, seed, tuple(numbers), value, how, answer.text, answer.key, answer.seconds)
+    names = answer_names(question, shown) if question.kind == "named" else ()
+    return Reading(name, seed, tuple(numbers), value, how, answer.text, answer.key, answer.seconds, names=names)
+
+
+def answer_names(question: QuestionTemplate, shown: Shown) -> tuple[str, ...]:
+    """Names of the expected numbers, without those whose kind of source the case lacks."""
+    return tuple(name for name in question.answers if question.needs.get(name) in (None, *shown.kinds))
 
 
 def answer_count(question: QuestionTemplate, shown: Shown) -> int:
     """Number of expected numbers: the named ones, and one per source if the template asks for it."""
-    return len(question.answers) + (len(shown.sources) if question.per_source_answers else 0)
+    return len(answer_names(question, shown)) + (len(shown.sources) if question.per_source_answers else 0)
 
 
 def build_question(
@@ -127,11 +151,16 @@ def build_question(
     parts: list[Part] = [question.rules.strip()] if question.rules.strip() else []
     pictures = [labelled for role in question.pictures for labelled in _pictures(role, shown, index)]
     caption = shown.captions[index] if index is not None and index < len(shown.captions) else "the main subject"
-    placeholders = {"instruction": shown.instruction, "count": str(len(shown.sources)), "caption": caption}
+    placeholders = {
+        "count": str(len(shown.sources)),
+        "caption": caption,
+        "answers": ", ".join(answer_names(question, shown)),
+        "instruction": shown.instruction,
+    }
     ask = question.ask.strip()
     for key, text in placeholders.items():
         ask = ask.replace("{" + key + "}", text)
-    if question.text_file:
+    if question.text_file and question.kind != "named":
         return Question((ask, *(picture for _, picture in pictures)), first_tokens=question.kind in ("yes_no", "digit"))
     for label, picture in pictures:
         parts += [label, picture]
@@ -141,6 +170,9 @@ def build_question(
 
 def _schema(question: QuestionTemplate, shown: Shown) -> dict[str, Any] | None:
     """JSON schema of the answer: reasoning first, so that the numbers follow from it."""
+    if question.kind == "named":
+        named: dict[str, Any] = {name: {"type": "number"} for name in answer_names(question, shown)}
+        return object_schema({"reasoning": {"type": "string"}} | named)
     if question.kind != "scores":
         return None
     count = answer_count(question, shown)
@@ -155,6 +187,9 @@ def _pictures(role: str, shown: Shown, index: int | None) -> list[tuple[str, Pic
         if shown.reference is None:
             raise AnswerError("picture", "this template needs a reference picture, got none")
         return [("The reference picture:", shown.reference)]
+    if role in SOURCE_KINDS:
+        found = [one for one, kind in zip(shown.sources, shown.kinds, strict=False) if kind == role]
+        return [(f"The {role} reference{f' {i}' * (len(found) > 1)}:", one) for i, one in enumerate(found, 1)]
     if not shown.sources:
         raise AnswerError("picture", "this template needs a source picture, got none")
     if role == "sources_row":
@@ -165,8 +200,11 @@ def _pictures(role: str, shown: Shown, index: int | None) -> list[tuple[str, Pic
     return [(f"Source picture {number}:", one) for number, one in enumerate(shown.sources, 1)]
 
 
-def read_numbers(question: QuestionTemplate, answer: Answer, count: int) -> tuple[list[float], str]:
+def read_numbers(question: QuestionTemplate, answer: Answer, shown: Shown) -> tuple[list[float], str]:
     """Read the numbers of an answer and their origin, "logprobs" or "text". Raises AnswerError."""
+    count = answer_count(question, shown)
+    if question.kind == "named":
+        return parse_named(answer.text, answer_names(question, shown), question.low, question.high), "text"
     if question.kind == "yes_no":
         share = yes_probability(answer.tokens)
         if share is not None:

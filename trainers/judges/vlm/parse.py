@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .errors import AnswerError, FailureKind, one_line
@@ -64,6 +65,22 @@ def parse_lines(text: str, count: int, low: float = 1, high: float = 5) -> list[
     if len(found) < count or not all(low <= value <= high for value in found[-count:]):
         _unreadable(answer, f"{count} lines 'Name: number' from {low:g} to {high:g}")
     return found[-count:]
+
+
+def parse_named(text: str, names: Sequence[str], low: float = 0, high: float = 10) -> list[float]:
+    """Parse the numbers of a JSON object by name: {"NAME": number} or {"NAME": {"score": number}}, others ignored.
+
+    Raises AnswerError if one is missing or outside [low, high].
+    """
+    found = parse_object(text)
+    numbers = []
+    for name in names:
+        value = found.get(name)
+        value = value.get("score") if isinstance(value, dict) else value
+        if value is None or not _is_number(value) or not low <= value <= high:
+            _unreadable(text, f"{name}, a number from {low:g} to {high:g}")
+        numbers.append(float(value))
+    return numbers
 
 
 def parse_yes_no(text: str) -> bool:

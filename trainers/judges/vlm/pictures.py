@@ -63,10 +63,15 @@ def load_picture(source: PictureSource, max_side: int | None = None, size: tuple
 
 def encode_picture(image: Image.Image) -> Picture:
     """Encode an RGB picture as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=4)
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode() + image.tobytes()).hexdigest()
-    return Picture(buffer.getvalue(), image.size, digest)
+    return Picture(png_of(image), image.size, digest)
+
+
+def png_of(image: Image.Image) -> bytes:
+    """PNG file of a picture; equal pictures give equal bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=3)
+    return buffer.getvalue()
 
 
 def _opened(source: PictureSource) -> Image.Image:

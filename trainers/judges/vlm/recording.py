@@ -87,10 +87,9 @@ class Recorder:
 
     def __init__(self, asker: Asker, path: Path) -> None:
         self.asker, self.config = asker, asker.config
-        recorded = list(read_lines(path)) if path.exists() else []
+        self._has_head = path.exists() and any(True for _ in read_lines(path))
         self._file = LineFile(path)
-        if not recorded:
-            self._file.add({HEAD: FORMAT, "judge": self.config.public(), "abilities": vars(self.abilities)})
+        self._lock = threading.Lock()
 
     @property
     def abilities(self) -> Abilities:
@@ -99,6 +98,7 @@ class Recorder:
     def ask(self, question: Question, seed: int | None = None) -> Answer:
         seed = self.config.seed if seed is None else seed
         row = _row(question, self.config, seed)
+        self._write_head()
         try:
             answer = self.asker.ask(question, seed)
         except AnswerError as error:
@@ -109,6 +109,13 @@ class Recorder:
             row["tokens"] = [[one.token, dict(one.alternatives)] for one in answer.tokens[-STORED_TOKENS:]]
         self._file.add(row)
         return answer
+
+    def _write_head(self) -> None:
+        """Write the head before the first answer; nothing is asked of the server before that."""
+        with self._lock:
+            if not self._has_head:
+                self._file.add({HEAD: FORMAT, "judge": self.config.public(), "abilities": vars(self.abilities)})
+                self._has_head = True
 
 
 def _row(question: Question, config: JudgeConfig, seed: int) -> dict[str, Any]:

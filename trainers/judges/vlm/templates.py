@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,16 +21,19 @@ FOLDER = Path(__file__).parent / "templates"
 PLACEHOLDERS = ("<instruction>", "{prompt}", "<edit_prompt>")
 """The instruction in the texts of the benchmarks."""
 
-ROLES = ("sources", "source", "reference", "output", "sources_row")
-"""sources: every source; source: the first, or the one of the question; sources_row: all in one picture."""
+SOURCE_KINDS = ("subject", "style", "lighting", "background")
+ROLES = ("sources", "source", "reference", "output", "sources_row", *SOURCE_KINDS)
+"""sources: every source; source: the first, or the one of the question; sources_row: all in one picture; subject,
+style, lighting, background: every source of that kind, if there are any."""
 
 
 @dataclass(frozen=True)
 class QuestionTemplate:
     """Question of a template. rules: constant text, sent first; then the labelled pictures; then ask.
 
-    ``{instruction}``, ``{count}`` and ``{caption}`` are filled in. answers: names of the numbers. per_source: asked
-    once per source. constants: names in vie_prompts.py. task_texts: file of a checkout with a text per task.
+    ``{instruction}``, ``{count}``, ``{caption}`` and ``{answers}`` are filled in. answers: names of the numbers; needs:
+    answer -> kind of source without which it is left out. per_source: asked once per source. constants: names in
+    vie_prompts.py. task_texts: file of a checkout with a text per task.
     """
 
     id: str
@@ -44,6 +47,7 @@ class QuestionTemplate:
     combine: Combine = "min"
     per_source: bool = False
     per_source_answers: bool = False
+    needs: Mapping[str, str] = field(default_factory=dict)
     constants: tuple[str, ...] = ()
     task_texts: str = ""
     text_file: bool = False
@@ -110,7 +114,7 @@ def _question(values: Mapping[str, Any]) -> QuestionTemplate:
     question = QuestionTemplate(**values)
     if question.kind not in get_args(Kind) or question.combine not in get_args(Combine):
         raise TypeError(f"question {question.id!r} has kind {question.kind!r} and combine {question.combine!r}")
-    unknown = [role for role in question.pictures if role not in ROLES]
+    unknown = [role for role in (*question.pictures, *question.needs.values()) if role not in ROLES]
     if unknown:
         raise TypeError(f"question {question.id!r} shows {unknown[0]!r}; known: {', '.join(ROLES)}")
     return question

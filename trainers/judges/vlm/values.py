@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["scores", "lines", "digit", "yes_no"]
+Kind = Literal["scores", "named", "lines", "digit", "yes_no"]
 Combine = Literal["min", "mean", "geometric", "product", "capped_mean"]
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import threading
 import time
@@ -13,13 +14,17 @@ KEY = "secret-key"
 
 
 class FakeServer(ThreadingHTTPServer):
-    """faults: one taken per request; a status, or html, prose, range, refuse, think, cut, slow, list, redirect."""
+    """faults: one taken per request; a status, or html, prose, range, refuse, think, cut, slow, list, redirect.
+
+    tokens: (token, {alternative: probability}) of every answer, sent to those who ask for log-probabilities.
+    """
 
     daemon_threads = True
 
     def __init__(self, text: str | Callable[[dict], str] = '{"score": [7, 9]}', faults=()) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.text, self.faults = text, list(faults)
+        self.tokens: list[tuple[str, dict[str, float]]] = []
         self.bodies: list[dict] = []
         self.lock, self.now, self.most = threading.Lock(), 0, 0
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -27,6 +32,11 @@ class FakeServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+
+def token_entry(token: str, alternatives: dict[str, float]) -> dict[str, Any]:
+    top = [{"token": one, "logprob": math.log(share)} for one, share in alternatives.items()]
+    return {"token": token, "logprob": top[0]["logprob"] if top else 0.0, "top_logprobs": top}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -84,5 +94,8 @@ class Handler(BaseHTTPRequestHandler):
         text = odd.get(str(fault), text)
         finish = "length" if fault == "length" else "stop"
         message = {"role": "assistant", "content": text}
-        raw = json.dumps({"model": "fake", "choices": [{"finish_reason": finish, "message": message}]}).encode()
+        choice = {"finish_reason": finish, "message": message}
+        if body.get("logprobs") and self.server.tokens:
+            choice["logprobs"] = {"content": [token_entry(*one) for one in self.server.tokens]}
+        raw = json.dumps({"model": "fake", "choices": [choice]}).encode()
         self.reply(200, raw[:20] if fault == "cut" else raw)

@@ -1,6 +1,7 @@
 """The client asks, reads, retries and reports; whether a judge is right is what its controls test."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,6 +29,8 @@ from trainers.judges.vlm import (
     parse_scores,
     parse_yes_no,
 )
+from trainers.judges.vlm.parse import parse_named
+from trainers.judges.vlm.transfer import pictures_per_case, transfer_notice
 
 RED, BLUE = Image.new("RGB", (8, 6), "red"), Image.new("RGB", (5, 7), "blue")
 SHOWN = Shown("make it blue", load_picture(BLUE), (load_picture(RED),), load_picture(BLUE))
@@ -128,6 +131,9 @@ def test_every_bundled_template_asks_what_its_parser_reads():
         if "boxes" in schema:
             return '{"boxes": [[0, 0, 500, 500]]}'
         asked = str(body)
+        if "text_adherence" in schema:
+            assert set(schema) == {"reasoning", "text_adherence", "subject_consistency", "aesthetic_quality"}
+            return '{"text_adherence": 5, "subject_consistency": {"score": 4}, "aesthetic_quality": 3}'
         if "three lines" in asked:
             return "Compliance: 4\nQuality: 3\nPreservation: 5"
         if "digit" in asked:
@@ -137,9 +143,49 @@ def test_every_bundled_template_asks_what_its_parser_reads():
     for name in bundled_templates():
         asker = client(FakeServer(answer))
         asker._abilities = Abilities(response_format="json_schema")
-        judged = judge_case(asker, load_template(name), SHOWN)
+        judged = judge_case(asker, load_template(name), replace(SHOWN, kinds=("subject",)))
         assert judged.failures == [], name
         assert judged.score is not None
+
+
+def test_retries_wait_as_the_server_asks_and_longer_each_time_where_it_does_not(monkeypatch):
+    """Of this machine, whatever proxy the environment names."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    waits: list[float] = []
+    server = FakeServer(faults=[503, "cut", "cut", "cut"])
+    config = JudgeConfig(server.url, "fake", api_key_env="JUDGE_KEY", max_wait=1.0)
+    Client(config, abilities=Abilities(), sleep=waits.append).ask(Question(("rate",)))
+    assert waits[0] == 0  # Retry-After
+    assert 0.8 <= waits[1] <= 1.0  # 0.5 s doubled, with jitter
+    assert waits[2:] == [1.0, 1.0]  # max_wait
+
+
+def test_another_machine_is_named_with_what_is_sent_to_it():
+    config = JudgeConfig("http://judge.invalid:8000/v1", "m", image_max_side=512)
+    assert transfer_notice(config, 30, 12) == (
+        "judge: 12 questions with 30 pictures of at most 512 pixels a side WILL LEAVE THIS MACHINE for judge.invalid"
+    )
+    assert "which is this machine" in transfer_notice(JudgeConfig("http://127.0.0.1/v1", "m"), 1, 1)
+
+
+def test_the_notice_counts_every_picture_that_is_sent():
+    """Sources twice, with the largest number of boxes, so that the count is the upper bound."""
+    for name in bundled_templates():
+        server = FakeServer(lambda body: '{"boxes": [[0, 0, 500, 500], [0, 0, 9, 9], [1, 1, 3, 3], [4, 4, 8, 8]]}')
+        kinds = ("style", "pose")
+        sources = (load_picture(RED), load_picture(BLUE))
+        shown = Shown("x", load_picture(BLUE), sources, load_picture(BLUE), kinds=kinds)
+        judge_case(client(server, max_images=8), load_template(name), shown)
+        sent = sum(part["type"] == "image_url" for body in server.bodies for part in body["messages"][0]["content"])
+        assert pictures_per_case(load_template(name), 2, 8, kinds) == (len(server.bodies), sent), name
+
+
+def test_a_recorder_asks_nothing_of_the_server_before_its_first_question(tmp_path):
+    server = FakeServer()
+    config = JudgeConfig(server.url, "fake", api_key_env="JUDGE_KEY")
+    Recorder(Client(config, sleep=lambda _: None), tmp_path / "answers.jsonl")
+    assert server.bodies == []
 
 
 def test_concurrency_is_bounded_and_keeps_the_order():
@@ -161,6 +207,11 @@ def test_concurrency_is_bounded_and_keeps_the_order():
 def test_parsing_by_hand():
     assert parse_scores("scratch [1, 2] and then [3, 4]", 2) == [3, 4]
     assert parse_scores('{"score": [6, 7]} as in [1, 2]', 2) == [6, 7]
+    named = 'I see {"a": 1}: {"a": {"score": 2.5, "reasoning": "{}"}, "b": 10, "c": -1}'
+    assert parse_named(named, ("b", "a")) == [10, 2.5]
+    for text in ('{"a": 1}', '{"a": 1, "b": -1}', '{"a": 1, "b": "9"}', '{"a": 1, "b": null}', "a: 1, b: 2"):
+        with pytest.raises(AnswerError):
+            parse_named(text, ("a", "b"))
     assert parse_yes_no("**Yes**, it does.")
     assert parse_boxes('```{"boxes": [[0, 100, 500, 1000]]}```') == [(0, 0.1, 0.5, 1)]
     for text in ("yes or no", ""):

@@ -1,0 +1,120 @@
+"""A judge for a run: server or recording, question templates, weights of MICo-Bench."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from unipic_core.replacing import write_json
+
+from ..judges.vlm import Asker, Client, JudgeConfig, JudgeError, Recorder, Replay, load_template, read_judge
+from ..judges.vlm.templates import Template
+from ..judges.vlm.transfer import pictures_per_case
+from .aggregates import case_score
+from .cases import TEMPLATES, Case, Plan
+from .mico_weights import read_weights
+
+NAMED_SETTINGS = {
+    "passes": "{} passes",
+    "temperature": "temperature {:g}",
+    "seed": "seed {}",
+    "image_max_side": "{} pixels",
+    "extra": "{}",
+}
+"""Settings on which answers depend: part of the judge's name unless they have their default."""
+
+
+@dataclass(frozen=True)
+class JudgeSetup:
+    """A judge for a run: who is asked, with which questions, and MICo-Bench's weights.
+
+    templates: by task, if a checkout has a text per task. weights: by case; None: 1; "judge": asked.
+    """
+
+    asker: Asker
+    template: Template
+    templates: Mapping[str, Template]
+    weights: Mapping[str, float] | Literal["judge"] | None
+
+    @property
+    def name(self) -> str:
+        """Name of the judge in scores.jsonl."""
+        asked = ["W by the judge"] if self.weights == "judge" else []
+        config = self.asker.config
+        return ", ".join([config.model, self.template.title, *named_settings(config), *asked])
+
+    def template_of(self, case: Case) -> Template:
+        return self.templates.get(case.task, self.template)
+
+    def questions_and_pictures(self, case: Case) -> tuple[int, int]:
+        """Numbers of questions and pictures of one case, at most."""
+        config = self.asker.config
+        kinds = case.extra.get("kinds", ())
+        counts = pictures_per_case(self.template_of(case), len(case.sources), config.max_images, kinds)
+        questions, pictures = (config.passes * count for count in counts)
+        if self.weights == "judge":
+            return questions + len(case.sources), pictures + 2 * len(case.sources)
+        return questions, pictures
+
+
+def named_settings(config: JudgeConfig) -> list[str]:
+    """Settings that differ from their defaults and change answers, such as "3 passes"."""
+    defaults: dict[str, Any] = {one.name: {} if one.name == "extra" else one.default for one in fields(JudgeConfig)}
+    values = {name: getattr(config, name) for name in NAMED_SETTINGS}
+    return [NAMED_SETTINGS[name].format(value) for name, value in values.items() if value != defaults[name]]
+
+
+def open_judge(args: argparse.Namespace, plan: Plan) -> JudgeSetup:
+    """Open the server or the recording, the question templates, and the weights. Raises ValueError."""
+    weights: Mapping[str, float] | Literal["judge"] | None = None
+    if plan.bench == "mico" and not args.w_one:
+        weights = "judge" if args.w_judge else read_weights(args.weights) if args.weights else {}
+        if not weights:
+            case_score("mico", 0, {}, None)
+    config = read_judge(args.judge) if args.judge else None
+    asker: Asker
+    if args.replay:
+        asker = Replay(args.replay, config)
+    else:
+        assert config is not None
+        asker = Client(config)
+        if args.record:
+            asker = Recorder(asker, args.record)
+    name, tasks = args.template or TEMPLATES[plan.bench], sorted({case.task for case in plan.cases})
+    texts = {task: capped(load_template(name, args.templates, task), args.enforce_cap) for task in tasks}
+    return JudgeSetup(asker, texts[tasks[0]], texts, weights)
+
+
+def capped(template: Template, enforce: bool) -> Template:
+    """With ``enforce``, no mark of a case is higher than its first, as ImgEdit-Bench asks of the judge.
+
+    Raises ValueError for templates whose answers are not lines of marks.
+    """
+    if not enforce:
+        return template
+    if any(question.kind != "lines" for question in template.questions):
+        raise ValueError(f"--enforce-cap is for answers in lines of marks, as of imgedit; {template.name} has none")
+    questions = tuple(replace(question, combine="capped_mean") for question in template.questions)
+    return replace(template, version=f"{template.version}, capped", questions=questions)
+
+
+def read_by_judge(path: Path) -> dict[str, Any]:
+    """Read a JSON object by name of the judge; {} without the file. Raises JudgeError for a damaged one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        values = None
+    if not isinstance(values, dict) or not all(isinstance(one, dict) for one in values.values()):
+        raise JudgeError(f"{path} is damaged; remove it and score again")
+    return values
+
+
+def write_by_judge(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object by name of the judge."""
+    write_json(path, dict(values), indent=1)
