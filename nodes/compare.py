@@ -75,8 +75,7 @@ class UniPicCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         x, y = parsed_axis("x", x_axis, x_values), parsed_axis("y", y_axis, y_values)
         rows = spanned(Cell(seed, Widgets(steps, cfg, sampler, schedule, shift)), x, y)
-        if (condition_cache, cache_dtype) != (AUTO, AUTO):
-            model = with_kv_cache(model, condition_cache, cache_dtype)
+        model = with_kv_cache(model, condition_cache, cache_dtype)
         sockets = Sockets(model, positive, negative, latent, vae, denoise, WithLoRA(model, lora, (x, y)))
         comparison = Comparison(sockets, CellStore())
         count = sum(map(len, rows))

@@ -127,8 +127,7 @@ class FewStepSampler(io.ComfyNode):
     ) -> io.NodeOutput:
         x = prepared(model, latent)
         chosen = choices(model, x, Widgets(steps, cfg, sampler, schedule, shift))
-        if (condition_cache, cache_dtype) != (AUTO, AUTO):
-            model = with_kv_cache(model, condition_cache, cache_dtype)
+        model = with_kv_cache(model, condition_cache, cache_dtype)
         tell(cls, chosen.line, chosen.level)
         times = sigmas_of(chosen.settings, chosen.shift, target_tokens(x), denoise)
         return io.NodeOutput(sample(model, positive, negative, latent, seed, chosen.settings, times))

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ....unipic_core import __version__
 from ....unipic_core.caching import checksums
-from ..model import kv_cache
+from ..model import kv_memory
 from ..sampling import conditionings
 
 SAMPLED_VALUES = 16
 """Values of each weight that enter a key; weights may lie in a mapped file, of which each value reads a page."""
 
-_OUR_WRAPPERS = {kv_cache.KEY, conditionings.KEY}
+_OUR_WRAPPERS = {kv_memory.KEY, conditionings.KEY}
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
 
 

@@ -68,6 +68,13 @@ class NetworkInputs:
         tensors += [t[:rows] for t in (self.context, self.bias) if t is not None]
         return (self.key, shapes, self.bias is None), tensors
 
+    def approximate_key(self) -> tuple[Hashable, Sequence[Tensor]]:
+        """All inputs of the references' keys and values in the form "full" but the target and the time: the text's key,
+        and the log strengths, since references attend to the target, which depends on them."""
+        key, tensors = self.cache_key(TEXT)
+        bias = self.reference_bias
+        return (key, bias is None), tensors if bias is None else [*tensors, bias]
+
     def mask(self, segments: Sequence[tuple[str, ...]], images: int) -> Tensor | None:
         """Attention bias [B, 1 or queries, keys] over the keys of these segments for the queries of the last one, which
         has `images` image tokens."""

@@ -23,7 +23,8 @@ from ....unipic_core.weights.recipe import TRANSFORMER_FOLDERS
 from ....unipic_core.weights.transformer import compute_dtype_of, open_transformer, read_shift
 from ..recipe_attachment import RecipeAttachment, attach, attachment_of
 from ..sampling.conditionings import adapt_conditionings
-from .kv_cache import TIME_ROUNDING, cache_during_runs
+from .kv_cache import TIME_ROUNDING
+from .kv_memory import cache_during_runs
 from .latent_format import PictureLatents, read_latent_format
 from .mmdit import network_options
 from .model import UniPicConfig

@@ -16,7 +16,8 @@ from ....unipic_core.conditioning.sequence import PATCH
 from ....unipic_core.model.config import kv_cache_bytes
 from ..sampling.model_sampling import check_times
 from .influences import INFLUENCES, timed_influences
-from .kv_cache import CACHED_TOKENS, OPTION_KEYS, REFERENCE_SETS, SEPARATE, SHARED
+from .kv_cache import OPTION_KEYS, REFERENCE_SETS
+from .kv_memory import CACHED_TOKENS, SEPARATE, SHARED
 from .latent_format import PictureLatents
 from .mmdit import ComfyMMDiT
 

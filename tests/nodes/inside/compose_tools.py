@@ -1,7 +1,10 @@
-"""What the tests of MultiImageCompose share: pictures, and the node's run."""
+"""Pictures, small sizes and the node's run, for the tests of MultiImageCompose."""
 
 import torch
 from unipic_pack.nodes.compose import MultiImageCompose
+
+WISHES = {"reference_budget": 96, "width": 32, "height": 32}
+"""Small sizes."""
 
 
 def image(index=0, width=70, height=50):

@@ -49,6 +49,23 @@ def pipeline(golden):
 
 
 @pytest.fixture(scope="module")
+def tiny(golden):
+    """(clip, vae) of the golden model, for Multi-Image Compose."""
+    from unipic_pack.nodes.host.pictures.vae import load_vae
+    from unipic_pack.nodes.host.text.encoder import load_clip
+
+    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
+
+
+@pytest.fixture
+def fresh():
+    """Empty caches of encodings."""
+    from unipic_pack.nodes import compose
+
+    compose.clear_caches()
+
+
+@pytest.fixture(scope="module")
 def nano_model(nano):
     """The bundled nano's MODEL."""
     from unipic_pack.nodes.host.model.loading import load_model

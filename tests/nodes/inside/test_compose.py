@@ -27,10 +27,7 @@ from unipic_pack.unipic_core.weights.recipe import recipe_of
 
 import nodes as comfy_nodes
 
-
-@pytest.fixture(scope="module")
-def tiny(golden):
-    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +35,6 @@ def small(nano):
     clip = load_clip(nano)
     attach(clip.patcher, RecipeAttachment(recipe_of(nano)))
     return clip, load_vae(nano)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    compose.clear_caches()
 
 
 def normalised(vae, latent):

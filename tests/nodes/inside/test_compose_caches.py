@@ -8,22 +8,13 @@ from compose_tools import distance, image, run
 from PIL import Image
 from unipic_pack.nodes import compose
 from unipic_pack.nodes.host.pictures.images import to_pictures
-from unipic_pack.nodes.host.pictures.vae import load_vae
-from unipic_pack.nodes.host.text.encoder import encode_prompt, load_clip
+from unipic_pack.nodes.host.text.encoder import encode_prompt
 from unipic_pack.unipic_core.conditioning.images import resize_references
 from unipic_pack.unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 
 SMALL = {"reference_budget": 64, "width": 64, "height": 64}
 
-
-@pytest.fixture(scope="module")
-def tiny(golden):
-    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    compose.clear_caches()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 @pytest.fixture

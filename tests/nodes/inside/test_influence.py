@@ -9,15 +9,12 @@ import pytest
 import torch
 import toy
 from causal_tools import CAUSAL, close
-from compose_tools import distance, image
+from compose_tools import WISHES, distance, image
 from model_tools import random_inputs, velocity
 from running import Executor, node_of
 from torch import Tensor
-from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
 from unipic_pack.nodes.host.model.influences import INFLUENCES
-from unipic_pack.nodes.host.pictures.vae import load_vae
-from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.nodes.reference import UniPicReference
 from unipic_pack.nodes.sample import FewStepSampler
 from unipic_pack.unipic_core.conditioning.influence import Influence, Region
@@ -34,17 +31,11 @@ from unipic_pack.unipic_core.weights.transformer import load_transformer
 from unipic_pack.workflows import build
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.usefixtures("inference")
+pytestmark = pytest.mark.usefixtures("inference", "fresh")
 
 LEFT = Region(0, 0, 500, 1000)
 BOTH = (Influence(0.5, LEFT), Influence(2.0))
 ALWAYS = ((1.0, 0.0),) * 2
-WISHES = {"reference_budget": 96, "width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def tiny(golden: Path) -> Any:
-    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
 
 
 def models(nano_model: Any, causal_models: dict[str, Any]) -> dict[str, Any]:
@@ -90,16 +81,6 @@ def test_the_cache_of_a_run_serves_every_strength(form: str, causal_models: dict
     close(run(causal_models[form], None), plain)
 
 
-def test_an_approximate_cache_is_computed_again_where_a_strength_begins_to_count(nano_model: Any) -> None:
-    """Reused over that step, the references' keys and values would be those of the other strength."""
-    late = (Influence(start=0.1, strength=0.05), Influence(start=0.1, strength=0.05))
-    exact, approximate = (run(nano_model, late, cache, steps=30) for cache in ("auto", "approximate"))
-    plain = run(nano_model, None, "approximate", steps=30)
-    error = float((exact - approximate).norm() / exact.norm())
-    assert error < 0.2
-    assert float((approximate - plain).norm() / exact.norm()) > 2 * error
-
-
 def test_time_ranges_are_comfyuis_percents(nano_model: Any) -> None:
     plain = run(nano_model, None)
     assert torch.equal(run(nano_model, (Influence(0.0, start=1.0), Influence())), plain)
@@ -118,7 +99,6 @@ def test_comfyuis_own_network_refuses_them() -> None:
 
 
 def composed(tiny: Any, *references: Any, **more: Any) -> Any:
-    compose.clear_caches()
     given = {f"reference_{i + 1}": r for i, r in enumerate(references)}
     return MultiImageCompose.execute(*tiny, "Blend them.", references=given, **{**WISHES, **more}).args
 

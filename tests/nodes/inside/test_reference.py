@@ -7,28 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from compose_tools import distance, image
+from compose_tools import WISHES, distance, image
 from running import Executor, Graph, node_of
-from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
 from unipic_pack.nodes.host.pictures.references import Reference
-from unipic_pack.nodes.host.pictures.vae import load_vae
-from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.nodes.reference import UniPicReference
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.workflows import build
 
-WISHES = {"reference_budget": 96, "width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def tiny(golden: Any) -> Any:
-    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> None:
-    compose.clear_caches()
+pytestmark = pytest.mark.usefixtures("fresh")
 
 
 def wire(*inputs: Any, **more: Any) -> Reference:

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unipic_core.caching import WeightsKey
 from unipic_core.cli.terminal import DEFAULT_MODEL
+from unipic_core.conditioning.influence import Influence, Region
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.errors import UniPicError
 from unipic_core.model.attention import scaled_dot_product_attention
@@ -107,7 +108,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 # --- forgetful keys ---
 
 
-def field(name: str) -> Forget:
+def without(name: str) -> Forget:
     return lambda key, tensors: (key._replace(**{name: None}), tensors)
 
 
@@ -216,12 +217,13 @@ def other_config(pipe: UniPicPipeline) -> Iterator[tuple[UniPicPipeline, Mapping
 class Case:
     """A change, and the forgetful key that makes it stale: for both forms, or where the text is cached too.
 
-    None: the keys and values do not depend on the change, and are rightly reused.
+    None: the keys and values do not depend on the change, and are rightly reused. before: arguments before the change.
     """
 
     change: Change
     forget: Forget | None
     text_only: bool = False
+    before: Mapping[str, Any] = field(default_factory=dict)
 
     def forgetful(self, form: str) -> Forget | None:
         return None if self.text_only and form == "reference_causal" else self.forget
@@ -233,6 +235,14 @@ def one_pixel() -> Image.Image:
     return changed
 
 
+LEFT, RIGHT = Region(0, 0, 500, 1000), Region(500, 0, 1000, 1000)
+
+
+def influence(**first: Any) -> dict[str, Any]:
+    """Arguments with an influence of the first reference, in two steps."""
+    return {"influences": [Influence(**first), Influence()], "num_inference_steps": 2}
+
+
 CASES = {
     "picture": Case(of(images=[one_pixel(), BLUE]), picture),
     "order of references": Case(of(images=[BLUE, RED]), picture),
@@ -240,16 +250,19 @@ CASES = {
     "size of references": Case(of(images=[RED.resize((48, 64)), BLUE]), references),
     "prompt": Case(of(prompt="a hat"), text, text_only=True),
     "cond and uncond": Case(of(true_cfg_scale=3.0), text, text_only=True),
-    "size": Case(of(width=128, height=64), field("text_start"), text_only=True),
+    "size": Case(of(width=128, height=64), without("text_start"), text_only=True),
     "seed and batch": Case(of(seed=5, num_images=2), None),
     "steps and sampler": Case(of(num_inference_steps=2, sampler="consistency"), None),
-    "LoRA": Case(lora, field("weights")),
-    "strength of a LoRA": Case(lora_strength, field("weights")),
-    "weights rewritten on disk": Case(rewritten_on_disk, field("weights")),
-    "weights rewritten in place": Case(written_in_place(lambda w: w.mul_(-1)), field("weights")),
-    "weights rewritten without a trace": Case(written_in_place(lambda w: w.data.mul_(-1)), field("weights")),
-    "attention function": Case(other_attention, field("attention")),
-    "config": Case(other_config, field("config")),
+    "strength of a reference": Case(of(**influence(strength=2.0)), None, before=influence(strength=0.5)),
+    "box of a reference": Case(of(**influence(region=RIGHT)), None, before=influence(region=LEFT)),
+    "time range of a reference": Case(of(**influence(strength=0.0, end=0.5)), None, before=influence(strength=0.0)),
+    "LoRA": Case(lora, without("weights")),
+    "strength of a LoRA": Case(lora_strength, without("weights")),
+    "weights rewritten on disk": Case(rewritten_on_disk, without("weights")),
+    "weights rewritten in place": Case(written_in_place(lambda w: w.mul_(-1)), without("weights")),
+    "weights rewritten without a trace": Case(written_in_place(lambda w: w.data.mul_(-1)), without("weights")),
+    "attention function": Case(other_attention, without("attention")),
+    "config": Case(other_config, without("config")),
 }
 
 
@@ -272,7 +285,7 @@ def test_a_changed_run_is_that_without_the_cache(
     name: str, pipe: UniPicPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case, form = CASES[name], pipe.transformer.config.attention_form
-    before = run(pipe)
+    before = run(pipe, **case.before)
     with case.change(pipe) as (changed, arguments):
         hits = Hits(changed, monkeypatch)
         got = run(changed, **arguments)
@@ -280,7 +293,7 @@ def test_a_changed_run_is_that_without_the_cache(
         assert distance(got, expected) < SAME
         assert got.shape != before.shape or distance(got, before) > STALE, "the change does not change the picture"
         assert (hits.prefills == 0) == (case.forgetful(form) is None)
-    assert distance(run(pipe), before) < 1e-4, "and back"
+    assert distance(run(pipe, **case.before), before) < 1e-4, "and back"
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.forget])
@@ -333,7 +346,7 @@ def test_another_storage_or_dtype_is_another_entry(pipe: UniPicPipeline, monkeyp
     for forgets in (False, True):
         pipe._kv_cache = KVCache(CacheStorage("auto", "int8"))
         if forgets:
-            monkeypatch.setattr(KVCache, "key", lambda self, *inputs: field("storage")(*key(self, *inputs)))
+            monkeypatch.setattr(KVCache, "key", lambda self, *inputs: without("storage")(*key(self, *inputs)))
         run(pipe)
         pipe.cache_storage = CacheStorage("auto", "auto")
         assert (distance(run(pipe), uncached(pipe)) < SAME) != forgets

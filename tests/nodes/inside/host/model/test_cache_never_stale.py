@@ -10,20 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import comfy.model_management as management
 import pytest
 import torch
 from causal_tools import CAUSAL, build, close, conditioning
-from model_tools import lora_file, random_inputs
+from model_tools import lora_file, random_inputs, velocity
 from torch import Tensor
-from unipic_pack.nodes.host.model import kv_cache
+from unipic_pack.nodes.host.model import kv_cache, kv_memory
+from unipic_pack.nodes.host.model.influences import INFLUENCES
 from unipic_pack.nodes.host.model.inputs import NetworkInputs
-from unipic_pack.nodes.host.model.kv_cache import KVCache
+from unipic_pack.nodes.host.model.kv_cache import APPROXIMATE, KVCache, with_kv_cache
 from unipic_pack.nodes.lora import add_lora
 from unipic_pack.nodes.sample import FewStepSampler
+from unipic_pack.unipic_core.conditioning.influence import Influence, Region
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.unipic_core.model.config import REFERENCES
 from unipic_pack.unipic_core.run.kv_storage import StoredKeyValues
@@ -42,6 +44,8 @@ def run(model: Any, cache: str = "auto", dtype: str = "auto", **changes: Any) ->
     if "noise_mask" in changes:
         latent |= {"noise_mask": changes["noise_mask"], "samples": latent["samples"] + 0.1}
     positive, negative = conditioning(text, references), conditioning(text[:, :4] * -0.5, references)
+    for _, extra in (*positive, *negative):
+        extra.update({INFLUENCES: changes["influences"]} if "influences" in changes else {})
     arguments = (
         changes.get("seed", 3),
         changes.get("steps", 3),
@@ -80,10 +84,12 @@ def both(key: Any, tensors: list[Tensor]) -> Key:
 class Case:
     """A change of the inputs or of the model. forget: the key that makes it stale; None = nothing in the key does.
 
-    text_only: only the form that caches the text depends on it. weights: only the emptying between runs protects.
+    before: inputs before the change. text_only: only the form that caches the text depends on it. weights: only the
+    emptying between runs protects.
     """
 
     inputs: dict[str, Any] = field(default_factory=dict)
+    before: dict[str, Any] = field(default_factory=dict)
     model: Callable[[Any], Any] = lambda model: model
     forget: Callable[[Any, list[Tensor]], Key] | None = None
     text_only: bool = False
@@ -113,6 +119,14 @@ def masked(picture: Tensor) -> Tensor:
     return picture
 
 
+LEFT, RIGHT = Region(0, 0, 500, 1000), Region(500, 0, 1000, 1000)
+
+
+def influences(**first: Any) -> dict[str, Any]:
+    """Inputs with an influence of the first reference."""
+    return {"influences": (Influence(**first), Influence())}
+
+
 CASES = {
     "picture": Case({"references": [PICTURES[0] + 0.1, PICTURES[1]]}, forget=references),
     "mask of a picture": Case({"references": [masked(PICTURES[0]), PICTURES[1]]}, forget=references),
@@ -122,6 +136,10 @@ CASES = {
     "cond and uncond": Case({"cfg": 3.0}, forget=text, text_only=True),
     "size": Case({"size": (16, 1, 16, 12)}, forget=shapes, text_only=True),
     "seed and batch": Case({"seed": 4, "batch": 2}),
+    "strength of a reference": Case(influences(strength=2.0), before=influences(strength=0.5)),
+    "box of a reference": Case(influences(region=RIGHT), before=influences(region=LEFT)),
+    "time range of a reference": Case(influences(strength=0.0, end=0.5), before=influences(strength=0.0)),
+    "no strength": Case(before=influences(strength=0.5)),
     "mask of the latent": Case({"noise_mask": torch.ones(1, 8, 8).tril()}),
     "LoRA": Case(model=lambda model: add_lora(model, LORA, 1.0)[0], weights=True),
     "strength of a LoRA": Case(model=lambda model: add_lora(model, LORA, 0.5)[0], weights=True),
@@ -132,11 +150,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_changed_run_is_that_without_the_cache(name: str, form: str, causal_models: dict[str, Any]) -> None:
     case, model = CASES[name], causal_models[form]
-    before, changed = run(model), case.model(model)
+    before, changed = run(model, **case.before), case.model(model)
     got = run(changed, **case.inputs)
     close(got, run(changed, "off", **case.inputs))
     assert got.shape != before.shape or float((got - before).abs().max()) > DIFFERENT
-    close(run(model), before)
+    close(run(model, **case.before), before)
 
 
 @pytest.fixture
@@ -196,6 +214,29 @@ def test_weights_rewritten_would_be_stale_in_a_cache_that_survives(form: str, ca
         assert float((run(model) - run(model, "off")).abs().max()) > DIFFERENT
 
 
+@pytest.mark.parametrize("changed", ["strength of a reference", "box of a reference"])
+def test_an_approximate_cache_is_not_reused_where_an_influence_begins_to_count(
+    changed: str, nano_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the next step of the same run, as by a time range, at a time at which it would be reused."""
+    x, *inputs = random_inputs()
+    timed = {INFLUENCES: tuple((one, (1.0, 0.0)) for one in CASES[changed].inputs["influences"])}
+    expected = velocity(nano_model, x, 0.65, *inputs, **timed)
+    key, approximate = NetworkInputs.approximate_key, with_kv_cache(nano_model, APPROXIMATE)
+    cache = approximate.model.diffusion_model.kv_cache
+
+    def second_step() -> Tensor:
+        cache.begin_run(approximate)
+        velocity(approximate, x, 0.7, *inputs)
+        result = velocity(approximate, x, 0.65, *inputs, **timed)
+        cache.end_run()
+        return result
+
+    close(second_step(), expected)
+    monkeypatch.setattr(NetworkInputs, "approximate_key", lambda self: key(replace(self, reference_bias=None)))
+    assert float((second_step() - expected).abs().max()) > DIFFERENT
+
+
 # --- places and numbers ---
 
 
@@ -230,7 +271,7 @@ def test_without_room_it_is_computed_again(
 ) -> None:
     model = causal_models[form]
     expected = run(model, "off")
-    monkeypatch.setattr(kv_cache, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(kv_memory, "free_memory", lambda device: 1000)
     with caplog.at_level(logging.WARNING):
         close(run(model, place), expected)
     [line] = [r.message for r in caplog.records if r.message.startswith("UniPic:")]

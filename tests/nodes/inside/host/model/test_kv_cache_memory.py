@@ -10,8 +10,8 @@ import pytest
 import torch
 from causal_tools import CAUSAL, build, run
 from model_tools import lora_file, random_inputs
-from unipic_pack.nodes.host.model import kv_cache
-from unipic_pack.nodes.host.model.kv_cache import CACHED_TOKENS, SEPARATE, SHARED
+from unipic_pack.nodes.host.model import kv_cache, kv_memory
+from unipic_pack.nodes.host.model.kv_memory import CACHED_TOKENS, SEPARATE, SHARED
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.lora import add_lora
 from unipic_pack.unipic_core.model.config import kv_cache_bytes
@@ -163,4 +163,4 @@ def test_the_estimate_counts_what_is_on_the_device(
 
 def test_odd_references_are_counted_in_whole_tokens() -> None:
     cond = {"cross_attn": torch.zeros(1, 7, 8), "reference_latents": [torch.zeros(1, 16, 1, 5, 7)]}
-    assert kv_cache.cached_tokens(cond, "prefix_causal", "auto", 1) == {SHARED: 3 * 4, SEPARATE: 7}
+    assert kv_memory.cached_tokens(cond, "prefix_causal", "auto", 1) == {SHARED: 3 * 4, SEPARATE: 7}

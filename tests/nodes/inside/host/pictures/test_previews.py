@@ -9,26 +9,16 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from compose_tools import image
+from compose_tools import WISHES, image
 from PIL import Image
 from running import Executor
-from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
 from unipic_pack.nodes.host.pictures.previews import PREVIEW_PICTURES, PREVIEW_SIDE, preview
-from unipic_pack.nodes.host.pictures.vae import load_vae
-from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.nodes.reference import UniPicReference
 from unipic_pack.unipic_core.conditioning.images import resize_references
 from unipic_pack.unipic_core.conditioning.reference_sheet import Seen, reference_sheet
 from unipic_pack.unipic_core.errors import UniPicError
 from unipic_pack.workflows import build
-
-WISHES = {"reference_budget": 96, "width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def tiny(golden: Path) -> Any:
-    return load_clip(golden / "tiny"), load_vae(golden / "tiny")
 
 
 def files(ui: Any) -> list[Path]:
@@ -54,9 +44,9 @@ def test_reference_shows_its_picture_with_its_mask() -> None:
         UniPicReference.execute("a.png")
 
 
+@pytest.mark.usefixtures("fresh")
 @torch.inference_mode()
 def test_compose_shows_the_references_as_the_model_sees_them(tiny: Any) -> None:
-    compose.clear_caches()
     mask = torch.zeros(1, 50, 70)
     mask[:, :25] = 1
     images, masks = {"image_1": image(0, 300, 200), "image_2": image(1)}, {"mask_2": mask}
