@@ -53,6 +53,7 @@ from .host.pictures.references import (
 )
 from .host.pictures.vae import UniPicVAE
 from .host.recipe_attachment import attachment_of
+from .host.sampling.influence_control import InfluenceControl
 from .host.text import vision_cache as vision
 from .host.text.encoder import Conditioning, changes_weights, encode_prompt
 
@@ -184,7 +185,7 @@ class Composition:
         if resized:
             extra["reference_latents"] = _reference_latents(self.vae, resized)
         if planned.influences:
-            extra[INFLUENCES] = planned.influences
+            extra |= {INFLUENCES: planned.influences, "control": InfluenceControl(planned.influences)}
         positive, negative = (
             node_helpers.conditioning_set_values(_text(self.clip, text, resized), extra)
             for text in (planned.request.prompt, planned.request.negative_prompt)

@@ -61,13 +61,12 @@ def test_yaml_parses(path: Path) -> None:
 def test_troubleshooting_quotes_real_messages() -> None:
     """Each quotation is in one string of the code, `...` standing for any text."""
     texts = []
-    for package in ("unipic_core", "nodes"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, (ast.JoinedStr, ast.Constant)):
-                    values = node.values if isinstance(node, ast.JoinedStr) else [node]
-                    parts = (v.value if isinstance(v, ast.Constant) else "\0" for v in values)
-                    texts.append("".join(part for part in parts if isinstance(part, str)))
+    for path in (ROOT / "__init__.py", *(ROOT / "unipic_core").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.JoinedStr, ast.Constant)):
+                values = node.values if isinstance(node, ast.JoinedStr) else [node]
+                parts = (v.value if isinstance(v, ast.Constant) else "\0" for v in values)
+                texts.append("".join(part for part in parts if isinstance(part, str)))
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     quotations = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
     assert len(quotations) >= 10

@@ -52,12 +52,15 @@ class Kind:
     growing: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     """Prefix of growing sockets ("images.image_") -> their type and the most there can be."""
 
+    first: int = 1
+    """Number of the first growing socket."""
+
     ours: bool = False
 
 
 @dataclass
 class Node:
-    """A node in a workflow. wires: socket -> (node, output); values: widget -> value."""
+    """A node in a workflow. wires: socket -> (node, output); values, labels: widget -> value, name on the page."""
 
     kind_name: str
     kind: Kind
@@ -68,6 +71,7 @@ class Node:
     id: int = 0
     at: tuple[int, int] = (0, 0)
     blueprint: Blueprint | None = None
+    labels: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, output: str) -> tuple[Node, str]:
         """An output, as the wire of another node."""
@@ -83,7 +87,7 @@ class Node:
         rows = dict(self.kind.sockets)
         for prefix, (kind, most) in self.kind.growing.items():
             used = sum(name.startswith(prefix) for name in self.wires)
-            rows |= {f"{prefix}{i + 1}": kind for i in range(min(used + 1, most))}
+            rows |= {f"{prefix}{i + self.kind.first}": kind for i in range(min(used + 1, most))}
         return rows
 
     def properties(self) -> dict[str, Any]:
@@ -260,6 +264,8 @@ class Workflow:
             inputs.append(
                 {"name": name, **label, **({"shape": 7} if free else {}), "type": kind, "link": into.get(slot)}
             )
+        for name, text in node.labels.items():
+            inputs.append({"name": name, "label": text, "type": "*", "widget": {"name": name}, "link": None})
         outputs = [
             {"name": name, "type": kind, "links": [link[0] for link in links if link[1:3] == [node.id, slot]]}
             for slot, (name, kind) in enumerate(node.kind.outputs.items())

@@ -117,8 +117,8 @@ KINDS = {
     "MaskComposite": Kind(
         {"destination": "MASK", "source": "MASK"}, ("x", "y", "operation"), {"MASK": "MASK"}, (300, 140)
     ),
-    "ImageCrop": Kind({"image": "IMAGE"}, ("width", "height", "x", "y"), {"IMAGE": "IMAGE"}, (300, 140)),
-    "ImageBatch": Kind({"image1": "IMAGE", "image2": "IMAGE"}, (), {"IMAGE": "IMAGE"}, (300, 60)),
+    "ImageFlip": Kind({"image": "IMAGE"}, ("flip_method",), {"IMAGE": "IMAGE"}, (300, 60)),
+    "BatchImagesNode": Kind({}, (), {"IMAGE": "IMAGE"}, (300, 90), growing={"images.image": ("IMAGE", 50)}, first=0),
     "RebatchImages": Kind({"images": "IMAGE"}, ("batch_size",), {"IMAGE": "IMAGE"}, (300, 60)),
     "ImageScaleBy": Kind({"image": "IMAGE"}, ("upscale_method", "scale_by"), {"IMAGE": "IMAGE"}, (300, 90)),
     "UNETLoader": Kind({}, ("unet_name", "weight_dtype"), {"MODEL": "MODEL"}, (340, 130)),

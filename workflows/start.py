@@ -78,5 +78,7 @@ def app() -> Workflow:
     w = composition("10-app-compose-three-pictures", ("man-office-worker", "tent", "desert"), prompt)
     shown = {"UniPicSampleImages": "picture", "MultiImageCompose": "prompt", "FewStepSampler": "seed"}
     widgets = [(node, shown[node.kind_name]) for node in w.nodes if node.kind_name in shown]
+    for number, node in enumerate((node for node, widget in widgets if widget == "picture"), start=1):
+        node.labels["picture"] = f"image {number}"  # else the app lists three widgets of one name
     w.app = (widgets, [node for node in w.nodes if node.kind_name == "SaveImage"])
     return w

@@ -13,8 +13,8 @@ const minutes = 60000
 const pause = ms => new Promise(resolve => setTimeout(resolve, ms))
 
 // In the page: load the graph, and describe it as the page sees it.
-async function load(ui) {
-  await window.app.loadGraphData(ui)
+async function load(ui, name) {
+  await window.app.loadGraphData(ui, true, true, name)
   await new Promise(resolve => setTimeout(resolve, 1500))
   const nodes = window.app.graph._nodes ?? window.app.graph.nodes
   return {
@@ -22,6 +22,13 @@ async function load(ui) {
     red: nodes.filter(n => n.has_errors).map(n => n.title),
     api: (await window.app.graphToPrompt()).output,
   }
+}
+
+// In the page: close the tour that the first app opens with.
+async function skipTour() {
+  const skip = [...document.querySelectorAll('button')].find(button => button.textContent.trim() === 'Skip')
+  skip?.click()
+  await new Promise(resolve => setTimeout(resolve, 1000))
 }
 
 // In the page: where nodes and groups are.
@@ -75,6 +82,12 @@ async function tidy(page) {
   })
 }
 
+// In the page: true when every picture on a node is there to be drawn.
+function pictured() {
+  const nodes = window.app.graph._nodes ?? window.app.graph.nodes
+  return nodes.every(n => !n.images?.length || (n.imgs?.length && n.imgs.every(i => i.complete && i.naturalWidth > 0)))
+}
+
 fs.mkdirSync(out, { recursive: true })
 const options = {
   args: [...chromium.args, '--no-sandbox', '--disable-gpu'],
@@ -94,7 +107,8 @@ for (const file of files) {
   await page.waitForFunction(ready, { timeout: 10 * minutes })
   await pause(2000)
   await page.evaluate(vueNodes, false) // the server remembers it
-  const report = await page.evaluate(load, JSON.parse(fs.readFileSync(file)))
+  const report = await page.evaluate(load, JSON.parse(fs.readFileSync(file)), path.basename(file, '.json'))
+  await page.evaluate(skipTour)
   report.before = await page.evaluate(boxes)
   if (!opened.includes(file)) {
     report.run = await page.evaluate(runGraph, 20 * minutes)
@@ -102,7 +116,9 @@ for (const file of files) {
     report.after = await page.evaluate(boxes)
   }
   const app = JSON.parse(fs.readFileSync(file)).extra?.linearMode
+  if (app) await page.evaluate(skipTour)
   const clip = app ? undefined : await tidy(page)
+  await page.waitForFunction(pictured, { timeout: minutes }).catch(() => errors.push('a picture did not appear'))
   const name = path.basename(file, '.json')
   await page.screenshot({ path: path.join(out, name + '.png'), clip })
   if (!app) report.vue = await page.evaluate(vueNodes, true).then(() => page.evaluate(boxes))

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import NoneType
 from typing import Any, Protocol
 
 import comfy.model_management as management
@@ -18,6 +19,7 @@ from ....unipic_core.errors import UniPicError
 from ....unipic_core.run.plan import Plan
 from ..model.influences import INFLUENCES
 from ..sampling.choices import choices
+from ..sampling.influence_control import InfluenceControl
 from ..sampling.run import prepared, sample
 from ..sampling.schedules import sigmas_of, target_tokens
 from .axes import Cell, order
@@ -141,8 +143,11 @@ def key_of(model: ModelPatcher) -> str | None:
 def composition_of(positive: Conditioning, negative: Conditioning) -> Composition:
     """The Composition that both conditionings come from. UniPicError for those of other nodes, or changed by others."""
     found = [cond[1].get(COMPOSITION) for cond in (*positive, *negative)]
-    plain = {"reference_latents", "attention_mask", "pooled_output", COMPOSITION, INFLUENCES}
-    changed = any(set(cond[1]) - plain for cond in (*positive, *negative))
+    plain = {"reference_latents", "attention_mask", "pooled_output", "control", COMPOSITION, INFLUENCES}
+    changed = any(
+        set(cond[1]) - plain or not isinstance(cond[1].get("control"), (InfluenceControl, NoneType))
+        for cond in (*positive, *negative)
+    )
     if not found or found[0] is None or any(other is not found[0] for other in found) or changed:
         raise UniPicError(
             "the axis reference_budget encodes the pictures again, so positive and negative must come straight from "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from math import prod
 from typing import Any
 
@@ -20,6 +21,16 @@ from .kv_cache import OPTION_KEYS, REFERENCE_SETS
 from .kv_memory import CACHED_TOKENS, SEPARATE, SHARED
 from .latent_format import PictureLatents
 from .mmdit import ComfyMMDiT
+
+
+def check_takes_network(model: type) -> None:
+    """ImportError for a model class of ComfyUI before 0.29, which builds its own network only."""
+    parameters = inspect.signature(model).parameters
+    if "unet_model" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise ImportError(f"its class {model.__name__} takes no network of another kind")
+
+
+check_takes_network(comfy.model_base.QwenImage)
 
 
 class UniPicModel(comfy.model_base.QwenImage):
@@ -65,9 +76,12 @@ class UniPicModel(comfy.model_base.QwenImage):
             shapes[INFLUENCES] = [1, kwargs["cross_attn"].shape[1]]
         return shapes
 
-    def memory_required(self, input_shape: Any, cond_shapes: Any = None) -> float:
+    def memory_required(self, input_shape: Any, cond_shapes: Any = None, **newer: Any) -> float:
         """The stock estimate plus the kv cache (the largest sets of references that it holds at once, and the tokens
-        that each conditioning caches for itself) and the attention bias of references with a strength or a box."""
+        that each conditioning caches for itself) and the attention bias of references with a strength or a box.
+
+        newer: arguments of ComfyUI after 0.33.
+        """
         config, cond_shapes = self.diffusion_model.config, cond_shapes or {}
         shared, separate = ([shape[1] for shape in cond_shapes.get(name, ())] for name in (SHARED, SEPARATE))
         itemsize = management.dtype_size(self.get_dtype_inference())
@@ -76,7 +90,7 @@ class UniPicModel(comfy.model_base.QwenImage):
         images = prod(input_shape[2:]) + sum(shape[-1] for shape in cond_shapes.get("ref_latents", ()))
         sequence = images // PATCH**2 + max((shape[-1] for shape in cond_shapes.get(INFLUENCES, ())), default=0)
         mask = 2 * sequence**2 * itemsize if INFLUENCES in cond_shapes else 0
-        return super().memory_required(input_shape, cond_shapes) + cache + mask
+        return super().memory_required(input_shape, cond_shapes, **newer) + cache + mask
 
 
 class UniPicConfig(comfy.supported_models.QwenImage):

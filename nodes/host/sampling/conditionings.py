@@ -16,8 +16,6 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....unipic_core.errors import UniPicError
-from ..model.influences import INFLUENCES
-from ..model.mmdit import ComfyMMDiT
 
 KEY = "unipic_conditionings"
 
@@ -59,20 +57,9 @@ def _adapt_run(executor: Any, noise: Tensor, latent: Tensor, *args: Any, **kwarg
     mask = args[2] if len(args) > 2 else kwargs.get("denoise_mask")
     check_numbers("the latent's mask", mask)
     text = getattr(getattr(model.diffusion_model, "txt_in", None), "in_features", None)
-    if not isinstance(model.diffusion_model, ComfyMMDiT):
-        _check_influences(guider.conds)
     for conds in guider.conds.values():
         conds[:] = [adapted(cond, noise, channels, text) for cond in conds]
     return executor(noise, latent, *args, **kwargs)
-
-
-def _check_influences(conds: dict[str, list[dict[str, Any]]]) -> None:
-    """UniPicError for strengths and boxes of references with ComfyUI's own network, which does not know them."""
-    if any(cond.get(INFLUENCES) for each in conds.values() for cond in each):
-        raise UniPicError(
-            "strengths, boxes and time ranges of references need the model of Load UniPic, got ComfyUI's own network; "
-            "load the model with Load UniPic, or set strength 1 and no box"
-        )
 
 
 def check_latent(latent: Tensor, channels: int) -> None:

@@ -48,6 +48,7 @@ def saved_pictures(outputs: dict[str, Any]) -> list[dict[str, Any]]:
 STOCK = (
     *("nodes_qwen", "nodes_custom_sampler", "nodes_edit_model", "nodes_images"),
     *("nodes_mask", "nodes_compositing", "nodes_rebatch", "nodes_bounding_boxes", "nodes_image_compare"),
+    *("nodes_latent", "nodes_post_processing"),  # in this order: they import each other
 )
 """ComfyUI's files that hold the stock nodes of the workflows and the tests, beside nodes.py."""
 
@@ -139,7 +140,9 @@ def server() -> Server:
     (base / "custom_nodes" / PACK_FOLDER).symlink_to(comfyui.ROOT, target_is_directory=True)
     settings = base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text(json.dumps({"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}))
+    chosen = {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False}
+    chosen |= {"LiteGraph.Canvas.MinFontSizeForLOD": 0}  # else a large graph is drawn without its texts
+    settings.write_text(json.dumps(chosen))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

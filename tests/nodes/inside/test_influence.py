@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import toy
 from causal_tools import CAUSAL, close
 from compose_tools import WISHES, distance, image
 from model_tools import random_inputs, velocity
@@ -89,13 +88,6 @@ def test_time_ranges_are_comfyuis_percents(nano_model: Any) -> None:
     half = run(nano_model, (Influence(0.0, end=0.5), Influence()))
     assert not torch.equal(half, always)
     assert not torch.equal(half, plain)
-
-
-def test_comfyuis_own_network_refuses_them() -> None:
-    patcher = toy.model()
-    cond = [[torch.zeros(1, 3, 8), {INFLUENCES: (Influence(0.5),)}]]
-    with pytest.raises(UniPicError, match="need the model of Load UniPic, got ComfyUI's own network"):
-        FewStepSampler.execute(patcher, cond, toy.text(), toy.latent(), 1, 2, 1.0, "euler", 1.0)
 
 
 def composed(tiny: Any, *references: Any, **more: Any) -> Any:

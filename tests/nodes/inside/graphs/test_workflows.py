@@ -42,14 +42,18 @@ def test_kinds_are_the_nodes(name: str) -> None:
     for field, spec in inputs_of(node).items():
         options = spec[1] if len(spec) > 1 else {}
         if str(spec[0]).startswith("COMFY_AUTOGROW"):
-            growing |= {f"{field}.{name}" for name in options["template"]["names"]}
+            template = options["template"]
+            names = template.get("names") or [f"{template['prefix']}{i}" for i in range(template["max"])]
+            growing |= {f"{field}.{name}" for name in names}
         elif isinstance(spec[0], list) or spec[0].partition(",")[0] in PLAIN:
             widgets += [field, CONTROL] if options.get("control_after_generate") else [field]
         else:
             sockets[field] = spec[0]
     assert list(kind.widgets) == widgets
     assert dict(kind.sockets) == sockets
-    assert {f"{prefix}{i + 1}" for prefix, (_, most) in kind.growing.items() for i in range(most)} == growing
+    numbers = {prefix: range(kind.first, kind.first + most) for prefix, (_, most) in kind.growing.items()}
+    assert {f"{prefix}{i}" for prefix, each in numbers.items() for i in each} == growing
+    assert not getattr(node, "DEPRECATED", False)
     assert set(kind.optional) == {f for f in node.INPUT_TYPES().get("optional", {}) if f in sockets}
     names = getattr(node, "RETURN_NAMES", None) or node.RETURN_TYPES
     assert dict(kind.outputs) == dict(zip(names, node.RETURN_TYPES, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import comfy.model_base
 import comfy.sampler_helpers
 import pytest
 import torch
@@ -164,3 +165,16 @@ def test_the_estimate_counts_what_is_on_the_device(
 def test_odd_references_are_counted_in_whole_tokens() -> None:
     cond = {"cross_attn": torch.zeros(1, 7, 8), "reference_latents": [torch.zeros(1, 16, 1, 5, 7)]}
     assert kv_memory.cached_tokens(cond, "prefix_causal", "auto", 1) == {SHARED: 3 * 4, SEPARATE: 7}
+
+
+def test_newer_arguments_of_the_estimate_are_handed_on(nano_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, seen = comfy.model_base.QwenImage.memory_required, []
+
+    def newer(self: Any, input_shape: Any, cond_shapes: Any, memory_efficient_attention: Any = None) -> float:
+        seen.append(memory_efficient_attention)
+        return stock(self, input_shape, cond_shapes)
+
+    expected = nano_model.model.memory_required([1, 16, 1, 8, 8])
+    monkeypatch.setattr(comfy.model_base.QwenImage, "memory_required", newer, raising=False)
+    assert nano_model.model.memory_required([1, 16, 1, 8, 8], {}, memory_efficient_attention=True) == expected
+    assert seen == [True]
