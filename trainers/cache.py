@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -141,7 +141,6 @@ def encode_latents(
     check_same_set(folder, {**checked.source.identity, **settings_of(data), "vae": fingerprint(vae)})
     ranges = list(enumerate(shard_ranges(data, len(checked.source))))
     shards = {shard_path(folder, i): rows for i, rows in part.of(ranges)}
-    remove_leftovers(folder, shards)
     for_text = None if keeps_vision(data, text) else text
     missing = [path for path, rows in shards.items() if not is_current(path, checked.digest(rows), for_text)]
     count = sum(len(shards[path]) for path in missing)
@@ -156,15 +155,6 @@ def encode_latents(
     if preview and part.is_first:
         write_preview(preview_path(data, preview, read_set_file(folder)), vae, grid_rows)
     return list(shards)
-
-
-def remove_leftovers(folder: Path, shards: Iterable[Path]) -> None:
-    """Remove what a killed run left of these shards; other parts are writing theirs."""
-    names = {path.name.removeprefix("shard-") for path in shards}
-    for partial in folder.glob("*.partial-*"):
-        name = partial.name.partition(".partial-")[0]
-        if name.startswith(("shard-", "text-")) and name.rpartition("-")[2] in names:
-            partial.unlink(missing_ok=True)
 
 
 def encode_shard(
@@ -192,7 +182,8 @@ def add_text(
     previews = [Shard(preview_path(data, preview, read_set_file(Path(data.folder))))] if preview else []
     missing = [shard for shard in (*previews, *shards) if not has_text(shard, name)]
     if missing:
-        encode_text(missing, name, load(), keep_vision=lambda shard: keeps_vision(data, name) or shard in previews)
+        kept = {shard.path for shard in previews}
+        encode_text(missing, name, load(), keep_vision=lambda shard: keeps_vision(data, name) or shard.path in kept)
     for shard in shards:  # a run may be killed between writing the two files
         if not keeps_vision(data, name):
             drop_vision(shard.path)

@@ -1,7 +1,8 @@
 """Atomic writing: files and folders appear at their place only when complete.
 
 Content is written under a random name beside the destination, flushed to the disk and renamed. A killed run leaves that
-name behind; the next one that writes into the same folder removes it. This module does not import torch.
+name behind; the next one on this machine that writes into the same folder removes it, another machine, which may not
+see that it is locked, when it is a day old. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -27,9 +29,22 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _user = getattr(os, "getuid", lambda: 0)  # Windows has no user ids
-_PARTIAL = re.compile(r"\.unipic\.partial-[0-9a-f]{32}(\.\w+)?")
+_PREFIX = ".unipic.partial-"
+_PARTIAL = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{32}}(\.\w+)?")
 _ABANDONED = 24 * 3600
-"""Age in seconds at which a leftover is removed on systems without locks, which would show if its writer is alive."""
+"""Age in seconds at which a leftover is removed where no lock shows if its writer is alive: that of another machine, on
+a folder that several share, and on systems without locks."""
+
+
+def _this_system() -> str:
+    """8 hexadecimal digits of the running system, within which locks are seen, containers included."""
+    name = platform.node()
+    with suppress(OSError):
+        name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
+
+
+SYSTEM = _this_system()
 
 
 def require_new(dst: Path, overwrite: bool) -> None:
@@ -104,7 +119,7 @@ def _destination(path: Path, folder: bool) -> Path:
 def _new_partial(path: Path, folder: bool) -> tuple[Path, int | None]:
     """Create a file or folder with an unguessable name: (path, descriptor that holds its lock)."""
     while True:
-        partial = path.with_name(f".unipic.partial-{secrets.token_hex(16)}{'' if folder else path.suffix[:20]}")
+        partial = path.with_name(f"{_PREFIX}{SYSTEM}{secrets.token_hex(12)}{'' if folder else path.suffix[:20]}")
         if not _PARTIAL.fullmatch(partial.name):  # the suffix is no file ending, such as ". 1"
             partial = partial.with_name(partial.name[: -len(path.suffix[:20])])
         if folder:
@@ -143,7 +158,7 @@ def _remove_leftover(path: Path) -> None:
     about = path.lstat()
     if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
         return
-    if fcntl is None:
+    if fcntl is None or not path.name.startswith(f"{_PREFIX}{SYSTEM}"):
         if time.time() - about.st_mtime > _ABANDONED:
             _remove(path)
     elif about.st_uid == _user() and (lock := _locked(path)) is not None:

@@ -24,6 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
 
 Run = Callable[[], Any]
+Clock = Callable[[], float]
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -53,25 +54,28 @@ def _parts(parts: str | Mapping[str, float]) -> Mapping[str, float]:
     return {parts: 1.0} if isinstance(parts, str) else parts
 
 
-def in_turns(runs: Mapping[str, Run], rounds: int, wait: Run = lambda: None, warmup: int = 1) -> Times:
+def in_turns(
+    runs: Mapping[str, Run], rounds: int, wait: Run = lambda: None, warmup: int = 1, clock: Clock = time.perf_counter
+) -> Times:
     """Every run once in each round, there and back, so that a drift of the machine favours none.
 
-    wait: until a run's work is done, where it goes on behind its return. warmup: rounds before those that count.
+    wait: until a run's work is done, where it goes on behind its return. warmup: rounds before those that count. clock:
+    time.process_time counts processor time, which other programs on the machine do not lengthen by taking turns.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(warmup + rounds):
         for name in reversed(list(runs)) if i % 2 else runs:
-            seconds[name].append(timed(runs[name], wait))
+            seconds[name].append(timed(runs[name], wait, clock))
     return Times({name: row[warmup:] for name, row in seconds.items()})
 
 
-def timed(run: Run, wait: Run = lambda: None) -> float:
+def timed(run: Run, wait: Run = lambda: None, clock: Clock = time.perf_counter) -> float:
     """Seconds of one run."""
     wait()
-    start = time.perf_counter()
+    start = clock()
     run()
     wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """`python -m tests.benchmarks.training_data [--json FILE]`: what feeds a training step.
 
-1. Mixed data (11 camera sizes, 1 to 6 references, batches of 4, 16 and 64): rows per second of a forward and backward
-   pass of the nano's network. Micro-batches of similar length, as the trainers make them, against batches of one exact
+1. Mixed data (11 camera sizes, 1 to 6 references, batches of 4, 16 and 64): rows per second (of processor time) of a
+   forward and backward pass of the nano's network at 128 and 256 pixels: at 128 what a pass costs whatever its tokens
+   is more than those of a row. Micro-batches of similar length, as the trainers make them, against batches of one exact
    set of shapes (the buckets that they had before) and against one row at a time. A bucket repeats rows where it has
    too few; only different rows count. Padding, and rows that buckets never give, are counted at the released sizes.
 2. A cache of 700,000 rows in about 11,000 shards: time and memory of a start, with the check of every file's size and
@@ -69,17 +70,19 @@ CAMERAS = (
 
 @dataclass(frozen=True)
 class Setup:
-    """rows: of mixed data. sizes: of batches. cache_rows, shard_rows: of the large cache. passes: of a swap's run."""
+    """rows: of mixed data. sizes: of batches. sides: of the squares, in pixels, that timed rows fill. cache_rows,
+    shard_rows: of the large cache. passes: of a swap's run."""
 
     rows: int
     sizes: Sequence[int]
+    sides: Sequence[int]
     cache_rows: int
     shard_rows: int
     passes: int
 
 
-FULL_SIZE = Setup(20_000, (4, 16, 64), 700_000, 64, 2)
-TINY = Setup(200, (2,), 300, 64, 1)
+FULL_SIZE = Setup(20_000, (4, 16, 64), (128, 256), 700_000, 64, 2)
+TINY = Setup(200, (2,), (128,), 300, 64, 1)
 
 # --- mixed data -------------------------------------------------------------------------------------------------------
 
@@ -185,37 +188,44 @@ def nano_roles(**options: Any) -> AdapterRoles:
 
 
 def mixed_data(rounds: int, setup: Setup) -> Iterator[dict[str, float]]:
-    """Per batch size: rows per second of the three kinds, on rows of an eighth of the released sides."""
-    roles, large, small = nano_roles(), mixed_rows(setup.rows, 1024), mixed_rows(setup.rows, 128)
-    lengths = lengths_of(small)
-    for size in setup.sizes:
-        batch = RowOrder(len(small), size, 0)[0]
-        buckets = Buckets([row.shapes for row in small], size)
-        of_bucket = next((b for b in buckets.epoch(0)), np.repeat(batch[:1], size))
-        singles = {int(row): example(small[row], int(row)) for row in {*batch.tolist(), *of_bucket.tolist()}}
+    """Per side and batch size: rows per second of the three kinds, and the padding at the released sizes."""
+    roles, large = nano_roles(), mixed_rows(setup.rows, 1024)
+    counted = {size: at_released_sizes(large, size) for size in setup.sizes}
+    for side in setup.sides:
+        small = mixed_rows(setup.rows, side)
+        for size in setup.sizes:
+            yield {"side": side, "batch": size, **of_three_kinds(roles, small, size, rounds), **counted[size]}
 
-        def joined(rows: Sequence[int], singles: dict[int, Inputs] = singles) -> Inputs:
-            return padded_batch([singles[int(row)] for row in rows])
 
-        packed = [joined(piece) for piece in micro_batches_of(batch, lengths)]
-        whole, alone = joined(of_bucket.tolist()), [singles[int(row)] for row in batch]
-        runs = {
-            "packed": lambda packed=packed: passes(roles, packed),
-            "buckets": lambda whole=whole: passes(roles, [whole]),
-            "one_by_one": lambda alone=alone: passes(roles, alone),
-        }
-        times = in_turns(runs, rounds)
-        distinct = len(np.unique(of_bucket))
-        yield {
-            "batch": size,
-            "packed_rows_per_second": size / times.median("packed"),
-            "bucket_rows_per_second": distinct / times.median("buckets"),
-            "single_rows_per_second": size / times.median("one_by_one"),
-            "time_over_one_by_one": times.ratio("packed", "one_by_one"),
-            "time_per_different_row_over_buckets": times.ratio("packed", "buckets") * distinct / size,
-            "padding_share_small": 1 - sum(map(real_tokens, packed)) / sum(map(all_tokens, packed)),
-            **at_released_sizes(large, size),
-        }
+def of_three_kinds(roles: AdapterRoles, rows: Sequence[MixedRow], size: int, rounds: int) -> dict[str, float]:
+    """Rows per second of a batch in micro-batches, of a bucket's batch, and one by one."""
+    batch, buckets = RowOrder(len(rows), size, 0)[0], Buckets([row.shapes for row in rows], size)
+    of_bucket = next((b for b in buckets.epoch(0)), np.repeat(batch[:1], size))
+    singles = {int(row): example(rows[row], int(row)) for row in {*batch.tolist(), *of_bucket.tolist()}}
+
+    def joined(some: Sequence[int]) -> Inputs:
+        return padded_batch([singles[int(row)] for row in some])
+
+    packed = [joined(piece) for piece in micro_batches_of(batch, lengths_of(rows))]
+    whole, alone = joined(of_bucket.tolist()), [singles[int(row)] for row in batch]
+    runs = {
+        "packed": lambda: passes(roles, packed),
+        "buckets": lambda: passes(roles, [whole]),
+        "one_by_one": lambda: passes(roles, alone),
+    }
+    times, distinct = in_turns(runs, rounds, clock=time.process_time), len(np.unique(of_bucket))
+    tokens, of_packed = real_tokens(whole), sum(map(real_tokens, packed))
+    over_buckets = times.ratio("packed", "buckets")
+    return {
+        "packed_rows_per_second": size / times.median("packed"),
+        "bucket_rows_per_second": distinct / times.median("buckets"),
+        "single_rows_per_second": size / times.median("one_by_one"),
+        "time_over_one_by_one": times.ratio("packed", "one_by_one"),
+        "time_per_different_row_over_buckets": over_buckets * distinct / size,
+        "time_per_token_over_buckets": over_buckets * tokens / of_packed,
+        "tokens_per_row": of_packed / size,
+        "padding_share_small": 1 - of_packed / sum(map(all_tokens, packed)),
+    }
 
 
 def real_tokens(batch: Inputs) -> int:

@@ -28,6 +28,7 @@ class RowOrder:
     def __init__(self, rows: int, batch_size: int, seed: int, accumulation: int = 1) -> None:
         self.rows, self.batch_size, self.seed = rows, batch_size, seed
         self.rows_per_update = batch_size * accumulation
+        self._latest = (-1, np.zeros(0, dtype=np.int64))  # the last epoch of a small set, and its order
         if not rows:
             raise ConfigError("the cache holds no samples; run python -m trainers.cache with the same config")
         if self.rows_per_update > rows:
@@ -47,16 +48,19 @@ class RowOrder:
         """Permutation of an epoch, without repeats in the update that it shares with the previous epoch.
 
         In a large set the last update's worth of rows stays as drawn, so an epoch depends only on the one before it;
-        small sets are computed from epoch 0.
+        in a small one on all before it, which are computed one from the other.
         """
         permutation = self._permutation(epoch)
         if not epoch:
             return permutation
         if self.rows >= 3 * self.rows_per_update:
             return self._without_repeats(permutation, self._permutation(epoch - 1), epoch)
-        order = self._permutation(0)
-        for e in range(1, epoch + 1):
+        done, order = self._latest
+        if not 0 <= done <= epoch:
+            done, order = 0, self._permutation(0)
+        for e in range(done + 1, epoch + 1):
             order = self._without_repeats(self._permutation(e), order, e)
+        self._latest = epoch, order
         return order
 
     def _permutation(self, epoch: int) -> np.ndarray:

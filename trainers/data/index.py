@@ -33,7 +33,7 @@ from unipic_core.replacing import replacing
 
 from ..config.run import ConfigError
 from .batches import Lengths
-from .shards import FULL_MASK, Rows, Shard, TextShard, has_text, text_path
+from .shards import FULL_MASK, Rows, Shard, TextShard, has_text, stamp_of, text_path
 
 COMMAND = "run python -m trainers.cache with the same config"
 VERSION = "2"
@@ -45,6 +45,7 @@ NOWHERE = -1
 
 TEXT = ("embeds", "uncond", "embeds_scale", "uncond_scale")
 Arrays = dict[str, np.ndarray]
+Stamps = dict[Path, tuple[int, int] | None]
 
 
 def index_path(folder: Path, text: str | None) -> Path:
@@ -53,14 +54,15 @@ def index_path(folder: Path, text: str | None) -> Path:
 
 def open_index(folder: Path, shards: Sequence[Path], text: str | None) -> CachedSamples:
     """The samples of these shards with embeddings by the encoder `text`. Builds the index if it is not current."""
-    path, state = index_path(folder, text), state_of(shards, text)
+    path, stamps = index_path(folder, text), stamps_of(shards, text)
+    state = state_of(stamps)
     made = read_index(path, state)
     if made is None:
         arrays, metadata = build_index(shards, text)
         with suppress(CheckpointError, OSError), replacing(path) as partial:  # a folder that cannot be written
             save_file(arrays, partial, {**metadata, "state": state, "version": VERSION})
         made = arrays, metadata
-    return CachedSamples(shards, text, *made)
+    return CachedSamples(shards, text, *made, stamps)
 
 
 def read_index(path: Path, state: str) -> tuple[Arrays, dict[str, str]] | None:
@@ -75,14 +77,24 @@ def read_index(path: Path, state: str) -> tuple[Arrays, dict[str, str]] | None:
         return None
 
 
-def state_of(shards: Sequence[Path], text: str | None) -> str:
+def stamps_of(shards: Sequence[Path], text: str | None) -> Stamps:
+    """Size and time of every file; None for one that is missing."""
+    stamps: Stamps = {}
+    for path in files_of(shards, text):
+        try:
+            stamps[path] = stamp_of(path)
+        except FileNotFoundError:
+            stamps[path] = None
+    return stamps
+
+
+def state_of(stamps: Stamps) -> str:
     """Digest of the names, sizes and times of the files."""
     digest = hashlib.sha256()
-    for path in files_of(shards, text):
-        if not path.exists():
+    for path, stamp in stamps.items():
+        if stamp is None:
             return "incomplete"
-        stat = path.stat()
-        digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(f"{path.name} {stamp[0]} {stamp[1]}\n".encode())
     return digest.hexdigest()
 
 
@@ -171,10 +183,21 @@ def digests_of(rows: Iterable[tuple[str, str]]) -> np.ndarray:
 
 
 class CachedSamples:
-    """All samples of a cache as rows 0 .. len - 1. contents: digest of what they were made from."""
+    """All samples of a cache as rows 0 .. len - 1. contents: digest of what they were made from.
 
-    def __init__(self, shards: Sequence[Path], text: str | None, arrays: Arrays, metadata: dict[str, str]) -> None:
+    stamps: of the files that were indexed; one that is another when it is opened is not read.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        text: str | None,
+        arrays: Arrays,
+        metadata: dict[str, str],
+        stamps: Stamps | None = None,
+    ) -> None:
         self.shards, self.text, self.arrays = list(shards), text, arrays
+        self.stamps = stamps_of(shards, text) if stamps is None else stamps
         self.contents = metadata["contents"]
         self.buckets: list[str] = json.loads(metadata["buckets"])
         self.part_starts = np.cumsum([0, *arrays["rows"]])
@@ -277,7 +300,14 @@ class CachedSamples:
 
     def _opened(self, path: Path) -> BinaryIO:
         """A file that stays open: one that is replaced meanwhile goes on to give what was indexed."""
-        return open(path, "rb")
+        file = path.open("rb")
+        if stamp_of(file.fileno()) != self.stamps[path]:
+            file.close()
+            raise CheckpointError(
+                f"{path} was written again since this run began, so its rows may lie elsewhere in it; let "
+                "trainers.cache end, and run the same command again"
+            )
+        return file
 
 
 PER_REFERENCE = (

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from unipic_core.conditioning.sequence import TextCond
+from unipic_core.errors import CheckpointError
 from unipic_core.weights.formats.safetensors_file import read_safetensors
 from unipic_core.weights.formats.tensor_spec import Table
 from unipic_core.weights.write import write_safetensors
@@ -50,6 +52,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     write_safetensors(path, specs, tensors.items(), {k: json.dumps(v) for k, v in metadata.items()})
 
 
+def stamp_of(path: Path | int) -> tuple[int, int]:
+    """(size, time in ns) of a file or of an open one's descriptor, which tell a file that was replaced."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns
+
+
 class MappedTensors:
     """Tensors of a file as views of a memory map: pages are read on access and can be evicted by the system.
 
@@ -71,7 +79,7 @@ class Shard:
     """Latent shard, opened by its header. Raises CheckpointError if the file is damaged."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self._stamp = path, stamp_of(path)
         self.table: Table
         self.table, texts = read_safetensors(path)
         self.metadata: dict[str, Any] = {name: json.loads(text) for name, text in texts.items()}
@@ -79,7 +87,14 @@ class Shard:
 
     @cached_property
     def tensors(self) -> MappedTensors:
-        return MappedTensors(self.path, self.table)
+        """Raises CheckpointError if the file is not the one whose header was read."""
+        tensors = MappedTensors(self.path, self.table)
+        if stamp_of(self.path) != self._stamp:
+            raise CheckpointError(
+                f"{self.path} was replaced while it was read, as by another run on the same part of the cache; wait "
+                "until that is done and run the same command again"
+            )
+        return tensors
 
     def pictures(self, shapes: str, kind: str) -> tuple[Tensor, ...]:
         """The `reference` or `vision` tensors of a bucket (`kind`), in order."""

@@ -23,7 +23,7 @@ from unipic_core.pipeline.text_encoder import LOCAL, EncoderInputs, TextEncoder,
 from unipic_core.weights.files import open_weights
 from unipic_core.weights.text_encoder import HEAD, open_encoder, readable_encoder_errors
 
-from .shards import Rows, Shard, drop_vision, text_path, write_shard
+from .shards import Rows, Shard, drop_vision, has_text, text_path, write_shard
 
 UNCOND_PROMPT = " "
 """Prompt of the unconditional branch, as in the released recipe."""
@@ -150,8 +150,12 @@ def encode_text(
     total = sum(len(prompts) for shard in shards for prompts in shard.prompts.values())
     errors, start = [], time.perf_counter()
     with tqdm(total=total, unit=" samples", desc="text") as bar:
-        for number, shard in enumerate(shards):
-            errors += encode_shard(text, shard, fingerprint, bar)
+        for number, path in enumerate([shard.path for shard in shards]):
+            shard = Shard(path)  # anew: another run on the same part may have been here meanwhile
+            if has_text(shard, fingerprint):
+                bar.update(sum(map(len, shard.prompts.values())))
+            else:
+                errors += encode_shard(text, shard, fingerprint, bar)
             if not number and bar.n and total > LONG:
                 bar.write(f"text: about {total / bar.n * (time.perf_counter() - start) / 3600:.2f} hours, measured")
             if not keep_vision(shard):

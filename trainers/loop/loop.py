@@ -76,11 +76,12 @@ class Run:
         with StopRequest() as request, closing(self.log), load_batches(self.config, self.method, self.start) as batches:
             for step in range(self.start, steps):
                 self.step(batches, step)
-                stopped = self.record(step + 1, request.asked, bar)
-                if stopped and step + 1 < steps:
+                if self.record(step + 1, request.asked, bar):
                     raise KeyboardInterrupt
                 if samples_due(self.config, step + 1):
                     self.preview(step + 1)
+            if any(any_process(self.accelerator, request.asked)):  # in the last preview: no export, no next stage
+                raise KeyboardInterrupt
         bar.close()
 
     def step(self, batches: Iterator[Batch], step: int) -> None:

@@ -18,6 +18,7 @@ from trainers.data import shards
 from trainers.data.shards import Shard, text_path
 from trainers.data.text_embeddings import encoder_fingerprint
 from unipic_core.pipeline.text_encoder import TextEncoder
+from unipic_core.weights import write as writing
 
 # --- resumable --------------------------------------------------------------------------------------------------------
 
@@ -46,10 +47,13 @@ def _build_and_die(data: DataConfig, folder: Path, writes: int) -> None:
     torch.set_num_threads(1)
     original, done = shards.write_safetensors, []
 
+    def half(partial, *_):
+        partial.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
     def write(path, announced, tensors, metadata):
         if len(done) == writes:
-            Path(f"{path}.partial-{os.getpid()}").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
+            writing.write_tensors = half
         done.append(path)
         original(path, announced, tensors, metadata)
 
@@ -66,6 +70,7 @@ def test_goes_on_after_kill_9(jsonl, folder, vae, text, tmp_path, writes):
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
+    assert len(list(Path(jsonl.folder).glob("*.partial-*"))) == 1
     build(jsonl, vae, text)
     assert contents(jsonl.folder) == contents(whole.folder)
     assert not list(Path(jsonl.folder).glob("*.partial-*"))

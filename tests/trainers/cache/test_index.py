@@ -97,9 +97,12 @@ def test_a_folder_that_cannot_be_written_serves_too(built, text, monkeypatch):
     assert len(opened(built, encoder_fingerprint(text))) == 7
 
 
-def test_a_shard_that_became_shorter_is_named(built, text):
+@pytest.mark.parametrize(("opens", "message"), [(True, "shorter than when it was indexed"), (False, "written again")])
+def test_a_shard_that_became_shorter_is_named(built, text, opens, message):
     samples = opened(built, encoder_fingerprint(text))
+    if opens:
+        [samples.take(row) for row in range(len(samples))]
     for path in cached_shards(built):
         os.truncate(path, 100)
-    with pytest.raises(CheckpointError, match="shorter than when it was indexed"):
-        samples.take(0)
+    with pytest.raises(CheckpointError, match=message):
+        [samples.take(row) for row in range(len(samples))]

@@ -15,13 +15,16 @@ from tests.trainers.data.test_several_sources import plain
 from tests.trainers.processes import launch
 from trainers.cache import build, cached_samples, cached_shards, main, read_preview
 from trainers.config.run import ConfigError, PreviewConfig, parse_run, to_dict
-from trainers.data import cost
+from trainers.data import cost, text_embeddings
 from trainers.data.index import index_path
 from trainers.data.parts import CachePart, part_named
-from trainers.data.text_embeddings import encoder_fingerprint, in_fp8
+from trainers.data.shards import Shard, write_shard
+from trainers.data.text_embeddings import encoder_fingerprint, in_fp8, text_fingerprint
 from trainers.loop.checkpointing import TrainingError
 from trainers.loop.loop import train
 from trainers.methods.sft import SFTTraining
+from unipic_core.errors import CheckpointError
+from unipic_core.pipeline.text_encoder import TextEncoder
 
 
 def test_a_part_is_named_or_taken_from_the_launcher(monkeypatch):
@@ -62,8 +65,8 @@ def test_parts_make_what_one_process_makes(configured, tmp_path, capsys):
     assert main([path, "--part", "3/3"]) == 0
     assert main([path, "--part", "1/3"]) == 0
     assert not list(Path(config.data.folder).glob("index-*"))
-    stray = tmp_path / "parts" / "shard-00002.safetensors.partial-77"
-    stray.write_text("being written by part 3")
+    stray = tmp_path / "parts" / f".unipic.partial-{'f' * 8}{'0' * 24}.safetensors"
+    stray.write_text("being written by another machine")
     assert main([path, "--part", "2/3"]) == 0
     assert stray.exists()
     stray.unlink()
@@ -77,6 +80,54 @@ def test_parts_make_what_one_process_makes(configured, tmp_path, capsys):
     ]
     assert main([path, "--part", "4/3"]) == 2
     assert "expected i/n" in capsys.readouterr().err
+
+
+def test_a_part_that_is_started_twice_is_made_once(configured, tmp_path, monkeypatch):
+    """The second run goes through all of it while the first has just loaded its text encoder."""
+    _, path = configured("twice")
+    load = TextEncoder.from_pretrained
+    monkeypatch.setattr(TextEncoder, "from_pretrained", once(load, lambda: main([path])))
+    assert main([path]) == 0
+    _, alone = configured("alone")
+    assert main([alone]) == 0
+    expected, found = contents(str(tmp_path / "alone")), contents(str(tmp_path / "twice"))
+    shards = [name for name in expected if not name.startswith("index-")]
+    assert all(expected[name] == found[name] for name in shards)
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_never_mixed(configured, capsys, monkeypatch):
+    """Its header says where tensors lie, and in the new file they lie elsewhere."""
+    config, path = configured("mixed")
+    encode = text_embeddings.encode_shard
+
+    def late(text, shard, *rest):
+        other = Shard(shard.path)
+        write_shard(shard.path, {name: other.tensors[name] for name in other.table}, other.metadata)
+        return encode(text, shard, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text_embeddings, "encode_shard", late)
+        assert main([path]) == 2
+    assert re.search(r"preview-\w+\.safetensors was replaced while it was read", capsys.readouterr().err)
+    assert main([path]) == 0
+    samples = cached_samples(config.data, text_fingerprint(Path(config.network.model)))[0]
+    for shard in cached_shards(config.data):
+        os.utime(shard, ns=(0, 0))
+    with pytest.raises(CheckpointError, match="was written again since this run began"):
+        samples.take(0)
+
+
+def once(function, before):
+    """The function, which calls `before` at its first call."""
+    calls = []
+
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            before()
+        return function(*args, **kwargs)
+
+    return called
 
 
 def test_processes_of_a_launcher_take_their_parts(configured, tmp_path):
@@ -119,13 +170,14 @@ def test_a_million_rows_of_the_released_size_take_terabytes(configured):
 def test_embeddings_in_fp8_and_their_error(jsonl, vae, text, capsys):
     data = replace(jsonl, text_storage="fp8")
     build(jsonl, vae, text, PreviewConfig(samples=2))
-    exact = cached_samples(jsonl, encoder_fingerprint(text))[0]
+    exact_samples = cached_samples(jsonl, encoder_fingerprint(text))[0]
+    exact = [exact_samples.take(row) for row in range(len(exact_samples))]  # the second build writes shards again
     build(data, vae, text, PreviewConfig(samples=2))
     said = re.search(r"fp8 changes the text embeddings by ([\d.]+)% of their norm", capsys.readouterr().out)
     assert 0 < float(said[1]) < 4
     stored = cached_samples(data, encoder_fingerprint(text))[0]
-    for row in range(len(exact)):
-        a, b = exact.take(row), stored.take(row)
+    for row, a in enumerate(exact):
+        b = stored.take(row)
         for x, y in ((a.cond, b.cond), (a.uncond, b.uncond)):
             assert float((x.embeds - y.embeds).norm() / x.embeds.norm()) < 0.04
     assert len(read_preview(data, PreviewConfig(samples=2), encoder_fingerprint(text))) == 2

@@ -37,6 +37,18 @@ def test_order_depends_on_seed_and_step_alone():
     assert any((first[s] != first[s + 49]).any() for s in range(12))
 
 
+def test_a_small_set_is_ordered_once_however_long_it_trains(monkeypatch):
+    """Its epochs depend on all before them: the next one must not begin at the first again."""
+    calls, steps = [], RowOrder._without_repeats
+    monkeypatch.setattr(RowOrder, "_without_repeats", lambda *args: calls.append(1) or steps(*args))
+    forwards = RowOrder(20, 7, 0)
+    seen = {i: forwards[i] for i in range(1000, 1200)}
+    assert len(calls) <= 1200 * 7 / 20 + 1
+    for i in (1100, 1000, 1199):
+        assert (RowOrder(20, 7, 0)[i] == seen[i]).all()
+        assert (forwards[i] == seen[i]).all()
+
+
 def test_an_update_larger_than_the_set_is_refused():
     with pytest.raises(ConfigError, match=r"batch_size 4 x accumulation 2 needs 8 different rows, got 7"):
         RowOrder(7, 4, 0, accumulation=2)

@@ -2,7 +2,6 @@
 one; bad numbers and full disks are reported."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -252,37 +251,6 @@ def test_a_batch_that_cannot_be_shared_is_refused():
     assert [Share(i, 2).part(6) for i in (0, 1)] == [slice(0, 3), slice(3, 6)]
     with pytest.raises(ConfigError, match="batch_size: expected a multiple of 2, .*, got 5"):
         Share(0, 2).part(5)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, metrics, number):
-    class Signalled(Toy):
-        def batch(self, index):
-            if index == 25 and not list(tmp_path.glob("broken/checkpoints/step-0000005")):
-                os.kill(os.getpid(), number)
-            return super().batch(index)
-
-    handler = signal.getsignal(number)
-    train(config(tmp_path / "whole"), Toy())
-    with pytest.raises(KeyboardInterrupt):
-        train(config(tmp_path / "broken"), Signalled())
-    assert newest_checkpoint(tmp_path / "broken").name == "step-0000005"
-    assert signal.getsignal(number) is handler
-    train(config(tmp_path / "broken"), Signalled())
-    assert metrics(tmp_path / "broken") == metrics(tmp_path / "whole")
-
-
-def test_a_second_signal_exits_at_once():
-    program = (
-        "import os, signal; from trainers.loop.stopping import StopRequest\n"
-        "with StopRequest() as request:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); assert request.asked\n"
-        "    os.kill(os.getpid(), signal.SIGTERM); print('went on')"
-    )
-    ended = subprocess.run([sys.executable, "-c", program], env=ENV, capture_output=True, text=True)
-    assert ended.returncode == 128 + signal.SIGTERM
-    assert "went on" not in ended.stdout
-    assert "a second signal exits at once" in ended.stderr
 
 
 def test_checkpoints_are_saved_by_time_too(tmp_path):

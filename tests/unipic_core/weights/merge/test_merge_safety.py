@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from unipic_core.errors import CheckpointError
-from unipic_core.replacing import replacing, require_new, write_json
+from unipic_core.replacing import SYSTEM, replacing, require_new, write_json
 from unipic_core.weights.merge import merge
 
 from .small_loras import TINY, files
@@ -101,16 +101,16 @@ def test_devices_and_links_to_nothing_are_refused(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path: Path) -> None:
-    token = "0123456789abcdef" * 2
+    token = f"{SYSTEM}{'0123456789abcdef' * 2}"[:32]
     dead = [tmp_path / f".unipic.partial-{token}.safetensors", tmp_path / f".unipic.partial-{token}"]
     dead[0].write_text("half")
     dead[1].mkdir()
     kept = [tmp_path / ".unipic.partial-mine", tmp_path / "model.partial-1234", tmp_path / f"x.unipic.partial-{token}"]
     for path in kept:
         path.write_text("dear")
-    link = tmp_path / f".unipic.partial-{token[::-1]}"
+    link = tmp_path / f".unipic.partial-{token[:-1]}0"
     link.symlink_to(kept[0])
-    alive = tmp_path / f".unipic.partial-{'a' * 32}"
+    alive = tmp_path / f".unipic.partial-{token[:-1]}1"
     alive.write_text("in work")
     with open(alive) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
@@ -119,6 +119,17 @@ def test_leftovers_of_killed_runs_go_and_nothing_else(tmp_path: Path) -> None:
     assert not any(path.exists() for path in dead)
     assert all(path.read_text() == "dear" for path in kept)
     assert link.is_symlink()
+
+
+def test_another_machine_s_leftovers_stay_for_a_day(tmp_path: Path) -> None:
+    """Locks are not seen across machines on every shared folder, and one that is at work must not lose its file."""
+    theirs = tmp_path / f".unipic.partial-{'f' * 8}{'0' * 24}.safetensors"
+    theirs.write_text("in work")
+    write_json(tmp_path / "a.json", {})
+    assert theirs.exists()
+    os.utime(theirs, (0, 0))
+    write_json(tmp_path / "a.json", {})
+    assert not theirs.exists()
 
 
 def test_names_cannot_be_guessed(tmp_path: Path) -> None:
