@@ -67,6 +67,8 @@ class Case:
 
 def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Path) -> tuple[list[Case], list[str]]:
     """Read the first ``n`` cases, and the ids of cases with more than six sources. Raises ValueError."""
+    if n is not None and n < 1:
+        raise ValueError(f"--n: expected at least 1 case, got {n}")
     if bench == "nano":
         return draw_cases(n or 12, seed, out), []
     if root is None:

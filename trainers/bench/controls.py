@@ -11,11 +11,11 @@ import numpy as np
 from ..judges.measure import Plan as Scenes
 from ..judges.panel import Case as Scene
 from ..judges.panel import control_pictures
-from ..judges.vlm import LineFile, Shown, fitness, in_order, judge_case, load_picture, read_lines
+from ..judges.vlm import LineFile, Shown, fitness, in_order, judge_case, load_picture
 from ..nano.emoji import Bank
 from ..progress import Progress
 from .cases import Case, Plan
-from .setup import JudgeSetup, read_by_judge, write_by_judge
+from .setup import JudgeSetup, read_by_judge, read_rows, write_by_judge
 
 CONTROLS = {
     "truth": "truth",
@@ -42,7 +42,7 @@ class ControlRun:
 
     def scores(self) -> dict[tuple[str, str], float | None]:
         """Latest score by case and control."""
-        rows = read_lines(self.path) if self.path.exists() else iter(())
+        rows = read_rows(self.path, "id", "control", "judge")
         return {(row["id"], row["control"]): row["score"] for row in rows if row["judge"] == self.setup.name}
 
     def counts(self) -> tuple[int, int]:

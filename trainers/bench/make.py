@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     about = {
         one.label: one.about() | {"budget": args.budget, "seed": args.seed, "files": one.files()} for one in systems
     }
-    folders = dict(one.partition("=")[::2] for one in args.pictures)
+    folders = picture_folders(args.pictures, list(about))
     if not systems and not folders:
         raise ValueError("expected --model PATH, or --pictures LABEL=DIR for pictures of another program")
     new_systems: dict[str, Mapping[str, Any]] = {
@@ -61,6 +61,19 @@ def run(args: argparse.Namespace) -> None:
         collect(plan, args.out, label, Path(folder))
     for one in systems:
         generate(plan, args.out, one, device, args.budget, args.seed)
+
+
+def picture_folders(options: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
+    """Folders of other programs' pictures by label. Raises ValueError for anything but LABEL=DIR with a new label."""
+    folders: dict[str, str] = {}
+    for option in options:
+        label, _, folder = option.partition("=")
+        if not label or not folder:
+            raise ValueError(f"--pictures: expected LABEL=DIR, got {option!r}")
+        if label in folders or label in labels:
+            raise ValueError(f"--pictures: there are two systems named {label!r}; choose another label")
+        folders[label] = folder
+    return folders
 
 
 def _as_json(settings: Mapping[str, object]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..judges.vlm import AnswerError, LineFile, Shown, in_order, judge_case, load_picture, read_lines, transfer_notice
+from ..judges.vlm import AnswerError, LineFile, Shown, in_order, judge_case, load_picture, transfer_notice
 from ..progress import Progress
 from .aggregates import case_score
 from .cases import Case, Plan
@@ -16,7 +16,7 @@ from .controls import ControlRun
 from .make import result_path
 from .mico_weights import judged_weight
 from .pixels import score_pixels
-from .setup import JudgeSetup, open_judge, read_by_judge, write_by_judge
+from .setup import JudgeSetup, open_judge, read_by_judge, read_rows, write_by_judge
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 """Score rows by (system, case, judge)."""
@@ -77,7 +77,7 @@ def finished(out: Path) -> Rows:
 def all_rows(out: Path) -> Rows:
     """Latest row of each system, case and judge."""
     path = out / "scores.jsonl"
-    rows = read_lines(path) if path.exists() else iter(())
+    rows = read_rows(path, "system", "id", "judge")
     return {(row["system"], row["id"], row["judge"]): row for row in rows}
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from unipic_core.replacing import write_json
 
-from ..judges.vlm import Asker, Client, JudgeConfig, JudgeError, Recorder, Replay, load_template, read_judge
+from ..judges.vlm import Asker, Client, JudgeConfig, JudgeError, Recorder, Replay, load_template, read_judge, read_lines
 from ..judges.vlm.templates import Template
 from ..judges.vlm.transfer import pictures_per_case
 from .aggregates import case_score
@@ -100,6 +100,15 @@ def capped(template: Template, enforce: bool) -> Template:
         raise ValueError(f"--enforce-cap is for answers in lines of marks, as of imgedit; {template.name} has none")
     questions = tuple(replace(question, combine="capped_mean") for question in template.questions)
     return replace(template, version=f"{template.version}, capped", questions=questions)
+
+
+def read_rows(path: Path, *keys: str) -> Iterator[dict[str, Any]]:
+    """Read rows with a score and texts under these keys; none without the file. Raises JudgeError for others."""
+    for number, row in enumerate(read_lines(path) if path.exists() else (), 1):
+        score = row.get("score", "")
+        if not all(isinstance(row.get(key), str) for key in keys) or not isinstance(score, (int, float, type(None))):
+            raise JudgeError(f"{path}, line {number} is no row of scores; remove the line or the file")
+        yield row
 
 
 def read_by_judge(path: Path) -> dict[str, Any]:

@@ -116,6 +116,47 @@ def test_answers_with_half_a_character_are_shown_and_other_settings_are_another_
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--n", "0", "--pictures", "a=made"], "--n: expected at least 1 case, got 0"),
+        (["--n", "-3", "--pictures", "a=made"], "--n: expected at least 1 case, got -3"),
+        (["--pictures", "made"], "--pictures: expected LABEL=DIR, got 'made'"),
+        (["--pictures", "a=made", "--pictures", "a=other"], "there are two systems named 'a'"),
+        (["--pictures", "a=nowhere"], "--pictures a=DIR: expected a folder, got nowhere"),
+        ([], "expected --model PATH, or --pictures LABEL=DIR"),
+    ],
+)
+def test_faults_of_the_command_are_one_sentence(tmp_path, capsys, options, words):
+    picture(tmp_path / "a.png", "red")
+    (tmp_path / "cases.jsonl").write_text(json.dumps({"id": "a", "instruction": "x", "sources": ["a.png"]}))
+    arguments = ["run", "--bench", "own", "--root", str(tmp_path / "cases.jsonl"), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--device", "cpu", *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("scores.jsonl", "half", "line 1 is not JSON"),
+        ("scores.jsonl", '{"a": 1}', "line 1 is no row of scores; remove the line or the file"),
+        ("scores.jsonl", '{"system": "made", "id": "a", "judge": "j", "score": "9"}', "line 1 is no row of scores"),
+        ("judge.json", "[", "is damaged; remove it and score again"),
+        ("controls.json", '{"a": 1}', "is damaged; remove it and score again"),
+        ("bench.json", "{}", "holds no run of trainers.bench"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, text, words):
+    out = own_run(tmp_path)
+    (out / name).write_text(text + "\n")
+    assert main(["report", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
 def test_a_run_that_was_moved_is_scored_from_any_folder(tmp_path, monkeypatch, judge):
     from trainers.bench.cases import Plan, draw_cases
 
