@@ -17,12 +17,16 @@ from .conflicts.matrix import describe, draw_matrix
 from .conflicts.rules import read_rules
 from .conflicts.solve import solve
 from .conflicts.wording import instruction
+from .errors import CurateError
 from .manifest.executor import EXECUTORS
 
 
 def conflicts(args: argparse.Namespace) -> None:
-    """Print the matrix, or the slot of each category in one picture."""
+    """Print the matrix, or the slot of each category in one picture. Raises CurateError."""
     rules = read_rules(args.file)
+    if not (args.matrix or args.out or args.categories):
+        known = ", ".join(rules.categories)
+        raise CurateError(f"expected --matrix, --out FILE, or categories to put into one picture; known: {known}")
     if args.matrix:
         print(describe(rules))
     if args.out:

@@ -236,5 +236,6 @@ def read_stages(path: Path) -> Stages:
                 values[section] = {"filters": {k: {} if v is None else v for k, v in names.items()}}
         stages: Stages = parse(Stages, values, "config")
     except (ConfigError, JudgeError) as error:
-        raise CurateError(f"{path}: {str(error).replace('.filters', '')}") from None
+        text = str(error).replace(".filters", "")
+        raise CurateError(text if str(path) in text else f"{path}: {text}") from None
     return stages

@@ -134,6 +134,15 @@ def test_a_file_that_is_wrong_is_one_sentence(tmp_path, capsys, text, said):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_the_command_asks_for_something_to_do(tmp_path, capsys):
+    assert main(["conflicts", str(FOLDER / "drawn.yaml")]) == 2
+    assert (
+        "expected --matrix, --out FILE, or categories to put into one picture; known: person" in capsys.readouterr().err
+    )
+    assert main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert capsys.readouterr().err.count("none.yaml") == 1
+
+
 def test_the_command_prints_the_table_and_draws_it(tmp_path, capsys):
     command = ["conflicts", str(FOLDER / "drawn.yaml"), "--matrix", "--out", str(tmp_path / "m.png")]
     assert main(command) == 0
