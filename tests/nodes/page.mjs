@@ -98,6 +98,8 @@ const options = {
   timeout: 5 * minutes,
 }
 for (const file of files) {
+  // else nodes that are in the server's cache from the workflow before show no picture
+  await fetch(base + '/free', { method: 'POST', body: JSON.stringify({ free_memory: true }) })
   const browser = await puppeteer.launch(options) // a new one each time: the page remembers open workflows
   const page = await browser.newPage()
   const errors = []
