@@ -9,6 +9,7 @@ from .compose import MultiImageCompose
 from .crop_and_stitch import UniPicCrop, UniPicStitch
 from .load import LoadUniPic
 from .lora import DistillLoRA
+from .plan_layout import UniPicPlanLayout
 from .reference import UniPicReference
 from .sample import FewStepSampler, UniPicSamplerSelect, UniPicSigmas
 from .sample_images import UniPicSampleImages
@@ -25,6 +26,7 @@ NODES: list[type[io.ComfyNode]] = [
     UniPicSigmas,
     UniPicSamplerSelect,
     UniPicCompare,
+    UniPicPlanLayout,
 ]
 
 

@@ -47,6 +47,14 @@ KINDS = {
         frozenset({"mask"}),
         ours=True,
     ),
+    "UniPicPlanLayout": Kind(
+        {},
+        ("prompt", "planner"),
+        {"boxes": "STRING", "sheet": "IMAGE"},
+        (340, 260 + PREVIEW),
+        growing={"images.image_": ("IMAGE", 6)},
+        ours=True,
+    ),
     "UniPicCrop": Kind(
         {"image": "IMAGE", "mask": "MASK", "model": "MODEL"},
         ("context", "budget", "grow", "edge"),

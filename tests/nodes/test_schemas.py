@@ -14,7 +14,7 @@ MODELS = ROOT / "unipic_core" / "models"
 IDS = {
     *("LoadUniPic", "MultiImageCompose", "FewStepSampler", "DistillLoRA"),
     *("UniPicSampleImages", "UniPicSigmas", "UniPicSamplerSelect", "UniPicCompare", "UniPicReference"),
-    *("UniPicCrop", "UniPicStitch"),
+    *("UniPicCrop", "UniPicStitch", "UniPicPlanLayout"),
 }
 SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow"}
 SOCKETS |= {"UNIPIC_REFERENCE", "UNIPIC_STITCH"}

@@ -42,6 +42,19 @@ def named_pictures(prompt: str, count: int) -> set[int]:
     return {number for number in named if number <= _MOST}
 
 
+def mentions(text: str) -> list[tuple[int, int]]:
+    """(place in the text, number) of each picture named by a number, in order; of "images 1 and 2" the first."""
+    found = [(match.start(), match[1]) for match in _NUMBERED.finditer(text)]
+    found += [(match.start(), match[1] or match[2]) for match in _CHINESE.finditer(text)]
+    return sorted((place, _number(digits)) for place, digits in found)
+
+
+def _number(digits: str) -> int:
+    """Number that begins a text, in digits or as one Chinese numeral."""
+    leading = re.match(r"\d+", digits)
+    return int(leading[0]) if leading else _DIGITS.index(digits[0])
+
+
 def _ordinal(word: str) -> int:
     return _ORDINALS.index(word) + 1 if word in _ORDINALS else int(word[:-2])
 
