@@ -29,6 +29,8 @@ one."""
 SECONDS, MAX_BYTES, SIDE = 120, 1 << 20, 512
 """How long an answer may take, its most bytes, and the longest side of the pictures that are sent."""
 
+LOCAL = ("localhost", "127.0.0.1", "::1")
+
 TASK = (
     "You plan the layout of a new picture that is composed from {count} given pictures, image 1 to image {count}, in "
     "this order. Instruction: {prompt}\n"
@@ -63,7 +65,10 @@ class LayoutServer:
             return None
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise UniPicError(f"{URL} must be an address such as http://localhost:8000/v1, got another form; set it")
+            raise UniPicError(
+                f"{URL} must be an address such as http://localhost:8000/v1, without password and question mark; "
+                "correct this environment variable where ComfyUI starts"
+            )
         return cls(url, environment.get(MODEL, "").strip() or "default", environment.get(KEY, "").strip())
 
     def ask(self, prompt: str, pictures: Sequence[Image.Image]) -> str:
@@ -80,7 +85,8 @@ class LayoutServer:
     def _post(self, body: Mapping[str, object]) -> bytes:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
-        opener = urllib.request.build_opener(_NoRedirect)
+        local = urlsplit(self.url).hostname in LOCAL  # pictures for this machine go through no proxy
+        opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
         try:
             with opener.open(request, timeout=SECONDS) as reply:
                 answer: bytes = reply.read(MAX_BYTES + 1)

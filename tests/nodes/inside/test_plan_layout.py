@@ -99,7 +99,10 @@ def test_a_server_without_an_address_is_one_sentence() -> None:
         plan("magic")
 
 
-def test_the_server_gets_prompt_and_small_pictures(server: type[Handler], caplog: Any) -> None:
+def test_the_server_gets_prompt_and_small_pictures(
+    server: type[Handler], caplog: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # not used for a server on this machine
     with caplog.at_level("INFO"):
         boxes, sheet = plan()
     assert boxes == ASKED
