@@ -22,10 +22,22 @@ from .score import score
 
 
 def parser() -> argparse.ArgumentParser:
+    """Parser of all commands."""
     formatter = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="trainers.bench", description=__doc__, formatter_class=formatter)
     commands = top.add_subparsers(dest="command", required=True)
     make = commands.add_parser("run", help="generate pictures")
+    judge = commands.add_parser("score", help="add scores")
+    show = commands.add_parser("report", help="write tables and an HTML page")
+    add_run_options(make)
+    add_score_options(judge)
+    for command in (make, judge, show):
+        command.add_argument("--out", type=Path, required=True, metavar="DIR")
+    return top
+
+
+def add_run_options(make: argparse.ArgumentParser) -> None:
+    """Add the options of ``run``: the benchmark, and the systems as ``systems_of`` reads them."""
     make.add_argument("--bench", required=True, choices=BENCHES)
     make.add_argument(
         "--root", type=Path, help="the benchmark's folder; own, multicom: a JSONL file; omniref: its list"
@@ -44,7 +56,10 @@ def parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--device", default="auto", help="auto, cuda or cpu (%(default)s)")
     make.set_defaults(controls_only=False)
-    judge = commands.add_parser("score", help="add scores")
+
+
+def add_score_options(judge: argparse.ArgumentParser) -> None:
+    """Add the options of ``score``: the judge, its questions, and the weights of MICo-Bench."""
     judge.add_argument(
         "--judge", type=Path, metavar="FILE.yaml", help="settings of a judge on your server; without: PSNR to the truth"
     )
@@ -56,15 +71,7 @@ def parser() -> argparse.ArgumentParser:
     judge.add_argument("--weights", type=Path, metavar="DIR", help="weights of MICo-Bench")
     judge.add_argument("--w-judge", action="store_true", help="weights of MICo-Bench by the judge in place of ArcFace")
     judge.add_argument("--w-one", action="store_true", help="MICo-Bench without weights: W = 1")
-    judge.add_argument(
-        "--enforce-cap",
-        action="store_true",
-        help="imgedit: no mark counts for more than the first",
-    )
-    show = commands.add_parser("report", help="write tables and an HTML page")
-    for command in (make, judge, show):
-        command.add_argument("--out", type=Path, required=True, metavar="DIR")
-    return top
+    judge.add_argument("--enforce-cap", action="store_true", help="imgedit: no mark counts for more than the first")
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -77,6 +84,7 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (``exit_code``)."""
     args = parser().parse_args(argv)
     return exit_code(lambda: run_command(args), "run the same command again to continue")
 

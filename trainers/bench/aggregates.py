@@ -63,27 +63,29 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def aggregate(bench: str, scored: Sequence[Scored]) -> Aggregate:
-    """Macro average over groups (GEdit-Bench, ImgEdit-Bench), halves (MultiCom-Bench), dimensions (OmniRef-Bench), or
-    mean over cases.
+    """Aggregate the cases of one system.
+
+    The value is the mean of groups (GEdit-Bench, ImgEdit-Bench), halves (MultiCom-Bench) or dimensions (OmniRef-Bench),
+    otherwise of cases.
     """
     known = [one for one in scored if one.score is not None]
     groups = group_means(known, lambda one: one.score, halves if bench == "multicom" else by_task)
+    parts = gedit_parts(known) if bench == "gedit" else {}
     if bench == "multicom":
         value = mean(list(groups.values())) if len(groups) == 2 else None
     elif bench in MACRO:
         value = mean(list(groups.values()))
     elif bench == "omniref":
-        means = dimension_means(known)
-        value = mean(list(means.values())) if len(means) == len(OMNIREF_DIMENSIONS) else None
+        dimensions = dimension_means(known)
+        value = mean(list(dimensions.values())) if len(dimensions) == len(OMNIREF_DIMENSIONS) else None
+        parts = {"dimensions": dimensions} if known else {}
     else:
         value = mean([one.score for one in known if one.score is not None])
-    parts = gedit_parts(known) if bench == "gedit" else {}
-    if bench == "omniref" and known:
-        parts = {"dimensions": dimension_means(known)}
     return Aggregate(NAMES[bench], value, groups, len(known), len(scored), parts)
 
 
 def by_task(one: Scored) -> str:
+    """Task, the group of most benchmarks."""
     return one.task
 
 
@@ -132,6 +134,11 @@ def gedit_parts(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:
     return parts
 
 
+NO_WEIGHT = (
+    "MICo-Bench needs a weight W for every case: --weights DIR, --w-judge to ask the judge, or --w-one for W = 1"
+)
+
+
 def case_score(
     bench: str, score: float | None, values: Mapping[str, float | None], weight: float | None
 ) -> float | None:
@@ -142,10 +149,7 @@ def case_score(
     """
     if bench == "mico":
         if weight is None:
-            raise ValueError(
-                "MICo-Bench needs a weight W for every case: --weights DIR, --w-judge to ask the judge, or --w-one "
-                "for W = 1"
-            )
+            raise ValueError(NO_WEIGHT)
         sc, pq = values.get("sc"), values.get("pq")
         return None if sc is None or pq is None else weight * sc * pq
     unit = {"imgedit": 2, "multicom": 10}.get(bench, 1)

@@ -51,6 +51,7 @@ def write_benchmark_files(plan: Plan, rows: Rows, judge: str, out: Path) -> None
 
 
 def write_gedit(scored: Sequence[CaseRow], folder: Path, label: str, out: Path) -> None:
+    """Write a CSV per group with the judge's two values of each row."""
     for group in sorted({case.task for case, _ in scored}):
         text = io.StringIO()
         writer = csv.writer(text)
@@ -58,14 +59,15 @@ def write_gedit(scored: Sequence[CaseRow], folder: Path, label: str, out: Path) 
         for case, row in scored:
             if case.task == group:
                 values, output = row["values"], result_path(out, label, case)
-                start = [case.sources[0], output, case.instruction, values["semantics"], values["quality"]]
-                writer.writerow([*start, case.extra["intersection"], case.extra["language"]])
+                row_start = [case.sources[0], output, case.instruction, values["semantics"], values["quality"]]
+                writer.writerow([*row_start, case.extra["intersection"], case.extra["language"]])
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{file_name(label)}_{file_name(group)}_gpt_score.csv"
         path.write_text(text.getvalue(), encoding="utf-8", newline="")
 
 
 def write_mico(scored: Sequence[CaseRow], folder: Path) -> None:
+    """Write the cases of each task, and the mean and the number of cases by task and overall."""
     (folder / "scores").mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {}
     for task in MICO_TASKS:
@@ -80,6 +82,7 @@ def write_mico(scored: Sequence[CaseRow], folder: Path) -> None:
 
 
 def mean_and_count(values: Sequence[float]) -> dict[str, float]:
+    """Entry of summary.json; at least one value."""
     return {"mean": round(sum(values) / len(values), 2), "count": len(values)}
 
 
@@ -94,6 +97,7 @@ def mico_entry(row: Row) -> dict[str, float]:
 
 
 def write_imgedit(scored: Sequence[CaseRow], folder: Path) -> None:
+    """Write the answers of the first pass, the score of each case, and the mean of each edit type."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "result.json", {case.id: row["readings"][0]["answer"] for case, row in scored})
     write_json(folder / "average_score.json", {case.id: round(row["score"], 2) for case, row in scored})

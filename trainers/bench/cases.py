@@ -12,11 +12,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from unipic_core.errors import printable
 from unipic_core.replacing import write_json
 
@@ -27,7 +28,6 @@ from ..nano.emoji import Bank
 
 BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom", "omniref")
 MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
-MAX_SOURCES = 6
 TEMPLATES = {
     "own": "compose",
     "nano": "compose",
@@ -37,6 +37,8 @@ TEMPLATES = {
     "multicom": "composition3",
     "omniref": "omniref",
 }
+"""Benchmark -> question template, unless --template or the judge's settings name another."""
+
 OMNIREF_FOLDERS = {
     "transfer_subjects": "subject",
     "style": "style",
@@ -50,7 +52,7 @@ OMNIREF_FOLDERS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One case. result: path of the picture in a system's folder.
+    """Case of a benchmark. result: path of the picture in a system's folder.
 
     extra: language and intersection of GEdit-Bench; persons, the sources that show one, of MICo-Bench; kinds of the
     sources, of OmniRef-Bench.
@@ -83,14 +85,30 @@ def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Pat
         cases = [_omniref(root.parent, row) for row in _list(root)]
     else:
         cases = [_own(root.parent, number, row) for number, row in enumerate(_rows(root))]
-    left_out = [case.id for case in cases if len(case.sources) > MAX_SOURCES]
+    left_out = [case.id for case in cases if len(case.sources) > MAX_REFERENCES]
     covered = [case for case in cases if case.id not in left_out][:n]
-    ids = [case.id for case in covered]
-    if not covered or len(set(ids)) < len(ids):
-        raise ValueError(f"{root} has {'two cases with one id; each needs another' if covered else 'no cases'}")
+    if not covered:
+        raise ValueError(f"{root} has no cases of at most {MAX_REFERENCES} sources; choose another --root")
+    _check_names(covered, root)
     for case in covered:
         _check_characters(case)
     return covered, left_out
+
+
+def _check_names(cases: Sequence[Case], root: Path) -> None:
+    """Raise ValueError for two cases with one id, or with one path of their pictures, such as "a b" and "a_b"."""
+    ids: set[str] = set()
+    id_of: dict[str, str] = {}
+    for case in cases:
+        if case.id in ids:
+            raise ValueError(f"{root} has two cases with the id {printable(case.id)!r}; each needs another")
+        ids.add(case.id)
+        other = id_of.setdefault(case.result, case.id)
+        if other != case.id:
+            raise ValueError(
+                f"{root}: the pictures of the cases {printable(other)!r} and {printable(case.id)!r} would have one "
+                "name; rename one"
+            )
 
 
 def _check_characters(case: Case) -> None:
@@ -99,7 +117,9 @@ def _check_characters(case: Case) -> None:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"case {printable(case.id)}: {printable(text)[:60]!r} holds half a character") from None
+            raise ValueError(
+                f"case {printable(case.id)}: {printable(text)[:60]!r} holds half a character; write it anew"
+            ) from None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -141,9 +161,10 @@ def _picture(folder: Path, name: object) -> str:
 
 
 def _text(row: Mapping[str, object], name: str) -> str:
+    """Text or number of a row. Raises ValueError for a missing one."""
     value = row.get(name)
     if not isinstance(value, (str, int)) or not str(value).strip():
-        raise ValueError(f"a case has no {name!r}: {str(row)[:80]}")
+        raise ValueError(f"a case has no {name!r}, a text: {str(row)[:80]}; add it")
     return str(value)
 
 
@@ -253,6 +274,7 @@ class Plan:
         write_json(out / "bench.json", asdict(replace(self, cases=())) | {"cases": cases}, indent=1)
 
     def with_systems(self, systems: Mapping[str, Mapping[str, object]]) -> Plan:
+        """Plan with further systems; those of the same label are replaced."""
         return replace(self, systems={**self.systems, **systems})
 
     @classmethod

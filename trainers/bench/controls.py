@@ -24,21 +24,22 @@ CONTROLS = {
     "swapped": "object_swapped",
     "background alone": "background_alone",
 }
+"""Control of the fitness test -> name in ``control_pictures``."""
+
 Job = tuple[Case, str, Shown]
 """Case, name of the control, and the control's pictures."""
 
 
 class ControlRun:
-    """The controls of one judge, in ``out``/controls.jsonl. Raises ValueError for cases that are not drawn."""
+    """Run of the controls of one judge, in ``out``/controls.jsonl. Raises ValueError for cases that are not drawn."""
 
     def __init__(self, plan: Plan, setup: JudgeSetup, out: Path) -> None:
         if plan.bench != "nano":
-            raise ValueError("--controls needs drawn scenes: run with --bench nano")
+            raise ValueError(f"--controls needs drawn scenes, got the bench {plan.bench}; run with --bench nano")
         self.plan, self.setup, self.out = plan, setup, out
         self.path = out / "controls.jsonl"
-        self.missing = [
-            (case, name) for case in plan.cases for name in CONTROLS if self.scores().get((case.id, name)) is None
-        ]
+        scored = self.scores()
+        self.missing = [(case, name) for case in plan.cases for name in CONTROLS if scored.get((case.id, name)) is None]
 
     def scores(self) -> dict[tuple[str, str], float | None]:
         """Latest score by case and control."""
@@ -47,8 +48,8 @@ class ControlRun:
 
     def counts(self) -> tuple[int, int]:
         """Numbers of questions and pictures that are still to be sent."""
-        found = [self.setup.questions_and_pictures(case) for case, _ in self.missing]
-        return sum(questions for questions, _ in found), sum(pictures for _, pictures in found)
+        counts = [self.setup.questions_and_pictures(case) for case, _ in self.missing]
+        return sum(questions for questions, _ in counts), sum(pictures for _, pictures in counts)
 
     def run(self) -> str:
         """Ask what is missing, write controls.json and return the sentence about the judge."""
@@ -86,15 +87,11 @@ class ControlRun:
                 yield case, name, Shown(case.instruction, output, sources, truth)
 
     def _result(self) -> str:
-        found = self.scores()
+        scores = self.scores()
         columns = {
-            name: np.array([_number(found.get((case.id, name))) for case in self.plan.cases]) for name in CONTROLS
+            name: np.array([scores.get((case.id, name)) for case in self.plan.cases], float) for name in CONTROLS
         }
         result = fitness(columns, self.plan.seed)
         path = self.out / "controls.json"
         write_by_judge(path, read_by_judge(path) | {self.setup.name: result.as_dict()})
         return result.sentence
-
-
-def _number(score: float | None) -> float:
-    return np.nan if score is None else score

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,10 +20,11 @@ from ..judges.vlm import AnswerError, LineFile, load_picture
 from ..progress import Progress
 from .cases import Case, Plan, file_name, read_cases
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
-
 if TYPE_CHECKING:
     from unipic_core.pipeline import UniPicPipeline
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of another program's pictures, in the order of preference."""
 
 
 def result_path(out: Path, label: str, case: Case) -> Path:
@@ -32,7 +33,7 @@ def result_path(out: Path, label: str, case: Case) -> Path:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate or collect the pictures. Raises ValueError in one sentence."""
+    """Generate the pictures of models, and copy those of other programs. Raises ValueError in one sentence."""
     args.out.mkdir(parents=True, exist_ok=True)
     cases, left_out = read_cases(args.bench, args.root, args.n, args.seed, args.out)
     plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {})
@@ -56,11 +57,21 @@ def run(args: argparse.Namespace) -> None:
     for label, settings in new_systems.items():
         if label in plan.systems and _as_json(plan.systems[label]) != _as_json(settings):
             raise ValueError(f"{args.out} holds another system named {label!r}; choose another --label")
+    check_folders([*plan.systems, *new_systems])
     plan.with_systems(new_systems).save(args.out)
     for label, folder in folders.items():
         collect(plan, args.out, label, Path(folder))
     for one in systems:
         generate(plan, args.out, one, device, args.budget, args.seed)
+
+
+def check_folders(labels: Iterable[str]) -> None:
+    """Raise ValueError for two labels of one folder of pictures, such as "a b" and "a_b"."""
+    labels_by_folder: dict[str, str] = {}
+    for label in labels:
+        other = labels_by_folder.setdefault(file_name(label), label)
+        if other != label:
+            raise ValueError(f"the systems {other!r} and {label!r} share a folder; choose another --label")
 
 
 def picture_folders(options: Sequence[str], labels: Sequence[str]) -> dict[str, str]:
@@ -77,15 +88,15 @@ def picture_folders(options: Sequence[str], labels: Sequence[str]) -> dict[str, 
 
 
 def _as_json(settings: Mapping[str, object]) -> str:
-    import json
-
+    """Settings as bench.json stores them, where tuples are lists."""
     return json.dumps(settings, sort_keys=True)
 
 
 def collect(plan: Plan, out: Path, label: str, folder: Path) -> None:
     """Copy pictures of another program: ``folder``/RESULT of the benchmark's layout, or ``folder``/ID.png.
 
-    PNG, JPEG or WebP; pictures are read by their content, so the copy is named .png.
+    PNG, JPEG or WebP; pictures are read by their content, so the copy is named .png. Raises ValueError for a ``folder``
+    that is none.
     """
     if not folder.is_dir():
         raise ValueError(f"--pictures {label}=DIR: expected a folder, got {folder}")
@@ -100,7 +111,7 @@ def collect(plan: Plan, out: Path, label: str, folder: Path) -> None:
 
 
 def generate(plan: Plan, out: Path, system: System, device: str, budget: int | None, seed: int) -> None:
-    """Generate missing pictures. Cases that fail are listed in failures.jsonl; ValueError if all do."""
+    """Generate missing pictures. Cases that fail are listed in failures.jsonl; raises ValueError if all do."""
     missing = [(i, case) for i, case in enumerate(plan.cases) if not result_path(out, system.label, case).exists()]
     if not missing:
         return
@@ -158,8 +169,8 @@ def composed(
 
 
 def described(plan: Plan) -> dict[str, Any]:
-    """Settings of the systems for a report."""
+    """Settings of the systems for a report, without the list of their weight files."""
     return {
         label: {key: value for key, value in settings.items() if key != "files"}
-        for label, settings in asdict(plan)["systems"].items()
+        for label, settings in plan.systems.items()
     }

@@ -16,6 +16,8 @@ from .pixels import PIXELS
 from .score import Rows
 
 LARGEST = 50_000_000
+"""Characters of embedded thumbnails on a page, base64."""
+
 STYLE = """body{font:14px sans-serif;margin:20px;color:#222}table{border-collapse:collapse;margin:12px 0}
 td,th{border-bottom:1px solid #ddd;padding:5px 9px;text-align:left;vertical-align:top}img{max-width:128px;margin:2px}
 pre{white-space:pre-wrap;font-size:11px;max-width:240px;max-height:90px;overflow:auto;color:#555}.bad{color:#a00}
@@ -28,7 +30,7 @@ esc = html.escape
 
 
 def page(plan: Plan, rows: Rows, summary: dict[str, Any], out: Path) -> str:
-    """Render the page."""
+    """Render the page of a run. rows: scores; summary: report.json; out: the run's folder."""
     about = {name: summary[name] for name in ("version", "commit", "date", "seed", "systems", "judges", "not_covered")}
     tasks = sorted({case.task for case in plan.cases})
     options = "".join(f'<option value="{esc(task, quote=True)}">{esc(task)}' for task in tasks)
@@ -143,7 +145,7 @@ def parts_table(judge: str, scores: dict[str, Any]) -> str:
 
 
 def case_row(plan: Plan, rows: Rows, judges: list[str], case: Case, out: Path, spent: list[int]) -> str:
-    """Render one case. spent: bytes of thumbnails so far, updated."""
+    """Render one case. spent: as in ``img``."""
     scores = {label: {judge: rows.get((label, case.id, judge)) for judge in judges} for label in plan.systems}
     bad = "1" if any(row and row.get("failure") for by_judge in scores.values() for row in by_judge.values()) else ""
     text = [f'<tr class=case data-task="{esc(case.task, quote=True)}" data-bad="{bad}"><td class=words>']
@@ -157,6 +159,7 @@ def case_row(plan: Plan, rows: Rows, judges: list[str], case: Case, out: Path, s
 
 
 def score_cell(judge: str, row: dict[str, Any]) -> str:
+    """Render one score of one picture with the judge's answers, or the failure; "" without either."""
     if row.get("failure"):
         text = f"{judge}: {row['failure']}: {row['message']}"
         return f"<div class=bad>{esc(text)}</div>"
@@ -170,7 +173,7 @@ def score_cell(judge: str, row: dict[str, Any]) -> str:
 
 
 def img(path: Path, spent: list[int]) -> str:
-    """Embed a thumbnail."""
+    """Embed a thumbnail. spent: characters of thumbnails so far, updated."""
     picture = thumbnail(path)
     if picture is None:
         return '<span class="bad">no picture</span>'
@@ -184,8 +187,10 @@ def img(path: Path, spent: list[int]) -> str:
 
 
 def number(value: float | None) -> str:
+    """Three decimals; "-" for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def bounds(pair: list[float] | None) -> str:
+    """Interval in brackets; "" for None."""
     return f"[{pair[0]:.3f}, {pair[1]:.3f}]" if pair else ""

@@ -9,6 +9,7 @@ import numpy as np
 
 from unipic_core.replacing import write_json
 
+from ..judges.arrays import picture_psnr
 from ..judges.kinds import JUDGES
 from ..judges.measure import Plan as Scenes
 from ..judges.measure import judge_all
@@ -23,7 +24,6 @@ from .make import result_path
 
 PIXELS = "pixels"
 PSNR = f"{PIXELS}: PSNR to the truth, dB"
-MAX_DB = 99.0
 
 
 def score_pixels(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:
@@ -33,21 +33,20 @@ def score_pixels(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str
     for label in plan.systems:
         for case in plan.cases:
             if case.truth and (label, case.id, PSNR) not in done:
-                result = psnr(result_path(out, label, case), Path(case.truth))
+                result = psnr_row(result_path(out, label, case), Path(case.truth))
                 file.add({"system": label, "id": case.id, "judge": PSNR, **result})
     if plan.bench == "nano":
         score_scenes(plan, out, file, done)
 
 
-def psnr(path: Path, truth_path: Path) -> dict[str, Any]:
-    """Score in dB, or the failure; the output is resized to the truth."""
+def psnr_row(path: Path, truth_path: Path) -> dict[str, Any]:
+    """PSNR of one picture in dB as "score", or the failure; the output is resized to the truth."""
     try:
         truth = load_picture(truth_path)
         output = load_picture(path, size=truth.size)
     except AnswerError as error:
         return {"score": None, "failure": error.kind, "message": str(error)}
-    squares = np.mean((np.asarray(truth.image, float) - np.asarray(output.image, float)) ** 2)
-    return {"score": float(min(MAX_DB, 10 * np.log10(255**2 / max(squares, 1e-9))))}
+    return {"score": picture_psnr(output.image, truth.image)}
 
 
 def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str, str]]) -> None:

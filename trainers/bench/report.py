@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +16,7 @@ from unipic_core import __version__
 from unipic_core.replacing import replacing, write_json
 
 from ..judges.statistics import Bootstrap, interval, rounded
-from .aggregates import Scored, aggregate
+from .aggregates import Scored, aggregate, group_means
 from .benchmark_files import write_benchmark_files
 from .cases import Plan
 from .make import described, result_path
@@ -33,8 +33,8 @@ def report(out: Path) -> dict[str, Any]:
     Raises JudgeError.
     """
     plan, rows = Plan.load(out), all_rows(out)
-    controls = read_by_judge(out / "pixel_controls.json")
-    not_reported = {judge: found["note"] for judge, found in controls.items() if not found["valid"]}
+    pixel_judges = read_by_judge(out / "pixel_controls.json")
+    not_reported = {judge: tested["note"] for judge, tested in pixel_judges.items() if not tested["valid"]}
     judges = sorted(
         {judge for _, _, judge in rows} - not_reported.keys(), key=lambda one: (one.startswith(PIXELS), one)
     )
@@ -50,7 +50,7 @@ def report(out: Path) -> dict[str, Any]:
         "judges": read_by_judge(out / "judge.json"),
         "controls": read_by_judge(out / "controls.json"),
         "scores": {judge: summarise(plan, rows, judge) for judge in judges},
-        "lower_is_better": sorted(judge for judge, found in controls.items() if found["better"] == "lower"),
+        "lower_is_better": sorted(judge for judge, tested in pixel_judges.items() if tested["better"] == "lower"),
         "not_reported": not_reported,
     }
     write_json(out / "report.json", summary, indent=1)
@@ -72,10 +72,10 @@ def commit() -> str | None:
     if not (top / ".git").exists():
         return None
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=top, capture_output=True, text=True, check=True)
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=top, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return found.stdout.strip()
+    return result.stdout.strip()
 
 
 def case_rows(plan: Plan, rows: Rows, out: Path) -> Iterator[dict[str, Any]]:
@@ -93,48 +93,53 @@ def case_rows(plan: Plan, rows: Rows, out: Path) -> Iterator[dict[str, Any]]:
 def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
     """Summarise per system: the benchmark's aggregate, by task and number of sources, failures, paired difference."""
     bootstrap = Bootstrap(len(plan.cases), plan.seed)
-    columns: dict[str, np.ndarray] = {}
-    result: dict[str, Any] = {}
     bench = "own" if judge.startswith(PIXELS) else plan.bench
+    first: np.ndarray | None = None
+    result: dict[str, Any] = {}
     for label in plan.systems:
         judged = [rows.get((label, case.id, judge), {}) for case in plan.cases]
         scored = [
             Scored(case.task, len(case.sources), row.get("score"), row.get("values", {}), case.extra)
             for case, row in zip(plan.cases, judged, strict=True)
         ]
+        column = np.array([[one.score] for one in scored], float)
         total = aggregate(bench, scored)
-        by_count: dict[str, list[float]] = defaultdict(list)
-        failures: dict[str, int] = defaultdict(int)
-        for one, row in zip(scored, judged, strict=True):
-            if one.score is not None:
-                by_count[str(one.sources)].append(one.score)
-            else:
-                failures[str(row.get("failure", "nothing to judge" if row else "not scored"))] += 1
-        columns[label] = np.array([[np.nan if one.score is None else one.score] for one in scored])
-        over_cases = bootstrap.mean(columns[label])
-        gap = bootstrap.difference(columns[label], next(iter(columns.values()))) if len(columns) > 1 else None
         result[label] = {
             "name": total.name,
             "value": total.value,
             "judged": f"{total.judged} of {total.total}",
-            "mean_over_cases": rounded(over_cases),
-            "ci95": interval(over_cases),
-            "minus_first": rounded(gap),
-            "minus_first_ci95": interval(gap),
+            **means_over_cases(column, first, bootstrap),
             "by_task": dict(total.groups),
-            "by_sources": {count: sum(v) / len(v) for count, v in sorted(by_count.items())},
+            "by_sources": group_means(scored, lambda one: one.score, lambda one: str(one.sources)),
             "parts": total.parts,
-            "failures": dict(failures),
-            "read_from": dict(
-                Counter(one["how"] for row in judged for one in row.get("readings", ()) if one["numbers"])
-            ),
+            "failures": count_failures(judged),
+            "read_from": dict(Counter(how for row in judged for how in ways_of_reading(row))),
+            **repeatability([row.get("passes", ()) for row in judged if row.get("score") is not None]),
         }
-        result[label] |= repeatability([row.get("passes", ()) for row in judged if row.get("score") is not None])
+        first = column if first is None else first
     return result
 
 
+def means_over_cases(scores: np.ndarray, first: np.ndarray | None, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Mean of scores [n, 1] (NaN: missing) and its paired difference from the first system's, with 95% intervals."""
+    mean = bootstrap.mean(scores)
+    gap = None if first is None else bootstrap.difference(scores, first)
+    return {
+        "mean_over_cases": rounded(mean),
+        "ci95": interval(mean),
+        "minus_first": rounded(gap),
+        "minus_first_ci95": interval(gap),
+    }
+
+
+def count_failures(judged: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """Numbers of rows without a score by kind of failure; {} is a row that was never scored."""
+    missing = (row for row in judged if row.get("score") is None)
+    return dict(Counter(str(row.get("failure", "nothing to judge" if row else "not scored")) for row in missing))
+
+
 def ways_of_reading(row: dict[str, Any]) -> list[str]:
-    """ "text" or "logprobs" for each answer of a row that was read."""
+    """Origin of each answer of a row that was read: "text" or "logprobs"."""
     return [one["how"] for one in row.get("readings", ()) if one["numbers"]]
 
 

@@ -16,7 +16,7 @@ from .controls import ControlRun
 from .make import result_path
 from .mico_weights import judged_weight
 from .pixels import score_pixels
-from .setup import JudgeSetup, open_judge, read_by_judge, read_rows, write_by_judge
+from .setup import JudgeSetup, check_options, open_judge, read_by_judge, read_rows, write_by_judge
 
 Rows = dict[tuple[str, str, str], dict[str, Any]]
 """Score rows by (system, case, judge)."""
@@ -25,11 +25,12 @@ Rows = dict[tuple[str, str, str], dict[str, Any]]
 def score(args: argparse.Namespace) -> None:
     """Append missing scores to ``out``/scores.jsonl; failed rows are retried. Raises ValueError."""
     plan = Plan.load(args.out)
-    file = LineFile(args.out / "scores.jsonl")
+    check_options(args, plan.bench)
+    file, done = LineFile(args.out / "scores.jsonl"), finished(args.out)
     if not args.judge and not args.replay:
-        return score_pixels(plan, args.out, file, set(finished(args.out)))
+        return score_pixels(plan, args.out, file, set(done))
     setup = open_judge(args, plan)
-    config, done = setup.asker.config, finished(args.out)
+    config = setup.asker.config
     jobs = [(label, case) for label in plan.systems for case in plan.cases if (label, case.id, setup.name) not in done]
     controls = ControlRun(plan, setup, args.out) if args.controls else None
     if not args.replay:
@@ -49,11 +50,11 @@ def score_cases(plan: Plan, setup: JudgeSetup, out: Path, file: LineFile, jobs: 
     """Ask about each picture and append its row at once, so that a fault of another case loses no answer."""
     progress = Progress("score", len(jobs))
 
-    def one(job: tuple[str, Case]) -> None:
+    def ask(job: tuple[str, Case]) -> None:
         label, case = job
         file.add(judged_row(plan, setup, out, label, case) | {"judge": setup.name})
 
-    for _ in in_order(one, jobs, setup.asker.config.concurrency):
+    for _ in in_order(ask, jobs, setup.asker.config.concurrency):
         progress.add()
     progress.close()
 

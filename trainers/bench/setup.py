@@ -1,4 +1,4 @@
-"""A judge for a run: server or recording, question templates, weights of MICo-Bench."""
+"""Judge of a run: server or recording, question templates, weights of MICo-Bench."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unipic_core.replacing import write_json
 from ..judges.vlm import Asker, Client, JudgeConfig, JudgeError, Recorder, Replay, load_template, read_judge, read_lines
 from ..judges.vlm.templates import Template
 from ..judges.vlm.transfer import pictures_per_case
-from .aggregates import case_score
+from .aggregates import NO_WEIGHT
 from .cases import TEMPLATES, Case, Plan
 from .mico_weights import read_weights
 
@@ -30,7 +30,7 @@ NAMED_SETTINGS = {
 
 @dataclass(frozen=True)
 class JudgeSetup:
-    """A judge for a run: who is asked, with which questions, and MICo-Bench's weights.
+    """Judge of a run: server or recording, question templates, and MICo-Bench's weights.
 
     templates: by task, if a checkout has a text per task. weights: by case; None: 1; "judge": asked.
     """
@@ -48,6 +48,7 @@ class JudgeSetup:
         return ", ".join([config.model, self.template.title, *named_settings(config), *asked])
 
     def template_of(self, case: Case) -> Template:
+        """Template of the case's task, or of the run."""
         return self.templates.get(case.task, self.template)
 
     def questions_and_pictures(self, case: Case) -> tuple[int, int]:
@@ -68,25 +69,54 @@ def named_settings(config: JudgeConfig) -> list[str]:
     return [NAMED_SETTINGS[name].format(value) for name, value in values.items() if value != defaults[name]]
 
 
+def check_options(args: argparse.Namespace, bench: str) -> None:
+    """Refuse options of ``score`` that would have no effect. Raises ValueError."""
+    with_judge = ("record", "template", "templates", "controls", "weights", "w_judge", "w_one", "enforce_cap")
+    given = [name for name in with_judge if getattr(args, name)]
+    if given and not args.judge and not args.replay:
+        raise ValueError(f"{option(given[0])} needs a judge; add --judge FILE.yaml or --replay FILE")
+    if args.record and args.replay:
+        raise ValueError("expected --record or --replay, got both; a replay asks nothing that could be recorded")
+    weights = [name for name in ("weights", "w_judge", "w_one") if getattr(args, name)]
+    if len(weights) > 1:
+        raise ValueError(f"expected one kind of weights, got {' and '.join(map(option, weights))}; remove one")
+    if weights and bench != "mico":
+        raise ValueError(f"{option(weights[0])} is for the bench mico, this run is of {bench}; remove it")
+
+
+def option(name: str) -> str:
+    """Option of the command line by its name in the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
 def open_judge(args: argparse.Namespace, plan: Plan) -> JudgeSetup:
     """Open the server or the recording, the question templates, and the weights. Raises ValueError."""
-    weights: Mapping[str, float] | Literal["judge"] | None = None
-    if plan.bench == "mico" and not args.w_one:
-        weights = "judge" if args.w_judge else read_weights(args.weights) if args.weights else {}
-        if not weights:
-            case_score("mico", 0, {}, None)
+    weights = open_weights(args) if plan.bench == "mico" else None
     config = read_judge(args.judge) if args.judge else None
-    asker: Asker
-    if args.replay:
-        asker = Replay(args.replay, config)
-    else:
-        assert config is not None
-        asker = Client(config)
-        if args.record:
-            asker = Recorder(asker, args.record)
-    name, tasks = args.template or TEMPLATES[plan.bench], sorted({case.task for case in plan.cases})
+    name = args.template or (config.template if config else None) or TEMPLATES[plan.bench]
+    tasks = sorted({case.task for case in plan.cases})
     texts = {task: capped(load_template(name, args.templates, task), args.enforce_cap) for task in tasks}
-    return JudgeSetup(asker, texts[tasks[0]], texts, weights)
+    return JudgeSetup(open_asker(args, config), texts[tasks[0]], texts, weights)
+
+
+def open_weights(args: argparse.Namespace) -> Mapping[str, float] | Literal["judge"] | None:
+    """Weights of MICo-Bench as in ``JudgeSetup``. Raises ValueError if no option says where they come from."""
+    if args.w_one:
+        return None
+    if args.w_judge:
+        return "judge"
+    if args.weights is None:
+        raise ValueError(NO_WEIGHT)
+    return read_weights(args.weights)
+
+
+def open_asker(args: argparse.Namespace, config: JudgeConfig | None) -> Asker:
+    """Open the recording of --replay, or the server of ``config``, recorded with --record. Raises JudgeError."""
+    if args.replay:
+        return Replay(args.replay, config)
+    assert config is not None  # without --replay a judge has a file of settings
+    client = Client(config)
+    return Recorder(client, args.record) if args.record else client
 
 
 def capped(template: Template, enforce: bool) -> Template:

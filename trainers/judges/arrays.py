@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 MAX_PSNR = 50.0  # dB of equal pictures, about the error of rounding to 8 bits
+MAX_PICTURE_PSNR = 99.0  # dB of files that are equal bit by bit, as other programs print it
 
 
 def to_array(picture: Image.Image) -> np.ndarray:
@@ -26,8 +27,15 @@ def box_blur(values: np.ndarray, radius: int) -> np.ndarray:
 
 
 def psnr(error: float) -> float:
-    """Decibels of a mean squared error of values in 0..1, at most ``MAX_PSNR``."""
+    """PSNR in dB of a mean squared error of values in 0..1, at most ``MAX_PSNR``."""
     return min(MAX_PSNR, float(-10 * np.log10(max(error, 1e-12))))
+
+
+def picture_psnr(picture: Image.Image, truth: Image.Image, mask: np.ndarray | None = None) -> float:
+    """PSNR in dB of two RGB pictures of one size, at most ``MAX_PICTURE_PSNR``. mask: bool [H, W], what counts."""
+    squares = (np.asarray(truth, np.float64) - np.asarray(picture, np.float64)) ** 2
+    mean = float((squares if mask is None else squares[mask]).mean())
+    return float(min(MAX_PICTURE_PSNR, 10 * np.log10(255**2 / max(mean, 1e-9))))
 
 
 def weighted_psnr(picture: np.ndarray, truth: np.ndarray, weight: np.ndarray) -> float:

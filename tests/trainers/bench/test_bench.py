@@ -124,6 +124,7 @@ def test_answers_with_half_a_character_are_shown_and_other_settings_are_another_
         (["--pictures", "made"], "--pictures: expected LABEL=DIR, got 'made'"),
         (["--pictures", "a=made", "--pictures", "a=other"], "there are two systems named 'a'"),
         (["--pictures", "a=nowhere"], "--pictures a=DIR: expected a folder, got nowhere"),
+        (["--pictures", "a b=.", "--pictures", "a_b=."], "the systems 'a b' and 'a_b' share a folder"),
         ([], "expected --model PATH, or --pictures LABEL=DIR"),
     ],
 )
@@ -155,6 +156,49 @@ def test_damaged_files_of_a_run_are_named(tmp_path, capsys, name, text, words):
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--controls"], "--controls needs a judge; add --judge FILE.yaml or --replay FILE"),
+        (["--enforce-cap"], "--enforce-cap needs a judge"),
+        (["--replay", "a", "--record", "b"], "expected --record or --replay, got both"),
+        (["--replay", "a", "--w-one", "--w-judge"], "expected one kind of weights, got --w-judge and --w-one"),
+        (["--replay", "a", "--w-one"], "--w-one is for the bench mico, this run is of own"),
+    ],
+)
+def test_options_of_score_without_an_effect_are_refused(tmp_path, capsys, options, words):
+    out = own_run(tmp_path)
+    assert main(["score", "--out", str(out), *options]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_the_template_of_the_judges_settings_is_asked_unless_an_option_names_another(tmp_path, judge):
+    out = own_run(tmp_path)
+    score = ["score", "--out", str(out), "--judge", judge(FakeServer(looks), template="reference")]
+    assert main(score) == main([*score, "--template", "edit"]) == 0
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    names = {row["judge"].removesuffix(" (bundled), 128 pixels") for row in rows}
+    assert names == {"looks, reference 1", "looks, edit 1"}
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (["a b", "a_b"], "the pictures of the cases 'a b' and 'a_b' would have one name; rename one"),
+        (["a", "a"], "two cases with the id 'a'; each needs another"),
+    ],
+)
+def test_cases_that_would_share_a_picture_are_refused(tmp_path, capsys, ids, words):
+    picture(tmp_path / "a.png", "red")
+    rows = [{"id": one, "instruction": "x", "sources": ["a.png"]} for one in ids]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["run", "--bench", "own", "--root", str(tmp_path / "cases.jsonl"), "--pictures", f"a={tmp_path}"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_run_that_was_moved_is_scored_from_any_folder(tmp_path, monkeypatch, judge):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from unipic_core.errors import UniPicError
 
+from ...judges.arrays import picture_psnr
 from ...progress import Progress
 from ..filters.catalogue import Filter
 from ..filters.decide import store_id
@@ -20,8 +21,8 @@ from ..manifest.shards import Row, StageFolder, batches
 from .tools import Tools
 
 BATCH = 8
-MOST_DB = 99.0
 SOLID = 0.5
+"""Share of a pixel that an item must cover for the pixel to count."""
 
 
 def measure_likeness(before: StageFolder, filters: Sequence[Filter], tools: Tools, out: Path, title: str) -> None:
@@ -81,16 +82,14 @@ def likeness(out: Path, row: Row) -> float:
     values = [
         psnr(target, truth.target, place.mask >= SOLID) for place in truth.placements if place.mask.max() >= SOLID
     ]
-    return min(values, default=psnr(target, truth.target))
+    return min(values) if values else psnr(target, truth.target)
 
 
 def psnr(picture: Image.Image, truth: Image.Image, mask: np.ndarray | None = None) -> float:
-    """PSNR in dB at the truth's size, at most MOST_DB. mask: bool [H, W], the pixels that count."""
+    """PSNR in dB at the truth's size, six digits. mask: bool [H, W], the pixels that count."""
     if picture.size != truth.size:
         picture = picture.resize(truth.size, Image.Resampling.LANCZOS)
-    squares = (np.asarray(picture, np.float64) - np.asarray(truth, np.float64)) ** 2
-    mean = float((squares if mask is None else squares[mask]).mean())
-    return float(f"{min(MOST_DB, 10 * np.log10(255**2 / max(mean, 1e-9))):.6g}")
+    return float(f"{picture_psnr(picture, truth, mask):.6g}")
 
 
 def _picture(path: Path) -> Image.Image:

@@ -73,16 +73,17 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class JudgeConfig(ServerConfig):
-    """The ``judge:`` section of a YAML file.
+    """Settings of a judge, the ``judge:`` section of a YAML file.
 
-    max_images: limit of the server per request. passes: answers per question, with seeds seed, seed + 1, ... .
-    logprobs, response_format: "auto" probes the server once. extra: such as {reasoning_effort: none}.
+    max_images: limit of the server per request. template: question template; None: the benchmark's. passes: answers per
+    question, with seeds seed, seed + 1, ... . logprobs, response_format: "auto" probes the server once. extra: such as
+    {reasoning_effort: none}.
     """
 
     section: ClassVar[str] = "judge"
 
     max_images: int = 8
-    template: str = "edit"
+    template: str | None = None
     passes: int = 1
     temperature: float = 0.0
     seed: int = 1
@@ -92,7 +93,8 @@ class JudgeConfig(ServerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_text("template")
+        if self.template is not None:
+            self._check_text("template")
         self._check_numbers(temperature=0.0)
         self._check_whole_numbers(max_images=1, passes=1, max_tokens=1, seed=0)
         for name, choices in (("logprobs", LOGPROBS), ("response_format", RESPONSE_FORMATS)):
@@ -122,7 +124,7 @@ def parse_judge(values: object, source: str = "the judge") -> JudgeConfig:
             raise JudgeError(f"{source} needs {name}; there is no default address or model")
     settings: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     for name in ("base_url", "model"):
-        settings.setdefault(name, "")
+        settings.setdefault(name, "")  # written as null: refused by the check of JudgeConfig, which names the key
     return JudgeConfig(**settings)
 
 
