@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from unipic_core.errors import printable
 
+from .cache import cached_shards
 from .config.run import ConfigError, RunConfig, load_config
 from .loop.checkpointing import TrainingError
 from .loop.loop import train
@@ -56,6 +57,14 @@ def announce(stage: RunConfig) -> None:
     print(text)
 
 
+def require_caches(stage: RunConfig) -> None:
+    """Raise ConfigError if a cache of a stage is missing, incomplete, or of another data set or size."""
+    held_out = stage.validation.data if stage.validation is not None else None
+    for data in (stage.data, held_out):
+        for part in data.parts if data is not None and data.kind != "scenes" else ():
+            cached_shards(part)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainers.train", description=__doc__)
     parser.add_argument("config", help="a YAML file, see trainers/configs/")
@@ -71,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         if config.stages:
-            exported = train_stages(config, make_method, args.allow_config_change, announce)
+            exported = train_stages(config, make_method, args.allow_config_change, announce, require_caches)
         else:
             exported = train(config, make_method(config), args.allow_config_change)
         print(f"exported to {exported}")

@@ -393,6 +393,7 @@ def test_references_by_other_trainers_names(tmp_path, references):
         (["s_2.png"], "number 1 is missing"),
         (["s_1.png", "s-1.png"], "a number occurs twice"),
         (["s_0.png", "s_2.png"], "number 1 is missing"),
+        (["s_1.png", "s_1_2.png"], "s_1_2 may belong to s or to s_1, itself a reference"),
     ],
     ids=str,
 )

@@ -53,6 +53,20 @@ def staged(changed, tmp_path):
     return make
 
 
+def test_a_wrong_cache_of_a_later_stage_stops_before_the_first(staged, capsys):
+    """A day of training must not come before that error."""
+    path = staged()
+    values = yaml.safe_load(path.read_text())
+    values["stages"][1]["data"] |= {"size": 128, "reference_budget": 128}
+    path.write_text(yaml.safe_dump(values))
+    assert main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "cache-96 holds another data set (size: expected 128, got 96; reference_budget: expected 128, got 96)" in said
+    )
+    assert newest_checkpoint(Path(load_config(path).stages[0].output)) is None
+
+
 def test_stages_train_one_after_the_other(staged, metrics, capsys):
     path = staged()
     values = yaml.safe_load(path.read_text())

@@ -112,6 +112,8 @@ class Folder(PictureRows):
         """The target's references in order. Raises BadRow where they are not certain."""
         beside = self.references.get(name, [])
         check_numbers(beside, self.captions)
+        if nested := [(two, one) for _, one in beside for _, two in self.references.get(one, [])]:
+            raise BadRow(f"{nested[0][0]} may belong to {name} or to {nested[0][1]}, itself a reference; rename it")
         if name in self.beside:
             other = self.beside[name]
             raise BadRow(
