@@ -28,10 +28,11 @@ from PIL import Image
 from unipic_core import __version__
 from unipic_core.replacing import replacing
 
-from .judges.measure import Evaluation, Generate, Plan, compare
-from .judges.plot import AXES, draw_plot
+from .judges.drawings.plot import AXES, draw_plot
+from .judges.drawings.sheet import draw_sheet
+from .judges.measure import Evaluation, Generate, compare
 from .judges.saved_pictures import PictureStore, files_stamp
-from .judges.sheet import draw_sheet
+from .judges.scene_plan import Plan
 from .nano.catalogue import Split
 from .nano.emoji import LONGEST, Bank
 from .nano.open_scenes.answers import OPEN_TASKS

@@ -14,8 +14,9 @@ from PIL import Image
 
 from tests.paths import TINY
 from trainers.evaluate import evaluate, main, parser, systems_of, weights_seed
-from trainers.judges.measure import SEED_STRIDE, Generate, Plan, compare
+from trainers.judges.measure import Generate, compare
 from trainers.judges.saved_pictures import PictureStore
+from trainers.judges.scene_plan import SEED_STRIDE, Plan
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import Sample
 

@@ -21,8 +21,8 @@ from unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from unipic_core.errors import printable
 from unipic_core.replacing import write_json
 
-from ..judges.measure import Plan as Scenes
 from ..judges.panel import Case as Scene
+from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import JudgeError, read_lines
 from ..nano.emoji import Bank
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ..judges.measure import Plan as Scenes
 from ..judges.panel import Case as Scene
 from ..judges.panel import control_pictures
+from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import LineFile, Shown, fitness, in_order, judge_case, load_picture
 from ..nano.emoji import Bank
 from ..progress import Progress

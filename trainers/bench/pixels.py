@@ -11,10 +11,10 @@ from unipic_core.replacing import write_json
 
 from ..judges.arrays import picture_psnr
 from ..judges.kinds import JUDGES
-from ..judges.measure import Plan as Scenes
 from ..judges.measure import judge_all
 from ..judges.panel import Case as Scene
 from ..judges.panel import Panel
+from ..judges.scene_plan import Plan as Scenes
 from ..judges.statistics import Bootstrap
 from ..judges.summary import entry
 from ..judges.vlm import AnswerError, LineFile, load_picture

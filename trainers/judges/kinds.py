@@ -1,4 +1,4 @@
-"""The lists of judges, of closed and of open scenes, and the controls that each must tell from the truth."""
+"""Judges of closed and of open scenes, and the controls that each must tell from the truth."""
 
 from __future__ import annotations
 
@@ -89,5 +89,5 @@ BY_NAME = {judge.name: judge for judge in (*JUDGES, *OPEN_JUDGES)}
 
 
 def reported(judges: Mapping[str, object]) -> list[Judge]:
-    """Those that a report names, in the order of their lists."""
+    """Judges that a report names, in the order of ``JUDGES`` and ``OPEN_JUDGES``."""
     return [judge for name, judge in BY_NAME.items() if name in judges]

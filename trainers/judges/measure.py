@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,24 +10,18 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from unipic_core.conditioning.reference_sizes import REFERENCE_MULTIPLE
-
-from ..nano.catalogue import Split
 from ..nano.emoji import Bank
-from ..nano.open_scenes.answers import OPEN_TASKS
-from ..nano.open_scenes.drawing import make_open_scene
 from ..nano.render import Sample, render
-from ..nano.scene import SQUARE, Scene, Shape
-from ..nano.scenes import TASKS, make_scene, shaped
+from ..nano.scene import SQUARE, Scene
 from .comparison import comparison, comparison_table, gains_table
+from .drawings.sheet import Row
 from .kinds import CONTROL_NAMES, JUDGES, OPEN_CONTROL_NAMES, OPEN_JUDGES, TRUTH
 from .open_scenes import Control, OpenCase, judge_open, open_controls
 from .panel import Case, Panel, control_pictures
 from .retention import SPREAD_MEASURE, Report, equal_steps, pairwise_rms
 from .saved_pictures import PictureStore
-from .sheet import Row
+from .scene_plan import Plan
 from .statistics import Bootstrap, interval, rounded
 from .summary import Scores, empty, summarise, table
 
@@ -36,55 +29,6 @@ Generate = Callable[[Sample, int], Image.Image]
 """(sample, noise seed) -> composed picture."""
 
 WHOLE = frozenset(judge.name for judge in (*JUDGES, *OPEN_JUDGES) if judge.whole)
-SEED_STRIDE = 1_000_000  # distance of the noise seeds of one scene, more than the number of scenes
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Scenes of an evaluation: ``n`` scenes of a seed and split, of the given tasks in turn or the default mixture.
-
-    ``open``: scenes whose words leave something open, with judges of their own.
-
-    Each system makes ``seeds_per_scene`` pictures of a scene. The judges see the first; all of them give the spread.
-    ``size``: side in pixels of the targets and of the longer side of their references; of targets of another ``shape``
-    (width and height as a ratio) the side of the square of about as many pixels.
-    """
-
-    n: int
-    seed: int = 0
-    split: Split = "heldout"
-    tasks: tuple[str, ...] = ()
-    progress: bool = True
-    seeds_per_scene: int = 1
-    size: int = 128
-    open: bool = False
-    shape: Shape = SQUARE
-
-    def __post_init__(self) -> None:
-        if self.size < 64 or self.size % REFERENCE_MULTIPLE:
-            raise ValueError(f"size must be a multiple of {REFERENCE_MULTIPLE}, at least 64, got {self.size}")
-        if self.n < 2:
-            raise ValueError(f"n must be at least 2 for an interval, got {self.n}")
-        if self.seeds_per_scene < 1:
-            raise ValueError(f"seeds_per_scene must be at least 1, got {self.seeds_per_scene}")
-        known = OPEN_TASKS if self.open else TASKS
-        unknown = [task for task in self.tasks if task not in known]
-        if unknown:
-            raise ValueError(f"task must be one of {', '.join(known)}, got {unknown[0]!r}")
-
-    def scene(self, bank: Bank, index: int) -> Scene:
-        task = self.tasks[index % len(self.tasks)] if self.tasks else None
-        make = make_open_scene if self.open else make_scene
-        return shaped(make(bank, self.split, self.seed, index, task=task, size=self.size), self.shape)
-
-    def noise_seeds(self, index: int) -> list[int]:
-        """Noise seeds of scene ``index``; the first does not depend on their number."""
-        return [self.seed + index + SEED_STRIDE * which for which in range(self.seeds_per_scene)]
-
-    def bar(self, title: str) -> tqdm[int]:
-        """Progress bar over the scenes."""
-        pause = 0.1 if sys.stderr.isatty() else 30.0  # seconds between updates: few lines in a log
-        return tqdm(range(self.n), title, unit="scene", mininterval=pause, disable=not self.progress)
 
 
 @dataclass(frozen=True)
@@ -194,17 +138,19 @@ Judged = tuple[Sample, dict[str, Control], dict[str, np.ndarray], float]
 """Truth, controls, scores of the systems' pictures and then of the controls', spread of the truth."""
 
 
-def judge_closed_scene(panel: Panel, bank: Bank, scene: Scene, own: Sequence[Image.Image]) -> Judged:
+def judge_closed_scene(panel: Panel, bank: Bank, scene: Scene, outputs: Sequence[Image.Image]) -> Judged:
+    """Judge the systems' pictures of a scene with one right answer, and its controls."""
     case = Case.of(bank, scene)
     controls = control_pictures(bank, scene, case.sample)
-    judged = panel.judge(case, [*own, *(picture for picture, _ in controls.values())])
+    judged = panel.judge(case, [*outputs, *(picture for picture, _ in controls.values())])
     return case.sample, controls, judged, pairwise_rms([controls[TRUTH][0], controls["recomposed"][0]])
 
 
-def judge_open_scene(panel: Panel, bank: Bank, scene: Scene, own: Sequence[Image.Image]) -> Judged:
+def judge_open_scene(panel: Panel, bank: Bank, scene: Scene, outputs: Sequence[Image.Image]) -> Judged:
+    """Judge the systems' pictures of a scene with several right answers, and its controls."""
     case = OpenCase.of(bank, scene)
     controls = open_controls(bank, case)
-    judged = judge_open(panel, case, [*own, *(picture for picture, _ in controls.values())])
+    judged = judge_open(panel, case, [*outputs, *(picture for picture, _ in controls.values())])
     return render(bank, scene), controls, judged, case.spread(bank)
 
 
@@ -254,24 +200,29 @@ def compare(
             one["model"] |= {"seconds_per_picture": round(drawn[label].seconds, 4), **about.get(label, {})}
     tables = [table(one) for one in reports]
     report, *others = reports
-    report |= {"n": plan.n, "seed": plan.seed, "split": plan.split, "size": plan.size}
-    if plan.open:
-        report["scenes"] = "open"
-    if plan.shape != SQUARE:
-        report["shape"] = list(plan.shape)
-    report |= {"tasks": list(plan.tasks) or "mixture"}
-    report["bank"] = {"objects": len(bank.objects("all")), "persons": len(bank.persons("all"))}
-    truth_spread = None
+    report |= describe_scenes(plan, bank)
     if scores.spreads:
         report["diversity"] = diversity(scores, plan, bootstrap)
-        truth_spread = report["diversity"]["truth_drawn_again"]["value"]
     if others:
+        truth_spread = report["diversity"]["truth_drawn_again"]["value"] if scores.spreads else None
         report["others"] = others
         report["comparison"] = comparison(reports, truth_spread)
         steps = {label: settings.get("steps") for label, settings in about.items()}
         report["equal_steps"] = equal_steps(steps, scores.systems, report["judges"], bootstrap)
         tables += summary_tables(report)
     return Evaluation(report, tables, rows)
+
+
+def describe_scenes(plan: Plan, bank: Bank) -> dict[str, Any]:
+    """Scenes of an evaluation, for its report."""
+    about: dict[str, Any] = {"n": plan.n, "seed": plan.seed, "split": plan.split, "size": plan.size}
+    if plan.open:
+        about["scenes"] = "open"
+    if plan.shape != SQUARE:
+        about["shape"] = list(plan.shape)
+    about["tasks"] = list(plan.tasks) or "mixture"
+    about["bank"] = {"objects": len(bank.objects("all")), "persons": len(bank.persons("all"))}
+    return about
 
 
 def diversity(scores: Scores, plan: Plan, bootstrap: Bootstrap) -> dict[str, Any]:

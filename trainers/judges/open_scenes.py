@@ -16,7 +16,7 @@ from ..nano.scene import Scene
 from .appearance import LUMA
 from .arrays import psnr, to_array
 from .kinds import LEAST_VISIBLE, MAX_ITEMS, OPEN_JUDGES, SWAPS, TRUTH
-from .panel import Case, Panel
+from .panel import Case, Panel, replaced_items
 from .placement import union
 
 REDRAWN = 3
@@ -88,7 +88,7 @@ def parts(case: OpenCase, answer: Case) -> list[tuple[int, np.ndarray]]:
 
 
 def mean_answer(bank: Bank, case: OpenCase) -> Image.Image:
-    """The mean of all answers, each drawn REDRAWN times: the guess of the least squared error, blurred."""
+    """Mean of all answers, each drawn REDRAWN times: the guess of the least squared error, blurred."""
     drawn = [
         to_array(render(bank, answer.scene, hidden_seed=seed).target)
         for answer in case.answers
@@ -98,20 +98,18 @@ def mean_answer(bank: Bank, case: OpenCase) -> Image.Image:
 
 
 def open_controls(bank: Bank, case: OpenCase) -> dict[str, Control]:
-    """The truth and each control. Only the swapped one is judged on fewer than all items: those that it replaces."""
+    """Pictures of the truth and of each control; the swapped one is judged on the items that it replaces alone."""
     everything = np.ones(MAX_ITEMS, bool)
     truth = render(bank, case.scene)
     others = [answer.scene for answer in case.answers if answer.scene != case.scene]
     other = others[case.scene.seed % len(others)]
-    swapped, replaced = object_swapped(bank, case.scene), np.zeros(MAX_ITEMS, bool)
-    for index, (old, new) in enumerate(zip(truth.placements, swapped.placements, strict=True)):
-        replaced[index] = old.asset != new.asset
+    swapped = object_swapped(bank, case.scene)
     return {
         TRUTH: (truth.target, everything),
         "other_answer": (render(bank, other, hidden_seed=1).target, everything),
         "mean_answer": (mean_answer(bank, case), everything),
         "background_alone": (background_alone(bank, case.scene).target, everything),
-        SWAPS[0]: (swapped.target, replaced),
+        SWAPS[0]: (swapped.target, replaced_items(truth, swapped)),
     }
 
 

@@ -19,9 +19,10 @@ from .kinds import JUDGES, LEAST_VISIBLE, MAX_ITEMS, SWAPS, TRUTH
 
 @dataclass(frozen=True)
 class Case:
-    """Scene with the judges' inputs. ``boxes``: not clipped to the picture; ``tints``: light on each item.
+    """Scene of one right answer with the judges' inputs.
 
-    ``exchanged``: of a pair, the truth with its two things in each other's place.
+    ``boxes``: not clipped to the picture. ``tints``: light on each item. ``exchanged``: of a pair, the truth with its
+    two things in each other's place.
     """
 
     scene: Scene
@@ -45,6 +46,7 @@ class Case:
 
     @property
     def assets(self) -> tuple[Asset, ...]:
+        """Assets of the items, as the truth shows them."""
         return tuple(item.asset for item in self.sample.placements)
 
 
@@ -59,11 +61,16 @@ def control_pictures(bank: Bank, scene: Scene, truth: Sample) -> dict[str, tuple
         if name == "references_swapped" and not can_swap_references(scene):
             continue
         sample = control(bank, scene)
-        replaced = np.zeros(MAX_ITEMS, bool)
-        for index, (old, new) in enumerate(zip(truth.placements, sample.placements, strict=True)):
-            replaced[index] = old.asset != new.asset
-        pictures[name] = (sample.target, replaced if name in SWAPS else everything)
+        pictures[name] = (sample.target, replaced_items(truth, sample) if name in SWAPS else everything)
     return pictures
+
+
+def replaced_items(truth: Sample, control: Sample) -> np.ndarray:
+    """Items that show another asset than the truth, bool [MAX_ITEMS]."""
+    replaced = np.zeros(MAX_ITEMS, bool)
+    for index, (old, new) in enumerate(zip(truth.placements, control.placements, strict=True)):
+        replaced[index] = old.asset != new.asset
+    return replaced
 
 
 class Panel:

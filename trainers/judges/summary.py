@@ -97,10 +97,10 @@ def seeds_report(scores: Scores, label: str, first: str | None, bootstrap: Boots
     }
 
 
-def of_truth(own: np.ndarray, truth: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """The ratio of two means [n, 1], a system's and the truth's."""
-    found = bootstrap.ratio(own, truth)
-    return {"of_truth": rounded(found), "of_truth_ci95": interval(found)}
+def of_truth(system: np.ndarray, truth: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Ratio of the means of two columns [n, 1], a system's and the truth's."""
+    ratio = bootstrap.ratio(system, truth)
+    return {"of_truth": rounded(ratio), "of_truth_ci95": interval(ratio)}
 
 
 def entry(
@@ -170,7 +170,7 @@ def margin(first: np.ndarray, second: np.ndarray, bootstrap: Bootstrap) -> dict[
 
 
 def by_task(tasks: Sequence[str], measured: ByJudge, judges: Report) -> dict[str, dict[str, Any]]:
-    """The model's means per task, for valid judges."""
+    """Means of the model per task, for valid judges."""
     result: dict[str, dict[str, Any]] = {}
     for task in sorted(set(tasks)):
         rows = np.array([one == task for one in tasks])
@@ -190,6 +190,7 @@ def format_value(judge: Judge, value: float | None) -> str:
 
 
 def with_interval(judge: Judge, value: float | None, bounds: Sequence[float] | None) -> str:
+    """Format a score with its interval in brackets."""
     low, high = bounds or (None, None)
     return f"{format_value(judge, value)} [{format_value(judge, low)}, {format_value(judge, high)}]"
 

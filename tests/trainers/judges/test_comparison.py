@@ -13,11 +13,12 @@ from PIL import Image, ImageFilter
 
 from trainers.evaluate import System, main
 from trainers.judges.comparison import comparison_table, gains_table, retained_text
+from trainers.judges.drawings.plot import draw_plot, retained_of, series_of
+from trainers.judges.drawings.sheet import PICTURE, Layout, draw_sheet, font
 from trainers.judges.kinds import JUDGES
-from trainers.judges.measure import Evaluation, Generate, Plan, compare
-from trainers.judges.plot import draw_plot, retained_of, series_of
+from trainers.judges.measure import Evaluation, Generate, compare
 from trainers.judges.retention import equal_steps, gains, pairwise_rms, retained_quality, spread_entry
-from trainers.judges.sheet import PICTURE, Layout, draw_sheet, font
+from trainers.judges.scene_plan import Plan
 from trainers.judges.statistics import Bootstrap
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import Sample

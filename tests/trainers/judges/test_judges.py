@@ -8,8 +8,8 @@ from PIL import Image
 
 from trainers.judges import appearance, identity, placement
 from trainers.judges.arrays import MAX_PSNR, area_matrix, box_blur, weighted_psnr
+from trainers.judges.drawings.sheet import font, wrapped
 from trainers.judges.kinds import CONTROL_NAMES, JUDGES, PLACES, TRUTH
-from trainers.judges.sheet import font, wrapped
 from trainers.judges.statistics import Bootstrap
 from trainers.judges.summary import Scores, empty, summarise, table
 

@@ -12,8 +12,9 @@ from PIL import Image, ImageFilter
 from trainers.evaluate import main
 from trainers.judges.arrays import box_blur, to_array
 from trainers.judges.kinds import OPEN_JUDGES
-from trainers.judges.measure import SEED_STRIDE, Generate, Plan, compare
+from trainers.judges.measure import Generate, compare
 from trainers.judges.open_scenes import OpenCase, gradient, mean_answer, sharpness
+from trainers.judges.scene_plan import SEED_STRIDE, Plan
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.open_scenes.answers import OPEN_TASKS, answers
 from trainers.nano.open_scenes.drawing import make_open_scene

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -178,9 +178,20 @@ def in_order(function: Callable[[T], R], items: Iterable[T], concurrency: int) -
     """Yield results in the order of the items, at most ``concurrency`` at once; the first item runs alone.
 
     It runs alone because a server may load its model for minutes at the first request. An exception, Ctrl-C included,
-    ends the iteration after the calls in flight.
+    ends the iteration after the calls in flight; no further call starts.
     """
     items = iter(items)
+    stop = threading.Event()
+
+    def call(item: T) -> R:
+        if stop.is_set():
+            raise CancelledError
+        try:
+            return function(item)
+        except BaseException:
+            stop.set()  # here, since the caller sees the exception later than the pool takes its next item
+            raise
+
     for first in items:
         yield function(first)
         break
@@ -188,10 +199,11 @@ def in_order(function: Callable[[T], R], items: Iterable[T], concurrency: int) -
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(call, item))
             if len(waiting) >= 2 * concurrency:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
+        stop.set()
         pool.shutdown(wait=True, cancel_futures=True)

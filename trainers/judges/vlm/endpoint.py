@@ -61,6 +61,10 @@ class _Again(Exception):
         self.wait = wait
 
 
+class _NoServer(_Again):
+    """Failed try of a host where nothing listens: repeated, but at the end no other request could succeed."""
+
+
 class Endpoint:
     """Requests to one base address; thread-safe."""
 
@@ -87,22 +91,22 @@ class Endpoint:
         Raises AnswerError if only this request fails (kinds "rejected" and "server"), and JudgeError if further
         requests would fail too: no server, a wrong key or address, or three failed requests in a row.
         """
-        message = ""
+        last = _Again("")
         for attempt in range(1, self.config.tries + 1):
             start = time.monotonic()
             try:
                 data = self._try(path, body, content_type)
             except _Again as failure:
-                message = str(failure)
+                last = failure
                 if attempt < self.config.tries:
                     self._sleep(self._pause(attempt, failure.wait))
                 continue
             self._count(failed=False)
             return Reply(data, time.monotonic() - start, attempt)
         tries = f"{self.config.tries} tries" if self.config.tries > 1 else "one try"
-        if self._count(failed=True) >= FAILURES_IN_A_ROW or "refused" in message:
-            raise JudgeError(f"the server at {self.base_url} gave no answer after {tries}: {message}; run again later")
-        raise AnswerError("server", f"no answer after {tries}: {message}")
+        if self._count(failed=True) >= FAILURES_IN_A_ROW or isinstance(last, _NoServer):
+            raise JudgeError(f"the server at {self.base_url} gave no answer after {tries}: {last}; run again later")
+        raise AnswerError("server", f"no answer after {tries}: {last}")
 
     def _count(self, failed: bool) -> int:
         """Count failed requests in a row, this one included."""
@@ -169,17 +173,22 @@ class Endpoint:
         )
 
     def _unreachable(self, reason: object, timeout: float) -> Exception:
+        """Exception for a request without an answer."""
         if isinstance(reason, TimeoutError):
             return _Again(f"nothing within {timeout:g} s")
         if isinstance(reason, ConnectionRefusedError):
-            return _Again("connection refused: no server is listening")
+            return _NoServer("connection refused: no server is listening")
         if isinstance(reason, socket.gaierror):
-            return JudgeError(f"the host {self.host!r} does not exist ({one_line(reason.strerror or reason)})")
+            return JudgeError(
+                f"the host {self.host!r} does not exist ({one_line(reason.strerror or reason)}); correct "
+                f"{self.config.section}.base_url"
+            )
         if isinstance(reason, ssl.SSLCertVerificationError):
             return JudgeError(f"the certificate of {self.host} is not trusted ({one_line(reason.verify_message)})")
         return _Again(f"the connection broke ({one_line(reason) or type(reason).__name__})")
 
     def hide_key(self, text: str) -> str:
+        """Replace the API key in a text of the server."""
         return text.replace(self._key, "[key]") if self._key else text
 
 
@@ -233,7 +242,7 @@ def _retry_after(headers: email.message.Message) -> float | None:
 
 
 def checked_url(config: ServerConfig) -> str:
-    """The base address without a final slash. Raises JudgeError for anything but http(s)://host[:port][/path]."""
+    """Check the base address and remove its final slash. Raises JudgeError for anything but http(s)://host[:port][/path]."""
     url, name = config.base_url.strip(), f"{config.section}.base_url"
     try:
         parts = urlsplit(url)

@@ -14,7 +14,7 @@ from .pictures import Picture, encode_picture, side_by_side
 from .probabilities import expected_digit, yes_probability
 from .question import Answer, Part, Question
 from .templates import SOURCE_KINDS, QuestionTemplate, Template
-from .values import combine
+from .values import Combine, combine
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,12 @@ def judge_case(asker: Asker, template: Template, shown: Shown) -> Judgement:
         answers = _one_pass(asker, template, shown, config.seed + which)
         readings += answers
         values = [None if one.value is None else _scaled(template, one) for one in answers]
-        passes.append(_combined(values, template))
+        passes.append(_combined(values, template.overall))
     by_question = {
-        one.id: _mean([r.value for r in readings if r.question.split("#")[0] == one.id]) for one in template.questions
+        one.id: _combined([r.value for r in readings if r.question.split("#")[0] == one.id], "mean")
+        for one in template.questions
     }
-    return Judgement(_mean(passes), by_question | named_values(readings), tuple(passes), tuple(readings))
+    return Judgement(_combined(passes, "mean"), by_question | named_values(readings), tuple(passes), tuple(readings))
 
 
 def named_values(readings: Sequence[Reading]) -> dict[str, float | None]:
@@ -93,7 +94,7 @@ def named_values(readings: Sequence[Reading]) -> dict[str, float | None]:
     for reading in readings:
         for name, number in zip(reading.names, reading.numbers, strict=bool(reading.names)):
             found.setdefault(name, []).append(number)
-    return {name: _mean(numbers) for name, numbers in found.items()}
+    return {name: _combined(numbers, "mean") for name, numbers in found.items()}
 
 
 def _one_pass(asker: Asker, template: Template, shown: Shown, seed: int) -> list[Reading]:
@@ -225,15 +226,10 @@ def _scaled(template: Template, reading: Reading) -> float:
     """Scale a value to 0..10."""
     assert reading.value is not None
     question = next(one for one in template.questions if one.id == reading.question.split("#")[0])
-    low, high = (0.0, 1.0) if question.kind == "yes_no" else (0.0, question.high)
-    return 10 * (reading.value - low) / (high - low)
+    return 10 * reading.value / (1.0 if question.kind == "yes_no" else question.high)
 
 
-def _combined(values: Sequence[float | None], template: Template) -> float | None:
+def _combined(values: Sequence[float | None], how: Combine) -> float | None:
+    """Combine values; None without any, or if one is missing."""
     known = [one for one in values if one is not None]
-    return combine(known, template.overall) if values and len(known) == len(values) else None
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [one for one in values if one is not None]
-    return sum(known) / len(known) if values and len(known) == len(values) else None
+    return combine(known, how) if values and len(known) == len(values) else None

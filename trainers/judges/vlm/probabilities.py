@@ -6,7 +6,7 @@ The judge's uncertainty becomes part of the score, so near-equal pictures are no
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from .question import TokenChoice
 
@@ -15,13 +15,14 @@ MIN_MASS = 0.5
 
 
 def after_thinking(tokens: Sequence[TokenChoice]) -> Sequence[TokenChoice]:
+    """Tokens after a thinking model's reasoning; all of them without any."""
     for index in range(len(tokens) - 1, -1, -1):
         if "</think" in tokens[index].token or tokens[index].token.strip() == "think>":
             return tokens[index + 1 :]
     return tokens
 
 
-def answer_probabilities(tokens: Sequence[TokenChoice], answers: Mapping[str, float]) -> dict[str, float] | None:
+def answer_probabilities(tokens: Sequence[TokenChoice], answers: Sequence[str]) -> dict[str, float] | None:
     """Normalised probabilities of the answers at the first generated one; None if unclear."""
     for choice in after_thinking(tokens):
         if _word(choice.token) not in answers:
@@ -42,7 +43,7 @@ def _word(token: str) -> str:
 
 def yes_probability(tokens: Sequence[TokenChoice]) -> float | None:
     """P(yes) / (P(yes) + P(no)), or None."""
-    probabilities = answer_probabilities(tokens, {"yes": 1.0, "no": 0.0})
+    probabilities = answer_probabilities(tokens, ("yes", "no"))
     return None if probabilities is None else probabilities["yes"]
 
 
@@ -50,5 +51,5 @@ def expected_digit(tokens: Sequence[TokenChoice], low: int = 0, high: int = 9) -
     """Mean of the digits low..high under their probabilities, or None. Raises ValueError for more than one digit."""
     if not 0 <= low < high <= 9:
         raise ValueError(f"digits must be in 0..9, got {low}..{high}")
-    probabilities = answer_probabilities(tokens, {str(digit): float(digit) for digit in range(low, high + 1)})
+    probabilities = answer_probabilities(tokens, [str(digit) for digit in range(low, high + 1)])
     return None if probabilities is None else sum(int(digit) * share for digit, share in probabilities.items())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,7 +55,7 @@ class QuestionTemplate:
 
 @dataclass(frozen=True)
 class Template:
-    """Template. overall: combination of the questions' values, each scaled to 0..10, into the case's score."""
+    """Questions about a case. overall: combination of their values, each scaled to 0..10, into the case's score."""
 
     name: str
     version: str
@@ -66,6 +66,7 @@ class Template:
 
     @property
     def title(self) -> str:
+        """Name, version and origin, part of a judge's name."""
         return f"{self.name} {self.version} ({self.source})"
 
 
@@ -99,7 +100,9 @@ def read_template(path: Path) -> Template:
             values.get("overall", "geometric"),
             bool(values.get("grounded", False)),
         )
-    except (ConfigError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise JudgeError(f"{path} is not a template: the key {error} is missing") from None
+    except (ConfigError, TypeError, AttributeError) as error:
         raise JudgeError(f"{path} is not a template: {one_line(error, 120)}") from None
     if not questions or template.overall not in get_args(Combine):
         raise JudgeError(f"{path} needs questions, and overall must be one of {', '.join(get_args(Combine))}")
@@ -111,12 +114,17 @@ def _question(values: Mapping[str, Any]) -> QuestionTemplate:
     for name in ("pictures", "answers", "constants"):
         if name in values:
             values[name] = tuple(values[name])
+    unknown = sorted(set(values) - {one.name for one in fields(QuestionTemplate)})
+    if unknown:
+        raise TypeError(f"unknown key {unknown[0]!r} of a question")
+    for name in ("id", "kind", "pictures", "rules", "ask"):
+        values[name]  # raises KeyError
     question = QuestionTemplate(**values)
     if question.kind not in get_args(Kind) or question.combine not in get_args(Combine):
         raise TypeError(f"question {question.id!r} has kind {question.kind!r} and combine {question.combine!r}")
-    unknown = [role for role in (*question.pictures, *question.needs.values()) if role not in ROLES]
-    if unknown:
-        raise TypeError(f"question {question.id!r} shows {unknown[0]!r}; known: {', '.join(ROLES)}")
+    roles = [role for role in (*question.pictures, *question.needs.values()) if role not in ROLES]
+    if roles:
+        raise TypeError(f"question {question.id!r} shows {roles[0]!r}; known: {', '.join(ROLES)}")
     return question
 
 

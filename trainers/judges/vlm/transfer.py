@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from urllib.parse import urlsplit
 
 from .config import JudgeConfig
 from .endpoint import checked_url, is_this_machine
@@ -12,8 +13,6 @@ from .templates import SOURCE_KINDS, Template
 
 def transfer_notice(config: JudgeConfig, pictures: int, questions: int) -> str:
     """One sentence: host, number of pictures, their largest side, and whether they leave this machine."""
-    from urllib.parse import urlsplit
-
     host = urlsplit(checked_url(config)).hostname or ""
     about = f"{questions} questions with {pictures} pictures of at most {config.image_max_side} pixels a side"
     if is_this_machine(host):

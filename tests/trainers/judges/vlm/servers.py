@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body: dict, fault: object) -> None:
         if isinstance(fault, int):
-            said = f"the key {KEY} is bad" if fault == 401 else "slow down"
+            said = {401: f"the key {KEY} is bad", 507: "refused, the queue is full"}.get(fault, "slow down")
             return self.reply(fault, json.dumps({"error": {"message": said}}).encode(), Retry_After="0")
         if fault == "redirect":
             return self.reply(302, b"", Location="http://example.org/v1")

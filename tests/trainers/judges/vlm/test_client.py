@@ -148,6 +148,20 @@ def test_every_bundled_template_asks_what_its_parser_reads():
         assert judged.score is not None
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("version: 1", "the key 'questions' is missing"),
+        ("{version: 1, questions: [{id: a, kind: digit, pictures: [output], ask: b}]}", "the key 'rules' is missing"),
+        ("{version: 1, questions: [{id: a, colour: red}]}", "unknown key 'colour' of a question"),
+    ],
+)
+def test_faults_of_a_template_name_the_key(tmp_path, text, words):
+    (tmp_path / "edit.yaml").write_text(text)
+    with pytest.raises(JudgeError, match=words):
+        load_template("edit", tmp_path)
+
+
 def test_retries_wait_as_the_server_asks_and_longer_each_time_where_it_does_not(monkeypatch):
     """Of this machine, whatever proxy the environment names."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
@@ -202,6 +216,27 @@ def test_concurrency_is_bounded_and_keeps_the_order():
 
     assert list(in_order(work, range(20), 3)) == list(range(20))
     assert most[0] == 3
+
+
+def test_nothing_is_asked_after_a_failure_but_the_calls_in_flight():
+    asked = []
+
+    def work(item):
+        asked.append(item)
+        if item == 2:
+            raise JudgeError("lost")
+        return item
+
+    found = in_order(work, range(20), 1)
+    with pytest.raises(JudgeError, match="lost"):
+        list(found)
+    assert asked == [0, 1, 2]
+
+
+def test_a_busy_server_that_says_refused_costs_one_question():
+    with pytest.raises(AnswerError) as caught:
+        client(FakeServer(faults=[507]), tries=1).ask(Question(("text",)))
+    assert caught.value.kind == "server"
 
 
 def test_parsing_by_hand():

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .comparison import reported_judges
-from .kinds import Judge
-from .retention import Report
+from ..comparison import reported_judges
+from ..kinds import Judge
+from ..retention import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLUMNS = 4
-ASIDE = 0.07  # of a doubling of the steps
+SPACING = 0.07  # between the bars of two series at equal steps, of a doubling of the steps
 Point = tuple[float, float, float, float]  # steps or seconds, value, low, high
 
 AXES = {"steps": "steps", "seconds": "seconds_per_picture"}
@@ -50,19 +53,19 @@ def draw_plot(block: Report, out: Path, against: str = "steps") -> None:
     pyplot.close(figure)
 
 
-def draw_panel(panel: Any, block: Report, name: str, title: str, against: str) -> None:
+def draw_panel(panel: Axes, block: Report, name: str, title: str, against: str) -> None:
     """Draw the panel of one judge, or of the spread."""
     decibels = block["kinds"].get(name) == "difference_db"
     equal_quality = 0.0 if decibels else 1.0
     panel.axhline(equal_quality, color="0.4", linestyle="--", linewidth=1, label=f"the reference: {block['reference']}")
     panel.plot([block["systems"][0][AXES[against]]], [equal_quality], marker="s", color="0.4")
     series = series_of(block, name, against)
-    spacing = ASIDE if against == "steps" else 0  # bars at equal steps stand side by side
+    spacing = SPACING if against == "steps" else 0  # bars at equal steps stand side by side
     for index, (label, points) in enumerate(series.items()):
-        aside = 2 ** (spacing * (index - (len(series) - 1) / 2))
+        factor = 2 ** (spacing * (index - (len(series) - 1) / 2))
         # a percentile interval may exclude the value itself; bars need lengths of at least 0
         errors = [[max(v - low, 0) for _, v, low, _ in points], [max(high - v, 0) for _, v, _, high in points]]
-        places, values = [point[0] * aside for point in points], [point[1] for point in points]
+        places, values = [point[0] * factor for point in points], [point[1] for point in points]
         panel.errorbar(places, values, errors, marker="o", markersize=4, capsize=3, linewidth=1.4, label=label)
     panel.set_xscale("log", base=2)
     if against == "steps":

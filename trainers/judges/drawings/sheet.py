@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..nano.render import Sample
-from .comparison import judge_lines, label_lines, reported_judges, spread_lines, time_lines
-from .retention import Report
-from .summary import format_value
+from ...nano.render import Sample
+from ..comparison import judge_lines, label_lines, reported_judges, spread_lines, time_lines
+from ..retention import Report
+from ..summary import format_value
 
 TEXT, THUMB, PICTURE, GAP, MARGIN = 260, 92, 192, 8, 20
 HEAD, HEAD_LINE, CAPTION, TITLE = 30, 19, 22, 48
