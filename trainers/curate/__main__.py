@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Parser of both commands."""
     top = argparse.ArgumentParser(
         prog="trainers.curate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -64,7 +65,12 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("run", help="run the stages of a file, or continue them")
     one.add_argument("file", type=Path, help="STAGES.yaml; see docs/curation.md")
     one.add_argument("--dry-run", action="store_true", help="print the pictures, calls and megapixels, and stop")
-    one.add_argument("--executor", choices=EXECUTORS, default="local", help="who measures and draws (%(default)s)")
+    one.add_argument(
+        "--executor",
+        choices=EXECUTORS,
+        default="local",
+        help="processes that measure and draw: of this machine, or of Ray (%(default)s)",
+    )
     one.set_defaults(run=run)
     one = commands.add_parser("conflicts", help="which categories may share a picture")
     one.add_argument("file", type=Path, help="a YAML file of rules")
@@ -76,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (``exit_code``)."""
     args = parser().parse_args(argv)
     return exit_code(lambda: args.run(args), "run the same command again to continue")
 

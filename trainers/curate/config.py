@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 from ..config.parse import ConfigError, at_least, one_of, parse, within
 from ..config.yaml_reader import read_yaml_mapping
 from ..judges.vlm import JudgeError, ServerConfig
+from .conflicts.rules import MOST_SOURCES
 from .errors import CurateError
 
 SUBJECTS = ("person", "object", "background", "photograph")
-MOST_SOURCES = 6
+"""Kinds of source pictures."""
+
 LARGEST_SEED = 2**32 - 1
 
 
@@ -61,14 +63,15 @@ class FilterConfig:
     subjects: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        known = (*SUBJECTS, "target")
         for subject in self.subjects:
-            if subject not in (*SUBJECTS, "target"):
-                raise ConfigError(f"subjects must be of {', '.join(SUBJECTS)}, got {subject!r}")
+            if subject not in known:
+                raise ConfigError(f"subjects must be of {', '.join(known)}, got {subject!r}")
 
 
 @dataclass(frozen=True)
 class FiltersConfig:
-    """filters: name -> thresholds, `{}` for the defaults, in the order in which reasons are given."""
+    """Filters of a stage: name -> thresholds, `{}` for the defaults, in the order in which reasons are given."""
 
     filters: dict[str, FilterConfig] = field(default_factory=dict)
 
@@ -115,7 +118,9 @@ class DecomposeConfig:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """kind: "templates" (phrases of the rules), "drawn" (wording of the composition set) or "endpoint" (the judge)."""
+    """Source of the instructions: "templates" (phrases of the rules), "drawn" (wording of the composition set) or
+    "endpoint" (the judge).
+    """
 
     kind: str = "templates"
 
@@ -165,7 +170,7 @@ class ImagesConfig(ServerConfig):
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """kind: "jsonl" (this project's rows), "webdataset" (tars and a parquet table) or "mico" (MICo-150K's fields)."""
+    """Format of an export: "jsonl" (this project's rows), "webdataset" (tars, a parquet table), "mico" (MICo-150K)."""
 
     kind: str = "jsonl"
     rows_per_tar: int = 1024
@@ -177,9 +182,12 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Stages:
-    """STAGES.yaml. out: folder of the run. judge: settings of a judge (trainers/judges/vlm), or `{replay: FILE}`;
-    `record: FILE` beside the settings writes its answers down. images: the server of synthesis by endpoint.
-    workers: processes of filters and synthesis; 0: none beside this one."""
+    """Stages of a run, the keys of STAGES.yaml. out: folder of the run.
+
+    judge: settings of a judge (trainers/judges/vlm), or `{replay: FILE}`; `record: FILE` beside the settings writes its
+    answers down. images: the server of synthesis by endpoint. workers: processes of filters and synthesis; 0: none
+    beside this one.
+    """
 
     out: str
     ingest: tuple[IngestConfig, ...]
@@ -215,6 +223,7 @@ class Stages:
 
     @property
     def folder(self) -> Path:
+        """Folder of the run."""
         return Path(self.out)
 
 

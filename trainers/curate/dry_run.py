@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from unipic_core.conditioning.picture_files import open_picture
 from unipic_core.errors import UniPicError
 
-from ..judges.vlm import parse_judge
+from ..judges.vlm import JudgeConfig, parse_judge
 from .config import Stages
 from .filters.catalogue import Filter, chosen
-from .stages.listing import Entry, entries
+from .stages.listing import entries
 from .stages.parts import MOST_PARTS
 
 MEGA = 1e6
@@ -42,14 +43,14 @@ def describe(stages: Stages) -> str:
 def count_pictures(stages: Stages) -> dict[str, Count]:
     """Counts by subject, from the headers."""
     counts: dict[str, Count] = {}
-    for entry, config in _with_config(stages):
+    for entry in entries(stages):
         one = counts.setdefault(entry.subject, Count())
         one.pictures += 1
         try:
             if entry.fault:
                 raise UniPicError(entry.fault)
             if entry.draw:
-                one.megapixels += config**2 / MEGA
+                one.megapixels += drawn_side(entry.draw) ** 2 / MEGA
             else:
                 with open_picture(entry.path) as picture:
                     one.megapixels += picture.width * picture.height / MEGA
@@ -58,20 +59,20 @@ def count_pictures(stages: Stages) -> dict[str, Count]:
     return counts
 
 
-def _with_config(stages: Stages) -> Iterator[tuple[Entry, int]]:
-    """Entries with the side of a drawn picture."""
-    for entry in entries(stages):
-        recipe = entry.draw
-        yield entry, int(recipe["scene"][-1] if "scene" in recipe else recipe.get("size", 0))
+def drawn_side(recipe: Mapping[str, Any]) -> int:
+    """Side in pixels of a drawn picture, by its recipe."""
+    return int(recipe["scene"][-1] if "scene" in recipe else recipe["size"])
+
+
+def judge_side(stages: Stages) -> int:
+    """Longest side in pixels of the pictures that the judge is sent; that of a recording is not read."""
+    settings = {key: value for key, value in stages.judge.items() if key not in ("record", "replay")}
+    return parse_judge(settings).image_max_side if settings else JudgeConfig.image_max_side
 
 
 def calls(stages: Stages, counts: dict[str, Count]) -> Iterator[tuple[str, str]]:
-    """(stage, calls and megapixels) of every stage that asks a server."""
-    side = (
-        parse_judge({k: v for k, v in stages.judge.items() if k not in ("record", "replay")}).image_max_side
-        if ("base_url" in stages.judge)
-        else 1024
-    )
+    """Yield (stage, calls and megapixels) of every stage that asks a server or runs a model."""
+    side = judge_side(stages)
     for one in chosen(stages.filter.filters, "filter"):
         if one.rank == "endpoint":
             found = [counts[subject] for subject in one.subjects if subject in counts]
@@ -82,9 +83,9 @@ def calls(stages: Stages, counts: dict[str, Count]) -> Iterator[tuple[str, str]]
         return
     rows = stages.pair.rows if stages.pair else counts.get("photograph", Count()).pictures
     sources = rows * (max(stages.pair.counts) if stages.pair else MOST_PARTS)
-    yield "compose", f"{rows:,} rows with at most {sources:,} sources"
-    if stages.decompose is not None and stages.decompose.kind == "endpoint":
-        yield "decompose", _images(stages, sources, sources)
+    yield "pair" if stages.pair else "decompose", f"{rows:,} rows with at most {sources:,} sources"
+    if stages.decompose is not None:
+        yield from _decompose(stages, stages.decompose.kind, rows, sources, side)
     if stages.prompt.kind == "endpoint":
         yield "prompt", f"{rows:,} calls, {sources * side**2 / MEGA:,.1f} megapixels"
     attempts = stages.synthesise.attempts
@@ -101,6 +102,16 @@ def calls(stages: Stages, counts: dict[str, Count]) -> Iterator[tuple[str, str]]
             yield f"check {one.name}", _checks(one, rows, sources, side)
 
 
+def _decompose(stages: Stages, kind: str, rows: int, sources: int, side: int) -> Iterator[tuple[str, str]]:
+    """Questions for the parts of photographs, and pictures of the parts."""
+    if kind != "drawn" and stages.judge:
+        yield "decompose, parts", f"{rows:,} calls, {rows * side**2 / MEGA:,.1f} megapixels"
+    if kind == "endpoint":
+        yield "decompose", _images(stages, sources, sources)
+    elif kind == "pipeline":
+        yield "decompose", f"{sources:,} pictures of this machine"
+
+
 def _images(stages: Stages, number: int, pictures: int) -> str:
     images = stages.images
     assert images is not None  # checked by the config
@@ -111,7 +122,7 @@ def _images(stages: Stages, number: int, pictures: int) -> str:
 
 
 def _checks(one: Filter, rows: int, sources: int, side: int) -> str:
-    """Per source for presence and identity, which ask about each."""
+    """Calls of a check: one per target, but one per source for presence and identity."""
     number = sources if one.name in ("presence", "identity") else rows
     pictures = rows + sources if one.needs_sources else rows
     return f"{number:,} calls, {pictures * side**2 / MEGA:,.1f} megapixels in each attempt"

@@ -140,6 +140,17 @@ def test_duplicates_grow_and_find_the_nearest():
     assert seen.nearest({"hash": f"{flipped:016x}", "colours": "80" * 48}) == (2, 2500)
 
 
+def test_a_threshold_above_the_usual_finds_farther_duplicates():
+    values = [{"hash": f"{one:016x}", "colours": "80" * 48} for one in (0, 2**20 - 1)]
+    verdicts = []
+    for least in (5.0, 30.0):
+        decisions = Decisions(chosen({"duplicates": FilterConfig(least=least)}, "filter"))
+        for number, (name, value) in enumerate(zip("ab", values, strict=True)):
+            decided = decisions.decide(row(id=name, row=number), {"duplicates": {name: value}})
+        verdicts.append((decided["filters"]["duplicates"]["score"], decided["keep"]))
+    assert verdicts == [(64.0, True), (20.0, False)]
+
+
 def row(**extra):
     return {"row": 0, "id": "a", "subject": "person", "keep": True, "reason": "", **extra}
 

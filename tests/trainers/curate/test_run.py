@@ -280,6 +280,27 @@ def test_dry_run_counts_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_dry_run_counts_the_questions_for_the_parts_of_photographs(tmp_path, capsys):
+    server = {"base_url": "http://localhost:1/v1", "model": "m", "image_max_side": 1000}
+    path = config(
+        tmp_path,
+        ingest=[{"kind": "drawn_scenes", "samples": 3, "size": 64}],
+        filter={"flat": None},
+        pair=None,
+        decompose={"kind": "endpoint"},
+        prompt={"kind": "templates"},
+        synthesise={"kind": "endpoint"},
+        check={"flat": None},
+        judge=dict(server),
+        images=dict(server),
+    )
+    assert main(["run", str(path), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "decompose: 3 rows with at most 18 sources" in text
+    assert "decompose, parts: 3 calls, 3.0 megapixels" in text
+    assert "decompose: 18 calls, 18.0 megapixels" in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

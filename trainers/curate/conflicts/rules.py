@@ -13,10 +13,12 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from unipic_core.conditioning.reference_sizes import MAX_REFERENCES
+
 from ...config.yaml_reader import ConfigError, read_yaml_mapping
 from ..errors import CurateError
 
-MOST_SOURCES = 6
+MOST_SOURCES = MAX_REFERENCES
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 _-]{0,63}$")]
 Slots = Annotated[list[Name], Field(min_length=1, max_length=8)]
 M = TypeVar("M", bound=BaseModel)
@@ -47,7 +49,7 @@ class Category(Strict):
 
     @property
     def ways(self) -> list[list[str]]:
-        """The alternatives, each a list of slots."""
+        """Alternatives of the category, each a list of slots."""
         return self.uses_one_of or ([self.uses] if self.uses else [[]])
 
 
@@ -91,6 +93,7 @@ class Rules(Strict):
 
     @property
     def person_categories(self) -> list[str]:
+        """Categories that bring the slots of a person."""
         return [name for name, category in self.categories.items() if category.person]
 
 

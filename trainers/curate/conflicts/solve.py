@@ -12,7 +12,7 @@ from .rules import MOST_SOURCES, Rules
 
 @dataclass(frozen=True)
 class Seat:
-    """The slots of one source, and the person (index of the source) whose slots they are; None: the scene's."""
+    """Slots of one source, and the person (index of the source) whose slots they are; None: the scene's."""
 
     slots: tuple[str, ...]
     person: int | None = None
@@ -27,6 +27,7 @@ class Solution:
 
     @property
     def possible(self) -> bool:
+        """True if no rule forbids the picture."""
         return not self.broken
 
 

@@ -14,15 +14,16 @@ from .rows import put_picture
 
 def write_jsonl(rows: Iterable[Row], out: Path, folder: Path) -> Path:
     """Write data.jsonl, for `data: {kind: jsonl, path: ...}` of a training config."""
-    return _write(rows, out, folder, "data.jsonl", own_row)
+    return _write(rows, out, folder, training_row)
 
 
 def write_mico(rows: Iterable[Row], out: Path, folder: Path) -> Path:
-    """Write data.jsonl in MICo-150K's fields; `output` is the target, `reference` the photograph of De&Re or it."""
-    return _write(rows, out, folder, "data.jsonl", mico_row)
+    """Write data.jsonl in MICo-150K's fields: `reference` is De&Re's photograph, of other rows the target."""
+    return _write(rows, out, folder, mico_row)
 
 
-def own_row(row: Row, sources: list[str], target: str, reference: str) -> Row:
+def training_row(row: Row, sources: list[str], target: str, reference: str) -> Row:
+    """Row of this project's training data; it has no place for the reference."""
     about = {"id": row["id"], "composition": row["composition"], "attempt": row["attempt"]}
     return {"input_images": sources, "instruction": row["instruction"], "output_image": target, **about}
 
@@ -40,12 +41,10 @@ def mico_row(row: Row, sources: list[str], target: str, reference: str) -> Row:
     }  # fmt: skip
 
 
-def _write(
-    rows: Iterable[Row], out: Path, folder: Path, name: str, form: Callable[[Row, list[str], str, str], Row]
-) -> Path:
-    """One line per row, its pictures below `folder`. Raises CurateError on a full disk."""
+def _write(rows: Iterable[Row], out: Path, folder: Path, row_of: Callable[[Row, list[str], str, str], Row]) -> Path:
+    """Write one line per row, its pictures below `folder`. Raises CurateError on a full disk."""
     make_folder(folder)
-    path = folder / name
+    path = folder / "data.jsonl"
     try:
         with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
             for row in rows:
@@ -53,10 +52,10 @@ def _write(
                 target = put_picture(out / row["path"], folder, row["id"])
                 reference = (
                     put_picture(out / row["reference"], folder, f"{row['composition']}-reference")
-                    if ("reference" in row)
+                    if "reference" in row
                     else target
                 )
-                file.write(json.dumps(form(row, sources, target, reference), ensure_ascii=False) + "\n")
+                file.write(json.dumps(row_of(row, sources, target, reference), ensure_ascii=False) + "\n")
     except OSError as error:
         raise full_disk(path, error) from None
     return path

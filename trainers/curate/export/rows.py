@@ -42,17 +42,17 @@ def put_picture(source: Path, folder: Path, name: str) -> str:
     path = folder / relative
     if path.exists():
         return relative
-    aside = path.with_name(f".{path.name}.part")
+    partial = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         try:
-            os.link(source, aside)
+            os.link(source, partial)
         except OSError:
-            shutil.copyfile(source, aside)
-        os.replace(aside, path)
+            shutil.copyfile(source, partial)
+        os.replace(partial, path)
     except OSError as error:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
         raise full_disk(path, error) from None
     return relative

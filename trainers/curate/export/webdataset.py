@@ -7,7 +7,7 @@ import json
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from unipic_core.replacing import replacing
 
@@ -41,8 +41,8 @@ def write_webdataset(rows: Iterable[Row], out: Path, folder: Path, rows_per_tar:
     return table_path
 
 
-def arrow() -> tuple[Any, Any]:
-    """pyarrow and pyarrow.parquet. Raises CurateError."""
+def arrow() -> tuple[ModuleType, ModuleType]:
+    """Import pyarrow and pyarrow.parquet. Raises CurateError if pyarrow is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -52,6 +52,7 @@ def arrow() -> tuple[Any, Any]:
 
 
 def key_of(row: Row) -> str:
+    """Key of a row's files in a tar."""
     return f"{row['row']:08d}"
 
 
@@ -77,7 +78,7 @@ def write_tar(path: Path, rows: Iterable[Row], out: Path) -> None:
 
 
 def members(row: Row, out: Path) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a row's files."""
+    """Yield (name, content) of a row's files."""
     key = key_of(row)
     for number, source in enumerate(row["sources"], 1):
         path = out / source["path"]

@@ -136,12 +136,12 @@ def fingerprint(picture: Decoded) -> dict[str, str]:
 
 
 def _opaque(picture: Decoded) -> Image.Image:
-    """The picture, or the subject's box of a cut-out."""
+    """Picture at native size, of a cut-out the subject's box."""
     if picture.alpha is None or not (picture.alpha >= 128).any():
         return picture.rgb
     return picture.rgb.crop(box_of(picture.alpha >= 128))
 
 
 def _rounded(value: float) -> float:
-    """Six digits: the same on every machine's arithmetic."""
+    """Round to six digits, which are the same on every machine's arithmetic."""
     return float(f"{value:.6g}")

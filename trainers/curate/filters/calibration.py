@@ -8,8 +8,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 LARGEST_SAMPLE = 10_000
-LEAST_SAMPLE = 1_000
-"""Fewer pictures give a coarse percentile, which the summary mentions."""
 
 
 class Calibration:

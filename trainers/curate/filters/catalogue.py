@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ..config import FilterConfig
+from ..config import SUBJECTS, FilterConfig
 from ..errors import CurateError
 from . import arithmetic
 from .picture import Decoded
 
 Rank = Literal["numpy", "extra", "endpoint"]
-SOURCES = ("person", "object", "background", "photograph")
 SUBJECTS_WITH_OUTLINE = ("person", "object")
 
 
@@ -28,7 +27,7 @@ class Filter:
     rank: Rank
     least: float | None = None
     most: float | None = None
-    subjects: tuple[str, ...] = (*SOURCES, "target")
+    subjects: tuple[str, ...] = (*SUBJECTS, "target")
     version: int = 1
     measure: Callable[[Decoded], Any] | None = None
     needs_sources: bool = False
@@ -78,7 +77,7 @@ ENDPOINT = (
     Filter("plain_background", "endpoint", most=0.7, subjects=SUBJECTS_WITH_OUTLINE),
     Filter("no_watermark", "endpoint", least=0.5),
     Filter("aesthetic", "endpoint", least=5.0, subjects=("background", "photograph", "target")),
-    Filter("matches_category", "endpoint", least=0.5, subjects=SOURCES),
+    Filter("matches_category", "endpoint", least=0.5, subjects=SUBJECTS),
     Filter("prompt_match", "endpoint", least=0.5, subjects=("target",), needs_sources=True),
     Filter("presence", "endpoint", least=0.5, subjects=("target",), needs_sources=True),
     Filter("identity", "endpoint", least=5.0, subjects=("target",), needs_sources=True),

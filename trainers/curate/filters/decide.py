@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..manifest.scores import Scores
+from ..manifest.scores import NOT_RUN, Scores
 from ..manifest.shards import Row, digest
 from .calibration import Calibration
 from .catalogue import Filter
 from .duplicates import Duplicates
-from .measure import NOT_RUN
 
 Values = Mapping[str, Mapping[str, Any]]
 """filter name -> picture -> stored value."""
@@ -25,7 +24,7 @@ class Decisions:
 
     def __init__(self, filters: Sequence[Filter], calibration: Calibration | None = None) -> None:
         self.filters, self.calibration = filters, calibration
-        self.duplicates = Duplicates()
+        self.duplicates = Duplicates(next((one.least or 0.0 for one in filters if one.name == "duplicates"), 0.0))
 
     def decide(self, row: Row, values: Values) -> Row:
         """Row with verdicts. A row that is dropped already, such as an unreadable picture, stays as it is."""
@@ -40,8 +39,8 @@ class Decisions:
 
     def _verdict(self, one: Filter, value: Any) -> Row:
         if value is None or (isinstance(value, dict) and NOT_RUN in value):
-            why = "no judge is configured" if one.rank == "endpoint" else "it was not measured"
-            why = why if value is None else value[NOT_RUN]
+            missing = "no judge is configured" if one.rank == "endpoint" else "it was not measured"
+            why = missing if value is None else value[NOT_RUN]
             return {"score": None, "keep": None, "reason": f"{one.name} {NOT_RUN}: {why}", "rank": one.rank}
         if one.name == "clutter":
             assert self.calibration is not None

@@ -6,19 +6,27 @@ before it. Pictures of one outline in other colours are no duplicates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 FAR = 64
+"""Bits of a picture without any near one."""
+
 MOST_COLOUR = 12.0
 """Mean absolute difference of the 4 x 4 cells' colours (0..255) up to which two pictures have the same colours."""
 
 
-class Duplicates:
-    """Pictures seen so far, in order."""
+NEAR = 16
+"""Differing bits up to which a picture is compared, unless a threshold asks for more."""
 
-    def __init__(self) -> None:
+
+class Duplicates:
+    """Pictures seen so far, in order. least: differing bits of pictures that are no duplicates."""
+
+    def __init__(self, least: float = 0.0) -> None:
+        self.radius = max(NEAR, math.ceil(least))
         self.hashes = np.zeros(1024, np.uint64)
         self.colours = np.zeros((1024, 48), np.uint8)
         self.rows = np.zeros(1024, np.int64)
@@ -29,7 +37,7 @@ class Duplicates:
         if not self.count:
             return FAR, -1
         bits = np.bitwise_count(self.hashes[: self.count] ^ _hash(value))
-        close = np.flatnonzero(bits <= 16)
+        close = np.flatnonzero(bits <= self.radius)
         if not len(close):
             return FAR, -1
         difference = np.abs(self.colours[close].astype(np.int16) - _colours(value)).mean(axis=1)

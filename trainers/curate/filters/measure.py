@@ -12,7 +12,7 @@ from unipic_core.errors import UniPicError
 
 from ...progress import Progress
 from ..manifest.executor import Executor
-from ..manifest.scores import Scores
+from ..manifest.scores import NOT_RUN, Scores
 from ..manifest.shards import Row, batches
 from .catalogue import FILTERS, Filter
 from .picture import Decoded, decode, read_bytes
@@ -22,8 +22,6 @@ BATCH = 8
 
 ROWS_AT_ONCE = 256
 SECONDS_PER_TRANSACTION = 2.0
-NOT_RUN = "not run"
-"""Key of a stored value that says why there is no score."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,9 @@ class Measurement:
     filters: tuple[str, ...]
 
 
-def measure_batch(batch: Sequence[Measurement]) -> list[dict[str, Any]]:
-    """Values by filter of each picture; {"not run": reason} where there is none. A task for an executor."""
-    return [measure_one(one) for one in batch]
+def measure_batch(batch: Sequence[Measurement]) -> list[tuple[str, dict[str, Any]]]:
+    """(picture, values by filter) of each picture; {"not run": reason} where there is none. A task for an executor."""
+    return [(one.id, measure_one(one)) for one in batch]
 
 
 def measure_one(job: Measurement) -> dict[str, Any]:
@@ -50,6 +48,7 @@ def measure_one(job: Measurement) -> dict[str, Any]:
 
 
 def _value(one: Filter, picture: Decoded) -> Any:
+    """Value of one filter: numbers, texts, or {"not run": reason}."""
     if one.measure is None:
         from .packages import measure_with_package
 
@@ -62,15 +61,15 @@ def measure_pictures(
     rows: Iterable[Row], filters: Sequence[Filter], scores: Scores, executor: Executor, out: Path, progress: Progress
 ) -> None:
     """Measure what is missing in the store. Each picture is decoded once for all its filters."""
-    numbers = [one for one in filters if one.rank in ("numpy", "extra") and not one.needs_sources]
-    jobs = missing(rows, numbers, scores, out, progress)
+    local = [one for one in filters if one.rank != "endpoint" and not one.needs_sources]
+    jobs = missing(rows, local, scores, out, progress)
     waiting: dict[str, dict[str, Any]] = {}
     stored = time.monotonic()
-    for batch, values in _in_order(executor, jobs):
-        for job, found in zip(batch, values, strict=True):
-            for name, value in found.items():
-                waiting.setdefault(FILTERS[name].key, {})[job.id] = value
-        progress.add(len(batch))
+    for measured in executor.map(measure_batch, jobs):
+        for picture, values in measured:
+            for name, value in values.items():
+                waiting.setdefault(FILTERS[name].key, {})[picture] = value
+        progress.add(len(measured))
         if time.monotonic() - stored > SECONDS_PER_TRANSACTION:
             scores.add_all(waiting)
             waiting, stored = {}, time.monotonic()
@@ -80,11 +79,11 @@ def measure_pictures(
 def missing(
     rows: Iterable[Row], filters: Sequence[Filter], scores: Scores, out: Path, progress: Progress
 ) -> Iterator[list[Measurement]]:
-    """Batches of pictures with unknown values."""
+    """Yield batches of pictures with unknown values."""
     waiting: list[Measurement] = []
     for some in batches(rows, ROWS_AT_ONCE):
         ids = [row["id"] for row in some]
-        known = {one.name: _final(scores.known(one.key, ids)) for one in filters}
+        known = {one.name: scores.final(one.key, ids) for one in filters}
         seen: set[str] = set()
         for row in some:
             names = tuple(
@@ -100,23 +99,3 @@ def missing(
                 waiting = []
     if waiting:
         yield waiting
-
-
-def _final(known: dict[str, Any]) -> dict[str, Any]:
-    """Without the values that a later run may find: of a package that is missing."""
-    return {key: value for key, value in known.items() if not (isinstance(value, dict) and value.get("again"))}
-
-
-def _in_order(
-    executor: Executor, jobs: Iterable[list[Measurement]]
-) -> Iterator[tuple[list[Measurement], list[dict[str, Any]]]]:
-    """Pairs of a batch and its values."""
-    sent: list[list[Measurement]] = []
-
-    def tasks() -> Iterator[list[Measurement]]:
-        for job in jobs:
-            sent.append(job)
-            yield job
-
-    for values in executor.map(measure_batch, tasks()):
-        yield sent.pop(0), values

@@ -1,4 +1,4 @@
-"""Who does the work: this process, `workers` processes of this machine, or actors of Ray. All return the same results.
+"""Executors of tasks: this process, `workers` processes of this machine, or actors of Ray, all with the same results.
 
 A task is a picklable function of one argument; results come back in the order of the tasks, with few of them waiting,
 so memory does not grow with the number of tasks.
@@ -24,7 +24,7 @@ WAITING_PER_WORKER = 2
 
 
 class Executor(Protocol):
-    """Maps a function over tasks in order."""
+    """Map of a function over tasks, in order; ``close`` ends the workers. Raises CurateError if a worker dies."""
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]: ...
 
@@ -39,7 +39,7 @@ def open_executor(name: str, workers: int) -> Executor:
 
 
 class SerialExecutor:
-    """This process."""
+    """Executor in this process."""
 
     def map(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
         return map(function, tasks)
@@ -49,7 +49,7 @@ class SerialExecutor:
 
 
 class ProcessExecutor:
-    """Spawned processes of one thread each."""
+    """Executor of spawned processes of one thread each."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -136,7 +136,7 @@ class RayExecutor:
 
 
 class Worker:
-    """Actor: runs functions."""
+    """Actor of Ray that runs functions in one thread."""
 
     def __init__(self) -> None:
         os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))

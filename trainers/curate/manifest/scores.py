@@ -18,6 +18,12 @@ from ..errors import CurateError
 AT_ONCE = 500
 """Keys per query."""
 
+NOT_RUN = "not run"
+"""Key of a stored value that says why there is no score."""
+
+AGAIN = "again"
+"""Key of a stored value that a later run may replace: of a missing package, or of a question that failed."""
+
 
 class Scores:
     """Store of one run; used by one process. Raises CurateError for a damaged file and a full disk."""
@@ -44,6 +50,11 @@ class Scores:
             found |= {picture: json.loads(value) for picture, value in rows}
         return found
 
+    def final(self, measure: str, pictures: Sequence[str]) -> dict[str, Any]:
+        """Stored values of these pictures that no later run replaces."""
+        known = self.known(measure, pictures)
+        return {key: value for key, value in known.items() if not (isinstance(value, dict) and value.get(AGAIN))}
+
     def add(self, measure: str, values: Mapping[str, Any]) -> None:
         """Store the values of one measurement."""
         self.add_all({measure: values})
@@ -59,6 +70,7 @@ class Scores:
             self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", rows)
 
     def close(self) -> None:
+        """Close the file."""
         self._db.close()
 
     @contextmanager

@@ -11,7 +11,7 @@ import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,10 @@ from unipic_core.replacing import replacing
 
 from ..errors import CurateError
 
+T = TypeVar("T")
 Row = dict[str, Any]
+"""JSON object of a manifest."""
+
 KEY_LENGTH = 12
 
 
@@ -38,9 +41,11 @@ class StageFolder:
         make_folder(self.path)
 
     def shard(self, index: int) -> Path:
+        """Path of one shard."""
         return self.path / f"{index:05d}.jsonl"
 
     def done(self, index: int) -> bool:
+        """True if the shard was written, by this run or an earlier one."""
         return self.shard(index).exists()
 
     def read(self, index: int) -> list[Row]:
@@ -137,9 +142,9 @@ class RowIndex:
         return row
 
 
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of at most `size` items."""
-    batch: list[Any] = []
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of at most `size` items."""
+    batch: list[T] = []
     for item in items:
         batch.append(item)
         if len(batch) == size:

@@ -16,7 +16,7 @@ MOST_REASONS = 1000
 
 @dataclass
 class StageSummary:
-    """Counts of one stage."""
+    """Counts of one stage. rows, filters: by verdict; ranks: of the filters; rejected: proposals by conflict rule."""
 
     name: str
     rows: Counter[str] = field(default_factory=Counter)

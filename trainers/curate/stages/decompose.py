@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from unipic_core.errors import UniPicError
 
-from ...judges.vlm import AnswerError, in_order, png_of, transfer_notice
+from ...judges.vlm import AnswerError, png_of, transfer_notice
 from ...nano.backgrounds import draw
 from ...progress import Progress
 from ..config import DecomposeConfig, Stages
 from ..filters.picture import content_id
-from ..manifest.shards import Row, StageFolder, batches, digest
+from ..manifest.shards import Row, StageFolder, digest
 from ..synthesis.endpoint import ImagesClient
 from .drawn_sources import bank_of, cut_out, scene_of
 from .ingest import write_picture
@@ -23,7 +22,6 @@ from .parts import MOST_PARTS, unlisted, with_parts
 from .tools import Tools
 
 VERSION = 1
-BATCH = 4
 EXTRACT = "Extract {name} from the picture: the whole of it, alone on a plain white background, unchanged."
 EXTRACT_GROUND = "Remove every person and every thing that stands in front, and show the empty background."
 
@@ -52,7 +50,11 @@ def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder,
         rows = usable(photographs.read(index))
         if config.kind != "drawn":
             rows = with_parts(rows, tools.judge, tools.scores, stages.folder)
-        folder.write(index, _made(make, rows, tools, client, progress))
+        made = []
+        for row in tools.map_rows(make, rows, client):
+            made.append(row)
+            progress.add()
+        folder.write(index, made)
     progress.close()
     return folder
 
@@ -60,23 +62,6 @@ def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder,
 def usable(rows: Sequence[Row]) -> list[Row]:
     """Photographs that the filters kept."""
     return [row for row in rows if row["keep"] is True and row["subject"] == "photograph"]
-
-
-def _made(make: Any, rows: Sequence[Row], tools: Tools, client: ImagesClient | None, progress: Progress) -> list[Row]:
-    made: list[Row] = []
-    if client is not None:
-        for row in in_order(make, rows, client.config.concurrency):
-            made.append(row)
-            progress.add()
-        return made
-    for found in tools.executor.map(partial(_batch, make), batches(rows, BATCH)):
-        made += found
-        progress.add(len(found))
-    return made
-
-
-def _batch(make: Any, rows: Sequence[Row]) -> list[Row]:
-    return [make(row) for row in rows]
 
 
 def composition(

@@ -89,7 +89,7 @@ def draw_picture(recipe: dict[str, Any]) -> bytes:
 
 
 def item_of(recipe: dict[str, Any]) -> Item:
-    """The item that a drawn source shows."""
+    """Item that a drawn source shows."""
     asset = bank_of(recipe["size"]).by_key[recipe["asset"]]
     hue, saturation, brightness = recipe["look"]
     return Item(asset, Look(hue, saturation, brightness), "centre", person_anchor())

@@ -9,7 +9,8 @@ from ..config import FilterConfig, Stages
 from ..filters.calibration import Calibration
 from ..filters.catalogue import FILTERS, Filter, chosen
 from ..filters.decide import Decisions, values_of
-from ..filters.measure import NOT_RUN, measure_pictures
+from ..filters.measure import measure_pictures
+from ..manifest.scores import NOT_RUN
 from ..manifest.shards import Row, StageFolder, digest
 from .likeness import measure_likeness
 from .questions import ask_about_pictures

@@ -46,6 +46,7 @@ def ingest(stages: Stages, executor: Executor) -> StageFolder:
 
 
 def tasks(out: Path, some: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    """Yield tasks of ``ingest_batch``: (folder of the run, entries)."""
     for batch in batches(some, BATCH):
         yield str(out), batch
 

@@ -15,8 +15,8 @@ from ...judges.arrays import picture_psnr
 from ...progress import Progress
 from ..filters.catalogue import Filter
 from ..filters.decide import store_id
-from ..filters.measure import NOT_RUN
 from ..filters.picture import decode, read_bytes
+from ..manifest.scores import NOT_RUN
 from ..manifest.shards import Row, StageFolder, batches
 from .tools import Tools
 
@@ -30,8 +30,7 @@ def measure_likeness(before: StageFolder, filters: Sequence[Filter], tools: Tool
     for one in filters:
         if one.needs_sources and one.rank in ("numpy", "extra"):
             progress = Progress(f"{title}, {one.name}", sum(1 for _ in before.rows()), unit="targets")
-            jobs = [] if not before.count else _missing(before, one, tools, out, progress)
-            for found in tools.executor.map(compare_batch, jobs):
+            for found in tools.executor.map(compare_batch, _missing(before, one, tools, out, progress)):
                 tools.scores.add(one.key, found)
                 progress.add(len(found))
             progress.close()
@@ -40,15 +39,11 @@ def measure_likeness(before: StageFolder, filters: Sequence[Filter], tools: Tool
 def _missing(
     before: StageFolder, one: Filter, tools: Tools, out: Path, progress: Progress
 ) -> Iterator[tuple[str, str, list[tuple[str, Row]]]]:
+    """Yield tasks of ``compare_batch``: (filter, folder of the run, [(key, row)])."""
     for index in range(before.count):
         rows = [row for row in before.read(index) if row["keep"] is True]
-        known = tools.scores.known(one.key, [store_id(one, row) for row in rows])
-        new = [
-            (key, row)
-            for row in rows
-            if isinstance(known.get(key := store_id(one, row), {"again": True}), dict)
-            and known.get(key, {"again": True}).get("again")
-        ]
+        known = tools.scores.final(one.key, [store_id(one, row) for row in rows])
+        new = [(key, row) for row in rows if (key := store_id(one, row)) not in known]
         progress.skip(len(rows) - len(new))
         for batch in batches(new, BATCH):
             yield one.name, str(out), batch

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..config import SUBJECTS, IngestConfig, Stages
 from ..errors import CurateError
-from ..manifest.shards import digest
+from ..manifest.shards import batches, digest
 
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2",
     ".ppm", ".pgm",
 }  # fmt: skip
 MOST_TEXT = 200
+LISTED_AT_ONCE = 1000
+"""Entries per step of the digest; another number gives another digest."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,14 @@ def entries(stages: Stages) -> Iterator[Entry]:
 def listing_state(stages: Stages) -> tuple[int, str]:
     """(number of pictures, digest of names, sizes and times of files); a changed file changes the digest."""
     count, state = 0, ""
-    for some in _blocks(entries(stages)):
+    for some in batches(entries(stages), LISTED_AT_ONCE):
         count += len(some)
         state = digest(state, [[_stamp(one), one.category, one.subject, one.name, one.group] for one in some])
     return count, state
 
 
-def _blocks(items: Iterator[Entry]) -> Iterator[Sequence[Entry]]:
-    from ..manifest.shards import batches
-
-    return batches(items, 1000)
-
-
-def _stamp(one: Entry) -> Any:
+def _stamp(one: Entry) -> list[object]:
+    """Values that change with the picture, without opening it."""
     if one.draw or one.fault:
         return [one.path, one.draw, one.fault]
     try:

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ SOURCE_KEYS = ("id", "path", "category", "subject", "name", "drawn")
 
 
 def rules_of(config: PairConfig) -> Rules:
-    """The conflict rules of a config. Raises CurateError."""
+    """Read the conflict rules of a config, bundled ones by name. Raises CurateError."""
     bundled = BUNDLED / f"{config.rules}.yaml"
     return read_rules(bundled if bundled.is_file() else Path(config.rules))
 
@@ -58,12 +57,15 @@ def pair(stages: Stages, config: PairConfig, sources: StageFolder) -> StageFolde
 
 @dataclass
 class Sampler:
-    """Row i depends on the seed and i alone, so rows can be made in any order."""
+    """Sampler of composition rows. Row i depends on the seed and i alone, so rows can be made in any order.
+
+    usable: category -> indices of its rows in the pool, int64 [n].
+    """
 
     rules: Rules
     config: PairConfig
     pool: RowIndex
-    usable: dict[str, Any]
+    usable: dict[str, np.ndarray]
     seed: int
 
     def row(self, i: int) -> Row:
@@ -105,9 +107,10 @@ class Sampler:
             tries -= 1
             name = proposals.pop() if proposals else names[int(rng.integers(len(names)))]
             extended = [*chosen, name, *self._needed(name, chosen)]
-            broken = ("count",) if len(extended) > count else solve(self.rules, extended).broken
-            if broken:
-                rejected.update(broken if broken != ("count",) else ())
+            if len(extended) > count:  # no rule refuses it: there is only no room for what it requires
+                continue
+            if broken := solve(self.rules, extended).broken:
+                rejected.update(broken)
             else:
                 chosen = extended
         return chosen if len(chosen) == count else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,24 +37,23 @@ def prompt(stages: Stages, before: StageFolder, rules: Rules | None, tools: Tool
     kind = stages.prompt.kind
     judge = tools.judge if kind == "endpoint" else None
     if kind == "endpoint" and judge is None:
-        raise CurateError("prompt.kind endpoint needs the section judge")
+        raise CurateError("prompt.kind endpoint needs the section judge with base_url and model")
     settings = [kind, judge.key if judge else "", stages.seed]
     folder = StageFolder(stages.folder, "prompt", digest("prompt", VERSION, settings, before.content), before.count)
     progress = Progress("prompt", sum(1 for _ in before.rows()), unit="rows")
     if judge and judge.remote:
-        rows = [len(row["sources"]) for row in before.rows() if row["keep"] is True]
-        print(transfer_notice(judge.asker.config, sum(rows), len(rows)))
+        pictures = [len(row["sources"]) for row in before.rows() if row["keep"] is True]
+        print(transfer_notice(judge.asker.config, sum(pictures), len(pictures)))
     for index in range(before.count):
-        rows_before = before.read(index)
+        rows = before.read(index)
         if judge is None and folder.done(index):
-            progress.skip(len(rows_before))
+            progress.skip(len(rows))
             continue
-        write: Callable[[Row], Row] = partial(worded, kind=kind, rules=rules, seed=stages.seed)
-        rows_worded = [write(row) for row in rows_before]
+        rows = [worded(row, kind, rules, stages.seed) for row in rows]
         if judge is not None:
-            rows_worded = _asked(rows_worded, judge, tools, stages.folder)
-        folder.write(index, rows_worded)
-        progress.add(len(rows_before))
+            rows = _asked(rows, judge, tools, stages.folder)
+        folder.write(index, rows)
+        progress.add(len(rows))
     progress.close()
     return folder
 

@@ -27,8 +27,8 @@ from ...progress import Progress
 from ..errors import CurateError
 from ..filters.catalogue import Filter
 from ..filters.decide import store_id
-from ..filters.measure import NOT_RUN, ROWS_AT_ONCE
-from ..manifest.scores import Scores
+from ..filters.measure import ROWS_AT_ONCE
+from ..manifest.scores import AGAIN, NOT_RUN, Scores
 from ..manifest.shards import Row, batches
 
 QUESTIONS = Path(__file__).parents[1] / "questions"
@@ -36,7 +36,7 @@ QUESTIONS = Path(__file__).parents[1] / "questions"
 
 @dataclass(frozen=True)
 class Judge:
-    """The judge of a run. remote: a server, not a recording."""
+    """Judge of a run. remote: a server, not a recording."""
 
     asker: Asker
     remote: bool
@@ -101,13 +101,13 @@ def ask_about_pictures(
 
 
 def _jobs(rows: Iterable[Row], filters: Sequence[Filter], scores: Scores, judge: Judge) -> Iterator[tuple[Filter, Row]]:
+    """Yield the questions whose answers are not stored."""
     for some in batches(rows, ROWS_AT_ONCE):
         for one in filters:
             fitting = [row for row in some if row["keep"] is not False and row["subject"] in one.subjects]
-            known = scores.known(with_judge(one, judge), [store_id(one, row) for row in fitting])
+            known = scores.final(with_judge(one, judge), [store_id(one, row) for row in fitting])
             for row in fitting:
-                value = known.get(store_id(one, row))
-                if value is None or (isinstance(value, dict) and value.get("again")):
+                if store_id(one, row) not in known:
                     wanted = ("id", "path", "name", "category", "instruction", "sources")
                     yield one, {key: row[key] for key in wanted if key in row}
 
@@ -119,11 +119,11 @@ def _answer(judge: Judge, out: Path, job: tuple[Filter, Row]) -> tuple[Filter, s
     try:
         return one, key, _score(judge, out, one, row)
     except AnswerError as error:
-        return one, key, {NOT_RUN: str(error), "again": True}
+        return one, key, {NOT_RUN: str(error), AGAIN: True}
 
 
 def _score(judge: Judge, out: Path, one: Filter, row: Row) -> float:
-    """The lowest of the answers: of several sources the worst counts. Raises AnswerError."""
+    """Ask one question; of several sources the lowest answer counts. Raises AnswerError."""
     side = judge.asker.config.image_max_side
     sources = [source for source in row.get("sources", []) if one.name != "identity" or source["subject"] == "person"]
     captions = tuple(f"the {source['name']}" for source in sources)

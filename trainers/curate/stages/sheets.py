@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -15,7 +15,7 @@ from ..filters.picture import decode, read_bytes
 from ..manifest.shards import Row, write_bytes
 
 PER_SIDE, COLUMNS, TILE, TEXT = 32, 8, 112, 14
-GROUND, CHECKS = (255, 255, 255), (214, 214, 214)
+PAPER, TILE_GREY = (255, 255, 255), (214, 214, 214)
 
 Sample = list[tuple[str, float, str]]
 """(digest, score, path); the digests with the largest values are dropped first, so a sample is random but stable."""
@@ -51,10 +51,10 @@ class Sheets:
 
 
 def sheet(name: str, kept: Sample, dropped: Sample, out: Path) -> Image.Image:
-    """Two blocks of thumbnails, each with its score below."""
+    """Draw two blocks of thumbnails, each with its score below."""
     blocks = [(f"{name}: kept", kept), (f"{name}: dropped", dropped)]
     rows = sum(max(1, -(-len(sample) // COLUMNS)) for _, sample in blocks)
-    page = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + TEXT) + len(blocks) * 2 * TEXT), GROUND)
+    page = Image.new("RGB", (COLUMNS * TILE, rows * (TILE + TEXT) + len(blocks) * 2 * TEXT), PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     top = 0
     for title, sample in blocks:
@@ -71,7 +71,7 @@ def sheet(name: str, kept: Sample, dropped: Sample, out: Path) -> Image.Image:
 def thumbnail(path: Path) -> Image.Image:
     """Picture in a square of TILE - 4 pixels; a transparent one on grey."""
     side = TILE - 4
-    tile = Image.new("RGB", (side, side), CHECKS)
+    tile = Image.new("RGB", (side, side), TILE_GREY)
     try:
         picture = decode(read_bytes(str(path)), str(path))
     except UniPicError:
@@ -86,7 +86,7 @@ def thumbnail(path: Path) -> Image.Image:
     return tile
 
 
-def sheets_of(rows: Iterable[Row], folder: Path, out: Path) -> Sequence[Path]:
+def sheets_of(rows: Iterable[Row], folder: Path, out: Path) -> list[Path]:
     """Write the sheets of a stage."""
     sheets = Sheets()
     for row in rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -10,17 +10,16 @@ from typing import Any
 
 from unipic_core.errors import UniPicError
 
-from ...judges.vlm import AnswerError, in_order
+from ...judges.vlm import AnswerError
 from ...progress import Progress
 from ..config import Stages, SynthesiseConfig
 from ..filters.picture import content_id, decode, read_bytes
-from ..manifest.shards import Row, StageFolder, batches, digest
+from ..manifest.shards import Row, StageFolder, digest
 from ..synthesis.endpoint import ImagesClient
 from .ingest import write_picture
 from .tools import Tools
 
 VERSION = 1
-BATCH = 4
 PER_FOLDER = 1000
 
 
@@ -45,7 +44,7 @@ def synthesise(
             progress.skip(len(rows))
             continue
         made = []
-        for row in _mapped(make, rows, tools, client):
+        for row in tools.map_rows(make, rows, client):
             made.append(row)
             progress.add()
         folder.write(index, made)
@@ -56,20 +55,6 @@ def synthesise(
 def wanted(row: Row, attempt: int) -> bool:
     """First attempt: every row with an instruction. Later ones: rows whose target a check dropped."""
     return row["keep"] is True if attempt == 1 else row["keep"] is False and "filters" in row
-
-
-def _mapped(
-    make: Callable[[Row], Row], rows: Sequence[Row], tools: Tools, client: ImagesClient | None
-) -> Iterator[Row]:
-    if client is not None:
-        yield from in_order(make, rows, client.config.concurrency)
-        return
-    for found in tools.executor.map(partial(_batch, make), batches(rows, BATCH)):
-        yield from found
-
-
-def _batch(make: Callable[[Row], Row], rows: Sequence[Row]) -> list[Row]:
-    return [make(row) for row in rows]
 
 
 def target_row(

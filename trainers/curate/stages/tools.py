@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+from ...judges.vlm import in_order
 from ..filters.catalogue import Filter
 from ..manifest.executor import Executor
 from ..manifest.scores import Scores
+from ..manifest.shards import Row, batches
+from ..synthesis.endpoint import ImagesClient
 from .questions import Judge, with_judge
+
+BATCH = 4
+"""Rows per task."""
 
 
 @dataclass(frozen=True)
@@ -21,3 +29,15 @@ class Tools:
     def judge_key(self, one: Filter) -> str:
         """Key of a filter's values in the store."""
         return with_judge(one, self.judge) if one.rank == "endpoint" else one.key
+
+    def map_rows(self, make: Callable[[Row], Row], rows: Sequence[Row], client: ImagesClient | None) -> Iterator[Row]:
+        """Yield the rows that ``make`` returns, in order: by threads if it asks a server, else by the executor."""
+        if client is not None:
+            yield from in_order(make, rows, client.config.concurrency)
+            return
+        for some in self.executor.map(partial(_batch, make), batches(rows, BATCH)):
+            yield from some
+
+
+def _batch(make: Callable[[Row], Row], rows: Sequence[Row]) -> list[Row]:
+    return [make(row) for row in rows]

@@ -33,7 +33,7 @@ def draw_target(row: Row, size: int, attempt: int) -> bytes:
 
 
 def truth_of(row: Row, size: tuple[int, int]) -> Sample:
-    """The compositor's picture of a row. Raises UniPicError for sources that are not drawn."""
+    """Draw the compositor's picture of a row. Raises UniPicError for sources that are not drawn."""
     side = round((size[0] * size[1]) ** 0.5)
     return render(bank_of(side), scene_of_row(row, side))
 
@@ -76,7 +76,7 @@ def layout(row: Row) -> tuple[list[Item], list[int], Background | None]:
 
 
 def _person(source: dict[str, Any], relations: Sequence[str]) -> Item:
-    """The person, who steps aside for a single thing beside or before them; a head alone leaves room for a hat."""
+    """Item of the person, who steps aside for a single thing beside or before them; a head leaves room for a hat."""
     item = item_of(source["drawn"])
     shift = {"left": 0.64, "right": 0.36, "front": 0.4}.get(relations[0], 0.5) if len(relations) == 1 else 0.5
     height = OBJECT if item.asset.pose == "head" and "wear" in relations else PERSON

@@ -38,7 +38,7 @@ class ImagesClient:
 
     @property
     def notice(self) -> str:
-        """Where pictures go, for a notice before a run."""
+        """Host that pictures go to, for a notice before a run."""
         host = self.endpoint.host
         where = "which is this machine" if self.endpoint.is_local else "which is NOT this machine"
         return f"to {host}, {where}, at most {self.config.image_max_side} pixels a side"

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ...manifest.scores import AGAIN, NOT_RUN
 from ...manifest.shards import Row
 from ..picture import Decoded
 
@@ -40,7 +41,7 @@ def missing(name: str) -> dict[str, Any] | None:
     absent = [package for package in NEEDS[name] if find_spec(package) is None]
     if not absent:
         return None
-    return {"not run": f'{absent[0]} is not installed; run pip install "comfyui-unipic[curate]"', "again": True}
+    return {NOT_RUN: f'{absent[0]} is not installed; run pip install "comfyui-unipic[curate]"', AGAIN: True}
 
 
 def _function(name: str) -> Callable[..., Any]:

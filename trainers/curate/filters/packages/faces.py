@@ -11,6 +11,7 @@ from PIL import Image
 
 from unipic_core.errors import UniPicError
 
+from ...manifest.scores import NOT_RUN
 from ...manifest.shards import Row
 from ..picture import Decoded, decode, read_bytes
 from . import folder_of
@@ -23,7 +24,6 @@ HAIR = 0.5
 
 LEAST_HEIGHT = 0.05
 """Share of the picture's height below which a face is too small to judge."""
-
 
 LEAST_SCORE = 0.3
 """Of the gradient detector; badges and patterns come out at 0.1, faces at 1."""
@@ -49,15 +49,15 @@ def face_identity(out: Path, row: Row) -> Any:
     """Largest distance of a source person's face to the nearest face of the target; 0.6 and less: the same person."""
     persons = [source for source in row["sources"] if source["subject"] == "person"]
     if not persons:
-        return {"not run": "the row has no person"}
+        return {NOT_RUN: "the row has no person"}
     shown = embeddings(_read(out / row["path"]))
     if not len(shown):
-        return {"not run": "no face was found in the target"}
+        return {NOT_RUN: "no face was found in the target"}
     distances = []
     for source in persons:
         known = embeddings(_read(out / source["path"]))
         if not len(known):
-            return {"not run": f"no face was found in {source['path']}"}
+            return {NOT_RUN: f"no face was found in {source['path']}"}
         distances.append(float(np.linalg.norm(shown - known[0], axis=1).min()))
     return float(f"{max(distances):.6g}")
 
@@ -70,6 +70,7 @@ def embeddings(picture: Decoded) -> np.ndarray:
 
 
 def largest_face(image: np.ndarray) -> Any:
+    """Box of the largest face of uint8 [H, W, 3]; None without any."""
     return next(iter(faces(image)), None)
 
 
@@ -102,6 +103,7 @@ def _weights(name: str) -> str:
 
 @lru_cache(maxsize=1)
 def gradients() -> Any:
+    """Fast detector of frontal faces, by histograms of gradients."""
     import dlib
 
     return dlib.get_frontal_face_detector()
@@ -109,6 +111,7 @@ def gradients() -> Any:
 
 @lru_cache(maxsize=1)
 def detector() -> Any:
+    """Slow detector, a network that sees faces from the side too."""
     import dlib
 
     return dlib.cnn_face_detection_model_v1(_weights("mmod_human_face_detector.dat"))
@@ -116,6 +119,7 @@ def detector() -> Any:
 
 @lru_cache(maxsize=1)
 def landmarks() -> Any:
+    """Predictor of five landmarks of a face."""
     import dlib
 
     return dlib.shape_predictor(_weights("shape_predictor_5_face_landmarks.dat"))
@@ -123,6 +127,7 @@ def landmarks() -> Any:
 
 @lru_cache(maxsize=1)
 def network() -> Any:
+    """Network of a face to 128 numbers."""
     import dlib
 
     return dlib.face_recognition_model_v1(_weights("dlib_face_recognition_resnet_model_v1.dat"))
