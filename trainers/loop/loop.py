@@ -34,6 +34,7 @@ from .metrics import MetricLog, Metrics
 from .optimizers import evaluated
 from .parts import Part, make_parts, update_average
 from .prefetch import Prefetched
+from .run_lock import alone_in
 from .state import State
 from .stopping import StopRequest
 from .watching import preview_path, samples_due, save_preview, validate, validation_due
@@ -149,14 +150,15 @@ def train(
     export_folder = export_folder or output / "export"
     accelerator = make_accelerator(config, output)
     method.place(accelerator.device, Share(accelerator.process_index, accelerator.num_processes))
-    write_data_report(accelerator, method, output)
-    if exports:
-        check_space(accelerator, method.exports(), output)
-    run = Run(accelerator, config, method)
-    run.begin(allow_change, start_from)
-    run.train()
-    if exports:
-        run.export(export_folder)
+    with alone_in(accelerator, output):
+        write_data_report(accelerator, method, output)
+        if exports:
+            check_space(accelerator, method.exports(), output)
+        run = Run(accelerator, config, method)
+        run.begin(allow_change, start_from)
+        run.train()
+        if exports:
+            run.export(export_folder)
     accelerator.end_training()
     return export_folder
 

@@ -2,6 +2,7 @@
 one; bad numbers and full disks are reported."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -53,6 +54,19 @@ def test_dropout_follows_the_seed_and_a_resumed_run_draws_the_same(tmp_path, met
     train(config(tmp_path / "other", seed=1), Toy(dropout=0.5))
     losses = [[m["loss"] for m in metrics(tmp_path / name)] for name in ("whole", "other")]
     assert all(a != b for a, b in zip(*losses, strict=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no locks")
+def test_two_runs_never_share_a_folder(tmp_path, metrics):
+    class Second(Toy):
+        def preview(self):
+            with pytest.raises(TrainingError, match=f"another run is training in {tmp_path}; wait for its end"):
+                train(config(tmp_path), Toy())
+            return super().preview()
+
+    train(config(tmp_path), Second())
+    assert [m["step"] for m in metrics(tmp_path)] == list(range(1, 13))
+    train(config(tmp_path), Toy())  # free again
 
 
 def test_a_finished_run_does_nothing_more(tmp_path, metrics):
