@@ -167,9 +167,31 @@ def locally(tree: object) -> Any:
     return local(tree) if isinstance(tree, Tensor) else tree
 
 
+BUCKET = 2**24
+"""Numbers that are summed over the processes in one call. LoRAs have thousands of small gradients, each of which would
+wait for the network's latency."""
+
+
 def sum_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Sum gradients over all processes; fully_shard does so itself for sharded parameters."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        for p in parameters:
-            if p.grad is not None and not is_sharded(p):
-                torch.distributed.all_reduce(p.grad)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    bucket: list[Tensor] = []
+    for p in parameters:
+        if p.grad is None or is_sharded(p):
+            continue
+        if bucket and (p.grad.dtype != bucket[0].dtype or sum(g.numel() for g in bucket) + p.grad.numel() > BUCKET):
+            _sum_together(bucket)
+            bucket = []
+        bucket.append(p.grad)
+    _sum_together(bucket)
+
+
+def _sum_together(gradients: Sequence[Tensor]) -> None:
+    """Sum tensors of one type over all processes, in place and in one call."""
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    torch.distributed.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
