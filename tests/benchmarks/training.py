@@ -28,8 +28,8 @@ from trainers.cache import build, cached_samples, load_image_vae
 from trainers.config import run as config
 from trainers.config.run import AdapterConfig, DataConfig, NetworkConfig, load_config, parse_run
 from trainers.data.text_embeddings import encoder_fingerprint
-from trainers.loop.optimizers import make_optimizers
 from trainers.methods.inputs import Inputs, make_inputs, padded_batch
+from trainers.optimizers.by_name import make_optimizers
 from trainers.roles.load import load_roles
 from trainers.roles.types import FAKE_SCORE, STUDENT, TEACHER, Roles
 from trainers.tools.memory import GIB, estimate, four_copies

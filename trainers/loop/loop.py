@@ -25,13 +25,13 @@ from unipic_core.replacing import write_json
 
 from ..config.parse import make_folder
 from ..config.run import ConfigError, RunConfig
+from ..optimizers.by_name import evaluated
 from ..seeds import mixed_seed
 from .bad_samples import SampleLosses
 from .checkpointing import non_finite, resume, save, start_from_checkpoint
 from .export import check_space, write_exports
 from .method import MAIN, Batch, Method, MicroBatch, MicroSteps, Share
 from .metrics import MetricLog, Metrics
-from .optimizers import evaluated
 from .parts import Part, make_parts, update_average
 from .prefetch import Prefetched
 from .run_lock import alone_in

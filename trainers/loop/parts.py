@@ -13,11 +13,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ..config.methods import OptimizerConfig
 from ..config.run import RunConfig
+from ..optimizers.by_name import learning_rate, lr_factor, make_optimizers
 from ..roles.sharding import sum_gradients, whole
 from ..roles.types import NamedParameters
 from .method import MAIN, Method
 from .metrics import Metrics
-from .optimizers import learning_rate, lr_factor, make_optimizers
 
 
 class Part:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from ..optimizers.by_name import PROGRESS
 from ..roles.sharding import is_sharded, local, locally
 from .distributed import is_distributed, load_distributed, read_settings, save_distributed
-from .optimizers import PROGRESS
 
 
 class TrainedPart(Protocol):

@@ -31,7 +31,7 @@ from unipic_core.weights.transformer import (
 
 from ..config.methods import OptimizerConfig
 from ..config.run import AdapterConfig, ConfigError, NetworkConfig, RunConfig, load_config, required
-from ..loop.muon import is_hidden_matrix
+from ..optimizers.muon import is_hidden_matrix
 from ..roles.adapters import targets_of
 from ..roles.frozen import empty_storage, storage_dtype_of
 from ..roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of

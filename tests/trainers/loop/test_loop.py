@@ -22,9 +22,9 @@ from trainers.loop.checkpointing import TrainingError, newest_checkpoint, resume
 from trainers.loop.loop import PATIENCE, make_accelerator, train
 from trainers.loop.method import Share
 from trainers.loop.metrics import MetricLog
-from trainers.loop.optimizers import lr_factor
 from trainers.loop.parts import Part, make_parts
 from trainers.loop.state import State
+from trainers.optimizers.by_name import lr_factor
 from unipic_core.sampling.samplers import NonFiniteLatent
 
 TOY = Path(__file__).with_name("loop_toy.py")

@@ -13,7 +13,7 @@ from tests.paths import CONFIGS
 from tests.trainers.tools import fakes
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import AdapterConfig, NetworkConfig, load_config, parse_run
-from trainers.loop.optimizers import make_optimizers
+from trainers.optimizers.by_name import make_optimizers
 from trainers.roles.frozen import FrozenLinear, load_frozen
 from trainers.roles.roles import AdapterRoles
 from trainers.roles.types import EMA, FAKE_SCORE, STUDENT, TEACHER, roles_of

@@ -11,8 +11,8 @@ from tests.trainers.loop.loop_toy import Toy, config
 from trainers.config.methods import OptimizerConfig
 from trainers.config.run import ConfigError
 from trainers.loop.loop import train
-from trainers.loop.muon import Muon, is_hidden_matrix, orthogonalise
-from trainers.loop.optimizers import evaluated, lr_factor, make_optimizers
+from trainers.optimizers.by_name import evaluated, lr_factor, make_optimizers
+from trainers.optimizers.muon import Muon, is_hidden_matrix, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (16, 6), (5, 40)])
