@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +24,9 @@ NAMED_SETTINGS = {
     "seed": "seed {}",
     "image_max_side": "{} pixels",
     "extra": "{}",
+    "logprobs": "log-probabilities {}",
 }
-"""Settings on which answers depend: part of the judge's name unless they have their default."""
+"""Form of each setting of JudgeConfig.changed_settings in a judge's name."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,7 @@ class JudgeSetup:
 
 def named_settings(config: JudgeConfig) -> list[str]:
     """Settings that differ from their defaults and change answers, such as "3 passes"."""
-    defaults: dict[str, Any] = {one.name: {} if one.name == "extra" else one.default for one in fields(JudgeConfig)}
-    values = {name: getattr(config, name) for name in NAMED_SETTINGS}
-    return [NAMED_SETTINGS[name].format(value) for name, value in values.items() if value != defaults[name]]
+    return [NAMED_SETTINGS[name].format(value) for name, value in config.changed_settings().items()]
 
 
 def check_options(args: argparse.Namespace, bench: str) -> None:

@@ -80,7 +80,7 @@ def test_own_cases_judged_recorded_replayed_and_shown(tmp_path, judge):
     first = (out / "scores.jsonl").read_text()
     assert main(["report", "--out", str(out)]) == 0
     report = json.loads((out / "report.json").read_text())
-    found = report["scores"]["looks, reference 1 (bundled), 128 pixels"]["made"]
+    found = report["scores"]["looks, reference 1 (bundled), 128 pixels, log-probabilities off"]["made"]
     assert (found["value"], found["judged"], found["failures"]) == (10.0, "2 of 3", {"picture": 1})
     page = (out / "report.html").read_text()
     assert "Show &lt;b&gt;." in page
@@ -104,7 +104,7 @@ def test_answers_with_half_a_character_are_shown_and_other_settings_are_another_
     server = FakeServer("\ud800 it is fine: [5, 5]")
     score = ["score", "--out", str(out), "--template", "reference", "--judge"]
     assert main([*score, judge(server, passes=2, temperature=0.5)]) == 0
-    name = "looks, reference 1 (bundled), 2 passes, temperature 0.5, 128 pixels"
+    name = "looks, reference 1 (bundled), 2 passes, temperature 0.5, 128 pixels, log-probabilities off"
     assert f"{name}: 3 of 3 pictures have a score" in capsys.readouterr().out
     assert main([*score, judge(FakeServer("It is nice."))]) == 0
     assert "0 of 3 pictures have a score; without one: unparsed 3 (run again" in capsys.readouterr().out
@@ -112,7 +112,7 @@ def test_answers_with_half_a_character_are_shown_and_other_settings_are_another_
     assert "? it is fine" in (out / "report.html").read_text(encoding="utf-8")
     scores = json.loads((out / "report.json").read_text())["scores"]
     assert {judge: found["made"]["judged"] for judge, found in scores.items()} == {
-        name: "3 of 3", "looks, reference 1 (bundled), 128 pixels": "0 of 3"
+        name: "3 of 3", "looks, reference 1 (bundled), 128 pixels, log-probabilities off": "0 of 3"
     }  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_the_template_of_the_judges_settings_is_asked_unless_an_option_names_ano
     score = ["score", "--out", str(out), "--judge", judge(FakeServer(looks), template="reference")]
     assert main(score) == main([*score, "--template", "edit"]) == 0
     rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
-    names = {row["judge"].removesuffix(" (bundled), 128 pixels") for row in rows}
+    names = {row["judge"].removesuffix(" (bundled), 128 pixels, log-probabilities off") for row in rows}
     assert names == {"looks, reference 1", "looks, edit 1"}
 
 
@@ -276,10 +276,13 @@ def test_the_controls_pass_a_judge_that_looks_and_not_one_that_likes_everything(
     assert main([*score, judge(FakeServer('{"score": [9, 9]}'), seed=2)]) == 0
     fit = {name: found["fit"] for name, found in json.loads((out / "controls.json").read_text()).items()}
     name = "looks, reference 1 (bundled)"
-    assert fit == {f"{name}, 128 pixels": True, f"{name}, seed 2, 128 pixels": False}
+    assert fit == {
+        f"{name}, 128 pixels, log-probabilities off": True,
+        f"{name}, seed 2, 128 pixels, log-probabilities off": False,
+    }
     assert main(["report", "--out", str(out)]) == 0
     page = (out / "report.html").read_text()
-    assert page.count(f"{name}, seed 2, 128 pixels: <b>unfit: over 16 cases") == 1
+    assert page.count(f"{name}, seed 2, 128 pixels, log-probabilities off: <b>unfit: over 16 cases") == 1
 
 
 def test_gedit_and_mico_are_read_and_written_in_their_forms(tmp_path, judge):

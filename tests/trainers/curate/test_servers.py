@@ -11,9 +11,11 @@ from tests.trainers.curate.servers import LookingServer
 from tests.trainers.curate.test_run import config, contents, manifest
 from trainers.curate.__main__ import main
 from trainers.curate.config import read_stages
+from trainers.curate.errors import CurateError
 from trainers.curate.runner import run
 from trainers.curate.stages.parts import read_parts
 from trainers.curate.stages.prompt import checked
+from trainers.curate.stages.questions import open_judge
 from trainers.judges.vlm import AnswerError, JudgeError
 from unipic_core.errors import UniPicError
 
@@ -251,3 +253,19 @@ def test_an_instruction_names_every_source():
 def test_errors_that_stop_are_not_errors_of_one_picture():
     assert not issubclass(JudgeError, (AnswerError, UniPicError))
     assert callable(contents)
+
+
+JUDGE = {"base_url": "http://localhost:1/v1", "model": "m"}
+
+
+def test_settings_that_change_answers_are_part_of_their_key():
+    plain = open_judge(JUDGE).key
+    assert open_judge({**JUDGE, "timeout": 5, "concurrency": 2}).key == plain
+    for name, value in {"extra": {"top_k": 1}, "logprobs": "off", "seed": 2}.items():
+        assert open_judge({**JUDGE, name: value}).key != plain
+
+
+@pytest.mark.parametrize(("name", "value"), [("passes", 3), ("template", "edit")])
+def test_settings_of_a_judge_that_curation_does_not_use_are_refused(name, value):
+    with pytest.raises(CurateError, match=f"judge.{name} has no effect here"):
+        open_judge({**JUDGE, name: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,7 +46,10 @@ class Judge:
     def key(self) -> str:
         """Settings on which answers depend."""
         config = self.asker.config
-        return f"{config.model} {config.temperature:g} {config.seed} {config.image_max_side}"
+        named = ("temperature", "seed", "image_max_side")
+        others = {name: value for name, value in config.changed_settings().items() if name not in named}
+        key = f"{config.model} {config.temperature:g} {config.seed} {config.image_max_side}"
+        return f"{key} {json.dumps(others, sort_keys=True)}" if others else key
 
 
 def open_judge(settings: Mapping[str, Any]) -> Judge | None:
@@ -53,6 +57,11 @@ def open_judge(settings: Mapping[str, Any]) -> Judge | None:
     if not settings:
         return None
     values = dict(settings)
+    for name in ("passes", "template"):
+        if values.get(name) is not None:
+            raise CurateError(
+                f"judge.{name} has no effect here: each filter asks a question of its own, once; remove it"
+            )
     record, replay = values.pop("record", None), values.pop("replay", None)
     if replay is not None:
         if record is not None:

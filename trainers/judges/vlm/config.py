@@ -13,6 +13,7 @@ from .errors import JudgeError
 
 RESPONSE_FORMATS = ("auto", "json_schema", "json_object", "none")
 LOGPROBS = ("auto", "off")
+ANSWER_SETTINGS = ("passes", "temperature", "seed", "image_max_side", "extra", "logprobs")
 RESERVED = ("model", "messages", "temperature", "seed", "max_tokens", "stream", "n", "logprobs", "top_logprobs")
 """Request keys that ``extra`` must not contain: each has an option or is fixed."""
 
@@ -103,6 +104,12 @@ class JudgeConfig(ServerConfig):
         taken = sorted(set(self.extra) & {*RESERVED, "response_format"})
         if taken:
             raise JudgeError(f"judge.extra may not hold {taken[0]!r}; it has its own option or is fixed")
+
+    def changed_settings(self) -> dict[str, Any]:
+        """Settings on which answers depend, beside server and model, where they differ from their defaults."""
+        defaults = JudgeConfig(self.base_url, self.model)
+        values = {name: getattr(self, name) for name in ANSWER_SETTINGS}
+        return {name: value for name, value in values.items() if value != getattr(defaults, name)}
 
     def public(self) -> dict[str, Any]:
         """Settings for reports; the key is not part of the settings."""
