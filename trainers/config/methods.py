@@ -106,17 +106,23 @@ class Correspondence:
     """Auxiliary loss for data with masks: predict which reference each target token shows.
 
     weight: of the loss. blocks: a pointer head reads the tokens after each of these blocks (from 0, without the last).
-    background: weight of tokens that show the background's reference; the others have weight 1.
+    background: weight of tokens that show the background's reference; the others have weight 1. token_weight: of the
+    loss on the attention of `token_blocks`, in each of which some head shall attend from a target token to the token
+    of the reference that it shows (endless scenes, attention form full); 0: off.
     """
 
     weight: float = 0.5
     blocks: tuple[int, ...] = (1, 3)
     background: float = 0.3
+    token_weight: float = 0.0
+    token_blocks: tuple[int, ...] = (2, 4)
 
     def __post_init__(self) -> None:
-        at_least(self, 0, "weight", "background")
-        if not self.blocks or min(self.blocks) < 0 or len(set(self.blocks)) < len(self.blocks):
-            raise ConfigError(f"correspondence.blocks must be distinct block numbers from 0, got {list(self.blocks)}")
+        at_least(self, 0, "weight", "background", "token_weight")
+        for name in ("blocks", "token_blocks"):
+            blocks = getattr(self, name)
+            if not blocks or min(blocks) < 0 or len(set(blocks)) < len(blocks):
+                raise ConfigError(f"correspondence.{name} must be distinct block numbers from 0, got {list(blocks)}")
 
 
 @dataclass(frozen=True)

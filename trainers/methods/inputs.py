@@ -20,6 +20,7 @@ from unipic_core.conditioning.sequence import (
 from ..data.shards import Rows
 from ..seeds import mixed_seed
 from .correspondence import Owners
+from .token_pointer import ShownTokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Inputs:
     seed without `rows`; name: for messages; owners: reference of each target token, for data with masks; dropped: bool
     [B], samples without their prompt; rows: numbers of the samples in the data, the noise seeds; counts: False for a
     filler that only keeps processes in step; mask: float32 [B, N], the share of each target token that trains in a
-    masked loss, None: all of each.
+    masked loss, None: all of each; shown: reference tokens that each target token shows, for endless scenes.
     """
 
     x0: Tensor
@@ -45,6 +46,7 @@ class Inputs:
     rows: tuple[int, ...] = ()
     counts: bool = True
     mask: Tensor | None = None
+    shown: ShownTokens | None = None
 
     @property
     def finite(self) -> Tensor:
@@ -64,8 +66,9 @@ class Inputs:
         owners = None if self.owners is None else self.owners.to(device)
         dropped = None if self.dropped is None else self.dropped.to(device)
         mask = None if self.mask is None else self.mask.to(device)
+        shown = None if self.shown is None else self.shown.to(device)
         moved = replace(self, x0=self.x0.to(device), latents=latents, cond=cond, uncond=uncond, mask=mask)
-        return replace(moved, owners=owners, dropped=dropped)
+        return replace(moved, owners=owners, dropped=dropped, shown=shown)
 
 
 def make_inputs(rows: Rows, index: int = 0, first: int = 0, name: str = "") -> Inputs:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from .base import NetworkTraining
 from .correspondence import CorrespondenceLoss
 from .inputs import Draws, Inputs
 from .losses import flow_matching_loss
+from .token_pointer import Recorded, TokenPointer
 
 
 class SFTTraining(NetworkTraining):
@@ -34,8 +37,12 @@ class SFTTraining(NetworkTraining):
         self.time_rounding = resolve(recipe_of(self.base)).time_rounding
         """In bfloat16 the release draws times in that type, and rounds them again for the network."""
         self.correspondence: CorrespondenceLoss | None = None
-        if self.options.correspondence is not None:
-            self.correspondence = self.pointer_heads(self.options.correspondence)
+        self.token_pointer: TokenPointer | None = None
+        if (options := self.options.correspondence) is not None:
+            self.correspondence = self.pointer_heads(options)
+            if options.token_weight:
+                form = self.roles.config_of(STUDENT).attention_form
+                self.token_pointer = TokenPointer(options, self.correspondence.network[0], form)
 
     def pointer_heads(self, options: Correspondence) -> CorrespondenceLoss:
         """Create the pointer heads on the student's network. Raises ConfigError if the config does not allow them."""
@@ -67,8 +74,18 @@ class SFTTraining(NetworkTraining):
             return flow_matching_loss(self.role(STUDENT, batch)(x_t, t), batch.x0, eps, self.weights_of(batch)), {}
         assert batch.owners is not None  # set for data with masks
         assert batch.dropped is not None
-        with self.correspondence.recording() as outputs:
+        with self.correspondence.recording() as outputs, self.token_attention() as attended:
             v = self.role(STUDENT, batch)(x_t, t)
         loss = flow_matching_loss(v, batch.x0, eps, self.weights_of(batch))
         pointer_loss, metrics = self.correspondence(outputs, batch.latents, batch.owners, batch.dropped, t)
-        return loss + pointer_loss, {"flow_matching": float(loss.detach().mean()), **metrics}
+        metrics = {"flow_matching": float(loss.detach().mean()), **metrics}
+        if self.token_pointer is None:
+            return loss + pointer_loss, metrics
+        assert batch.shown is not None  # set for endless scenes, the data with masks
+        weights = batch.shown.weights(batch.owners, self.token_pointer.options.background, batch.dropped)
+        token_loss, of_tokens = self.token_pointer(attended, batch.latents, batch.shown, weights)
+        return loss + pointer_loss + token_loss, {**metrics, **of_tokens}
+
+    def token_attention(self) -> AbstractContextManager[Recorded]:
+        """Record queries and keys of the blocks of the token pointer loss, if it is on."""
+        return nullcontext({}) if self.token_pointer is None else self.token_pointer.recording()

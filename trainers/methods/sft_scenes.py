@@ -10,14 +10,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_latents, pack_with_references
+from unipic_core.conditioning.sequence import (
+    LatentShape,
+    PackedLatents,
+    TextCond,
+    pack_latents,
+    pack_with_references,
+)
 from unipic_core.model.vae import ImageVAE
 from unipic_core.weights.recipe import Recipe
 
 from ..cache import Rows
 from ..data.encoding import encode_pictures
-from ..data.endless.drawing import AMBIGUOUS, open_bank
+from ..data.endless.drawing import open_bank
 from ..data.endless.stream import SceneStream, SceneUse
+from ..data.endless.token_sources import AMBIGUOUS
 from ..data.previews import NANO_PREVIEWS, PreviewRow, reference_cell
 from ..data.rows import Row
 from ..data.sources import Compositions
@@ -26,6 +33,7 @@ from ..loop.method import Batch
 from .correspondence import NOBODY, Owners
 from .inputs import Inputs
 from .sft_text import SFTWithText, UnencodedInputs
+from .token_pointer import ShownTokens, shown_tokens
 
 
 class SFTOnScenes(SFTWithText):
@@ -59,9 +67,10 @@ class SFTOnScenes(SFTWithText):
         pictures = [[torch.from_numpy(use.encoded.vision[s]) for s in use.places] for use in uses]
         prompts = [UNCOND_PROMPT if d else use.scene.instruction for d, use in zip(dropped, uses, strict=True)]
         no_text, owners = TextCond(torch.zeros(len(uses), 0, 0)), owners_of(uses)
+        latents = pack_with_references(x0, shape, references)
         return UnencodedInputs(
             x0,
-            pack_with_references(x0, shape, references),
+            latents,
             no_text,
             no_text,
             index,
@@ -70,6 +79,7 @@ class SFTOnScenes(SFTWithText):
             owners,
             torch.from_numpy(dropped),
             mask=owners.mask,
+            shown=shown_of(uses, latents),
             encoder_inputs=mixed_encoder_inputs(self.text, pictures, prompts),
         )
 
@@ -109,6 +119,16 @@ def owners_of(uses: Sequence[SceneUse]) -> Owners:
         background = len(use.scene.items)
         backgrounds.append(int(place_of[background]) if background in use.places and not use.scene.edit else NOBODY)
     return Owners(torch.stack(references), torch.tensor(backgrounds))
+
+
+def shown_of(uses: Sequence[SceneUse], latents: PackedLatents) -> ShownTokens:
+    """Convert places in sources to tokens of the references, in the reference order of each use."""
+    samples = []
+    for use, (_, *references) in zip(uses, latents.shapes, strict=True):
+        sources = torch.from_numpy(use.encoded.token_sources)
+        samples.append(shown_tokens(sources, use.places, references))
+    indices, shares = zip(*samples, strict=True)
+    return ShownTokens(torch.stack(indices), torch.stack(shares))
 
 
 def preview_row(row: Row, latents: Sequence[Tensor]) -> PreviewRow:

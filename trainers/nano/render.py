@@ -127,15 +127,20 @@ def _backdrop(
 ) -> tuple[Image.Image, Image.Image]:
     """The background's reference (longer side ``size``) and what is cut from its middle to fill the canvas (w, h)."""
     (wide, high), (width, height) = shape, canvas
-    if width * high >= height * wide:
-        full = draw(background, width, width * high // wide)
-    else:
-        full = draw(background, height * wide // high, height)
+    full = draw(background, *backdrop_size(shape, canvas))
     left, top = (full.width - width) // 2, (full.height - height) // 2
     cut = full.crop((left, top, left + width, top + height)) if full.size != canvas else full
     longer = max(wide, high)
     reference = full.resize((size * wide // longer, size * high // longer), Image.Resampling.BILINEAR)
     return reference, cut
+
+
+def backdrop_size(shape: tuple[int, int], canvas: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of the smallest whole background of this shape that covers the canvas."""
+    (wide, high), (width, height) = shape, canvas
+    if width * high >= height * wide:
+        return width, width * high // wide
+    return height * wide // high, height
 
 
 def extent(item: Item, sprite: Image.Image, side: float) -> tuple[float, float]:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from trainers.config.run import ConfigError, DataConfig, RunConfig, ScenesConfig
-from trainers.data.endless.drawing import AMBIGUOUS, draw_scene, owners_of
+from trainers.data.endless.drawing import draw_scene
 from trainers.data.endless.stream import SceneStream, SceneUse
+from trainers.data.endless.token_sources import AMBIGUOUS, owners_of
 from trainers.methods.correspondence import NOBODY
 from trainers.methods.sft_scenes import owners_of as references_of
 from trainers.nano.emoji import SUBSET, Bank

@@ -24,6 +24,7 @@ SCENES = {
     "data": {"kind": "scenes", "folder": "", "samples": 0, "workers": 0, "scenes": {"buffer": 16, "uses": 2}},
     "sft": {"correspondence": {"blocks": [0], "weight": 0.5}},
 }
+TOKENS = {"correspondence": {**SCENES["sft"]["correspondence"], "token_weight": 0.25, "token_blocks": [1]}}
 
 
 def network() -> MMDiT:
@@ -115,17 +116,28 @@ def test_data_without_masks_are_refused(changed) -> None:
 
 
 def test_training_on_scenes_resumes_exactly_and_exports_no_head(changed, tmp_path, metrics, broken_off) -> None:
-    config = changed(sections=SCENES)
+    config = changed(sections=SCENES | {"sft": TOKENS})
     whole = train(config, SFTOnScenes(config))
     again = replace(config, output=str(tmp_path / "broken"))
     resumed = broken_off(again, SFTOnScenes, after=5)
     assert metrics(again.output) == metrics(config.output)
     assert metrics(config.output)[0]["correspondence"] > 0
+    assert metrics(config.output)[0]["token_pointer"] > 0
     assert metrics(config.output)[0]["early_things"] >= metrics(config.output)[0]["early_things_right"]
     file = "unipic_sft/transformer/diffusion_pytorch_model.safetensors"
     assert (resumed / file).read_bytes() == (whole / file).read_bytes()
     weights = open_transformer(whole / "unipic_sft").weights
     assert not [name for name in weights if "correspondence" in name]
+
+
+def test_the_loss_of_single_tokens_is_added_and_changes_nothing_else(changed) -> None:
+    without, both = (SFTOnScenes(changed(sections=SCENES | {"sft": sft})) for sft in (SCENES["sft"], TOKENS))
+    (batch,) = without.batch(0).micro_batches
+    with torch.no_grad():
+        (less, plain), (more, metrics) = without.loss("student", batch), both.loss("student", batch)
+    assert {name: value for name, value in metrics.items() if "token" not in name} == plain
+    assert float((more - less).mean()) == pytest.approx(0.25 * metrics["token_pointer"], rel=1e-4)
+    assert 0 < metrics["token_pointer_right"] < 1
 
 
 def test_the_recipe_names_the_budgets_that_were_trained(changed) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from trainers.data.endless.drawing import AMBIGUOUS, owners_of
+from trainers.data.endless.token_sources import AMBIGUOUS, owners_of
 from trainers.nano.emoji import Bank
 from trainers.nano.lessons import PLAIN_PAIRS
 from trainers.nano.open_scenes.drawing import any_reworded, make_any_scene

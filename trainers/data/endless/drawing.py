@@ -1,4 +1,4 @@
-"""Endless scenes, each a pure function of (seed, index): drawing, encoding, and the owner of every target token."""
+"""Endless scenes, each a pure function of (seed, index): drawing and encoding, with the source of every token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
 from unipic_core.model.vae import ImageVAE
 
 from ...nano.emoji import LONGEST, Bank
@@ -18,12 +17,7 @@ from ...nano.scene import Scene
 from ...nano.scenes import TASKS
 from ..encoding import encode_pictures
 from ..rows import Row, make_row
-
-AMBIGUOUS = -1
-"""Owner of a target token that shows several sources."""
-
-ITEM_SHARE, BACKGROUND_SHARE = 0.5, 0.85
-"""Smallest share of a token that its item, or the background, must cover to own it."""
+from .token_sources import owners_of, token_sources
 
 TASK_SALT, SHAPE_SALT = 8191, 131071
 
@@ -36,8 +30,8 @@ class EncodedScene:
     """Encoded scene as arrays, which pass between processes without files.
 
     target, sources: bfloat16 latents [C, h, w] as int16; vision: uint8 [H, W, 3] per source; owners: int8 [target
-    tokens], the source (the index of an item, or the number of items for the background) or AMBIGUOUS. An edit has one
-    source, the picture before, and only ambiguous tokens.
+    tokens], the source (the index of an item, or the number of items for the background) or AMBIGUOUS; token_sources:
+    float32 [target tokens, 3], see there. An edit has one source, the picture before, and only ambiguous owners.
     """
 
     scene: Scene
@@ -45,6 +39,7 @@ class EncodedScene:
     sources: tuple[np.ndarray, ...]
     vision: tuple[np.ndarray, ...]
     owners: np.ndarray
+    token_sources: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -89,32 +84,16 @@ def encode_scenes(vae: ImageVAE, bank: Bank, scenes: Sequence[Scene], reference_
     encoded = []
     for scene, sample, row in zip(scenes, samples, rows, strict=True):
         target, *references = (next(latents).view(torch.int16).numpy() for _ in range(1 + len(row.references)))
-        encoded.append(_by_source(scene, sample, row, target, references))
+        encoded.append(_by_source(bank, scene, sample, row, target, references))
     return encoded
 
 
 def _by_source(
-    scene: Scene, sample: Sample, row: Row, target: np.ndarray, references: Sequence[np.ndarray]
+    bank: Bank, scene: Scene, sample: Sample, row: Row, target: np.ndarray, references: Sequence[np.ndarray]
 ) -> EncodedScene:
     """Reorder references from the scene's display order to source order."""
     places = [scene.order.index(source) for source in range(len(scene.order))] or [0]
     sources = tuple(references[place] for place in places)
     vision = tuple(np.array(row.vision[place]) for place in places)  # Pillow's arrays cannot be written to
-    return EncodedScene(scene, target, sources, vision, owners_of(scene, sample))
-
-
-def owners_of(scene: Scene, sample: Sample) -> np.ndarray:
-    """Source shown by each target token: int8 [target tokens], row by row."""
-    high, wide = (side // PIXELS_PER_TOKEN for side in (sample.target.height, sample.target.width))
-    owners = np.full(high * wide, AMBIGUOUS, np.int8)
-    if scene.edit:
-        return owners
-    masks = np.stack([placement.mask for placement in sample.placements])
-    shares = (
-        masks.reshape(len(masks), high, PIXELS_PER_TOKEN, wide, PIXELS_PER_TOKEN).mean((2, 4)).reshape(len(masks), -1)
-    )
-    if len(scene.items) in scene.order:  # a background that has no reference has no tokens to point to
-        owners[1 - shares.sum(0) >= BACKGROUND_SHARE] = len(scene.items)
-    for source, share in enumerate(shares):
-        owners[share >= ITEM_SHARE] = source
-    return owners
+    owners, shown = owners_of(scene, sample), token_sources(bank, scene, sample)
+    return EncodedScene(scene, target, sources, vision, owners, shown)
