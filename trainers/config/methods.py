@@ -108,14 +108,15 @@ class Correspondence:
     weight: of the loss. blocks: a pointer head reads the tokens after each of these blocks (from 0, without the last).
     background: weight of tokens that show the background's reference; the others have weight 1. token_weight: of the
     loss on the attention of `token_blocks`, in each of which some head shall attend from a target token to the token
-    of the reference that it shows (endless scenes, attention form full); 0: off.
+    of the reference that it shows (endless scenes, attention form full); 0: off. The default blocks are those of the
+    small model that learn it by themselves, more slowly.
     """
 
     weight: float = 0.5
     blocks: tuple[int, ...] = (1, 3)
     background: float = 0.3
     token_weight: float = 0.0
-    token_blocks: tuple[int, ...] = (2, 4)
+    token_blocks: tuple[int, ...] = (3, 4)
 
     def __post_init__(self) -> None:
         at_least(self, 0, "weight", "background", "token_weight")
