@@ -38,9 +38,10 @@ a folder that several share, and on systems without locks."""
 
 def _this_system() -> str:
     """8 hexadecimal digits of the running system, within which locks are seen, containers included."""
-    name = platform.node()
-    with suppress(OSError):
+    try:
         name = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    except OSError:  # no Linux
+        name = platform.node()
     return hashlib.sha256(name.encode()).hexdigest()[:8]
 
 

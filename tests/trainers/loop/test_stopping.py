@@ -18,8 +18,18 @@ LAST = 11 * 3 * 2 + 5
 """Last micro step of twelve steps of three updates of two batches."""
 
 
+@pytest.fixture
+def not_ignored():
+    """A process in the background, or under nohup, is started with some of the signals ignored."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {n: signal.signal(n, signal.default_int_handler) for n in numbers if signal.getsignal(n) is signal.SIG_IGN}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, metrics, number):
+def test_a_signal_saves_after_the_step_and_the_run_goes_on(tmp_path, metrics, number, not_ignored):
     class Signalled(Toy):
         def batch(self, index):
             if index == 25 and not list(tmp_path.glob("broken/checkpoints/step-0000005")):
