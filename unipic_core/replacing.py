@@ -134,17 +134,32 @@ def _new_partial(path: Path, folder: bool) -> tuple[Path, int | None]:
             os.close(lock)
 
 
-def _locked(path: Path) -> int | None:
-    """Lock a file or folder and return the descriptor; None without locks, or if another process holds it."""
+def lock(path: Path) -> int | None:
+    """Lock a file or folder, not through a link: the descriptor that holds the lock; None on systems and disks without
+    locks.
+
+    Raises BlockingIOError while another process holds it.
+    """
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
     except OSError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _locked(path: Path) -> int | None:
+    """`lock`, with None also if another process holds it."""
+    try:
+        return lock(path)
+    except BlockingIOError:
+        return None
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -10,12 +10,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from .checkpointing import TrainingError
+from unipic_core.replacing import lock
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .checkpointing import TrainingError
 
 
 @contextmanager
@@ -25,14 +22,11 @@ def alone_in(accelerator: Accelerator, output: Path) -> Iterator[None]:
     Not seen: runs on other machines where a shared disk has no locks across machines, and runs on Windows.
     """
     descriptor, taken = None, False
-    if accelerator.is_main_process and fcntl is not None:
-        descriptor = os.open(output, os.O_RDONLY)
+    if accelerator.is_main_process:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            descriptor = lock(output.resolve())
         except BlockingIOError:
             taken = True
-        except OSError:  # a disk without locks
-            pass
     try:
         if float(accelerator.reduce(torch.tensor(float(taken), device=accelerator.device), "sum")):
             raise TrainingError(f"another run is training in {output}; wait for its end, or choose another output")
