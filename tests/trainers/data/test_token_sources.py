@@ -38,7 +38,7 @@ def pairs(bank: Bank, scenes: Iterable[Scene]) -> dict[str, tuple[np.ndarray, np
     rng, kinds = np.random.default_rng(0), {"items": [], "background": []}
     for scene in scenes:
         sample = render(bank, scene)
-        sources, centres = token_sources(bank, scene, sample), token_centres(scene)
+        sources, centres = token_sources(bank, scene, sample, owners_of(scene, sample)), token_centres(scene)
         for source in set(sources[:, 0].astype(int)) - {AMBIGUOUS}:
             mine = sources[:, 0] == source
             if not scene.edit and source < len(scene.items):
@@ -82,12 +82,13 @@ def test_sources_are_the_owners_and_edits_have_tokens_without_one(bank: Bank) ->
     for task in COMPOSITIONS:
         scene = make_any_scene(bank, "train", 5, 0, task=task)
         sample = render(bank, scene)
-        sources = token_sources(bank, scene, sample)
+        sources = token_sources(bank, scene, sample, owners_of(scene, sample))
         assert sources[:, 0].tolist() == owners_of(scene, sample).tolist()
         assert 0 <= sources[:, 1:].min() <= sources[:, 1:].max() <= 1 or (sources[:, 0] == AMBIGUOUS).any()
     for task in EDITS:
         scene = make_any_scene(bank, "train", 5, 1, task=task)
-        certain = token_sources(bank, scene, render(bank, scene))[:, 0] == 0
+        sample = render(bank, scene)
+        certain = token_sources(bank, scene, sample, owners_of(scene, sample))[:, 0] == 0
         assert certain.sum() > 5
         assert certain.all() == (task == "recolour")
 
@@ -98,7 +99,7 @@ def test_a_moved_item_is_looked_for_where_it_was(bank: Bank) -> None:
     assert scene.edit is not None
     assert scene.edit.item is not None
     sample = render(bank, scene)
-    sources, centres = token_sources(bank, scene, sample), token_centres(scene) / scene.canvas
+    sources, centres = token_sources(bank, scene, sample, owners_of(scene, sample)), token_centres(scene) / scene.canvas
     elsewhere = (np.abs(sources[:, 1:] - centres).max(1) > 0.05) & (sources[:, 0] == 0)
     mask = sample.placements[scene.edit.item].mask
     for row, column in (centres[elsewhere] * 12).astype(int)[:, ::-1]:

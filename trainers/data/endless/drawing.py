@@ -95,5 +95,6 @@ def _by_source(
     places = [scene.order.index(source) for source in range(len(scene.order))] or [0]
     sources = tuple(references[place] for place in places)
     vision = tuple(np.array(row.vision[place]) for place in places)  # Pillow's arrays cannot be written to
-    owners, shown = owners_of(scene, sample), token_sources(bank, scene, sample)
+    owners = owners_of(scene, sample)
+    shown = token_sources(bank, scene, sample, owners)
     return EncodedScene(scene, target, sources, vision, owners, shown)

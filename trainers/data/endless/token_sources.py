@@ -45,18 +45,19 @@ def token_shares(sample: Sample) -> np.ndarray:
     return pixels.mean((2, 4)).reshape(len(masks), -1)
 
 
-def token_sources(bank: Bank, scene: Scene, sample: Sample) -> np.ndarray:
+def token_sources(bank: Bank, scene: Scene, sample: Sample, owners: np.ndarray) -> np.ndarray:
     """Source index, x and y of the place that each target token shows: float32 [target tokens, 3].
 
     x and y: shares of the width and height of the source's picture, at the token's centre. The source is AMBIGUOUS
-    where `owners_of` is; an edit's one source, 0, is the picture before. `sample`: the scene drawn by `render`.
+    where `owners` are, those of `owners_of`; an edit's one source, 0, is the picture before. `sample`: the scene drawn
+    by `render`.
     """
     centres = token_centres(scene)
     sources = np.full((len(centres), 3), AMBIGUOUS, np.float32)
     if scene.edit:
         _fill_edit(sources, bank, scene, sample, centres)
     else:
-        _fill_composition(sources, bank, scene, owners_of(scene, sample), centres)
+        _fill_composition(sources, bank, scene, owners, centres)
     sources[:, 1:] = sources[:, 1:].clip(0, 1)
     return sources
 
