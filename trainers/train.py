@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from unipic_core.errors import printable
 
@@ -18,32 +19,42 @@ from .loop.method import Method
 from .loop.stages import train_stages
 from .tools.memory import GIB, estimate, tokens
 
+if TYPE_CHECKING:
+    from .methods.base import NetworkTraining
+
 
 def make_method(config: RunConfig) -> Method:
-    """Create the method of a config; only its module is imported."""
+    """Create the method of a config; only its modules are imported."""
     if config.method == "vae":
         from .methods.vae import VAETraining
 
         return VAETraining(config)
+    method = network_method(config)
+    if config.data is not None and config.data.kind == "scenes":
+        from .methods.scenes import on_scenes
+
+        method = on_scenes(method)
+    return method(config)
+
+
+def network_method(config: RunConfig) -> type[NetworkTraining]:
+    """Return the class of a method that trains the network."""
     if config.sft is not None:
         from .methods.sft import SFTTraining
-        from .methods.sft_scenes import SFTOnScenes
         from .methods.sft_text import SFTWithText
 
-        if config.data is not None and config.data.kind == "scenes":
-            return SFTOnScenes(config)
-        return SFTWithText(config) if config.sft.train_text_encoder else SFTTraining(config)
+        return SFTWithText if config.sft.train_text_encoder else SFTTraining
     if config.method == "consistency":
         from .methods.consistency import ConsistencyTraining
 
-        return ConsistencyTraining(config)
+        return ConsistencyTraining
     if config.method == "dmd":
         from .methods.dmd import DMDTraining
 
-        return DMDTraining(config)
+        return DMDTraining
     from .methods.joint import JointTraining
 
-    return JointTraining(config)
+    return JointTraining
 
 
 def announce(stage: RunConfig) -> None:

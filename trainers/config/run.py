@@ -253,8 +253,6 @@ class RunConfig:
                 f"dmd.fake_warmup_steps must be below steps, or no step trains the student, got "
                 f"{self.dmd.fake_warmup_steps} of {self.steps}"
             )
-        if self.data is not None and self.data.kind == "scenes" and not (self.sft and self.sft.train_text_encoder):
-            raise ConfigError("data.kind scenes needs method sft with sft.train_text_encoder: true")
         if self.joint is not None and self.consistency is not None and self.consistency.mask is not None:
             raise ConfigError(
                 "consistency.mask cannot be used in method joint, whose DMD part trains on samples of the student, "

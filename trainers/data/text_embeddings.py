@@ -193,6 +193,20 @@ def encode_rows(text: TextEncoder, rows: Rows) -> Rows:
     return replace(rows, cond=cond, uncond=uncond)
 
 
+@torch.no_grad()
+def encode_mixed(
+    text: TextEncoder, pictures: Sequence[Sequence[Tensor]], prompts: Sequence[str]
+) -> tuple[TextCond, TextCond]:
+    """Conditional and unconditional embeddings of samples with different references, float32.
+
+    pictures: per sample uint8 [H, W, 3] each.
+    """
+    inputs = mixed_encoder_inputs(text, pictures, prompts)
+    blank = mixed_encoder_inputs(text, pictures, [UNCOND_PROMPT] * len(prompts))
+    vision_states = text.vision_of(inputs)
+    return text.forward(inputs, vision_states), text.forward(blank, vision_states)
+
+
 def encode_shard(text: TextEncoder, shard: Shard, fingerprint: str, bar: tqdm) -> list[float]:
     """Write the text shard of one latent shard (layout: shards.py); returns the error of fp8, if that is asked for."""
     tensors: dict[str, Tensor] = {}

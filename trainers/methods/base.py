@@ -30,7 +30,7 @@ from ..data.batches import data_report, micro_batches_of_process
 from ..data.picture_grid import picture_grid
 from ..data.previews import PreviewRow, decode_latents, row_from_latents
 from ..data.samples import Samples, evenly_spaced, held_out_rows, order_of
-from ..data.text_embeddings import encode_rows, text_fingerprint
+from ..data.text_embeddings import encode_mixed, encode_rows, text_fingerprint
 from ..loop.export import Export, export_adapter, export_bytes, export_network
 from ..loop.method import Batch, Method, Share
 from ..loop.metrics import Metrics
@@ -116,7 +116,8 @@ class NetworkTraining(Method):
     def place(self, device: torch.device, share: Share) -> None:
         self.device, self.share = device, share
         self.roles.place(device)
-        if self.encoder is not None and any(part.text_storage == "live" for part in self.data.parts):
+        no_cache = self.data.kind == "scenes" or any(part.text_storage == "live" for part in self.data.parts)
+        if self.encoder is not None and no_cache:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             self.live_text = TextEncoder.from_pretrained(self.folder, dtype, device)
 
@@ -176,6 +177,12 @@ class NetworkTraining(Method):
     def with_text(self, rows: Rows) -> Rows:
         """The rows with text embeddings, computed now where the cache stores none (data.text_storage live)."""
         return rows if self.live_text is None or rows.cond is not None else encode_rows(self.live_text, rows)
+
+    def with_prompts(self, batch: Inputs, pictures: Sequence[Sequence[Tensor]], prompts: Sequence[str]) -> Inputs:
+        """The batch with embeddings computed now, by the frozen encoder. pictures: per sample uint8 [H, W, 3] each."""
+        assert self.live_text is not None  # loaded by `place` where there is no cache
+        cond, uncond = encode_mixed(self.live_text, pictures, prompts)
+        return replace(batch, cond=cond, uncond=uncond)
 
     def without(self, batch: Inputs, rows: Sequence[int]) -> Inputs:
         """The micro-batch without these rows, on the CPU; a filler of zeros if none is left."""

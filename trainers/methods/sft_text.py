@@ -79,11 +79,13 @@ class SFTWithText(SFTTraining):
         return UnencodedInputs(**vars(batch), encoder_inputs=encoder_inputs(self.text, rows, prompts))
 
     def padded_inputs(self, rows: Sequence[Rows], dropped: np.ndarray, index: int, name: str) -> Inputs:
-        batch = super().padded_inputs(rows, dropped, index, name)
-        assert isinstance(batch, UnencodedInputs)  # from `inputs`
         prompts = [UNCOND_PROMPT if d else r.prompts[0] for d, r in zip(dropped, rows, strict=True)]
         pictures = [[v[0] for v in r.vision] for r in rows]
-        return replace(batch, encoder_inputs=mixed_encoder_inputs(self.text, pictures, prompts))
+        return self.with_prompts(super().padded_inputs(rows, dropped, index, name), pictures, prompts)
+
+    def with_prompts(self, batch: Inputs, pictures: Sequence[Sequence[Tensor]], prompts: Sequence[str]) -> Inputs:
+        """The batch with what the encoder needs; the loss encodes it."""
+        return UnencodedInputs(**vars(batch) | {"encoder_inputs": mixed_encoder_inputs(self.text, pictures, prompts)})
 
     def sample_inputs(self, rows: Rows) -> Inputs:
         batch = super().sample_inputs(rows)

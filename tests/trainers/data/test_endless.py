@@ -14,7 +14,7 @@ from trainers.data.endless.drawing import draw_scene
 from trainers.data.endless.stream import SceneStream, SceneUse
 from trainers.data.endless.token_sources import AMBIGUOUS, owners_of
 from trainers.methods.correspondence import NOBODY
-from trainers.methods.sft_scenes import owners_of as references_of
+from trainers.methods.scenes import owners_of as references_of
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import render
 from trainers.nano.scenes import EDITS, make_scene

@@ -13,13 +13,15 @@ from trainers.config.methods import Correspondence
 from trainers.config.run import ConfigError
 from trainers.loop.loop import train
 from trainers.methods.correspondence import NOBODY, CorrespondenceLoss, Owners, PointerHead, pointer_loss
+from trainers.methods.scenes import on_scenes
 from trainers.methods.sft import SFTTraining
-from trainers.methods.sft_scenes import SFTOnScenes
+from trainers.methods.sft_text import SFTWithText
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.weights.transformer import open_transformer
 
+SFTOnScenes = on_scenes(SFTWithText)
 SCENES = {
     "data": {"kind": "scenes", "folder": "", "samples": 0, "workers": 0, "scenes": {"buffer": 16, "uses": 2}},
     "sft": {"correspondence": {"blocks": [0], "weight": 0.5}},

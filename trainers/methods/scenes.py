@@ -1,4 +1,4 @@
-"""Method `sft` on endless scenes (`data.kind: scenes`), which have masks; the text encoder is trained as well."""
+"""Methods on endless scenes (`data.kind: scenes`), which have masks and no cache."""
 
 from __future__ import annotations
 
@@ -28,16 +28,21 @@ from ..data.endless.token_sources import AMBIGUOUS
 from ..data.previews import NANO_PREVIEWS, PreviewRow, reference_cell
 from ..data.rows import Row
 from ..data.sources import Compositions
-from ..data.text_embeddings import UNCOND_PROMPT, mixed_encoder_inputs
+from ..data.text_embeddings import UNCOND_PROMPT
 from ..loop.method import Batch
+from .base import NetworkTraining
 from .correspondence import NOBODY, Owners
 from .inputs import Inputs
-from .sft_text import SFTWithText, UnencodedInputs
 from .token_pointer import ShownTokens, shown_tokens
 
 
-class SFTOnScenes(SFTWithText):
-    """SFTWithText on scenes drawn by worker processes; a batch can mix numbers of references."""
+def on_scenes(method: type[NetworkTraining]) -> type[NetworkTraining]:
+    """Make the class of a method that trains on endless scenes."""
+    return type(f"{method.__name__}OnScenes", (OnScenes, method), {})
+
+
+class OnScenes(NetworkTraining):
+    """A method's first base, which draws its data by worker processes; a batch can mix numbers of references."""
 
     def open_data(self) -> None:
         self.stream = SceneStream(self.data, self.config.batch_size, self.config.seed, self.folder / "vae")
@@ -52,15 +57,13 @@ class SFTOnScenes(SFTWithText):
         return {}
 
     def batch(self, index: int) -> Batch[Inputs]:
-        batch = self.stream[index]
+        batch = self.stream[self.position(index)]
         part = self.share.part(len(batch))
         uses, dropped = batch[part], self.without_prompt(index, len(batch))[part]
         name = f"scenes {', '.join(str(use.index) for use in uses)}"
         return Batch.of_one(self.scene_inputs(uses, dropped, index, part.start, name))
 
-    def scene_inputs(
-        self, uses: Sequence[SceneUse], dropped: np.ndarray, index: int, first: int, name: str
-    ) -> UnencodedInputs:
+    def scene_inputs(self, uses: Sequence[SceneUse], dropped: np.ndarray, index: int, first: int, name: str) -> Inputs:
         targets = torch.stack([latents_of(use.encoded.target) for use in uses])
         shape, x0 = LatentShape.of_latents(targets), pack_latents(targets)
         references = [[latents_of(use.encoded.sources[s])[:, None] for s in use.places] for use in uses]
@@ -68,7 +71,7 @@ class SFTOnScenes(SFTWithText):
         prompts = [UNCOND_PROMPT if d else use.scene.instruction for d, use in zip(dropped, uses, strict=True)]
         no_text, owners = TextCond(torch.zeros(len(uses), 0, 0)), owners_of(uses)
         latents = pack_with_references(x0, shape, references)
-        return UnencodedInputs(
+        batch = Inputs(
             x0,
             latents,
             no_text,
@@ -80,8 +83,8 @@ class SFTOnScenes(SFTWithText):
             torch.from_numpy(dropped),
             mask=owners.mask,
             shown=shown_of(uses, latents),
-            encoder_inputs=mixed_encoder_inputs(self.text, pictures, prompts),
         )
+        return self.with_prompts(batch, pictures, prompts)
 
     @property
     def student_recipe(self) -> Recipe:
