@@ -245,7 +245,11 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help=f"of the scenes and of the noise; {FROM_WEIGHTS}: the SHA-256 of the first model's weights (%(default)s)",
     )
-    top.add_argument("--size", type=int, default=128, help="side of the pictures in pixels (%(default)s)")
+    top.add_argument(
+        "--size",
+        type=int,
+        help=f"side of the pictures in pixels; default: of the first model's recipe, or {Plan.size} for controls only",
+    )
     top.add_argument("--shape", type=shape_of, default=SQUARE, metavar="WxH", help="ratio of the targets' sides (1x1)")
     top.add_argument("--scenes", default="closed", choices=["closed", "open"], help="%(default)s")
     top.add_argument("--split", default="heldout", choices=["heldout", "train", "all"], help="%(default)s")
@@ -278,6 +282,11 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def size_of(systems: Sequence[System]) -> int:
+    """Side of the pictures that the first model was made for, in pixels."""
+    return systems[0].settings().output_budget if systems else Plan.size
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the evaluation. Raises ValueError in one sentence for bad input."""
     systems = systems_of(args)
@@ -290,7 +299,7 @@ def run(args: argparse.Namespace) -> None:
         args.split,
         tuple(args.task),
         seeds_per_scene=args.seeds_per_scene,
-        size=args.size,
+        size=size_of(systems) if args.size is None else args.size,
         open=args.scenes == "open",
         shape=args.shape,
     )

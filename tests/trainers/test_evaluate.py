@@ -163,13 +163,15 @@ def test_the_seed_of_the_weights_follows_their_bytes_alone(tmp_path: Path) -> No
         weights_seed(tmp_path / "empty")
 
 
-def test_a_pipeline_folder_is_measured(tmp_path: Path) -> None:
-    numbers = tmp_path / "tiny.json"
-    options = ["--model", str(TINY), "--steps", "1", "--cfg", "1", "--sampler", "consistency", "--device", "cpu"]
+def test_a_pipeline_folder_is_measured_at_the_size_of_its_recipe(tmp_path: Path) -> None:
+    numbers, model = tmp_path / "tiny.json", tmp_path / "model"
+    shutil.copytree(TINY, model)
+    (model / "recipe.json").write_text('{"version": 1, "output_budget": 96}', encoding="utf-8")
+    options = ["--model", str(model), "--steps", "1", "--cfg", "1", "--sampler", "consistency", "--device", "cpu"]
     options += ["--n", "2", "--seed", "weights", "--task", "compose2", "--data", str(SUBSET)]
     assert main([*options, "--json", str(numbers)]) == 0
     report = json.loads(numbers.read_text(encoding="utf-8"))
-    assert report["seed"] == weights_seed(TINY)
+    assert (report["seed"], report["size"]) == (weights_seed(model), 96)
     assert report["model"]["steps"] == 1
     assert report["model"]["seconds_per_picture"] > 0
 
@@ -219,6 +221,7 @@ def test_the_command_keeps_pictures_until_the_weights_are_others(tmp_path: Path)
     shutil.copytree(TINY, model)
     options = ["--model", str(model), "--steps", "1", "--cfg", "1", "--sampler", "consistency", "--device", "cpu"]
     options += ["--n", "2", "--task", "compose2", "--data", str(SUBSET), "--keep", str(tmp_path / "kept")]
+    options += ["--size", "128"]
     assert main(options) == 0
     [folder] = (tmp_path / "kept").iterdir()
     made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
