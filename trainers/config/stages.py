@@ -70,6 +70,8 @@ def check_folders(stages: Sequence[Mapping[str, Any]]) -> None:
     for stage in stages:
         data = stage.get("data", {})
         for source in data.get("sources") or [data]:
+            if source.get("kind") == "scenes":  # without a cache
+                continue
             folder = source.get("folder")
             size = tuple(source.get(key, data.get(key)) for key in ("size", "reference_budget"))
             name, first = sizes.setdefault(str(folder), (stage["stage"], size))

@@ -184,6 +184,17 @@ def test_a_stage_may_have_other_sources():
     json.dumps(plain(to_dict(second)))
 
 
+def test_endless_scenes_need_no_folders():
+    data = {"kind": "scenes", "size": 64, "reference_budget": 64, "scenes": {"buffer": 16, "mixture": {"pair": 1.0}}}
+    larger = {"size": 96, "reference_budget": 96, "scenes": {"mixture": {"compose4": 2.0}}}
+    stages = [{"steps": 1}, {"steps": 2, "data": larger}]
+    run = {"method": "sft", "output": "x", "network": {"model": "m"}, "data": data, "stages": stages}
+    first, second = parse_run(run).stages
+    assert (first.data.size, second.data.size) == (64, 96)
+    assert second.data.scenes.mixture == {"pair": 1.0, "compose4": 2.0}
+    assert second.data.scenes.buffer == 16
+
+
 def test_memory_is_printed_for_each_stage(staged, capsys):
     assert memory.main([str(staged()), "--gib", "1"]) == 1
     said = capsys.readouterr().out
