@@ -10,6 +10,7 @@ from typing import Any
 import comfy.model_management
 import node_helpers
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
 from comfy_api.latest import io
 from PIL import Image
@@ -131,6 +132,7 @@ class MultiImageCompose(io.ComfyNode):
         references: Mapping[str, object] | None = None,
         size: str = CUSTOM,
         boxes: object = "",
+        model: ModelPatcher | None = None,
         **others: object,
     ) -> io.NodeOutput:
         _check_sockets(others)
@@ -151,7 +153,8 @@ class MultiImageCompose(io.ComfyNode):
             ),
             size,
         )
-        composition = Composition(clip, vae, tuple(pictures), request)
+        recipe = attachment_of(clip.patcher if model is None else model).recipe
+        composition = Composition(clip, vae, tuple(pictures), request, recipe)
         planned = composition.plan()
         _tell(cls, sockets, [picture.size for picture in pictures], planned)
         resized = composition.resized(planned)
@@ -162,17 +165,22 @@ class MultiImageCompose(io.ComfyNode):
 
 @dataclass(frozen=True)
 class Composition:
-    """Inputs of one run. Its conditionings carry it, so that Compare encodes them at other reference budgets."""
+    """Inputs of one run, with the recipe that sets its sizes. Its conditionings carry it, so that Compare encodes them
+    at other reference budgets."""
 
     clip: CLIP
     vae: VAE
     pictures: tuple[Image.Image, ...]
     request: Request
+    recipe: Recipe
 
     def plan(self, reference_budget: int | None = None) -> Plan:
         """The checked plan of the run, or of one at another reference budget."""
         request = self.request if reference_budget is None else replace(self.request, reference_budget=reference_budget)
-        return _plan(attachment_of(self.clip.patcher).recipe, [picture.size for picture in self.pictures], request)
+        recipe = self.recipe
+        if recipe.output_budget is None and (request.width or request.height):  # such weights allow any size
+            recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
+        return plan(recipe, [picture.size for picture in self.pictures], request)
 
     def resized(self, planned: Plan) -> list[Image.Image]:
         """The pictures at the plan's reference budget."""
@@ -269,6 +277,12 @@ def _inputs() -> list[Any]:
             ),
             types=[io.Custom("ARRAY")],
         ),
+        io.Model.Input(
+            "model",
+            optional=True,
+            tooltip="From Load UniPic or Distill LoRA: its recipe sets the sizes of pictures and references. Without "
+            "it those of the CLIP.",
+        ),
     ]
 
 
@@ -309,13 +323,6 @@ def _check_parts(clip: CLIP, vae: VAE) -> None:
             "vae must be the Qwen-Image VAE, got one with other latents; use the VAE of Load UniPic, or Load VAE with "
             "qwen_image_vae.safetensors"
         )
-
-
-def _plan(recipe: Recipe, sizes: Sequence[Size], request: Request) -> Plan:
-    """The checked plan of a run. Weights without an output budget allow any size."""
-    if recipe.output_budget is None and (request.width or request.height):
-        recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
-    return plan(recipe, sizes, request)
 
 
 def _with_size(request: Request, size: str) -> Request:

@@ -18,8 +18,9 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..unipic_core import MODELS
+from ..unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from ..unipic_core.errors import CheckpointError, LoRAError, one_line
-from ..unipic_core.run.plan import resolve
+from ..unipic_core.run.plan import Settings, resolve
 from ..unipic_core.weights.lora import LoRA, MergeReport, build_lora
 from ..unipic_core.weights.lora_layers import LoRALayer
 from ..unipic_core.weights.recipe import METADATA_KEY, Recipe
@@ -29,7 +30,7 @@ from .host.model.kv_cache import ATTENTION_FORM
 from .host.model.loading import round_times
 from .host.model.model import UniPicModel
 from .host.model.saving import save_with_recipe
-from .host.recipe_attachment import RecipeAttachment, attach, attachment_of
+from .host.recipe_attachment import attach, attachment_of
 
 BUNDLED = "bundled: "
 NETWORK = "diffusion_model."
@@ -54,6 +55,14 @@ def lora_path(name: str) -> Path:
             raise LoRAError(f"the pack has no LoRA {name.removeprefix(BUNDLED)!r}; choose another, or update the pack")
         return bundled[name]
     return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def file_state(name: str | None) -> tuple[int, int] | None:
+    """Time and size of a LoRA's file, by which ComfyUI notices a replaced one; None for a name from a wire."""
+    if name is None:
+        return None
+    state = os.stat(lora_path(name))
+    return state.st_mtime_ns, state.st_size
 
 
 def read_lora(path: Path) -> LoRA:
@@ -187,11 +196,7 @@ class DistillLoRA(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str | None, **_: object) -> Any:
-        """Time and size of the file, so that a replaced one is read again; None for a name from a wire."""
-        if lora is None:
-            return None
-        state = os.stat(lora_path(lora))
-        return state.st_mtime_ns, state.st_size
+        return file_state(lora)
 
     @classmethod
     def execute(cls, model: ModelPatcher, lora: str, strength: float) -> io.NodeOutput:
@@ -201,19 +206,36 @@ class DistillLoRA(io.ComfyNode):
             return io.NodeOutput(model, ui=ui.PreviewText(text))
         file = read_lora(lora_path(lora))
         clone, report = add_lora(model, file, strength)
-        text = summary(file, report, attachment_of(clone))
+        text = summary(file, report, attachment_of(model).recipe, attachment_of(clone).recipe)
         tell(cls, text, logging.WARNING if report.unmatched else logging.INFO)
         return io.NodeOutput(clone, ui=ui.PreviewText(text))
 
 
-def summary(lora: LoRA, report: MergeReport, attached: RecipeAttachment) -> str:
-    """The line on the node: number of matched layers, the others, and the settings of a run with the LoRA.
+def summary(lora: LoRA, report: MergeReport, before: Recipe, after: Recipe) -> str:
+    """The line on the node: number of matched layers, the others, the settings of a run with the LoRA, and its sizes
+    where they change.
 
-    attached: to the model with the LoRA.
+    before, after: recipe of the model without and with the LoRA.
     """
-    total = report.matched + len(report.unmatched)
-    text = f"{report.matched} of {total} layers of {lora.name} matched"
+    settings = resolve(after)
+    origin = "the LoRA's recipe" if lora.recipe else "the LoRA has no recipe, so the model's"
+    return f"{matched(lora, report)}; {origin}: {settings}{_new_sizes(before, settings)}"
+
+
+def matched(lora: LoRA, report: MergeReport) -> str:
+    """Number of the LoRA's layers that fit the model, and names of the others."""
+    text = f"{report.matched} of {report.matched + len(report.unmatched)} layers of {lora.name} matched"
     if report.unmatched:
         text += f"; not in this model: {', '.join(report.unmatched[:3])}" + ", ..." * (len(report.unmatched) > 3)
-    origin = "the LoRA's recipe" if lora.recipe else "the LoRA has no recipe, so the model's"
-    return f"{text}; {origin}: {resolve(attached.recipe)}"
+    return text
+
+
+def _new_sizes(before: Recipe, settings: Settings) -> str:
+    """Advice for a LoRA that was trained at other sizes than the model; empty if they are the same."""
+    sizes = (settings.reference_budget, settings.output_budget)
+    if sizes == (before.reference_budget or DEFAULT_BUDGET, before.output_budget or DEFAULT_BUDGET):
+        return ""
+    return (
+        f"; trained for references of {sizes[0]}x{sizes[0]} and pictures of {sizes[1]}x{sizes[1]} pixels: connect this "
+        "model to model of Multi-Image Compose too"
+    )

@@ -83,12 +83,13 @@ class Node:
         return self.kind.size[0], self.height or self.kind.size[1]
 
     def sockets(self) -> dict[str, str]:
-        """Socket -> type in the page's order: the fixed ones, then each growing row with one free place at its end."""
-        rows = dict(self.kind.sockets)
+        """Socket -> type in the page's order: required ones, growing rows with one free place at their ends, optional
+        ones."""
+        rows = {name: kind for name, kind in self.kind.sockets.items() if name not in self.kind.optional}
         for prefix, (kind, most) in self.kind.growing.items():
             used = sum(name.startswith(prefix) for name in self.wires)
             rows |= {f"{prefix}{i + self.kind.first}": kind for i in range(min(used + 1, most))}
-        return rows
+        return rows | {name: kind for name, kind in self.kind.sockets.items() if name in self.kind.optional}
 
     def properties(self) -> dict[str, Any]:
         """Name for search and replace, and the pack and version that the page names if the node is missing."""

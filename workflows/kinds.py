@@ -17,7 +17,7 @@ KINDS = {
     ),
     "UniPicSampleImages": Kind({}, ("picture",), {"image": "IMAGE"}, (300, 112 + PREVIEW), ours=True),
     "MultiImageCompose": Kind(
-        {"clip": "CLIP", "vae": "VAE"},
+        {"clip": "CLIP", "vae": "VAE", "model": "MODEL"},
         (
             "prompt",
             "negative_prompt",
@@ -32,6 +32,7 @@ KINDS = {
         ),
         {"positive": "CONDITIONING", "negative": "CONDITIONING", "latent": "LATENT", "sheet": "IMAGE"},
         (420, 620 + PREVIEW),
+        frozenset({"model"}),
         growing={
             "images.image_": ("IMAGE", 6),
             "masks.mask_": ("MASK", 6),

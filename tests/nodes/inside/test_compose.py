@@ -23,7 +23,7 @@ from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach
 from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.unipic_core.conditioning.images import load_image, resize_references
 from unipic_pack.unipic_core.errors import UniPicError
-from unipic_pack.unipic_core.weights.recipe import recipe_of
+from unipic_pack.unipic_core.weights.recipe import Recipe, recipe_of
 
 import nodes as comfy_nodes
 
@@ -131,6 +131,23 @@ def test_reference_budget(small):
     assert pixels() == pixels(reference_budget=facts_budget(small))
     with pytest.raises(UniPicError, match="reference budget must be from 32"):
         pixels(reference_budget=5)
+
+
+def test_the_models_recipe_sets_the_sizes(small, nano_model):
+    """That of a LoRA, which is attached to the MODEL alone."""
+    model = nano_model.clone()
+    attach(model, RecipeAttachment(Recipe(reference_budget=128, output_budget=64)))
+
+    def sides(**inputs):
+        positive, _, latent = run(small, image(0, 200, 200), **inputs)
+        [reference] = positive[0][1]["reference_latents"]
+        return tuple(8 * side for side in reference.shape[-2:]), size_of(latent)
+
+    assert sides(model=model) == ((128, 128), (64, 64))
+    recipe = recipe_of(Path(compose.__file__).parents[1] / "unipic_core" / "models" / "unipic-nano")
+    assert sides() == sides(model=nano_model) == ((recipe.reference_budget,) * 2, (recipe.output_budget,) * 2)
+    attach(model, RecipeAttachment(Recipe(output_budget=512)))
+    assert size_of(run(small, width=512, height=512, model=model)[2]) == (512, 512)
 
 
 def facts_budget(parts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,6 +328,23 @@ def test_the_recipe_goes_over_the_models(file: Path, tiny: Any, pairs: Pairs) ->
     assert attachment_of(base).recipe == RELEASED_BASE
     settings = "4 steps, consistency, no guidance"
     assert line(base) == f"4 of 4 layers of test.safetensors matched; the LoRA's recipe: {settings}"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "told"),
+    [((96, 64), True), ((None, 64), True), ((1024, 1024), False), ((128, 96), False), ((None, None), False)],
+)
+def test_other_sizes_are_told(sizes: tuple[Any, Any], told: bool, file: Path, tiny: Any, pairs: Pairs) -> None:
+    """Multi-Image Compose plans with the CLIP's recipe unless this MODEL is connected to it."""
+    base = tiny.clone()
+    if sizes[0] != 1024:  # else the model has no sizes, so 1024
+        attach(base, RecipeAttachment(Recipe(reference_budget=128, output_budget=96)))
+    save_lora(file, pairs, recipe=replace(STUDENT, reference_budget=sizes[0], output_budget=sizes[1]))
+    advice = "pixels: connect this model to model of Multi-Image Compose too"
+    assert line(base).endswith(advice) == told
+    if told:
+        trained = f"{sizes[0] or 128}x{sizes[0] or 128} and pictures of 64x64 {advice}"
+        assert line(base).endswith(f"no guidance; trained for references of {trained}")
 
 
 def test_strength_zero_changes_nothing(file: Path, tiny: Any, pairs: Pairs) -> None:
