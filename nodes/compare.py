@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import folder_paths
@@ -21,7 +22,7 @@ from .host.messages import tell
 from .host.model.kv_cache import with_kv_cache
 from .host.pictures.images import to_image, to_pictures
 from .host.sampling.choices import AUTO, Widgets
-from .lora import add_lora, bundled_loras, lora_path, read_lora
+from .lora import add_lora, bundled_loras, file_state, lora_path, matched, read_lora
 from .sample import cache_dtype_input, cache_input, sampling_inputs, schedule_inputs
 
 VALUES = (
@@ -51,6 +52,10 @@ class UniPicCompare(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, lora: str | None = NONE, **_: object) -> Any:
+        return None if lora == NONE else file_state(lora)
+
+    @classmethod
     def execute(
         cls,
         model: ModelPatcher,
@@ -76,12 +81,16 @@ class UniPicCompare(io.ComfyNode):
         x, y = parsed_axis("x", x_axis, x_values), parsed_axis("y", y_axis, y_values)
         rows = spanned(Cell(seed, Widgets(steps, cfg, sampler, schedule, shift)), x, y)
         model = with_kv_cache(model, condition_cache, cache_dtype)
-        sockets = Sockets(model, positive, negative, latent, vae, denoise, WithLoRA(model, lora, (x, y)))
-        comparison = Comparison(sockets, CellStore())
+        cautions: list[str] = []
+        with_lora = WithLoRA(model, lora, (x, y), cautions)
+        sockets = Sockets(model, positive, negative, latent, vae, denoise, with_lora)
+        comparison = Comparison(sockets, CellStore(), cautions)
         count = sum(map(len, rows))
 
         def report(number: int, cell: Cell, line: str) -> None:
-            tell(cls, f"picture {number} of {count}: seed {cell.seed}, {line}")
+            text = f"picture {number} of {count}: seed {cell.seed}, {line}"
+            level = logging.WARNING if cautions else logging.INFO
+            tell(cls, "; ".join([text, *dict.fromkeys(cautions)]), level)
 
         images = comparison.pictures([cell for row in rows for cell in row], report)
         grid = drawn(images, x, y)
@@ -89,9 +98,12 @@ class UniPicCompare(io.ComfyNode):
 
 
 class WithLoRA:
-    """The MODEL with the LoRA of the widget at a strength. Raises UniPicError for an axis without a LoRA."""
+    """The MODEL with the LoRA of the widget at a strength. Raises UniPicError for an axis without a LoRA.
 
-    def __init__(self, model: ModelPatcher, name: str, axes: tuple[Axis, ...]) -> None:
+    cautions: gets a line where layers of the LoRA are not in the model.
+    """
+
+    def __init__(self, model: ModelPatcher, name: str, axes: tuple[Axis, ...], cautions: list[str]) -> None:
         varied = "lora_strength" in {axis.name for axis in axes}
         if varied and name == NONE:
             raise UniPicError("the axis lora_strength needs a LoRA; choose one in the widget lora")
@@ -101,13 +113,17 @@ class WithLoRA:
                 "none and add the LoRA with Distill LoRA"
             )
         self.model = model
+        self.cautions = cautions
         self.lora = read_lora(lora_path(name)) if varied else None
 
     def __call__(self, strength: float) -> ModelPatcher:
         if strength == 0 or self.lora is None:
             return self.model
-        model: ModelPatcher = add_lora(self.model, self.lora, strength)[0]
-        return model
+        model, report = add_lora(self.model, self.lora, strength)
+        if report.unmatched:
+            self.cautions.append(matched(self.lora, report))
+        changed: ModelPatcher = model
+        return changed
 
 
 def drawn(images: list[Tensor], x: Axis, y: Axis) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import UniPicError
 from ..model.blocks import KeyValue
-from .memory import FreeMemory, fits, gigabytes
+from .memory import FreeMemory, beside_activations, fits, gigabytes
 
 CACHE_PLACES = AUTO, GPU, CPU, OFF = "auto", "gpu", "cpu", "off"
 """Place of cached keys and values: the device if they fit there, else main memory; the device that samples; main
@@ -63,11 +63,16 @@ class CacheStorage:
     def no_room(self, size: int, device: torch.device, free: FreeMemory) -> str:
         """Sentence for the log about keys and values that are not cached."""
         room = free(torch.device("cpu") if self.place == CPU else device)
-        known = "" if room is None else f", {gigabytes(room)} are free"
-        smaller = "" if self.dtype == INT8 else ", or store them in int8"
+        known = "" if room is None else f", {gigabytes(beside_activations(room))} are free beside the activations"
+        return self.computed_again(f"need {gigabytes(size)}{known}")
+
+    def computed_again(self, why: str) -> str:
+        """Sentence about keys and values that are not cached. why: with its verb."""
+        smaller = "" if self.dtype == INT8 else ", or cache_dtype int8"
+        elsewhere = ", or condition_cache cpu" if self.place == GPU else ""
         return (
-            f"the keys and values of the condition need {gigabytes(size)}{known}: they are computed again in every "
-            f"step, which is slower; use a smaller reference budget{smaller}"
+            f"the keys and values of the condition {why}: they are computed again in every step, which is slower; use "
+            f"a smaller reference budget{elsewhere}{smaller}"
         )
 
 

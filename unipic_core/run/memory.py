@@ -37,9 +37,14 @@ def free_memory(device: torch.device) -> int | None:
     return meminfo().get("MemAvailable") if device.type == "cpu" else None
 
 
+def beside_activations(free: int) -> int:
+    """Bytes of the free ones that a cache may take: all but WORKING_BYTES for activations, or half of them."""
+    return max(free - WORKING_BYTES, free // 2)
+
+
 def fits(size: int, free: int | None) -> bool:
-    """True if `size` bytes leave room for activations: WORKING_BYTES, or at least half of what is free."""
-    return free is None or size <= max(free - WORKING_BYTES, free // 2)
+    """True if `size` bytes leave room for activations."""
+    return free is None or size <= beside_activations(free)
 
 
 def gigabytes(size: int) -> str:

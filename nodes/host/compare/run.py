@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,9 +61,12 @@ class Sockets:
 
 
 class Comparison:
-    """Pictures of cells. Finished ones are stored, so that the next run with the same inputs reads them."""
+    """Pictures of cells. Finished ones are stored, so that the next run with the same inputs reads them.
 
-    def __init__(self, sockets: Sockets, store: CellStore) -> None:
+    cautions: gets a line where pictures cannot be stored.
+    """
+
+    def __init__(self, sockets: Sockets, store: CellStore, cautions: list[str]) -> None:
         x = prepared(sockets.model, sockets.latent)
         if len(x) != 1:
             raise UniPicError(
@@ -72,7 +74,9 @@ class Comparison:
             )
         self.sockets = sockets
         self.store = store
-        self._model: tuple[float | None, ModelPatcher, str | None] = (None, sockets.model, key_of(sockets.model))
+        self.cautions = cautions
+        model = sockets.model
+        self._model: tuple[float | None, ModelPatcher, str | None] = (None, model, self._key_of_model(model))
         self._texts: tuple[int | None, Conditioning, Conditioning] = (None, sockets.positive, sockets.negative)
 
     def pictures(self, cells: Sequence[Cell], report: Callable[[int, Cell, str], None]) -> list[Tensor]:
@@ -93,7 +97,7 @@ class Comparison:
         stored = None if key is None else self.store.load(key)
         report(f"{chosen.line}{'' if stored is None else ', from the disk'}")
         if stored is not None:
-            return stored
+            return stored.to(management.intermediate_device())  # where the VAE leaves new ones
         samples = sample(model, positive, negative, latent, cell.seed, chosen.settings, times)
         picture = decoded(self.sockets.vae, samples["samples"])
         if key is not None:
@@ -104,7 +108,7 @@ class Comparison:
         """The MODEL with the cell's LoRA strength; the last one is kept with its key."""
         if self._model[0] != cell.lora:
             model = self.sockets.model if cell.lora is None else self.sockets.with_lora(cell.lora)
-            self._model = (cell.lora, model, key_of(model))
+            self._model = (cell.lora, model, self._key_of_model(model))
         return self._model[1]
 
     def _texts_of(self, cell: Cell) -> tuple[Conditioning, Conditioning]:
@@ -127,17 +131,16 @@ class Comparison:
             digest = Digest().add(self._model[2]).add(texts).add(self.sockets.latent).add(list(settings))
             return digest.add(weights_of(self.sockets.vae.first_stage_model)).hexdigest()
         except NoKey as reason:
-            logging.info("UniPic: the pictures of this comparison are not stored, since they depend on %s", reason)
+            self.cautions.append(f"the pictures of this comparison are not stored, since they depend on {reason}")
             return None
 
-
-def key_of(model: ModelPatcher) -> str | None:
-    """Key of a MODEL; None, with a line in the log, where other nodes have put functions into it."""
-    try:
-        return model_key(model)
-    except NoKey as reason:
-        logging.info("UniPic: the pictures of this comparison are not stored, since the model has %s", reason)
-        return None
+    def _key_of_model(self, model: ModelPatcher) -> str | None:
+        """Key of a MODEL; None, with a caution, where other nodes have put functions into it."""
+        try:
+            return model_key(model)
+        except NoKey as reason:
+            self.cautions.append(f"the pictures of this comparison are not stored, since the model has {reason}")
+            return None
 
 
 def composition_of(positive: Conditioning, negative: Conditioning) -> Composition:

@@ -25,6 +25,7 @@ from ....unipic_core.run.kv_storage import (
     CACHE_PLACES,
     COMPUTED,
     CPU,
+    GPU,
     INT8,
     OFF,
     CacheStorage,
@@ -49,10 +50,7 @@ and values while t moves little."""
 REFERENCE_SETS = 2
 """Sets of references whose keys and values are cached: a positive and a negative may have different ones."""
 
-NO_ROOM = (
-    "the device has no memory left for the keys and values of the condition: they are computed again in every step, "
-    "which is slower; use a smaller reference budget, condition_cache cpu, or cache_dtype int8"
-)
+NO_ROOM = CacheStorage(GPU).computed_again("do not fit into the device's memory")
 
 TEXTS = 4
 """Texts whose keys and values are cached: two with guidance, and a few for conditionings of an area or a time range."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management as management
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ....unipic_core.conditioning.sequence import PATCH
 from ....unipic_core.model.config import FULL, TEXT, fixed_pieces, kv_cache_bytes
-from ....unipic_core.run.kv_storage import AUTO, COMPUTED, CPU, OFF, CacheStorage
+from ....unipic_core.run.kv_storage import AUTO, COMPUTED, CPU, GPU, OFF, CacheStorage
 from .kv_cache import APPROXIMATE, ATTENTION_FORM, CACHE_DTYPE, KV_CACHE, REFERENCE_SETS, KVCache
 
 KEY = "unipic"
@@ -88,10 +89,10 @@ def _cached_tokens(guider: CFGGuider, options: Mapping[str, Any], pictures: int)
 def resolved_mode(
     patcher: ModelPatcher, options: Mapping[str, Any], counts: Sequence[tuple[Any, Mapping[str, int]]]
 ) -> str:
-    """The mode for a run: AUTO becomes GPU, CPU or OFF by the memory that its tokens need; OFF too, with a line in the
-    log, where they do not fit."""
+    """The mode for a run: AUTO becomes GPU, CPU or OFF by the memory that its tokens need; others become OFF, with a
+    line in the log, where they do not fit. APPROXIMATE caches on the device alone."""
     mode = options.get(KV_CACHE, AUTO)
-    storage = CacheStorage(AUTO if mode == APPROXIMATE else mode, options.get(CACHE_DTYPE, COMPUTED))
+    storage = CacheStorage(GPU if mode == APPROXIMATE else mode, options.get(CACHE_DTYPE, COMPUTED))
     config = patcher.model.diffusion_model.config
     tokens = total_tokens(tokens for _, tokens in counts)
     size = kv_cache_bytes(tokens, config.num_layers, config.width, _itemsize(patcher, options, stored=True))
@@ -99,7 +100,8 @@ def resolved_mode(
         return mode
     place = storage.resolve(size, patcher.load_device, free_memory)
     if place == OFF:
-        logging.warning("UniPic: %s", storage.no_room(size, patcher.load_device, free_memory))
+        advised = replace(storage, place=AUTO) if mode == APPROXIMATE else storage  # it has no cache in main memory
+        logging.warning("UniPic: %s", advised.no_room(size, patcher.load_device, free_memory))
     return place if mode != APPROXIMATE or place == OFF else mode
 
 

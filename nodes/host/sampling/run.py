@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ....unipic_core.errors import UniPicError
 from ....unipic_core.run.plan import Settings
+from ..model.kv_cache import TIME_ROUNDING
 from .conditionings import adapt_conditionings, check_conditioning, check_latent
 from .guidance import with_guidance
 from .model_sampling import check_times
@@ -66,6 +67,7 @@ def sample(
     check_conditioning("negative", negative)
     model = model.clone() if settings.guidance == 1 else with_guidance(model)
     adapt_conditionings(model)  # also a stock loader's MODEL
+    model.model_options.setdefault("transformer_options", {})[TIME_ROUNDING] = settings.time_rounding
     pictures = latent.get("batch_index")
     options = {"pictures": pictures} if settings.sampler == "consistency" and pictures is not None else {}
     samples = comfy.sample.sample_custom(

@@ -15,14 +15,17 @@ from comfy.patcher_extension import WrappersMP
 from compose_tools import image
 from compose_tools import run as compose
 from model_tools import lora_file, random_inputs
+from safetensors.torch import save_file
 from torch import Tensor
 from unipic_pack.nodes.compare import UniPicCompare
 from unipic_pack.nodes.host.compare import run as running
+from unipic_pack.nodes.host.compare.axes import Cell
 from unipic_pack.nodes.host.compare.keys import Digest, NoKey, model_key
 from unipic_pack.nodes.host.compare.store import FOLDER, CellStore
 from unipic_pack.nodes.host.model.kv_cache import with_kv_cache
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.pictures.vae import load_vae
+from unipic_pack.nodes.host.sampling.choices import Widgets
 from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.nodes.lora import add_lora, bundled_loras, lora_path, read_lora
 from unipic_pack.nodes.sample import FewStepSampler
@@ -112,6 +115,29 @@ def test_strengths_of_a_lora(nano_model: Any, vae: Any) -> None:
     assert torch.equal(alone(nano_model, vae), before), "the model is as it was"
 
 
+def test_a_replaced_lora_is_read_again_and_unmatched_layers_are_told(
+    nano_model: Any, vae: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "replaced.safetensors"
+    axis = {"x_axis": "lora_strength", "x_values": "1", "lora": file.name}
+    layers = lora_file("transformer.{}.lora_{}.weight")
+    save_file(layers, file)
+    before = UniPicCompare.fingerprint_inputs(**axis)
+    assert UniPicCompare.fingerprint_inputs(**axis) == before
+    assert UniPicCompare.fingerprint_inputs(lora="none") is None
+    compare(nano_model, vae, **axis)
+    assert "layers of" not in caplog.text
+    strange = {name.replace("blocks.0.", "blocks.90."): tensor.clone() for name, tensor in layers.items()}
+    save_file({**layers, **strange}, file)
+    assert UniPicCompare.fingerprint_inputs(**axis) != before
+    compare(nano_model, vae, **axis)
+    told = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert any("12 of 14 layers of replaced.safetensors matched; not in this model" in line for line in told)
+    file.unlink()
+
+
 def test_reference_budgets(nano_model: Any, vae: Any, nano: Path, sampled: list[int]) -> None:
     """As Multi-Image Compose encodes the pictures at each budget."""
     clip = load_clip(nano)
@@ -176,6 +202,16 @@ def test_an_interrupted_grid_goes_on(
     assert torch.equal(images, torch.cat([alone(nano_model, vae, seed=seed) for seed in (1, 2, 3)]))
 
 
+def test_stored_pictures_lie_where_new_ones_do(nano_model: Any, vae: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --gpu-only new ones are on the GPU."""
+    compare(nano_model, vae)
+    inputs = running.Sockets(**sockets(nano_model, vae), denoise=1.0, with_lora=lambda _: nano_model)
+    comparison = running.Comparison(inputs, CellStore(), [])
+    monkeypatch.setattr(management, "intermediate_device", lambda: torch.device("meta"))
+    [picture] = comparison.pictures([Cell(5, Widgets(2, 1.0, "consistency"))], lambda *_: None)
+    assert picture.device.type == "meta"
+
+
 def test_a_damaged_picture_is_sampled_again(nano_model: Any, vae: Any, output_folder: Path, sampled: list[int]) -> None:
     _, before = compare(nano_model, vae)
     [file] = output_folder.iterdir()
@@ -226,13 +262,15 @@ def test_a_changed_input_is_another_picture(nano_model: Any, vae: Any, nano: Pat
 
 
 def test_a_model_with_functions_of_other_nodes_is_not_stored(
-    nano_model: Any, vae: Any, output_folder: Path, sampled: list[int]
+    nano_model: Any, vae: Any, output_folder: Path, sampled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nano_model.clone()
     model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "other", lambda executor, *a, **k: executor(*a, **k))
     for _ in range(2):
         _, images = compare(model, vae)
     assert sampled == [5, 5]
+    assert "Compare (UniPic): picture 1 of 1: seed 5" in caplog.text
+    assert caplog.text.count("the pictures of this comparison are not stored, since the model has other") == 2
     assert not output_folder.exists()
     assert torch.equal(images, alone(nano_model, vae))
     patched = nano_model.clone()

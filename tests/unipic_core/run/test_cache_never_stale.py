@@ -392,7 +392,7 @@ def test_without_room_it_is_computed_again(
     if storage.place == "off":
         got = run(pipe)
     else:
-        with pytest.warns(UserWarning, match=r"need 0\.0 GB, 0\.0 GB are free: they are computed again in every step"):
+        with pytest.warns(UserWarning, match="are free beside the activations: they are computed again in every step"):
             got = run(pipe)
     assert hits.prefills == 0
     assert distance(got, expected) < SAME
@@ -431,6 +431,22 @@ GIB = 2**30
 def test_places(place: str, size: int, gpu: int, main: int, chosen: str) -> None:
     free = {GPU: gpu * GIB, MAIN: main * GIB}
     assert CacheStorage(place).resolve(size * GIB, GPU, free.__getitem__) == chosen
+
+
+@pytest.mark.parametrize(
+    ("storage", "remedies"),
+    [
+        (CacheStorage(), "use a smaller reference budget, or cache_dtype int8"),
+        (CacheStorage("gpu"), "use a smaller reference budget, or condition_cache cpu, or cache_dtype int8"),
+        (CacheStorage("gpu", "int8"), "use a smaller reference budget, or condition_cache cpu"),
+        (CacheStorage("cpu", "int8"), "use a smaller reference budget"),
+    ],
+)
+def test_the_sentence_says_what_may_be_taken_and_what_helps(storage: CacheStorage, remedies: str) -> None:
+    """Of 24 GiB 4 stay free for activations, so 22 GB do not fit."""
+    sentence = storage.no_room(22 * 10**9, GPU, lambda device: 24 * GIB)
+    assert "condition need 22.0 GB, 21.5 GB are free beside the activations: they are computed again" in sentence
+    assert sentence.endswith(f"which is slower; {remedies}")
 
 
 def test_unknown_names() -> None:

@@ -275,7 +275,7 @@ def test_without_room_it_is_computed_again(
     with caplog.at_level(logging.WARNING):
         close(run(model, place), expected)
     [line] = [r.message for r in caplog.records if r.message.startswith("UniPic:")]
-    assert "need 0.0 GB, 0.0 GB are free: they are computed again in every step" in line
+    assert "need 0.0 GB, 0.0 GB are free beside the activations: they are computed again in every step" in line
 
 
 @pytest.mark.parametrize("form", CAUSAL)

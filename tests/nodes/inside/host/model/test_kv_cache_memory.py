@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_base
@@ -160,6 +161,22 @@ def test_the_estimate_counts_what_is_on_the_device(
     assert max(stored) == kv_cache_bytes(15 + 12 + texts, config.num_layers, config.width, itemsize)
     whole_tokens = 2 * kv_cache_bytes(1, config.num_layers, config.width, 4)  # counted up for references and text
     assert 0 <= estimates[0] - (0 if place == "cpu" else max(stored)) <= whole_tokens
+
+
+@pytest.mark.parametrize(
+    ("mode", "gpu", "resolved"), [("approximate", 0, "off"), ("approximate", 1, "approximate"), ("auto", 0, "cpu")]
+)
+def test_approximate_caches_on_the_device_alone(
+    mode: str, gpu: int, resolved: str, nano_model: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Room in main memory is no room for it."""
+    free = {"cuda": gpu << 36, "cpu": 1 << 36}
+    monkeypatch.setattr(kv_memory, "free_memory", lambda device: free[device.type])
+    patcher = SimpleNamespace(model=nano_model.model, load_device=torch.device("cuda"))
+    options, counts = {kv_cache.KV_CACHE: mode}, [({}, {SEPARATE: 1000})]
+    assert kv_memory.resolved_mode(patcher, options, counts) == resolved
+    assert ("they are computed again in every step" in caplog.text) == (resolved == "off")
+    assert "condition_cache cpu" not in caplog.text
 
 
 def test_odd_references_are_counted_in_whole_tokens() -> None:

@@ -9,13 +9,16 @@ from typing import Any
 import comfy.ops
 import pytest
 import torch
-from model_tools import Case, relative
+from causal_tools import conditioning
+from model_tools import Case, random_inputs, relative
 from safetensors.torch import load_file
+from unipic_pack.nodes.host.model import mmdit
 from unipic_pack.nodes.host.model.kv_cache import TIME_ROUNDING
 from unipic_pack.nodes.host.model.loading import load_model, round_times
 from unipic_pack.nodes.host.model.mmdit import ComfyMMDiT, network_options
 from unipic_pack.nodes.host.recipe_attachment import attach, attachment_of
 from unipic_pack.nodes.lora import add_lora
+from unipic_pack.nodes.sample import FewStepSampler
 from unipic_pack.unipic_core.conditioning.sequence import pack_latents
 from unipic_pack.unipic_core.weights.lora import read_lora, save_lora
 from unipic_pack.unipic_core.weights.recipe import RELEASED_FEW_STEP, Recipe
@@ -81,3 +84,23 @@ def test_the_recipe_decides(golden: Path, tiny: Any, tmp_path: Path) -> None:
     pairs = {"transformer_blocks.0.attn.to_q": (torch.ones(1, width), torch.ones(width, 1))}
     save_lora(file, pairs, recipe=Recipe(sampler="consistency", time_rounding="none"))
     assert rounding(add_lora(tiny, read_lora(file), 1.0)[0]) == "none"
+
+
+@pytest.mark.parametrize(("sampler", "rounding"), [("consistency", "bf16"), ("euler", "bf16_thousandths")])
+def test_the_chosen_sampler_decides(sampler: str, rounding: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the pipeline, whatever sampler the recipe names."""
+    seen, original = [], mmdit.rounded_time
+
+    def watched(timestep: Any, rounding: str, dtype: Any) -> Any:
+        seen.append(rounding)
+        return original(timestep, rounding, dtype)
+
+    monkeypatch.setattr(mmdit, "rounded_time", watched)
+    few = tiny.clone()
+    attach(few, replace(attachment_of(tiny), recipe=RELEASED_FEW_STEP))
+    round_times(few)
+    x, text, references = random_inputs(width=32, channels=4)
+    for model in (tiny, few):
+        conds, latent = [conditioning(text, references)] * 2, {"samples": torch.zeros_like(x)}
+        FewStepSampler.execute(model, *conds, latent, seed=1, steps=1, cfg=1.0, sampler=sampler, denoise=1.0)
+    assert seen == [rounding] * 2
