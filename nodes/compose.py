@@ -25,7 +25,6 @@ from ..unipic_core.conditioning.reference_sizes import (
     MAX_REFERENCES,
     RELEASE,
     SHARES,
-    Size,
     described_sizes,
     small_references,
 )
@@ -56,7 +55,7 @@ from .host.pictures.vae import UniPicVAE
 from .host.recipe_attachment import attachment_of
 from .host.sampling.influence_control import InfluenceControl
 from .host.text import vision_cache as vision
-from .host.text.encoder import Conditioning, changes_weights, encode_prompt
+from .host.text.encoder import Conditioning, changes_weights, encode_prompt, enlarged_references
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
 
@@ -156,7 +155,7 @@ class MultiImageCompose(io.ComfyNode):
         recipe = attachment_of(clip.patcher if model is None else model).recipe
         composition = Composition(clip, vae, tuple(pictures), request, recipe)
         planned = composition.plan()
-        _tell(cls, sockets, [picture.size for picture in pictures], planned)
+        _tell(cls, sockets, composition, planned)
         resized = composition.resized(planned)
         positive, negative = composition.conditionings(planned, resized)
         sheet = _sheet(sockets, resized, planned)
@@ -165,8 +164,7 @@ class MultiImageCompose(io.ComfyNode):
 
 @dataclass(frozen=True)
 class Composition:
-    """Inputs of one run, with the recipe that sets its sizes. Its conditionings carry it, so that Compare encodes them
-    at other reference budgets."""
+    """Inputs of one run, carried by its conditionings so that Compare encodes them at other reference budgets."""
 
     clip: CLIP
     vae: VAE
@@ -349,10 +347,12 @@ def _sheet(sockets: Sequence[Socket], resized: Sequence[Image.Image], planned: P
     return to_image(reference_sheet(seen, planned.size))
 
 
-def _tell(node: type[io.ComfyNode], sockets: Sequence[Socket], sizes: Sequence[Size], planned: Plan) -> None:
+def _tell(node: type[io.ComfyNode], sockets: Sequence[Socket], composition: Composition, planned: Plan) -> None:
     """Show one line: warnings, then the size at which the model sees each reference, and the new picture's."""
+    sizes = [picture.size for picture in composition.pictures]
     notes = [*cautions(sockets), *([] if sizes else [NO_IMAGES])]
     notes += small_references(sizes, planned.seen, planned.settings.reference_budget)
+    notes += enlarged_references(composition.clip, planned.seen)
     notes += number_cautions(planned.request.prompt, len(sizes))
     seen = [described_sizes(sizes, planned.seen)] if sizes else []
     new = f"new picture {planned.size[0]}x{planned.size[1]}"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from comfy_api.latest import io
 from PIL import Image
@@ -24,6 +26,9 @@ from .host.pictures.references import IMAGES, check_tensors
 
 AUTO, SERVER, RULES = PLANNERS = ("auto", "server", "rules")
 """The server if there is one, and rules if it fails; the server alone; rules alone."""
+
+_failures: Counter[str] = Counter()
+"""Address of a server -> how often rules stood in for it since ComfyUI started."""
 
 
 class UniPicPlanLayout(io.ComfyNode):
@@ -61,19 +66,25 @@ class UniPicPlanLayout(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, planner: str | None = AUTO, **_: object) -> Any:
+        """Number of failures of servers, so that the next run asks the server again."""
+        return None if planner == RULES else _failures.total()
+
+    @classmethod
     def execute(cls, prompt: str, images: Mapping[str, Tensor], planner: str = AUTO) -> io.NodeOutput:
         check_tensors(images)
         sockets = [images[name] for name in IMAGES if images.get(name) is not None]
         pictures = [to_pictures(image[:1] if image.ndim == 4 else image)[0] for image in sockets]
-        regions, line = planned(prompt, pictures, planner)
-        tell(cls, line, logging.INFO if regions else logging.WARNING)
+        regions, line, failed = planned(prompt, pictures, planner)
+        tell(cls, line, logging.INFO if regions and not failed else logging.WARNING)
         seen = [Seen(p, p.size, None, Influence(region=regions.get(i))) for i, p in enumerate(pictures, start=1)]
         sheet = to_image(reference_sheet(seen, pictures[0].size))
         return io.NodeOutput(written(regions), sheet, ui=preview(sheet))
 
 
-def planned(prompt: str, pictures: list[Image.Image], planner: str) -> tuple[dict[int, Region], str]:
-    """Regions by the number of the picture, and the line that says who planned them. Raises UniPicError."""
+def planned(prompt: str, pictures: list[Image.Image], planner: str) -> tuple[dict[int, Region], str, bool]:
+    """Regions by the number of the picture, the line that says who planned them, and True where rules stand in for a
+    server that failed. Raises UniPicError."""
     if planner not in PLANNERS:
         raise UniPicError(f"planner must be one of {', '.join(PLANNERS)}, got {planner!r}")
     server = None if planner == RULES else LayoutServer.from_environment()
@@ -86,13 +97,14 @@ def planned(prompt: str, pictures: list[Image.Image], planner: str) -> tuple[dic
     if server is not None:
         try:
             regions = parse_boxes(server.ask(prompt, pictures), len(pictures))
-            return regions, f"planned by {server.model} on your server: {described(regions)}"
+            return regions, f"planned by {server.model} on your server: {described(regions)}", False
         except UniPicError as error:
             if planner == SERVER:
                 raise
+            _failures[server.url] += 1
             why = f", since {error}"
     regions = ruled_regions(prompt, len(pictures))
-    return regions, f"planned by rules{why}: {described(regions)}"
+    return regions, f"planned by rules{why}: {described(regions)}", bool(why)
 
 
 def described(regions: Mapping[int, Region]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..unipic_core.conditioning.influence import GRID, MAX_STRENGTH, Influence, Region
 from ..unipic_core.conditioning.reference_sheet import hatched
 from ..unipic_core.conditioning.reference_sizes import WEIGHT_LIMITS
+from ..unipic_core.errors import UniPicError
 from . import CATEGORY
 from .host.pictures.images import to_image, to_masks, to_pictures
 from .host.pictures.previews import preview
@@ -80,9 +81,7 @@ class UniPicReference(io.ComfyNode):
         height: int = GRID,
     ) -> io.NodeOutput:
         check_tensors({"image": image, "mask": mask})
-        whole = (x, y, width, height) == (0, 0, GRID, GRID)
-        region = None if whole else Region(x, y, min(x + width, GRID), min(y + height, GRID))
-        reference = Reference(image, mask, weight, enabled, Influence(strength, region, start, end))
+        reference = Reference(image, mask, weight, enabled, Influence(strength, _box(x, y, width, height), start, end))
         return io.NodeOutput(reference, ui=preview(shown(image, mask)))
 
 
@@ -117,6 +116,18 @@ def _influence_inputs() -> list[Any]:
             f"Height of the box; {GRID} = the new picture's. This picture is not used outside it.",
         ),
     ]
+
+
+def _box(x: int, y: int, width: int, height: int) -> Region | None:
+    """Region of the widgets, cut off at the new picture's sides; None for the whole picture. UniPicError."""
+    if (x, y, width, height) == (0, 0, GRID, GRID):
+        return None
+    if not (0 <= x < GRID and 0 <= y < GRID and width > 0 and height > 0):
+        raise UniPicError(
+            f"a reference's box needs x and y from 0 to {GRID - 1}, and width and height above 0, got x {x}, y {y}, "
+            f"width {width}, height {height}"
+        )
+    return Region(x, y, min(x + width, GRID), min(y + height, GRID))
 
 
 def shown(image: Tensor, mask: Tensor | None) -> Tensor:

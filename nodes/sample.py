@@ -190,7 +190,9 @@ class UniPicSigmas(io.ComfyNode):
                 denoise_input(),
                 *schedule_inputs(),
             ],
-            outputs=[io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 values, from 1 to 0.")],
+            outputs=[
+                io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 values, from 1 (lower with denoise) to 0.")
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -20,7 +20,7 @@ class Parts(Protocol):
 
 NANO = "unipic-nano (bundled)"
 LORA = "bundled: unipic-nano/unipic-nano-few-step_prefix_causal.safetensors"
-"""The few-step LoRA of the last workflow."""
+"""The few-step LoRA of workflow 08."""
 
 SEED = 2
 STOCK_SEED = 178

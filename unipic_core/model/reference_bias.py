@@ -20,7 +20,7 @@ OUTSIDE = 0.0
 """Strength of a reference outside its region, chosen by tests/benchmarks/placement.py."""
 
 Interval = tuple[float, float]
-"""Latest and earliest t at which a influence counts, both included: the run goes from t = 1 to 0."""
+"""Latest and earliest t at which an influence counts, both included: the run goes from t = 1 to 0."""
 
 _TOLERANCE = 1e-6
 

@@ -13,7 +13,7 @@ from ....unipic_core.errors import UniPicError
 from ....unipic_core.model.reference_bias import Interval, reference_bias
 
 INFLUENCES = "unipic_influences"
-"""Key of a conditioning: a tuple with a Influence for each of its references; and the network's argument."""
+"""Key of a conditioning: a tuple with an Influence for each of its references; and the network's argument."""
 
 TimedInfluences = Sequence[tuple[Influence, Interval]]
 """Influences with the sigmas between which they count."""

@@ -1,7 +1,7 @@
 """UniPic's MMDiT as ComfyUI's `diffusion_model`: the core's network with ComfyUI's layers, attention and hooks.
 
 Parameters have their diffusers names at the top level, where LoRA loaders look for them. All hooks of ComfyUI's own
-Qwen-Image network work: patches "post_input", "attn1_patch" and "double_block", reinfluence of ("double_block", i),
+Qwen-Image network work: patches "post_input", "attn1_patch" and "double_block", replacement of ("double_block", i),
 ControlNet residuals, attention override and diffusion model wrappers.
 """
 
@@ -189,10 +189,10 @@ class ComfyMMDiT(MMDiTLayers):
     def _step_with_hooks(self, x: Tensor, options: Options, control: dict[str, Any] | None) -> Step:
         """`advance` with ComfyUI's hooks around the last segment; the last block is pruned where no hook sees it."""
         check_patches(options)
-        reinfluences = options.get("patches_replace", {}).get("dit", {})
+        replacements = options.get("patches_replace", {}).get("dit", {})
         after = options.get("patches", {}).get("double_block", ())
         residuals = (control or {}).get("input") or ()
-        hooked = bool(options.get("patches") or reinfluences or residuals or "optimized_attention_override" in options)
+        hooked = bool(options.get("patches") or replacements or residuals or "optimized_attention_override" in options)
         index = {id(block): i for i, block in enumerate(self.transformer_blocks)}
 
         def step(
@@ -202,8 +202,8 @@ class ComfyMMDiT(MMDiTLayers):
             *before, target = segments
             before, computed = advance(block, before, past, last)
             past = (*past, *computed)
-            if ("double_block", i) in reinfluences:
-                target = _replaced(reinfluences[("double_block", i)], block, target, past, options)
+            if ("double_block", i) in replacements:
+                target = _replaced(replacements[("double_block", i)], block, target, past, options)
                 key_values: list[KeyValue] = []
             else:
                 [target], key_values = advance(block, [target], past, last and not hooked)
@@ -308,13 +308,13 @@ def _references_of(kv: KeyValue, target: Segment) -> KeyValue:
 
 
 def _replaced(
-    reinfluence: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
+    replacement: Callable[..., Options], block: Any, target: Segment, past: tuple[KeyValue, ...], options: Options
 ) -> Segment:
     """The target after a patch that replaces the block; the patch may call the original block."""
     assert isinstance(target.state, HookedState)  # set by `_velocity`
     state = replace(target.state, past=past)
     args = {"img": target.img, "txt": target.txt, "vec": target.temb, "pe": state.rope, "transformer_options": options}
-    out = reinfluence(args, {"original_block": _original(block, state)})
+    out = replacement(args, {"original_block": _original(block, state)})
     return replace(target, img=out["img"], txt=out["txt"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -20,6 +19,7 @@ from torch import Tensor
 from ....unipic_core import MODELS
 from ....unipic_core.conditioning.images import resize_for_vision
 from ....unipic_core.conditioning.prompt import prompt_text, special_token_in
+from ....unipic_core.conditioning.reference_sizes import Size, vision_size
 from ....unipic_core.errors import UniPicError
 from ....unipic_core.weights.files import open_weights
 from ....unipic_core.weights.text_encoder import HEAD, check_encoder_folders
@@ -134,7 +134,6 @@ def encode_prompt(clip: CLIP, prompt: str, references: Sequence[Image.Image]) ->
     if not isinstance(clip.tokenizer, Tokenizer):
         _check_marks(prompt)
         text, plain = _escaped(text), {}
-        _warn_of_enlarging(pictures)
     tokens = clip.tokenize(text, images=[to_image(picture) for picture in pictures], **plain)
     _check_tokens(tokens, len(references))
     with nullcontext() if changes_weights(clip) else shared_tower(clip):
@@ -160,14 +159,15 @@ def _escaped(text: str) -> str:
     return re.sub(r"\\([()])", r"\\\\\1", text)
 
 
-def _warn_of_enlarging(pictures: Sequence[Image.Image]) -> None:
-    small = next((p.size for p in pictures if p.width * p.height < STOCK_LEAST_PIXELS), None)
-    if small:
-        logging.warning(
-            "UniPic: ComfyUI's own text encoder enlarges a reference of %dx%d pixels, so the result differs a little "
-            "from the release; raise reference_budget, or use the CLIP of Load UniPic",
-            *small,
-        )
+def enlarged_references(clip: CLIP, seen: Sequence[Size]) -> list[str]:
+    """Warning of references, by their sizes after resizing, that ComfyUI's own Qwen2.5-VL enlarges."""
+    stock = not isinstance(clip.tokenizer, Tokenizer)
+    return [
+        f"ComfyUI's own text encoder enlarges a reference of {width}x{height} pixels, so the result differs a little "
+        "from the release; raise reference_budget, or use the CLIP of Load UniPic"
+        for width, height in map(vision_size, seen)
+        if stock and width * height < STOCK_LEAST_PIXELS
+    ][:1]
 
 
 def _check_tokens(tokens: Any, num_references: int) -> None:

@@ -125,8 +125,10 @@ def test_wrong_boxes_are_one_sentence(tiny: Any) -> None:
         composed(tiny, wire(0), boxes="left")
     with pytest.raises(UniPicError, match="boxes must be a list of rows"):
         composed(tiny, wire(0), boxes=5)
-    with pytest.raises(UniPicError, match="a box must be wider and higher than 0"):
+    with pytest.raises(UniPicError, match="x and y from 0 to 999, and width and height above 0, got x 1000, y 0"):
         wire(0, x=1000)
+    with pytest.raises(UniPicError, match="got x 0, y 5, width 1000, height 0"):
+        wire(0, y=5, height=0)
 
 
 def test_boxes_drawn_in_the_page_by_comfyuis_own_node() -> None:

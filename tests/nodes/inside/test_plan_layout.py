@@ -141,8 +141,28 @@ def test_a_bad_answer_falls_back_to_rules(
     with caplog.at_level("INFO"):
         assert plan()[0] == RULED
     assert f"planned by rules, since {why}" in " ".join(caplog.text.split())
+    assert [r.levelname for r in caplog.records if "planned by rules" in r.getMessage()] == ["WARNING"]
     with pytest.raises(UniPicError, match=why.split(",")[0]):
         plan("server")
+
+
+def test_a_server_that_failed_is_asked_again(server: type[Handler]) -> None:
+    """ComfyUI caches a node's outputs until its fingerprint changes."""
+
+    def fingerprints() -> list[Any]:
+        names = ("auto", "server", "rules")
+        return [UniPicPlanLayout.fingerprint_inputs(prompt=PROMPT, images=None, planner=name) for name in names]
+
+    before = fingerprints()
+    assert plan()[0] == ASKED
+    assert fingerprints() == before
+    server.status = 500
+    assert plan()[0] == RULED
+    after = fingerprints()
+    assert [a != b for a, b in zip(after, before, strict=True)] == [True, True, False]
+    server.status = 200
+    assert plan()[0] == ASKED
+    assert fingerprints() == after
 
 
 def test_no_server_and_a_long_answer(server: type[Handler], monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:

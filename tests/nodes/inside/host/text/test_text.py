@@ -12,10 +12,18 @@ import torch
 from comfy.text_encoders import llama
 from comfy_extras.nodes_qwen import TextEncodeQwenImageEditPlus
 from comfyui import CASES
+from compose_tools import image, run
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from unipic_pack.nodes.host.pictures.vae import load_vae
 from unipic_pack.nodes.host.text import vision_cache as vision
-from unipic_pack.nodes.host.text.encoder import comfy_name, encode_prompt, load_clip, read_encoder_weights
+from unipic_pack.nodes.host.text.encoder import (
+    comfy_name,
+    encode_prompt,
+    enlarged_references,
+    load_clip,
+    read_encoder_weights,
+)
 from unipic_pack.nodes.host.text.encoder_config import EncoderConfig
 from unipic_pack.nodes.host.text.encoder_model import Qwen25VL
 from unipic_pack.nodes.host.text.tokenizer import KEY
@@ -356,10 +364,18 @@ def test_stock_clip_sees_a_picture_once(real):
     assert "forward" not in vars(tower)
 
 
-@torch.inference_mode()
-def test_stock_clip_warns_of_enlarging(real, caplog):
-    encode_prompt(real[1], "x", pictures(1, 32))
-    assert "enlarges a reference of 28x28 pixels" in caplog.text
+def test_stock_clip_enlarges_small_references(real):
+    ours, theirs = real
+    [line] = enlarged_references(theirs, [(320, 320), (32, 32), (32, 32)])
+    assert "enlarges a reference of 28x28 pixels" in line
+    assert enlarged_references(theirs, [(64, 64)]) == enlarged_references(ours, [(32, 32)]) == []
+
+
+@pytest.mark.usefixtures("fresh")
+def test_multi_image_compose_tells_of_enlarging(real, golden, caplog):
+    run((real[1], load_vae(golden / "tiny")), image(0, 32, 32), reference_budget=32, width=32, height=32)
+    [line] = [r.getMessage() for r in caplog.records if "enlarges a reference of 28x28 pixels" in r.getMessage()]
+    assert line.startswith("Multi-Image Compose (UniPic): ")
 
 
 def test_another_kind_of_clip(small):
