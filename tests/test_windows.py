@@ -13,7 +13,20 @@ from tests.paths import ROOT
 FILES = [path for package in ("unipic_core", "nodes", "trainers") for path in sorted((ROOT / package).rglob("*.py"))]
 ABSENT_MODULES = {"resource", "fcntl", "pwd", "grp", "termios", "pty", "tty"}
 ABSENT = {
-    "os": {"mkfifo", "fork", "getuid", "geteuid", "getgid", "setsid", "killpg", "sysconf", "chown", "getpgid", "uname"},
+    "os": {
+        "mkfifo",
+        "fork",
+        "getuid",
+        "geteuid",
+        "getgid",
+        "setsid",
+        "killpg",
+        "sysconf",
+        "chown",
+        "getpgid",
+        "uname",
+        "nice",
+    },
     "signal": {"SIGHUP", "SIGKILL", "SIGALRM", "SIGUSR1", "SIGUSR2", "alarm", "setitimer"},
 }
 DEVICES = ("/dev/", "/proc/", "/tmp/")

@@ -28,6 +28,7 @@ from PIL import Image
 from unipic_core import __version__
 from unipic_core.replacing import replacing
 
+from .digests import add_file
 from .judges.drawings.plot import AXES, draw_plot
 from .judges.drawings.sheet import draw_sheet
 from .judges.measure import Evaluation, Generate, compare
@@ -220,9 +221,7 @@ def weights_seed(folder: Path) -> int:
         raise ValueError(f"--seed {FROM_WEIGHTS}: {folder} has no safetensors files in its parts; give a number")
     digest = hashlib.sha256()
     for path in files:
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        add_file(digest, path)
     return int.from_bytes(digest.digest()[:4], "big")
 
 

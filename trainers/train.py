@@ -68,8 +68,13 @@ def announce(stage: RunConfig) -> None:
     print(text)
 
 
-def require_caches(stage: RunConfig) -> None:
-    """Raise ConfigError if a cache of a stage is missing, incomplete, or of another data set or size."""
+def check_data(stage: RunConfig) -> None:
+    """Raise ConfigError if a cache of a stage is missing, incomplete, or of another data set or size, or for scenes
+    that cannot be drawn."""
+    if stage.data is not None and stage.data.kind == "scenes":
+        from .data.endless.stream import check_scenes
+
+        check_scenes(stage.data, stage.batch_size)
     held_out = stage.validation.data if stage.validation is not None else None
     for data in (stage.data, held_out):
         for part in data.parts if data is not None and data.kind != "scenes" else ():
@@ -91,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = load_config(args.config, args.overrides)
         if config.stages:
-            exported = train_stages(config, make_method, args.allow_config_change, announce, require_caches)
+            exported = train_stages(config, make_method, args.allow_config_change, announce, check_data)
         else:
             exported = train(config, make_method(config), args.allow_config_change)
         print(f"exported to {exported}")

@@ -118,6 +118,8 @@ class DataConfig:
             raise ConfigError(f"data.folder is for every kind but scenes; got kind {self.kind}, folder {self.folder!r}")
         if self.kind != "scenes" and self.scenes is not None:
             raise ConfigError(f"data.scenes goes with data.kind scenes, got kind {self.kind}")
+        if self.kind == "scenes" and self.scenes is None:
+            object.__setattr__(self, "scenes", ScenesConfig())
         if (self.kind in ("nano", "scenes")) == (self.path is not None):
             raise ConfigError(
                 f"data.path is needed for every kind but nano and scenes; got kind {self.kind}, path {self.path}"

@@ -248,6 +248,8 @@ class RunConfig:
             raise ConfigError(f"trackers must be of tensorboard and wandb, got {displayed(sorted(odd)[0])}")
         if self.bad_samples == "skip" and (self.data is None or self.data.kind == "scenes"):
             raise ConfigError("bad_samples: skip needs cached rows, which this run has not; use stop")
+        if self.data is not None and self.data.kind == "scenes":
+            self._check_scenes()
         if self.dmd is not None and self.dmd.fake_warmup_steps >= self.steps:
             raise ConfigError(
                 f"dmd.fake_warmup_steps must be below steps, or no step trains the student, got "
@@ -268,6 +270,21 @@ class RunConfig:
             raise ConfigError(
                 "consistency.tangent jvp cannot be used with adapter.type loha, whose product in peft has no forward "
                 "derivative; use tangent difference, or another type"
+            )
+
+    @property
+    def encodes_live(self) -> bool:
+        """True if a frozen text encoder stays in memory, because some data have no embeddings in a cache."""
+        held_out = self.validation.data if self.validation is not None else None
+        parts = [part for data in (self.data, held_out) if data is not None for part in data.parts]
+        return any(part.kind == "scenes" or part.text_storage == "live" for part in parts)
+
+    def _check_scenes(self) -> None:
+        if self.max_tokens:
+            raise ConfigError("max_tokens is for cached rows, got data.kind scenes; set a smaller batch_size")
+        if self.preview is not None and self.preview.own:
+            raise ConfigError(
+                "preview.own needs cached rows, got data.kind scenes, which shows drawn scenes; remove it"
             )
 
     def _check_optimizers(self) -> None:
@@ -316,9 +333,10 @@ class RunConfig:
             return
         if self.data.kind == "scenes" and self.validation.holds_out:
             raise ConfigError("validation needs cached rows, got data.kind scenes, which is endless; remove validation")
-        if self.validation.data is not None and Path(self.validation.data.folder) == Path(self.data.folder):
+        held_out = self.validation.data.parts if self.validation.data is not None else ()
+        if both := {Path(part.folder) for part in held_out} & {Path(part.folder) for part in self.data.parts}:
             raise ConfigError(
-                f"validation.data.folder must be another folder than data.folder, got {self.data.folder} for both"
+                f"validation.data.folder must be another folder than data.folder, got {both.pop()} for both"
             )
 
 
@@ -347,10 +365,29 @@ def parse_run(data: dict[str, Any]) -> RunConfig:
             stages.append(parse_one(values))
         except ConfigError as error:
             raise ConfigError(f"stages[{i}]: {error}") from None
+    check_trained(stages)
     last = stages[-1]
     return dataclasses.replace(
         last, output=str(data["output"]), stage="", steps=sum(s.steps for s in stages), stages=tuple(stages)
     )
+
+
+def check_trained(stages: typing.Sequence[RunConfig]) -> None:
+    """Raise ConfigError if a stage trains other parameters than the first, whose weights it could not take over."""
+    for key, of in TRAINED.items():
+        for i, stage in enumerate(stages):
+            if of(stage) != of(stages[0]):
+                raise ConfigError(
+                    f"stages[{i}] trains other parameters than the first stage: {key} must be the same in all stages; "
+                    "train it as a run of its own from the export, network.model"
+                )
+
+
+TRAINED: dict[str, typing.Callable[[RunConfig], object]] = {
+    "sft.train_text_encoder": lambda run: run.sft and run.sft.train_text_encoder,
+    "sft.correspondence.blocks": lambda run: run.sft and run.sft.correspondence and run.sft.correspondence.blocks,
+}
+"""Keys that decide which parameters are trained, and their values; the network's are the same in all stages."""
 
 
 def parse_one(data: dict[str, Any]) -> RunConfig:
@@ -369,8 +406,10 @@ def parse_one(data: dict[str, Any]) -> RunConfig:
         sections["data"] = with_source_defaults(sections["data"])
     validation_data = sections.get("validation", {}).get("data")
     if isinstance(validation_data, dict):
-        merged = {**{k: v for k, v in sections["data"].items() if k not in ("sources", "alternate")}, **validation_data}
-        sections["validation"] = {**sections["validation"], "data": merged}
+        of_set = ("folder", "path", "kind") if validation_data.get("sources") else ()
+        shared = {k: v for k, v in sections["data"].items() if k not in ("sources", "alternate", *of_set)}
+        merged = {**shared, **validation_data}
+        sections["validation"] = {**sections["validation"], "data": with_source_defaults(merged)}
     return parse(RunConfig, sections, "config")
 
 

@@ -8,7 +8,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,8 @@ from unipic_core.conditioning.prompt import special_token_in
 from unipic_core.conditioning.reference_sizes import MAX_REFERENCES, REFERENCE_MULTIPLE, Size
 from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN, nearest_multiple
 from unipic_core.errors import UniPicError
+
+from ..digests import add_file
 
 MAX_ASPECT = 10.0
 """Rows with a picture of a larger aspect ratio are skipped."""
@@ -100,8 +101,9 @@ def picture_digest(picture: Picture) -> str:
     if isinstance(picture, bytes):
         return hashlib.blake2b(picture, digest_size=16).hexdigest()
     try:
-        with picture.open("rb") as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        add_file(digest, picture)
+        return digest.hexdigest()
     except OSError as error:
         raise BadRow(f"the picture {name_of(picture)} cannot be read: {error.strerror or error}") from None
 

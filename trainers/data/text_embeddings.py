@@ -197,14 +197,16 @@ def encode_rows(text: TextEncoder, rows: Rows) -> Rows:
 def encode_mixed(
     text: TextEncoder, pictures: Sequence[Sequence[Tensor]], prompts: Sequence[str]
 ) -> tuple[TextCond, TextCond]:
-    """Conditional and unconditional embeddings of samples with different references, float32.
+    """Conditional and unconditional embeddings of samples with different references, float32 on the CPU.
 
     pictures: per sample uint8 [H, W, 3] each.
     """
     inputs = mixed_encoder_inputs(text, pictures, prompts)
     blank = mixed_encoder_inputs(text, pictures, [UNCOND_PROMPT] * len(prompts))
     vision_states = text.vision_of(inputs)
-    return text.forward(inputs, vision_states), text.forward(blank, vision_states)
+    texts = text.forward(inputs, vision_states), text.forward(blank, vision_states)
+    cond, uncond = (replace(one, embeds=one.embeds.float()).to("cpu") for one in texts)
+    return cond, uncond
 
 
 def encode_shard(text: TextEncoder, shard: Shard, fingerprint: str, bar: tqdm) -> list[float]:

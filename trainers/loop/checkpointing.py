@@ -182,10 +182,16 @@ NO_CHANGE = (
 """Config keys that change no numbers of a run (max_tokens and shard_over: rounding; bad_samples: where it stopped)."""
 
 
+ORDERED = ("data.scenes.mixture", "data.scenes.shapes")
+"""Mappings that are drawn from by position, so that another order draws other scenes."""
+
+
 def changed_keys(before: object, now: object, where: str = "") -> list[str]:
     """Dotted keys of the values that differ between two nested mappings."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return [] if before == now else [where]
+    if where in ORDERED and before == now and list(before) != list(now):
+        return [where]
     keys = sorted({*before, *now})
     inner = [changed_keys(before.get(k), now.get(k), f"{where}.{k}" if where else k) for k in keys]
     return [name for names in inner for name in names]

@@ -173,12 +173,13 @@ def any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
 def load_batches(config: RunConfig, method: Method, start: int) -> Iterator[Iterator[Batch]]:
     """Iterate over the batches of all steps from `start` on."""
     steps = MicroSteps(method, start, config.steps, config.accumulation)
-    batches = iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
-    if not method.prefetch:
-        yield batches
-        return
-    with closing(Prefetched(batches, method.prefetch)) as prefetched:
-        yield prefetched
+    with closing(method):
+        batches = iter(DataLoader(steps, batch_size=None, num_workers=method.loader_workers))
+        if not method.prefetch:
+            yield batches
+            return
+        with closing(Prefetched(batches, method.prefetch)) as prefetched:
+            yield prefetched
 
 
 def make_accelerator(config: RunConfig, output: Path) -> Accelerator:

@@ -113,6 +113,10 @@ class Method(Protocol):
     def place(self, device: torch.device, share: Share) -> None:
         """Move networks to the device and set this process's share of batches."""
 
+    def close(self) -> None:
+        """End what prepares batches; none is asked for any more."""
+        return None
+
     def updates(self, step: int) -> tuple[str, ...]:
         """Parts updated in a step, in order."""
 

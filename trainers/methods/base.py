@@ -116,8 +116,7 @@ class NetworkTraining(Method):
     def place(self, device: torch.device, share: Share) -> None:
         self.device, self.share = device, share
         self.roles.place(device)
-        no_cache = self.data.kind == "scenes" or any(part.text_storage == "live" for part in self.data.parts)
-        if self.encoder is not None and no_cache:
+        if self.encoder is not None and self.config.encodes_live:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
             self.live_text = TextEncoder.from_pretrained(self.folder, dtype, device)
 

@@ -15,6 +15,7 @@ from unipic_core.weights.recipe import RELEASED_FEW_STEP
 
 from ..config.methods import ConsistencyMethod
 from ..config.run import RunConfig, required
+from ..loop.method import Share
 from ..loop.metrics import Metrics
 from ..roles.types import EMA, STUDENT, TEACHER, Roles
 from .base import NetworkTraining
@@ -87,6 +88,11 @@ class ConsistencyTraining(NetworkTraining):
         self.options = required(config.consistency)
         self.prompt_dropout, self.masked_loss = self.options.prompt_dropout, self.options.mask
         super().__init__(config, roles)
+
+    def place(self, device: torch.device, share: Share) -> None:
+        super().place(device, share)
+        if self.live_text is not None and self.options.tangent == "jvp":
+            self.prefetch = 0  # the choice of the kernel holds for the thread that would encode text, too
 
     def loss(self, part: str, batch: Inputs) -> tuple[Tensor, Metrics]:
         return self.consistency(batch, Draws(self.config.seed, batch))

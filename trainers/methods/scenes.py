@@ -47,6 +47,9 @@ class OnScenes(NetworkTraining):
     def open_data(self) -> None:
         self.stream = SceneStream(self.data, self.config.batch_size, self.config.seed, self.folder / "vae")
 
+    def close(self) -> None:
+        self.stream.close()
+
     @property
     def data_contents(self) -> str:
         """No digest: a scene is a function of seed and index."""

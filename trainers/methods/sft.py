@@ -1,4 +1,4 @@
-"""Method `sft`: flow matching on cached latents with a frozen text encoder (UniPic 3, eq. 1)."""
+"""Method `sft`: flow matching with a frozen text encoder (UniPic 3, eq. 1)."""
 
 from __future__ import annotations
 

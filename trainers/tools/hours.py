@@ -4,7 +4,7 @@ A multiply-add is two operations. A forward pass of n tokens through a layer of 
 and 4 n^2 w for attention. The backward pass costs the matrices once more with adapters (gradients of the inputs), twice
 with all weights trained, and attention 2.5 times; gradient checkpointing adds a forward pass. A card reaches
 UTILISATION of its peak. Not included: transfers of swapped or sharded weights, dequantisation of fp8 and nf4, padding,
-a trained text encoder, previews and checkpoints.
+a trained or live text encoder, previews and checkpoints.
 """
 
 from __future__ import annotations

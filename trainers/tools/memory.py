@@ -21,6 +21,7 @@ import torch
 from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.weights.recipe import TRANSFORMER_FOLDERS
+from unipic_core.weights.text_encoder import open_encoder
 from unipic_core.weights.transformer import (
     NETWORK_CLASS,
     class_name,
@@ -51,6 +52,10 @@ VISION_PIXELS = 32
 
 SMALL_STATE = 4096
 """bitsandbytes stores the states of smaller tensors in 32 bits."""
+
+
+RELEASED_ENCODER = 8_292_166_656
+"""Parameters of Qwen2.5-VL-7B-Instruct."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,7 @@ def state_bytes(shapes: Shapes, config: OptimizerConfig) -> float:
 def activation_bytes(config: RunConfig, sizes: MMDiTConfig, processes: int = 1) -> tuple[float, float]:
     """Bytes stored until the backward pass, and bytes needed by the pass of one block, for one process's share."""
     network, per = required(config.network), ACTIVATIONS[config.precision]
-    unit = config.batch_size / processes * tokens(config) * sizes.width
+    unit = micro_batch_tokens(config, processes) * sizes.width
     saved = per.full if network.adapter is None else per.saved
     scores = score_count(config, sizes, processes) if network.attention == "matmul" else 0
     block, extra = saved * unit + SCORES.saved * scores, per.extra * unit + SCORES.extra * scores
@@ -239,9 +244,16 @@ def activation_bytes(config: RunConfig, sizes: MMDiTConfig, processes: int = 1) 
     return graphs * sizes.num_layers * block, extra
 
 
+def micro_batch_tokens(config: RunConfig, processes: int) -> float:
+    """Most tokens that one process computes at once."""
+    longest = tokens(config)
+    share = config.batch_size / processes * longest
+    return min(share, max(config.max_tokens, longest)) if config.max_tokens else share
+
+
 def score_count(config: RunConfig, sizes: MMDiTConfig, processes: int) -> float:
     """Number of attention scores of one block for one process's share of a batch."""
-    return config.batch_size / processes * sizes.num_attention_heads * tokens(config) ** 2
+    return micro_batch_tokens(config, processes) * sizes.num_attention_heads * tokens(config)
 
 
 def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: float, processes: int) -> tuple[Row, ...]:
@@ -265,7 +277,7 @@ def moments(config: RunConfig, sizes: MMDiTConfig, shapes: Shapes, trained: floa
         ),
     ]
     if config.consistency is not None:
-        unit = config.batch_size / processes * tokens(config) * sizes.width
+        unit = micro_batch_tokens(config, processes) * sizes.width
         jvp, matmul = config.consistency.tangent == "jvp", network.attention == "matmul"
         scores = (SCORES.jvp if jvp else SCORES.forward * matmul) * score_count(config, sizes, processes)
         rows.append(Row("tangent in float32", ACTIVATIONS["no"].forward * unit * (1 + jvp) + 4 * layer + scores))
@@ -296,7 +308,18 @@ def estimate(config: RunConfig, processes: int = 1) -> Estimate:
         raise ConfigError(
             "memory is not computed for a trained text encoder, got sft.train_text_encoder true; set it to false"
         )
-    return estimate_roles(config, *roles_of(config), processes)
+    made = estimate_roles(config, *roles_of(config), processes)
+    if not config.encodes_live:
+        return made
+    encoder = Row("text encoder, for live embeddings", 2 * encoder_parameters(Path(config.network.model)))
+    return replace(made, held=(*made.held, encoder))
+
+
+def encoder_parameters(folder: Path) -> int:
+    """Parameters of a pipeline folder's text encoder; the released one's if it does not exist."""
+    if not (folder / "text_encoder").is_dir():
+        return RELEASED_ENCODER
+    return count(open_encoder(folder).shapes())
 
 
 def estimate_roles(config: RunConfig, trained: Sequence[str], frozen: Sequence[str], processes: int) -> Estimate:

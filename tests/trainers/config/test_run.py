@@ -3,7 +3,7 @@
 import pytest
 
 from tests.paths import CONFIGS
-from trainers.config.run import AdapterConfig, ConfigError, load_config, parse_run, to_dict
+from trainers.config.run import AdapterConfig, ConfigError, ScenesConfig, load_config, parse_run, to_dict
 
 REQUIRED = {"network": {"model": "m"}, "data": {"folder": "f", "samples": 1024}}
 FILES = sorted(CONFIGS.glob("*.yaml"))
@@ -14,6 +14,25 @@ def test_shipped_configs_parse(path):
     config = load_config(path)
     for one in config.stages or (config,):  # checkpoints store the config of their stage
         assert parse_run(to_dict(one)) == one
+
+
+SCENES = {"kind": "scenes", "folder": "", "samples": 0, "path": None}
+OWN = {"images": ["a.png"], "prompt": "Go."}
+JSONL = {"kind": "jsonl", "path": "b.jsonl", "folder": "b"}
+SEVERAL = {"kind": "nano", "folder": "", "samples": 0, "path": None, "sources": [{**JSONL, "folder": "a"}, JSONL]}
+
+
+def test_held_out_sources_take_the_sizes_of_the_data():
+    held_out = {"sources": [{**JSONL, "folder": "c"}, {**JSONL, "folder": "d"}]}
+    data = {"folder": "a", "samples": 0, "kind": "jsonl", "path": "a.jsonl", "size": 96, "reference_budget": 64}
+    run = {"method": "sft", "output": "x", "network": {"model": "m"}, "data": data, "validation": {"data": held_out}}
+    parts = parse_run(run).validation.data.parts
+    assert [(part.folder, part.size, part.reference_budget) for part in parts] == [("c", 96, 64), ("d", 96, 64)]
+
+
+def test_endless_scenes_need_no_section():
+    run = {"method": "sft", "output": "x", "network": {"model": "m"}, "data": {"kind": "scenes"}}
+    assert parse_run(run).data.scenes == ScenesConfig()
 
 
 def test_overrides():
@@ -144,6 +163,14 @@ def test_precision_no_needs_no_quotes(tmp_path, word):
         ("sft", {"export": ["lora", "raw"]}, r"export must name one of merged, folder for this run, got \['lora'"),
         ("sft", {"export": ["merged"], "sft": {"train_text_encoder": True}}, "must name folder, which holds the text"),
         ("consistency", {"consistency": {"prompt_dropout": -0.1}}, "prompt_dropout must be from 0 to 1"),
+        ("sft", {"data": SCENES, "max_tokens": 4000}, "max_tokens is for cached rows, got data.kind scenes"),
+        ("sft", {"data": SCENES, "preview": {"own": [OWN]}}, "preview.own needs cached rows, got data.kind scenes"),
+        (
+            "sft",
+            {"data": SEVERAL, "validation": {"data": {**JSONL, "folder": "a"}}},
+            "another folder .*, got a for both",
+        ),
+        ("sft", {"data": SEVERAL, "validation": {"data": {"sources": [JSONL]}}}, "another folder .*, got b for both"),
     ],
 )
 def test_wrong_network_configs(method, change, message):

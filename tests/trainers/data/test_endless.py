@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +18,13 @@ from trainers.config.run import ConfigError, DataConfig, RunConfig, ScenesConfig
 from trainers.data.endless.drawing import draw_scene
 from trainers.data.endless.stream import SceneStream, SceneUse
 from trainers.data.endless.token_sources import AMBIGUOUS, owners_of
+from trainers.data.endless.workers import SceneWorkers
 from trainers.methods.correspondence import NOBODY
 from trainers.methods.scenes import owners_of as references_of
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import render
 from trainers.nano.scenes import EDITS, make_scene
+from unipic_core.errors import UniPicError
 
 DATA = DataConfig(kind="scenes", seed=3, size=64, reference_budget=64, workers=0, scenes=ScenesConfig(buffer=16))
 
@@ -50,8 +57,49 @@ def test_worker_processes_draw_the_same(vae: Path) -> None:
     here, there = (SceneStream(replace(DATA, workers=n), 8, seed=1, vae_folder=vae) for n in (0, 1))
     for i in (0, 4):
         assert contents(there[i]) == contents(here[i])
-    assert there.workers.pool is not None
-    there.workers.pool.terminate()
+    there.close()
+
+
+@pytest.fixture
+def working(vae: Path) -> Iterator[tuple[SceneWorkers, BaseProcess]]:
+    """Workers of one process that has drawn, and that process."""
+    others = multiprocessing.active_children()
+    workers = SceneWorkers(replace(DATA, workers=1), vae)
+    workers.collect(range(1))
+    [process] = [child for child in multiprocessing.active_children() if child not in others]
+    yield workers, process
+    workers.close()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="signals of POSIX")
+def test_ctrl_c_leaves_the_workers_alone_and_a_dead_one_is_reported(
+    working: tuple[SceneWorkers, BaseProcess],
+) -> None:
+    """A terminal sends SIGINT to all processes; the training still needs scenes for the step that it ends."""
+    workers, process = working
+    assert process.pid is not None
+    workers.request(range(1, 3))
+    os.kill(process.pid, signal.SIGINT)
+    assert len(workers.collect(range(1, 2))) == 16
+    process.kill()
+    for _ in range(2):
+        with pytest.raises(UniPicError, match="a process that draws scenes has died"):
+            workers.collect(range(2, 3))
+
+
+def test_closed_workers_leave_nothing_running(working: tuple[SceneWorkers, BaseProcess]) -> None:
+    workers, process = working
+    workers.request(range(1, 40))
+    workers.close()
+    process.join(20)
+    assert not process.is_alive()
+
+
+def test_what_fails_in_a_worker_fails_in_the_training(tmp_path: Path) -> None:
+    workers = SceneWorkers(replace(DATA, workers=1), tmp_path / "no vae")
+    with pytest.raises(UniPicError, match="no vae"):
+        workers.collect(range(1))
+    workers.close()
 
 
 def test_every_scene_is_used_as_often_as_asked_with_other_words(vae: Path) -> None:
@@ -105,6 +153,12 @@ def test_the_mixture_says_how_often_a_task_comes(bank: Bank) -> None:
 def test_a_buffer_that_leaves_a_rest_is_refused(vae: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of batch_size"):
         SceneStream(replace(DATA, scenes=ScenesConfig(buffer=24)), 4, seed=1, vae_folder=vae)
+
+
+def test_unknown_tasks_are_refused_before_they_are_drawn(vae: Path) -> None:
+    scenes = ScenesConfig({"pair": 1.0, "open_side": 1.0, "choose": 1.0, "plain_4": 0.001}, buffer=16)
+    with pytest.raises(ConfigError, match=r"data.scenes.mixture: expected tasks of .*plain_four, got plain_4"):
+        SceneStream(replace(DATA, scenes=scenes), 4, seed=1, vae_folder=vae)
 
 
 def test_unknown_tasks_are_named(bank: Bank) -> None:

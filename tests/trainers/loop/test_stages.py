@@ -159,8 +159,28 @@ def test_a_cache_of_another_budget_is_refused_by_name(staged, tmp_path):
         (lambda d: d["stages"][1].update(name="../x"), r"stages\[1\].name must be of letters"),
         (lambda d: d["stages"].append(d["stages"][1]), "different names or reference budgets, got 64, 96, 96"),
         (lambda d: d.update(stages=["a"]), "stages must be a list of sections"),
+        (
+            lambda d: d["stages"][1].update(sft={"train_text_encoder": True}),
+            r"stages\[1\] trains other parameters than the first stage: sft.train_text_encoder must be the same",
+        ),
+        (
+            lambda d: d["stages"][1].update(sft={"correspondence": {"blocks": [0]}}),
+            r"stages\[1\] trains other parameters .*: sft.correspondence.blocks must be the same",
+        ),
     ],
-    ids=["steps", "no data", "no sources", "no steps", "fixed", "wrong", "name", "twice", "no section"],
+    ids=[
+        "steps",
+        "no data",
+        "no sources",
+        "no steps",
+        "fixed",
+        "wrong",
+        "name",
+        "twice",
+        "no section",
+        "encoder",
+        "heads",
+    ],
 )
 def test_wrong_stages(staged, change, message):
     data = yaml.safe_load(staged().read_text())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from trainers.data.text_embeddings import UNCOND_PROMPT, encode_mixed
+from trainers.loop.checkpointing import TrainingError
 from trainers.loop.loop import train
 from trainers.loop.method import Share
 from trainers.methods.scenes import OnScenes
@@ -45,6 +46,30 @@ def test_each_method_trains_and_resumes(on_scenes, tmp_path, metrics, broken_off
     assert metrics(again.output) == metrics(config.output)
     (file,) = [f.name for f in whole.glob("*.safetensors") if "merged" not in f.name and "raw" not in f.name]
     assert (resumed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_scenes_in_another_order_of_the_mixture_are_other_scenes(on_scenes):
+    """A task is drawn by its position, so a resumed run must not go on with the same tasks in another order."""
+
+    def with_mixture(*tasks):
+        config = on_scenes("sft")
+        scenes = replace(config.data.scenes, mixture=dict.fromkeys(tasks, 1.0))
+        return replace(config, data=replace(config.data, scenes=scenes))
+
+    first, same, other = with_mixture("pair", "move"), with_mixture("pair", "move"), with_mixture("move", "pair")
+    train(first, make_method(first))
+    train(same, make_method(same))
+    with pytest.raises(TrainingError, match="other values of data.scenes.mixture;"):
+        train(other, make_method(other))
+
+
+def test_no_thread_encodes_while_exact_tangents_choose_the_kernel(on_scenes):
+    """The choice of PyTorch's attention holds for the whole process."""
+    for tangent, prefetch in (("difference", 2), ("jvp", 0)):
+        config = on_scenes("consistency")
+        made = make_method(replace(config, consistency=replace(config.consistency, tangent=tangent)))
+        made.place(torch.device("cpu"), Share())
+        assert made.prefetch == prefetch
 
 
 def test_a_student_skips_no_scenes_while_it_waits(on_scenes):

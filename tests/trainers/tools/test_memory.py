@@ -199,6 +199,21 @@ def test_what_makes_a_run_larger_and_smaller():
     assert swapped.main == swapped.loading > 10 * GIB
 
 
+def test_an_encoder_that_stays_is_counted():
+    """The released one has 8.3 billion parameters, in bfloat16 on a GPU; the nano's is read from its folder."""
+    run = config()
+    live = replace(run, data=replace(run.data, text_storage="live"))
+    assert estimate(live).gpu - estimate(run).gpu == pytest.approx(16.6e9, rel=0.01)
+    assert memory.encoder_parameters(DEFAULT_MODEL) == pytest.approx(1.26e6, rel=0.01)
+
+
+def test_a_limit_of_tokens_limits_memory():
+    run = config(batch_size=4)
+    whole, half, less = (estimate(replace(run, max_tokens=limit)).gpu for limit in (0, 2 * memory.tokens(run), 1))
+    assert whole > half > less
+    assert less == estimate(replace(run, batch_size=1)).gpu  # one sample is computed whatever the limit
+
+
 def test_one_base_against_four_copies():
     """Issue: adapter mode against a network for each of student, fake score, teacher and EMA."""
     run = config("dmd")

@@ -17,6 +17,7 @@ import numpy as np
 
 from unipic_core.replacing import replacing
 
+from ...digests import add_file
 from ..errors import CurateError
 
 T = TypeVar("T")
@@ -70,8 +71,9 @@ class StageFolder:
         """Digest of the shards' bytes."""
         whole = hashlib.sha256()
         for index in range(self.count):
-            with self.shard(index).open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
+            digest = hashlib.sha256()
+            add_file(digest, self.shard(index))
+            whole.update(digest.digest())
         return whole.hexdigest()[:32]
 
 

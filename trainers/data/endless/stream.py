@@ -8,12 +8,29 @@ from pathlib import Path
 import numpy as np
 
 from ...config.run import ConfigError, DataConfig, required
-from ...nano.open_scenes.drawing import any_reworded
+from ...nano.open_scenes.drawing import ANY_TASK, any_reworded
 from ...nano.scene import Scene
 from .drawing import SHAPE_GROUP, EncodedScene
 from .workers import TOGETHER, SceneWorkers
 
 WORDS_SALT, ORDER_SALT = 104729, 1299709
+
+
+def check_scenes(data: DataConfig, batch_size: int) -> None:
+    """Raise ConfigError for tasks that do not exist and for a buffer that cannot be cut into batches."""
+    options = required(data.scenes)
+    if unknown := [task for task in options.mixture if task not in ANY_TASK]:
+        raise ConfigError(f"data.scenes.mixture: expected tasks of {', '.join(ANY_TASK)}, got {unknown[0]}")
+    if options.buffer % batch_size or options.buffer % TOGETHER:
+        raise ConfigError(
+            f"data.scenes.buffer: expected a multiple of batch_size ({batch_size}) and of {TOGETHER}, "
+            f"got {options.buffer}"
+        )
+    if options.shapes and (SHAPE_GROUP % batch_size or options.buffer % SHAPE_GROUP):
+        raise ConfigError(
+            f"data.scenes.shapes needs a batch_size that divides {SHAPE_GROUP} and a buffer that is a multiple of "
+            f"it, since a batch has one shape; got batch_size {batch_size}, buffer {options.buffer}"
+        )
 
 
 @dataclass(frozen=True)
@@ -39,18 +56,9 @@ class SceneStream:
     """
 
     def __init__(self, data: DataConfig, batch_size: int, seed: int, vae_folder: Path) -> None:
+        check_scenes(data, batch_size)
         options = required(data.scenes)
         self.buffer, self.uses, self.batch_size, self.seed = options.buffer, options.uses, batch_size, seed
-        if self.buffer % batch_size or self.buffer % TOGETHER:
-            raise ConfigError(
-                f"data.scenes.buffer: expected a multiple of batch_size ({batch_size}) and of {TOGETHER}, "
-                f"got {self.buffer}"
-            )
-        if options.shapes and (SHAPE_GROUP % batch_size or self.buffer % SHAPE_GROUP):
-            raise ConfigError(
-                f"data.scenes.shapes needs a batch_size that divides {SHAPE_GROUP} and a buffer that is a multiple of "
-                f"it, since a batch has one shape; got batch_size {batch_size}, buffer {self.buffer}"
-            )
         self.data = data
         self.workers = SceneWorkers(data, vae_folder)
         self.round_number = -1
@@ -63,6 +71,10 @@ class SceneStream:
         use, batch = divmod(within, per_pass)
         self._load(number)
         return [self._use(i, use) for i in self._order(use)[batch]]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self.workers.close()
 
     def _load(self, number: int) -> None:
         if number != self.round_number:

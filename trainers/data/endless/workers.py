@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import threading
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.pool import AsyncResult
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -22,8 +26,6 @@ TOGETHER = 16
 """Scenes per VAE batch, fixed because rounding depends on the batch."""
 
 NICENESS = 10
-PATIENCE = 900.0
-"""Seconds to wait for scenes before a worker counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,31 @@ class SceneDrawer:
         return encode_scenes(self.vae, self.bank, scenes, data.reference_budget)
 
 
-_scene_drawer: SceneDrawer | None = None
-"""Drawer of this worker process, opened when it starts."""
-
-
-def _start(data: DataConfig, vae_folder: Path) -> None:
-    global _scene_drawer
-    os.nice(NICENESS)
+def _start() -> None:
+    """Prepare a worker process. What can fail is left to `_draw`, whose errors reach the training."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the training saves first
+    if hasattr(os, "nice"):
+        os.nice(NICENESS)
     torch.set_num_threads(1)
-    _scene_drawer = SceneDrawer.open(data, vae_folder)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _draw(chunk: int) -> list[EncodedScene]:
-    assert _scene_drawer is not None  # the pool starts its workers with _start
+def _end_with_parent() -> None:
+    """End this process when the training's has been killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+_scene_drawer: SceneDrawer | None = None
+"""Drawer of this worker process, opened for its first chunk."""
+
+
+def _draw(data: DataConfig, vae_folder: Path, chunk: int) -> list[EncodedScene]:
+    global _scene_drawer
+    if _scene_drawer is None:
+        _scene_drawer = SceneDrawer.open(data, vae_folder)
     return _scene_drawer.draw(chunk)
 
 
@@ -68,31 +82,36 @@ class SceneWorkers:
 
     def __init__(self, data: DataConfig, vae_folder: Path) -> None:
         self.data, self.vae_folder = data, vae_folder
-        self.waiting: dict[int, AsyncResult[list[EncodedScene]]] = {}
+        self.waiting: dict[int, Future[list[EncodedScene]]] = {}
         self.local_drawer: SceneDrawer | None = None
         self.pool = None
         if data.workers:
             context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads can hang
-            self.pool = context.Pool(data.workers, _start, (data, vae_folder))
+            self.pool = ProcessPoolExecutor(data.workers, context, _start)
 
     def request(self, chunks: range) -> None:
         """Queue these chunks for drawing, unless they are queued already."""
         if self.pool is not None:
             for chunk in chunks:
                 if chunk not in self.waiting:
-                    self.waiting[chunk] = self.pool.apply_async(_draw, (chunk,))
+                    self.waiting[chunk] = self.pool.submit(_draw, self.data, self.vae_folder, chunk)
 
     def collect(self, chunks: range) -> list[EncodedScene]:
-        """Return the scenes of these chunks. Raises UniPicError if a worker has died."""
+        """Return the scenes of these chunks. Raises UniPicError if a worker has died, and a worker's errors."""
         if self.pool is None:
             self.local_drawer = self.local_drawer or SceneDrawer.open(self.data, self.vae_folder)
             return [scene for chunk in chunks for scene in self.local_drawer.draw(chunk)]
-        self.request(chunks)
         try:
-            return [scene for chunk in chunks for scene in self.waiting.pop(chunk).get(PATIENCE)]
-        except multiprocessing.TimeoutError:
+            self.request(chunks)
+            return [scene for chunk in chunks for scene in self.waiting.pop(chunk).result()]
+        except BrokenProcessPool:
             raise UniPicError(
-                f"expected scenes from the workers within {PATIENCE:.0f} s, got none; the system may have ended "
-                "one for lack of memory: lower data.workers or data.scenes.buffer and run the same command again, it "
-                "resumes"
+                "a process that draws scenes has died, perhaps ended by the system for lack of memory: lower "
+                "data.workers or data.scenes.buffer and run the same command again, it resumes"
             ) from None
+
+    def close(self) -> None:
+        """Drop what is queued and end the processes."""
+        if self.pool is not None:
+            self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool, self.waiting = None, {}

@@ -13,7 +13,7 @@ from ..emoji import Bank
 from ..layout import ALONE, PERSON, SMALL, Anchor
 from ..lessons import LESSONS, make_lesson, plainly_reworded
 from ..scene import SQUARE, Item, Scene, Shape
-from ..scenes import GENERIC_SHARE, Draw, compose2, compose3, make_scene, pair, reworded, scene_rng, shaped
+from ..scenes import GENERIC_SHARE, TASKS, Draw, compose2, compose3, make_scene, pair, reworded, scene_rng, shaped
 from .answers import OPEN_TASKS, REGIONS, answers, pictures_of
 from .wording import open_instruction
 
@@ -25,6 +25,10 @@ LEAST_ASYMMETRY = 0.16
 
 COMPOSERS: tuple[Callable[[Draw], list[Item]], ...] = (compose2, compose3, pair)
 """Of what stands in scenes whose light or background is open."""
+
+
+ANY_TASK = (*TASKS, *OPEN_TASKS, *LESSONS)
+"""Tasks of `make_any_scene`."""
 
 
 def make_any_scene(
