@@ -50,6 +50,9 @@ def add_run_options(make: argparse.ArgumentParser) -> None:
             f"--{name}", action="append", default=[], type=kind, help="once for all systems, or once per system"
         )
     make.add_argument("--sampler", action="append", default=[], choices=["consistency", "euler"])
+    make.add_argument(
+        "--size", type=int, help="nano: side of the scenes in pixels; default: of the first model's recipe"
+    )
     make.add_argument("--budget", type=int, help="side of the reference budget in pixels")
     make.add_argument(
         "--pictures", action="append", default=[], metavar="LABEL=DIR", help="pictures of another program"

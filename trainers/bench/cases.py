@@ -24,7 +24,7 @@ from unipic_core.replacing import write_json
 from ..judges.panel import Case as Scene
 from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import JudgeError, read_lines
-from ..nano.emoji import Bank
+from ..nano.emoji import LONGEST, Bank
 
 BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom", "omniref")
 MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
@@ -67,12 +67,17 @@ class Case:
     extra: Mapping[str, Any]
 
 
-def read_cases(bench: str, root: Path | None, n: int | None, seed: int, out: Path) -> tuple[list[Case], list[str]]:
-    """Read the first ``n`` cases, and the ids of cases with more than six sources. Raises ValueError."""
+def read_cases(
+    bench: str, root: Path | None, n: int | None, seed: int, out: Path, size: int = Scenes.size
+) -> tuple[list[Case], list[str]]:
+    """Read the first ``n`` cases, and the ids of cases with more than six sources. Raises ValueError.
+
+    size: side of drawn scenes in pixels.
+    """
     if n is not None and n < 1:
         raise ValueError(f"--n: expected at least 1 case, got {n}")
     if bench == "nano":
-        return draw_cases(n or 12, seed, out), []
+        return draw_cases(n or 12, seed, out, size), []
     if root is None:
         raise ValueError(f"--root is missing; give the files of {bench}")
     if bench == "mico":
@@ -225,9 +230,14 @@ def _omniref(folder: Path, row: Mapping[str, Any]) -> Case:
     return Case(name, category, _text(row, "prompt"), sources, None, f"{file_name(name)}.png", {"kinds": kinds})
 
 
-def draw_cases(n: int, seed: int, out: Path) -> list[Case]:
+def drawn_scenes(n: int, seed: int, size: int) -> tuple[Bank, Scenes]:
+    """Unseen assets at the resolution of this size, and scenes of them."""
+    return Bank.open(None, longest=max(LONGEST, size)), Scenes(max(2, n), seed, progress=False, size=size)
+
+
+def draw_cases(n: int, seed: int, out: Path, size: int = Scenes.size) -> list[Case]:
     """Draw scenes of unseen assets with their truth into ``out``/inputs."""
-    bank, plan = Bank.open(None), Scenes(max(2, n), seed, progress=False)
+    bank, plan = drawn_scenes(n, seed, size)
     folder = Path(os.path.abspath(out)) / "inputs"
     folder.mkdir(parents=True, exist_ok=True)
     cases = []
@@ -266,6 +276,8 @@ class Plan:
     cases: tuple[Case, ...]
     not_covered: tuple[str, ...]
     systems: Mapping[str, Mapping[str, Any]]
+    size: int = Scenes.size
+    """Side of drawn scenes in pixels."""
 
     def save(self, out: Path) -> None:
         """Write bench.json."""
@@ -277,6 +289,10 @@ class Plan:
         """Plan with further systems; those of the same label are replaced."""
         return replace(self, systems={**self.systems, **systems})
 
+    def scenes(self) -> tuple[Bank, Scenes]:
+        """Assets and scenes of a run of drawn scenes."""
+        return drawn_scenes(len(self.cases), self.seed, self.size)
+
     @classmethod
     def load(cls, out: Path) -> Plan:
         """Read bench.json. Raises JudgeError if the folder holds no run."""
@@ -285,7 +301,8 @@ class Plan:
             folder = os.path.abspath(out)
             stored = [Case(**{**one, "sources": tuple(one["sources"])}) for one in data["cases"]]
             cases = tuple(_with_paths(case, lambda one: os.path.join(folder, one)) for case in stored)
-            return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"])
+            size = data.get("size", Scenes.size)  # without it in folders of earlier versions
+            return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"], size)
         except (OSError, ValueError, KeyError, TypeError):
             raise JudgeError(
                 f"{out} holds no run of trainers.bench; start with python -m trainers.bench run --out {out}"

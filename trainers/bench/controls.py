@@ -10,9 +10,7 @@ import numpy as np
 
 from ..judges.panel import Case as Scene
 from ..judges.panel import control_pictures
-from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import LineFile, Shown, fitness, in_order, judge_case, load_picture
-from ..nano.emoji import Bank
 from ..progress import Progress
 from .cases import Case, Plan
 from .setup import JudgeSetup, read_by_judge, read_rows, write_by_judge
@@ -71,7 +69,7 @@ class ControlRun:
 
     def _jobs(self) -> Iterator[Job]:
         """Pictures of the missing controls, drawn when their turn comes."""
-        bank, scenes = Bank.open(None), Scenes(max(2, len(self.plan.cases)), self.plan.seed, progress=False)
+        bank, scenes = self.plan.scenes()
         side = self.setup.asker.config.image_max_side
         missing = {(case.id, name) for case, name in self.missing}
         for index, case in enumerate(self.plan.cases):

@@ -15,7 +15,7 @@ from unipic_core.conditioning.picture_files import open_picture
 from unipic_core.errors import UniPicError
 from unipic_core.replacing import replacing
 
-from ..evaluate import System, find_device, systems_of
+from ..evaluate import System, find_device, size_of, systems_of
 from ..judges.vlm import AnswerError, LineFile, load_picture
 from ..progress import Progress
 from .cases import Case, Plan, file_name, read_cases
@@ -35,14 +35,15 @@ def result_path(out: Path, label: str, case: Case) -> Path:
 def run(args: argparse.Namespace) -> None:
     """Generate the pictures of models, and copy those of other programs. Raises ValueError in one sentence."""
     args.out.mkdir(parents=True, exist_ok=True)
-    cases, left_out = read_cases(args.bench, args.root, args.n, args.seed, args.out)
-    plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {})
-    if (args.out / "bench.json").exists():
-        earlier = Plan.load(args.out)
+    systems = systems_of(args) if args.model else []
+    earlier = Plan.load(args.out) if (args.out / "bench.json").exists() else None
+    size = scene_size(args, systems, earlier)
+    cases, left_out = read_cases(args.bench, args.root, args.n, args.seed, args.out, size)
+    plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {}, size)
+    if earlier is not None:
         if (earlier.bench, earlier.seed, earlier.cases) != (plan.bench, plan.seed, plan.cases):
             raise ValueError(f"{args.out} holds a run of other cases; choose another --out")
         plan = earlier
-    systems = systems_of(args) if args.model else []
     device = find_device(args.device)
     about = {
         one.label: one.about() | {"budget": args.budget, "seed": args.seed, "files": one.files()} for one in systems
@@ -63,6 +64,24 @@ def run(args: argparse.Namespace) -> None:
         collect(plan, args.out, label, Path(folder))
     for one in systems:
         generate(plan, args.out, one, device, args.budget, args.seed)
+
+
+def scene_size(args: argparse.Namespace, systems: Sequence[System], earlier: Plan | None) -> int:
+    """Side of drawn scenes in pixels: of --size, else of the run, else of the first model's recipe.
+
+    Raises ValueError before a picture of another size replaces one of the run.
+    """
+    if args.bench != "nano":
+        if args.size is not None:
+            raise ValueError(f"--size is for the bench nano, whose scenes are drawn; got {args.bench}: remove it")
+        return Plan.size
+    if args.size is None:
+        return earlier.size if earlier is not None else size_of(systems)
+    if earlier is not None and earlier.size != args.size:
+        raise ValueError(
+            f"{args.out} holds scenes of {earlier.size} pixels, got --size {args.size}; choose another --out"
+        )
+    return int(args.size)
 
 
 def check_folders(labels: Iterable[str]) -> None:

@@ -60,7 +60,7 @@ def score_scenes(plan: Plan, out: Path, file: LineFile, done: set[tuple[str, str
     ]
     if not jobs:
         return
-    bank, scenes = Bank.open(None), Scenes(max(2, len(plan.cases)), plan.seed, progress=False)
+    bank, scenes = plan.scenes()
     panel = Panel(bank)
     write_scene_controls(panel, bank, scenes, out)
     for label, index, case in jobs:

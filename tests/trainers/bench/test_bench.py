@@ -225,6 +225,24 @@ def test_a_run_that_was_moved_is_scored_from_any_folder(tmp_path, monkeypatch, j
     assert main([*arguments, "--out", "../moved"]) == 0  # the same cases: the run continues
 
 
+def test_drawn_scenes_are_judged_at_the_size_at_which_they_were_drawn(tmp_path, capsys):
+    out = tmp_path / "out"
+    run = ["run", "--bench", "nano", "--n", "2", "--pictures", f"truth={out / 'inputs'}", "--device", "cpu"]
+    assert main([*run, "--size", "96", "--out", str(out)]) == 0
+    for index in range(2):  # another program's pictures: the truth
+        (out / f"inputs/{index}_truth.png").rename(out / f"inputs/{index}.png")
+    assert main([*run, "--out", str(out)]) == 0  # draws the truth again, at the size of the run
+    assert {Image.open(path).size for path in (out / "inputs").glob("*_truth.png")} == {(96, 96)}
+    assert main([*run, "--size", "128", "--out", str(out)]) == 2
+    assert "holds scenes of 96 pixels, got --size 128; choose another --out" in capsys.readouterr().err
+    assert main(["score", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert [row["score"] for row in rows if "PSNR inside" in row["judge"]] == [50, 50]  # the truth, to the bit
+    own = ["run", "--bench", "own", "--root", "x.jsonl", "--size", "96", "--out", str(tmp_path / "other")]
+    assert main(own) == 2
+    assert "--size is for the bench nano" in capsys.readouterr().err
+
+
 def test_a_case_that_cannot_be_composed_is_listed_and_the_others_are_made(tmp_path, capsys):
     picture(tmp_path / "ok.png", "red")
     (tmp_path / "bad.png").write_bytes(b"no picture")
