@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
-import node_helpers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import CLIP, VAE
@@ -16,8 +15,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..unipic_core.caching import LRU, PictureCache, WeightsKey, image_key
-from ..unipic_core.conditioning.images import ASPECTS, resize_references
+from ..unipic_core.conditioning.images import ASPECTS
 from ..unipic_core.conditioning.influence import Influence
 from ..unipic_core.conditioning.picture_numbers import number_cautions
 from ..unipic_core.conditioning.reference_sheet import Seen, reference_sheet
@@ -30,12 +28,11 @@ from ..unipic_core.conditioning.reference_sizes import (
 )
 from ..unipic_core.conditioning.sequence import VAE_SCALE
 from ..unipic_core.errors import UniPicError
-from ..unipic_core.run.plan import Plan, Request, plan
-from ..unipic_core.weights.recipe import LIMITS, Recipe
+from ..unipic_core.run.plan import Plan, Request
+from ..unipic_core.weights.recipe import LIMITS
 from . import CATEGORY
-from .host.compare.run import COMPOSITION
+from .host.composition import Composition
 from .host.messages import tell
-from .host.model.influences import INFLUENCES
 from .host.pictures.images import to_image
 from .host.pictures.previews import preview
 from .host.pictures.references import (
@@ -51,11 +48,8 @@ from .host.pictures.references import (
     reference_influences,
     reference_weights,
 )
-from .host.pictures.vae import UniPicVAE
 from .host.recipe_attachment import attachment_of
-from .host.sampling.influence_control import InfluenceControl
-from .host.text import vision_cache as vision
-from .host.text.encoder import Conditioning, changes_weights, encode_prompt, enlarged_references
+from .host.text.encoder import enlarged_references
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
 
@@ -67,19 +61,6 @@ ALIASES = [
     *("unipic", "multi image edit", "text encode qwen image edit", "reference images", "compose", "nano banana"),
     *("combine images", "merge", "fusion", "参考", "组合", "合成", "多图"),
 ]
-
-CACHED_REFERENCES, CACHED_TEXTS = 24, 4
-"""At the release's size a reference takes up to 1 MB, a text about 20 MB of main memory."""
-
-_references: PictureCache[Tensor] = PictureCache(CACHED_REFERENCES)
-_texts: LRU[Conditioning] = LRU(CACHED_TEXTS)
-
-
-def clear_caches() -> None:
-    """Empty the caches of encodings; changed weights do not need it."""
-    _references.clear()
-    _texts.clear()
-    vision.clear_cache()
 
 
 class MultiImageCompose(io.ComfyNode):
@@ -160,43 +141,6 @@ class MultiImageCompose(io.ComfyNode):
         positive, negative = composition.conditionings(planned, resized)
         sheet = _sheet(sockets, resized, planned)
         return io.NodeOutput(positive, negative, _empty_latent(vae, planned), sheet, ui=preview(sheet))
-
-
-@dataclass(frozen=True)
-class Composition:
-    """Inputs of one run, carried by its conditionings so that Compare encodes them at other reference budgets."""
-
-    clip: CLIP
-    vae: VAE
-    pictures: tuple[Image.Image, ...]
-    request: Request
-    recipe: Recipe
-
-    def plan(self, reference_budget: int | None = None) -> Plan:
-        """The checked plan of the run, or of one at another reference budget."""
-        request = self.request if reference_budget is None else replace(self.request, reference_budget=reference_budget)
-        recipe = self.recipe
-        if recipe.output_budget is None and (request.width or request.height):  # such weights allow any size
-            recipe = replace(recipe, output_budget=LIMITS["output_budget"][1])
-        return plan(recipe, [picture.size for picture in self.pictures], request)
-
-    def resized(self, planned: Plan) -> list[Image.Image]:
-        """The pictures at the plan's reference budget."""
-        request, budget = planned.request, planned.settings.reference_budget
-        return resize_references(self.pictures, budget, request.share, request.reference_weights)
-
-    def conditionings(self, planned: Plan, resized: list[Image.Image]) -> tuple[Conditioning, Conditioning]:
-        """Positive and negative with the resized pictures."""
-        extra: dict[str, Any] = {COMPOSITION: self}
-        if resized:
-            extra["reference_latents"] = _reference_latents(self.vae, resized)
-        if planned.influences:
-            extra |= {INFLUENCES: planned.influences, "control": InfluenceControl(planned.influences)}
-        positive, negative = (
-            node_helpers.conditioning_set_values(_text(self.clip, text, resized), extra)
-            for text in (planned.request.prompt, planned.request.negative_prompt)
-        )
-        return positive, negative
 
 
 def _inputs() -> list[Any]:
@@ -357,36 +301,6 @@ def _tell(node: type[io.ComfyNode], sockets: Sequence[Socket], composition: Comp
     seen = [described_sizes(sizes, planned.seen)] if sizes else []
     new = f"new picture {planned.size[0]}x{planned.size[1]}"
     tell(node, "; ".join([*notes, *seen, new]), logging.WARNING if notes else logging.INFO)
-
-
-def _reference_latents(vae: VAE, references: Sequence[Image.Image]) -> list[Tensor]:
-    """Latents [1, C, 1, h, w] of each picture, not normalised, since the MODEL does that. Encodings are cached.
-
-    Load UniPic's VAE encodes pictures of one size together; a stock VAE would take them for a video.
-    """
-
-    def encode(pictures: list[Image.Image]) -> list[Tensor]:
-        latents = vae.encode(torch.cat([to_image(picture) for picture in pictures])).cpu()
-        return [latent[None].clone() for latent in latents]  # copied, since a view would hold the whole batch
-
-    weights = (WeightsKey(vae.first_stage_model), vae.patcher.patches_uuid, vae.vae_dtype)
-    latents = _references.encode(references, weights, encode, together=isinstance(vae, UniPicVAE))
-    return [latent.to(comfy.model_management.intermediate_device()) for latent in latents]
-
-
-def _text(clip: CLIP, text: str, references: list[Image.Image]) -> Conditioning:
-    """Conditioning of a text. Cached, unless hooks change the weights meanwhile."""
-
-    def encode() -> Conditioning:
-        return encode_prompt(clip, text, references)
-
-    return encode() if changes_weights(clip) else _texts.get(_text_key(clip, text, references), encode)
-
-
-def _text_key(clip: CLIP, text: str, references: list[Image.Image]) -> tuple[Any, ...]:
-    weights = (WeightsKey(clip.cond_stage_model), clip.patcher.patches_uuid)
-    options = (clip.layer_idx, str(clip.tokenizer_options))
-    return *weights, *options, text, *(image_key(reference) for reference in references)
 
 
 def _empty_latent(vae: VAE, planned: Plan) -> dict[str, Any]:

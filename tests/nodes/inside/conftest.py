@@ -60,9 +60,9 @@ def tiny(golden):
 @pytest.fixture
 def fresh():
     """Empty caches of encodings."""
-    from unipic_pack.nodes import compose
+    from unipic_pack.nodes.host import composition
 
-    compose.clear_caches()
+    composition.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import importlib
 import json
 import logging
 import sys
-from pathlib import Path
 
 import execution
 import pytest
@@ -15,8 +14,8 @@ from comfyui import CASES
 from compose_tools import distance, image, run
 from PIL import Image
 from safetensors.torch import load_file
-from unipic_pack.nodes import compose
 from unipic_pack.nodes.compose import MultiImageCompose
+from unipic_pack.nodes.host import composition
 from unipic_pack.nodes.host.pictures.images import to_image
 from unipic_pack.nodes.host.pictures.vae import load_vae
 from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach
@@ -101,8 +100,8 @@ def size_of(latent):
     return tuple(8 * side for side in reversed(latent["samples"].shape[-2:]))
 
 
-def test_output_sizes(small):
-    budget = recipe_of(Path(compose.__file__).parents[1] / "unipic_core" / "models" / "unipic-nano").output_budget
+def test_output_sizes(small, nano):
+    budget = recipe_of(nano).output_budget
     assert size_of(run(small, image(0, 100, 100))[2]) == (budget, budget)
     assert size_of(run(small)[2]) == (budget, budget)
     wide = size_of(run(small, image(0, 120, 60))[2])
@@ -133,7 +132,7 @@ def test_reference_budget(small):
         pixels(reference_budget=5)
 
 
-def test_the_models_recipe_sets_the_sizes(small, nano_model):
+def test_the_models_recipe_sets_the_sizes(small, nano_model, nano):
     """That of a LoRA, which is attached to the MODEL alone."""
     model = nano_model.clone()
     attach(model, RecipeAttachment(Recipe(reference_budget=128, output_budget=64)))
@@ -144,8 +143,9 @@ def test_the_models_recipe_sets_the_sizes(small, nano_model):
         return tuple(8 * side for side in reference.shape[-2:]), size_of(latent)
 
     assert sides(model=model) == ((128, 128), (64, 64))
-    recipe = recipe_of(Path(compose.__file__).parents[1] / "unipic_core" / "models" / "unipic-nano")
-    assert sides() == sides(model=nano_model) == ((recipe.reference_budget,) * 2, (recipe.output_budget,) * 2)
+    recipe = recipe_of(nano)
+    [seen] = resize_references([Image.new("RGB", (200, 200))], recipe.reference_budget)
+    assert sides() == sides(model=nano_model) == (seen.size, (recipe.output_budget,) * 2)
     attach(model, RecipeAttachment(Recipe(output_budget=512)))
     assert size_of(run(small, width=512, height=512, model=model)[2]) == (512, 512)
 
@@ -261,7 +261,7 @@ def test_pictures_that_are_odd(tiny):
 
 @pytest.mark.parametrize("texts", [{"prompt": "astronaut \ud83d"}, {"negative_prompt": "astronaut \ud83d"}])
 def test_half_an_emoji_is_refused_before_anything_is_encoded(tiny, monkeypatch, texts):
-    monkeypatch.setattr(compose, "_reference_latents", None)
+    monkeypatch.setattr(composition, "reference_latents", None)
     with pytest.raises(UniPicError, match=r"not valid Unicode: character 11 is U\+D83D, half of a surrogate pair"):
         run(tiny, image(), **texts)
     monkeypatch.undo()

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from running import Executor, Graph, node_of, saved_pictures
 from safetensors.torch import load_file, save_file
-from unipic_pack.nodes import compose
+from unipic_pack.nodes.host import composition
 from unipic_pack.nodes.host import model_paths as sources
 from unipic_pack.workflows import build
 
@@ -172,7 +172,7 @@ def test_unusual_input_works(executor: Executor, case: str) -> None:
 
 def test_interrupted_while_encoding(executor: Executor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user presses stop while a reference is encoded: nothing half-encoded is cached, and the next run works."""
-    encode = compose.encode_prompt
+    encode = composition.encode_prompt
 
     def stopped(*args: Any) -> Any:
         management.interrupt_current_processing()
@@ -182,7 +182,7 @@ def test_interrupted_while_encoding(executor: Executor, monkeypatch: pytest.Monk
     graph = good(seed=400)
     node_of(graph, "MultiImageCompose")["prompt"] = "Show the panda on the left."
     with monkeypatch.context() as patch:
-        patch.setattr(compose, "encode_prompt", stopped)
+        patch.setattr(composition, "encode_prompt", stopped)
         done = executor.run(graph)
     assert not done.success
     assert not done.error  # an interruption is no error

@@ -6,7 +6,7 @@ import torch
 from comfy.ldm.wan.vae import WanVAE
 from compose_tools import distance, image, run
 from PIL import Image
-from unipic_pack.nodes import compose
+from unipic_pack.nodes.host import composition
 from unipic_pack.nodes.host.pictures.images import to_pictures
 from unipic_pack.nodes.host.text.encoder import encode_prompt
 from unipic_pack.unipic_core.conditioning.images import resize_references
@@ -72,16 +72,16 @@ def test_pictures_of_one_size_are_encoded_together(tiny, batches):
     sizes = [(64, 64), (64, 32), (64, 64), (32, 64), (64, 64)]
     pictures = [to_pictures(image(i, *size))[0] for i, size in enumerate(sizes)]
     vae, seen = tiny[1], batches(tiny[1])
-    alone = [compose._reference_latents(vae, [picture])[0] for picture in pictures]
+    alone = [composition.reference_latents(vae, [picture])[0] for picture in pictures]
     assert seen == [1] * 5
-    compose.clear_caches()
+    composition.clear_caches()
     seen.clear()
-    encoded = compose._reference_latents(vae, pictures + pictures[:1])
+    encoded = composition.reference_latents(vae, pictures + pictures[:1])
     assert seen == [3, 1, 1]
     for got, want in zip(encoded, alone + alone[:1], strict=True):
         assert distance(got, want) < 1e-5
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in compose._references._values.values())
-    again = compose._reference_latents(vae, [to_pictures(image(9, 64, 64))[0], pictures[2]])
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in composition._references._values.values())
+    again = composition.reference_latents(vae, [to_pictures(image(9, 64, 64))[0], pictures[2]])
     assert seen[3:] == [1]
     assert torch.equal(again[1], encoded[2])
 
@@ -101,13 +101,13 @@ def test_a_stock_vae_gets_one_picture_at_a_time(tiny, batches):
 @torch.inference_mode()
 def test_a_full_cache_keeps_what_is_asked_for(tiny, batches):
     """New pictures push out the oldest, but not one of the same run."""
-    pictures = [to_pictures(image(i, 32, 32))[0] for i in range(compose.CACHED_REFERENCES + 2)]
+    pictures = [to_pictures(image(i, 32, 32))[0] for i in range(composition.CACHED_REFERENCES + 2)]
     for picture in pictures[2:]:
-        compose._reference_latents(tiny[1], [picture])
+        composition.reference_latents(tiny[1], [picture])
     seen = batches(tiny[1])
-    compose._reference_latents(tiny[1], pictures[:3])
+    composition.reference_latents(tiny[1], pictures[:3])
     assert seen == [2]
-    assert len(compose._references) == compose.CACHED_REFERENCES
+    assert len(composition._references) == composition.CACHED_REFERENCES
 
 
 @pytest.fixture
@@ -131,12 +131,12 @@ def test_the_vision_tower_sees_a_picture_once(tiny, passes):
     run(tiny, image(2), image(0), image(3), **SMALL)
     assert len(passes) == 4
     for shared, prompt in ((first, "Blend them."), (second, "Something else.")):
-        compose.clear_caches()
+        composition.clear_caches()
         passes.clear()
         alone = run(tiny, image(0), image(1), image(2), prompt=prompt, negative_prompt=prompt, **SMALL)
         assert len(passes) == 3, "freed with the other caches"
         assert torch.equal(alone[0][0][0], shared[0][0][0])
-    compose.clear_caches()
+    composition.clear_caches()
     references = resize_references([Image.new("RGB", (64, 64))], 64)
     tower = tiny[0].cond_stage_model.qwen25_7b.transformer.visual
     tower.forward = tower.forward  # as another node pack may do
@@ -195,13 +195,13 @@ def test_patches_and_layers_of_the_clip_are_noticed(counted):
 
 
 def test_caches_are_small_and_on_the_cpu(tiny):
-    for i in range(compose.CACHED_REFERENCES + 2):
+    for i in range(composition.CACHED_REFERENCES + 2):
         run(tiny, image(i), reference_budget=32, width=32, height=32)
-    assert len(compose._references) == compose.CACHED_REFERENCES
-    assert len(compose._texts) == compose.CACHED_TEXTS
-    assert all(x.device.type == "cpu" for x in compose._references._values.values())
-    assert len(compose.vision._embeddings) == MAX_REFERENCES
-    assert all(x.device.type == "cpu" for x in compose.vision._embeddings.values())
+    assert len(composition._references) == composition.CACHED_REFERENCES
+    assert len(composition._texts) == composition.CACHED_TEXTS
+    assert all(x.device.type == "cpu" for x in composition._references._values.values())
+    assert len(composition.vision._embeddings) == MAX_REFERENCES
+    assert all(x.device.type == "cpu" for x in composition.vision._embeddings.values())
 
 
 def test_a_later_node_cannot_change_what_is_kept(tiny):
