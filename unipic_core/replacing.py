@@ -31,6 +31,7 @@ except ImportError:  # Windows
 _user = getattr(os, "getuid", lambda: 0)  # Windows has no user ids
 _PREFIX = ".unipic.partial-"
 _PARTIAL = re.compile(rf"{re.escape(_PREFIX)}[0-9a-f]{{32}}(\.\w+)?")
+_TRIES = 100
 _ABANDONED = 24 * 3600
 """Age in seconds at which a leftover is removed where no lock shows if its writer is alive: that of another machine, on
 a folder that several share, and on systems without locks."""
@@ -119,7 +120,7 @@ def _destination(path: Path, folder: bool) -> Path:
 
 def _new_partial(path: Path, folder: bool) -> tuple[Path, int | None]:
     """Create a file or folder with an unguessable name: (path, descriptor that holds its lock)."""
-    while True:
+    for _ in range(_TRIES):
         partial = path.with_name(f"{_PREFIX}{SYSTEM}{secrets.token_hex(12)}{'' if folder else path.suffix[:20]}")
         if not _PARTIAL.fullmatch(partial.name):  # the suffix is no file ending, such as ". 1"
             partial = partial.with_name(partial.name[: -len(path.suffix[:20])])
@@ -127,11 +128,15 @@ def _new_partial(path: Path, folder: bool) -> tuple[Path, int | None]:
             partial.mkdir()
         else:
             os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        lock = _locked(partial)
-        if partial.exists():  # another run may have removed it before it was locked
-            return partial, lock
-        if lock is not None:
-            os.close(lock)
+        try:
+            descriptor = lock(partial)
+        except (BlockingIOError, FileNotFoundError):  # another run took it for a leftover before it was locked
+            continue
+        if partial.exists():
+            return partial, descriptor
+        if descriptor is not None:
+            os.close(descriptor)
+    raise CheckpointError(f"cannot lock a new file in {path.parent}, which others lock at once; choose another disk")
 
 
 def lock(path: Path) -> int | None:
