@@ -9,6 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 demo: $(VENV)/pipeline.stamp
 	$(BIN)/unipic compose pictures/man-office-worker.png pictures/tent.png pictures/desert.png \
 	  --prompt "Place the tent from image 2 right of the man office worker from image 1, in the desert of image 3." \
+	  --lora unipic_core/models/unipic-nano/loras/unipic-nano-few-step.safetensors \
 	  --seed 15 --out demo.png --sheet demo-sheet.png --overwrite
 
 test: lint

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import folder_paths
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.sd import VAE
@@ -22,7 +21,7 @@ from .host.messages import tell
 from .host.model.kv_cache import with_kv_cache
 from .host.pictures.images import to_image, to_pictures
 from .host.sampling.choices import AUTO, Widgets
-from .lora import add_lora, bundled_loras, file_state, lora_path, matched, read_lora
+from .lora import add_lora, file_state, lora_names, lora_path, matched, read_lora
 from .sample import cache_dtype_input, cache_input, sampling_inputs, schedule_inputs
 
 VALUES = (
@@ -50,6 +49,11 @@ class UniPicCompare(io.ComfyNode):
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
+
+    @classmethod
+    def validate_inputs(cls, lora: str = NONE) -> bool:
+        """Accept names that are not in the list, as Distill LoRA does."""
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, lora: str | None = NONE, **_: object) -> Any:
@@ -163,7 +167,7 @@ def _axis_inputs() -> list[Any]:
         values("y", ""),
         io.Combo.Input(
             "lora",
-            options=[NONE, *bundled_loras(), *folder_paths.get_filename_list("loras")],
+            options=[NONE, *lora_names()],
             default=NONE,
             optional=True,
             tooltip="The LoRA whose strength the axis lora_strength varies, added as Distill LoRA does.",

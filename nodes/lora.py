@@ -17,7 +17,7 @@ from comfy.weight_adapter import WeightAdapterBase
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..unipic_core import MODELS
+from ..unipic_core import bundled
 from ..unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from ..unipic_core.errors import CheckpointError, LoRAError, one_line
 from ..unipic_core.run.plan import Settings, resolve
@@ -39,29 +39,35 @@ NETWORK = "diffusion_model."
 _FACTORS = {"down": "lora_down.weight", "up": "lora_up.weight"}
 
 
-def bundled_loras() -> dict[str, Path]:
-    """Bundled LoRAs: name in the list -> file."""
-    files = sorted(MODELS.glob("*/loras/*.safetensors"))
-    return {f"{BUNDLED}{file.parent.parent.name}/{file.name}": file for file in files}
+def lora_names() -> list[str]:
+    """The names in the list: bundled LoRAs, then files in ComfyUI's `loras` folders."""
+    return [*(BUNDLED + name for name in bundled.bundled_loras()), *folder_paths.get_filename_list("loras")]
 
 
 def lora_path(name: str) -> Path:
-    """File of a name in the list: a bundled one, or one in ComfyUI's `loras` folders. Raises LoRAError."""
+    """File of a name in the list, or of a bundled LoRA's earlier name. Raises LoRAError."""
     if not isinstance(name, str):
         raise LoRAError(f"lora must be the name of a file, got {name!r}; choose one in the list")
     if name.startswith(BUNDLED):
-        bundled = bundled_loras()
-        if name not in bundled:
-            raise LoRAError(f"the pack has no LoRA {name.removeprefix(BUNDLED)!r}; choose another, or update the pack")
-        return bundled[name]
-    return Path(folder_paths.get_full_path_or_raise("loras", name))
+        ours = name.removeprefix(BUNDLED)
+        file = bundled.bundled_loras().get(bundled.RENAMED.get(ours, ours))
+        if file is None:
+            raise LoRAError(f"the pack has no LoRA {ours!r}; choose another, or update the pack")
+        return file
+    found = folder_paths.get_full_path("loras", name)
+    if found is None:
+        raise LoRAError(f"there is no LoRA {name!r} in ComfyUI's models/loras; put it there, or choose another")
+    return Path(found)
 
 
-def file_state(name: str | None) -> tuple[int, int] | None:
+def file_state(name: str | None) -> tuple[int, int] | str | None:
     """Time and size of a LoRA's file, by which ComfyUI notices a replaced one; None for a name from a wire."""
     if name is None:
         return None
-    state = os.stat(lora_path(name))
+    try:
+        state = os.stat(lora_path(name))
+    except LoRAError as error:  # `execute` raises it where the user sees it
+        return str(error)
     return state.st_mtime_ns, state.st_size
 
 
@@ -178,7 +184,7 @@ class DistillLoRA(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "lora",
-                    options=[*bundled_loras(), *folder_paths.get_filename_list("loras")],
+                    options=lora_names(),
                     tooltip="A file in ComfyUI's models/loras folder, or one that comes with the pack.",
                 ),
                 io.Float.Input(
@@ -193,6 +199,11 @@ class DistillLoRA(io.ComfyNode):
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the LoRA and its recipe.")],
             hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def validate_inputs(cls, lora: str) -> bool:
+        """Accept names that are not in the list: `execute` knows earlier names and names a missing file."""
+        return True
 
     @classmethod
     def fingerprint_inputs(cls, lora: str | None, **_: object) -> Any:

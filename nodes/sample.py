@@ -18,7 +18,7 @@ from .host.sampling.run import prepared, sample
 from .host.sampling.samplers import ksampler
 from .host.sampling.schedules import sigmas_of, target_tokens
 
-REUSE_ERROR = "48 dB PSNR on the bundled nano"
+REUSE_ERROR = "42 dB PSNR on the bundled nano"
 """Error of condition_cache approximate at 8 steps (tests/benchmarks/approximate.py)."""
 
 

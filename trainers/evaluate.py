@@ -35,7 +35,7 @@ from .judges.measure import Evaluation, Generate, compare
 from .judges.saved_pictures import PictureStore, files_stamp
 from .judges.scene_plan import Plan
 from .nano.catalogue import Split
-from .nano.emoji import LONGEST, Bank
+from .nano.emoji import Bank
 from .nano.open_scenes.answers import OPEN_TASKS
 from .nano.render import Sample
 from .nano.scene import SQUARE, Shape
@@ -123,12 +123,13 @@ def evaluate(
     label: str = "model",
     tasks: Sequence[str] = (),
     split: Split = "heldout",
+    size: int = Plan.size,
     sheet_rows: int = 12,
     progress: bool = False,
 ) -> Evaluation:
     """Measure one function (sample, seed) -> picture; None: only the controls. Raises ValueError for n < 2."""
     systems = {} if generate is None else {label: lambda: generate}
-    return compare(systems, bank, Plan(n, seed, split, tuple(tasks), progress), sheet_rows=sheet_rows)
+    return compare(systems, bank, Plan(n, seed, split, tuple(tasks), progress, size=size), sheet_rows=sheet_rows)
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -305,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
     check_outputs(args, len(systems))
     device = find_device(args.device) if systems else None
     about = {one.label: one.about() | {"device": device} for one in systems}
-    bank = Bank.open(args.data, longest=max(LONGEST, plan.size))
+    bank = Bank.open(args.data, plan.size)
     print(f"{plan.n} scenes of {plan.split} assets, seed {plan.seed}; {bank.note}")
     openers = {one.label: (lambda one=one: one.open(device, args.threads)) for one in systems}
     stores = picture_stores(args, systems, plan, about)

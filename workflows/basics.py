@@ -9,6 +9,7 @@ from .parts import (
     BROWN,
     GREEN,
     GREY,
+    GUIDANCE,
     LORA,
     MODEL,
     PICTURES,
@@ -16,7 +17,6 @@ from .parts import (
     PURPLE,
     RESULT,
     SEED,
-    STOCK_SEED,
     arrange,
     compose,
     composition,
@@ -47,17 +47,17 @@ def three_references() -> Workflow:
 def six_references() -> Workflow:
     return composition(
         "03-compose-six-references",
-        ("man-office-worker", "crown", "carrot", "carrot", "carrot", "field"),
+        ("man-office-worker", "crown", "carrot", "guitar", "pizza", "field"),
         "Show the man office worker from image 1 wearing the crown from image 2, with the carrot from image 3 in "
-        "front, the carrot from image 4 to the left and the carrot from image 5 to the right, in the field of image 6.",
+        "front, the guitar from image 4 to the left and the pizza from image 5 to the right, in the field of image 6.",
     )
 
 
 def single_edit() -> Workflow:
     return composition(
         "04-edit-one-picture",
-        ("scene-with-pushpin",),
-        "Remove the round pushpin from image 1.",
+        ("scene-with-barber-pole",),
+        "Remove the man office worker from image 1.",
     )
 
 
@@ -78,33 +78,31 @@ def stock_ksampler() -> Workflow:
     composed = compose(w, model, [picture["image"] for picture in pictures], prompt)
     conditioning = {"positive": composed["positive"], "negative": composed["negative"]}
     wires = {"model": model["MODEL"], **conditioning, "latent_image": composed["latent"]}
-    numbers = {"seed": SEED, CONTROL: "fixed", "steps": 20, "cfg": 1}
+    numbers = {"seed": SEED, CONTROL: "fixed", "steps": 20, "cfg": GUIDANCE}
     sampled = w.add("KSampler", wires, {**numbers, "sampler_name": "euler", "scheduler": "simple", "denoise": 1})
     arrange(w, model, pictures, composed, sampled, sampled["LATENT"])
     return w
 
 
 def stock_nodes() -> Workflow:
+    """ComfyUI's advanced sampling; its parts come from the pack where they depend on the weights."""
     w = Workflow("06-stock-nodes", KINDS)
     model = load(w)
-    [picture] = sample_pictures(w, ["scene-with-barber-pole"])
-    size = {"upscale_method": "bicubic", "width": 160, "height": 160, "crop": "disabled"}
-    scaled = w.add("ImageScale", {"image": picture["image"]}, size)
-    latent = w.add("VAEEncode", {"pixels": scaled["IMAGE"], "vae": model["VAE"]})
-    prompt = {"prompt": "Remove the barber pole."}
-    text = w.add("TextEncodeQwenImageEditPlus", {"clip": model["CLIP"], "image1": scaled["IMAGE"]}, prompt)
-    reference = w.add("ReferenceLatent", {"conditioning": text["CONDITIONING"], "latent": latent["LATENT"]})
-    noise = w.add("RandomNoise", values={"noise_seed": STOCK_SEED, CONTROL: "fixed"})
-    guider = w.add("BasicGuider", {"model": model["MODEL"], "conditioning": reference["CONDITIONING"]})
+    pictures = sample_pictures(w, ("panda", "carrot", "room"))
+    prompt = "Put the panda from image 1 to the left of the carrot from image 2, in the room of image 3."
+    composed = compose(w, model, [picture["image"] for picture in pictures], prompt)
+    noise = w.add("RandomNoise", values={"noise_seed": SEED, CONTROL: "fixed"})
+    conditioning = {"positive": composed["positive"], "negative": composed["negative"]}
+    guider = w.add("CFGGuider", {"model": model["MODEL"], **conditioning}, {"cfg": GUIDANCE})
     sampler = w.add("UniPicSamplerSelect", values={"sampler": "euler"})
     times = {"steps": 0, "denoise": 1, "schedule": "auto", "shift": 0}
-    sigmas = w.add("UniPicSigmas", {"model": model["MODEL"], "latent": latent["LATENT"]}, times)
+    sigmas = w.add("UniPicSigmas", {"model": model["MODEL"], "latent": composed["latent"]}, times)
     choices = {"noise": noise["NOISE"], "guider": guider["GUIDER"], "sampler": sampler["sampler"]}
-    wires = {**choices, "sigmas": sigmas["sigmas"], "latent_image": latent["LATENT"]}
+    wires = {**choices, "sigmas": sigmas["sigmas"], "latent_image": composed["latent"]}
     sampled = w.add("SamplerCustomAdvanced", wires)
     decoded = decode(w, sampled["output"], model)
-    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, [picture, scaled, latent], GREEN))
-    w.column(Group(PROMPT, [text, reference], BROWN))
+    w.column(Group(MODEL, [model], BLUE), Group(PICTURES, pictures, GREEN))
+    w.column(Group(PROMPT, [composed], BROWN))
     w.column(Group("4 Noise, guidance, schedule", [noise, guider, sampler, sigmas], PURPLE))
     w.column(Group("5 Sampling", [sampled], PURPLE))
     w.column(Group("6 Result", [decoded, save(w, decoded["IMAGE"])], GREY))

@@ -100,26 +100,17 @@ KINDS = {
         (300, 304 + PREVIEW),
     ),
     "RandomNoise": Kind({}, ("noise_seed", CONTROL), {"NOISE": "NOISE"}, (300, 90)),
-    "BasicGuider": Kind({"model": "MODEL", "conditioning": "CONDITIONING"}, (), {"GUIDER": "GUIDER"}, (300, 60)),
+    "CFGGuider": Kind(
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"},
+        ("cfg",),
+        {"GUIDER": "GUIDER"},
+        (300, 120),
+    ),
     "SamplerCustomAdvanced": Kind(
         {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"},
         (),
         {"output": "LATENT", "denoised_output": "LATENT"},
         (300, 156 + PREVIEW),
-    ),
-    "TextEncodeQwenImageEditPlus": Kind(
-        {"clip": "CLIP", "vae": "VAE", "image1": "IMAGE", "image2": "IMAGE", "image3": "IMAGE"},
-        ("prompt",),
-        {"CONDITIONING": "CONDITIONING"},
-        (340, 240),
-        frozenset({"vae", "image1", "image2", "image3"}),
-    ),
-    "ReferenceLatent": Kind(
-        {"conditioning": "CONDITIONING", "latent": "LATENT"},
-        (),
-        {"CONDITIONING": "CONDITIONING"},
-        (340, 60),
-        frozenset({"latent"}),
     ),
     "LoadImage": Kind({}, ("image",), {"IMAGE": "IMAGE", "MASK": "MASK"}, (300, 330)),
     "SolidMask": Kind({}, ("value", "width", "height"), {"MASK": "MASK"}, (300, 122)),
@@ -133,9 +124,6 @@ KINDS = {
     "UNETLoader": Kind({}, ("unet_name", "weight_dtype"), {"MODEL": "MODEL"}, (340, 130)),
     "CLIPLoader": Kind({}, ("clip_name", "type", "device"), {"CLIP": "CLIP"}, (340, 150)),
     "VAELoader": Kind({}, ("vae_name",), {"VAE": "VAE"}, (340, 100)),
-    "ImageScale": Kind(
-        {"image": "IMAGE"}, ("upscale_method", "width", "height", "crop"), {"IMAGE": "IMAGE"}, (300, 150)
-    ),
     "VAEEncode": Kind({"pixels": "IMAGE", "vae": "VAE"}, (), {"LATENT": "LATENT"}, (300, 60)),
     "VAEDecode": Kind({"samples": "LATENT", "vae": "VAE"}, (), {"IMAGE": "IMAGE"}, (300, 60)),
     "ImageStitch": Kind(

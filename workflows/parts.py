@@ -19,12 +19,12 @@ class Parts(Protocol):
 
 
 NANO = "unipic-nano (bundled)"
-LORA = "bundled: unipic-nano/unipic-nano-few-step_prefix_causal.safetensors"
+LORA = "bundled: unipic-nano/unipic-nano-few-step.safetensors"
 """The few-step LoRA of workflow 08."""
 
 SEED = 2
-STOCK_SEED = 178
-"""Seed of the workflow with the stock prompt node, which the nano was not trained with: most other seeds smear."""
+GUIDANCE = 1.5
+"""Guidance of the bundled model's recipe, where a node of ComfyUI asks for it."""
 MODEL, PICTURES, PROMPT, SAMPLING, RESULT = "1 Model", "2 Pictures", "3 Prompt", "4 Sampling", "5 Result"
 GREEN, BLUE, PURPLE, BROWN, GREY = "#8A8", "#3f789e", "#a1309b", "#b06634", "#88A"
 

@@ -24,11 +24,8 @@ from .parts import (
     save,
 )
 
-POLE = (34, 132, 60, 122)
-"""x, y, width and height in pixels of the barber pole in its picture of 256 x 256."""
-
-PUSHPIN = (152, 128, 76, 126)
-"""The pushpin, in its picture."""
+MAN = (94, 76, 112, 180)
+"""x, y, width and height in pixels of the man beside the barber pole, in their picture of 256 x 256."""
 
 DIFFUSION_MODEL = "unipic3-dmd-fp8.safetensors"
 TEXT_ENCODER = "qwen_2.5_vl_7b_fp8_scaled.safetensors"
@@ -51,9 +48,9 @@ def own_photographs() -> Workflow:
     w = Workflow("11-own-photographs-with-masks", KINDS)
     model = load(w)
     photo, place = sample_pictures(w, ("scene-with-barber-pole", "beach"))
-    masks = rectangle(w, POLE, inside=0)
+    masks = rectangle(w, MAN, inside=0)
     thing = w.add("UniPicReference", {"image": photo["image"], "mask": masks[-1]["MASK"]}, reference())
-    prompt = "Place the barber pole from image 1 on the left, on the beach of image 2."
+    prompt = "Place the man office worker from image 1 on the beach of image 2."
     around = w.add("UniPicReference", {"image": place["image"]}, reference())
     composed = compose(w, model, [], prompt, references=[thing["reference"], around["reference"]])
     sampled = few_steps(w, model["MODEL"], composed)
@@ -99,11 +96,11 @@ def inpaint() -> Workflow:
     """A masked part of a large picture, edited at the model's size and pasted back."""
     w = Workflow("12-inpaint-crop-and-stitch", KINDS)
     model = load(w)
-    [photo] = sample_pictures(w, ["scene-with-pushpin"])
-    masks = rectangle(w, PUSHPIN, inside=1)
+    [photo] = sample_pictures(w, ["scene-with-barber-pole"])
+    masks = rectangle(w, MAN, inside=1)
     wires = {"image": photo["image"], "mask": masks[-1]["MASK"], "model": model["MODEL"]}
     crop = w.add("UniPicCrop", wires, {"context": 4, "budget": 0, "grow": 14, "edge": 12})
-    composed = compose(w, model, [crop["image"]], "Remove the round pushpin from image 1.")
+    composed = compose(w, model, [crop["image"]], "Remove the man office worker from image 1.")
     sampled = few_steps(w, model["MODEL"], composed)
     decoded = decode(w, sampled["latent"], model)
     stitched = w.add("UniPicStitch", {"stitch": crop["stitch"], "image": decoded["IMAGE"]})
@@ -162,11 +159,11 @@ def frames() -> Workflow:
     """One edit, applied to every picture of a batch by itself."""
     w = Workflow("16-frames-one-by-one", KINDS)
     model = load(w)
-    [scene] = sample_pictures(w, ["scene-with-pushpin"])
+    [scene] = sample_pictures(w, ["scene-with-barber-pole"])
     mirrored = w.add("ImageFlip", {"image": scene["image"]}, {"flip_method": "y-axis: horizontally"})
     batch = w.add("BatchImagesNode", {"images.image0": scene["image"], "images.image1": mirrored["IMAGE"]})
     single = w.add("RebatchImages", {"images": batch["IMAGE"]}, {"batch_size": 1}, title="One frame after the other")
-    composed = compose(w, model, [single["IMAGE"]], "Remove the round pushpin from image 1.")
+    composed = compose(w, model, [single["IMAGE"]], "Remove the man office worker from image 1.")
     sampled = few_steps(w, model["MODEL"], composed)
     decoded = decode(w, sampled["latent"], model)
     together = w.add("RebatchImages", {"images": decoded["IMAGE"]}, {"batch_size": 4096}, title="All frames again")

@@ -31,6 +31,7 @@ from trainers.nano.emoji import Bank, default_folder
 from trainers.nano.render import Sample, render
 from trainers.nano.scenes import make_scene
 from unipic_core.cli.terminal import DEFAULT_MODEL
+from unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention_forms import spans, through_blocks
 from unipic_core.model.blocks import KeyValue
@@ -170,10 +171,11 @@ def relative_time(refreshed: Sequence[int], steps: int) -> float:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def samples_of(n: int) -> list[Sample]:
-    """The first held-out compositions that have references."""
-    bank = Bank(default_folder())
-    scenes = (make_scene(bank, "heldout", 1, i) for i in range(10 * n))
+def samples_of(pipe: UniPicPipeline, n: int) -> list[Sample]:
+    """The first held-out compositions that have references, of the size that the model was trained for."""
+    size = pipe.recipe.output_budget or DEFAULT_BUDGET
+    bank = Bank(default_folder(), size)
+    scenes = (make_scene(bank, "heldout", 1, i, size=size) for i in range(10 * n))
     return [s for s in (render(bank, scene) for scene in scenes) if s.references][:n]
 
 
@@ -257,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pipe = UniPicPipeline.from_pretrained(args.model, torch_dtype=torch.float32, device="cpu")
     if args.lora:
         pipe.load_lora(args.lora)
-    result = {**machine(), **measure(pipe, samples_of(args.n), args.steps)}
+    result = {**machine(), **measure(pipe, samples_of(pipe, args.n), args.steps)}
     path = args.json or RESULTS / f"approximate-{device_name()}{changed_options(args)}.json"
     write_json(path, result)
     draw(path, PANELS, partial(plot, result))

@@ -1,8 +1,8 @@
-"""`python -m tests.benchmarks.cache_storage [--model PATH] [--lora FILE] [--n N] [--json FILE]`
+"""`python -m tests.benchmarks.cache_storage [--model PATH] [--lora FILE] [--form FORM] [--n N] [--json FILE]`
 
-Cost in quality of int8 storage of the condition cache, on weights of a causal attention form, over held-out
-compositions: the relative error of the keys and values, and PSNR and latents of the pictures against those of the cache
-as computed, beside the PSNR of two seeds.
+Cost in quality of int8 storage of the condition cache over held-out compositions: the relative error of the keys and
+values, and PSNR and latents of the pictures against those of the cache as computed, beside the PSNR of two seeds.
+Weights that were trained in full attention run as if they had been trained in FORM: their keys and values are as large.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch import Tensor
 
 from trainers.nano.render import Sample
 from unipic_core.cli.terminal import DEFAULT_MODEL
+from unipic_core.model.config import FULL, PREFIX_CAUSAL, REFERENCE_CAUSAL
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.run.kv_storage import AUTO, INT8, CacheStorage, StoredTensor
 
 from .approximate import Run, psnr, run_all, samples_of
 from .common import RESULTS, changed_options, device_name, machine, write_json
-
-LORA = DEFAULT_MODEL / "loras" / "unipic-nano-few-step_prefix_causal.safetensors"
 
 
 def error(x: Tensor, stored: StoredTensor) -> float:
@@ -83,15 +82,19 @@ def measure(pipe: UniPicPipeline, samples: Sequence[Sample]) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("--lora", type=Path, default=LORA)
+    parser.add_argument("--lora", type=Path)
+    parser.add_argument("--form", default=PREFIX_CAUSAL, choices=(REFERENCE_CAUSAL, PREFIX_CAUSAL))
     parser.add_argument("--n", type=int, default=24)
     parser.add_argument("--json", type=Path)
     parser.set_defaults(parser=parser)
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="no pictures given")
     pipe = UniPicPipeline.from_pretrained(args.model, torch_dtype=torch.float32, device="cpu")
-    pipe.load_lora(args.lora)
-    result = measure(pipe, samples_of(args.n))
+    if args.lora:
+        pipe.load_lora(args.lora)
+    if pipe.transformer.config.attention_form == FULL:
+        pipe.transformer.config = pipe.transformer.config.with_attention_form(args.form)
+    result = measure(pipe, samples_of(pipe, args.n))
     for name, value in {**result.pop("relative_error"), **result}.items():
         print(f"{name:24} {value:.4g}")
         result[name] = value

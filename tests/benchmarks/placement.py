@@ -43,6 +43,7 @@ from trainers.nano.scenes import make_scene
 from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.images import resize_references, to_images
 from unipic_core.conditioning.influence import GRID, Influence, Region
+from unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model import reference_bias
 from unipic_core.model.config import MMDiTConfig
@@ -165,7 +166,7 @@ def by_area(pipe: UniPicPipeline, case: Case, steps: int) -> Generate:
     shape = LatentShape.of_pixels(*scene.canvas)
 
     def condition(pictures: list[Image.Image], words: str) -> tuple[list[Tensor], TextCond]:
-        resized = resize_references(pictures, pipe.recipe.reference_budget or 128)
+        resized = resize_references(pictures, pipe.recipe.reference_budget or DEFAULT_BUDGET)
         return pipe._encode_references(resized), pipe._encode_text(resized, words)
 
     @torch.no_grad()
@@ -197,19 +198,20 @@ def by_area(pipe: UniPicPipeline, case: Case, steps: int) -> Generate:
     return generate
 
 
-def cases(bank: Bank, n: int) -> list[Case]:
+def cases(n: int, size: int) -> list[Case]:
     """Scenes of two unseen things, one left of the other."""
+    bank = Bank.open(size=size)
     found: list[Case] = []
     index = 0
     while len(found) < n:
-        scene = make_scene(bank, "heldout", 11, index, task="pair")
+        scene = make_scene(bank, "heldout", 11, index, task="pair", size=size)
         index += 1
         if scene.items[1].relation in ("left", "right"):
             found.append(Case.of(bank, scene))
     return found
 
 
-def measure(pipe: UniPicPipeline, bank: Bank, n: int, steps: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+def measure(pipe: UniPicPipeline, n: int, steps: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """After each scene its number, and one row for each way, kind of words and order of the boxes, with the mean over
     the scenes so far and its interval."""
     scores: dict[tuple[str, str, str], list[tuple[dict[str, float], float]]] = {}
@@ -218,7 +220,7 @@ def measure(pipe: UniPicPipeline, bank: Bank, n: int, steps: int) -> Iterator[tu
         score, control = case.score(picture, ask), case.score(picture, 1 - ask)
         scores.setdefault((way, words, boxes), []).append((score, control["iou"]))
 
-    for number, case in enumerate(cases(bank, n), start=1):
+    for number, case in enumerate(cases(n, pipe.recipe.output_budget or DEFAULT_BUDGET), start=1):
         kinds = {"open": case.open_words, "named": case.scene.instruction}
         for boxes, ask in (("as in the scene", 0), ("exchanged", 1)):
             note("truth", "-", boxes, case, case.samples[ask].target, ask)
@@ -281,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.speed:
         return speed()
     pipe = UniPicPipeline.from_pretrained(args.model, torch_dtype=torch.float32, device="cpu")
-    for number, rows in measure(pipe, Bank.open(), args.n, args.steps):
+    for number, rows in measure(pipe, args.n, args.steps):
         print(f"scene {number} of {args.n}", file=sys.stderr, flush=True)
         if number % 10 == 0 or number == args.n:
             write_json(args.json, {"machine": machine(), "n": number, "steps": args.steps, "rows": rows})

@@ -24,7 +24,7 @@ from unipic_core.replacing import write_json
 from ..judges.panel import Case as Scene
 from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import JudgeError, read_lines
-from ..nano.emoji import LONGEST, Bank
+from ..nano.emoji import Bank
 
 BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom", "omniref")
 MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
@@ -232,7 +232,7 @@ def _omniref(folder: Path, row: Mapping[str, Any]) -> Case:
 
 def drawn_scenes(n: int, seed: int, size: int) -> tuple[Bank, Scenes]:
     """Unseen assets at the resolution of this size, and scenes of them."""
-    return Bank.open(None, longest=max(LONGEST, size)), Scenes(max(2, n), seed, progress=False, size=size)
+    return Bank.open(size=size), Scenes(max(2, n), seed, progress=False, size=size)
 
 
 def draw_cases(n: int, seed: int, out: Path, size: int = Scenes.size) -> list[Case]:

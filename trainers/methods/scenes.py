@@ -22,7 +22,6 @@ from unipic_core.weights.recipe import Recipe
 
 from ..cache import Rows
 from ..data.encoding import encode_pictures
-from ..data.endless.drawing import open_bank
 from ..data.endless.stream import SceneStream, SceneUse
 from ..data.endless.token_sources import AMBIGUOUS
 from ..data.previews import NANO_PREVIEWS, PreviewRow, reference_cell
@@ -30,6 +29,7 @@ from ..data.rows import Row
 from ..data.sources import Compositions
 from ..data.text_embeddings import UNCOND_PROMPT
 from ..loop.method import Batch
+from ..nano.emoji import Bank
 from .base import NetworkTraining
 from .correspondence import NOBODY, Owners
 from .inputs import Inputs
@@ -99,7 +99,7 @@ class OnScenes(NetworkTraining):
     def preview_rows(self, vae: ImageVAE) -> list[PreviewRow]:
         """Preview samples of the composition set, half of training and half of held-out assets; encoded once."""
         if not hasattr(self, "_preview_rows"):
-            bank, count = open_bank(self.data.size), self.preview_config.samples
+            bank, count = Bank.open(size=self.data.size), self.preview_config.samples
             self._preview_rows = [
                 preview_row(scenes[i], encode_pictures(vae, [scenes[i].target, *scenes[i].references]))
                 for k, (split, seed) in enumerate(NANO_PREVIEWS)

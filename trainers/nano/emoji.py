@@ -28,7 +28,7 @@ EXPECTED_FILES = 3391
 SUBSET = Path(__file__).with_name("assets")
 ALPHA_FLOOR = 8  # fainter pixels are ignored when a picture is cropped
 MAX_FILE_BYTES = 1 << 20
-LONGEST = 160  # side in memory: more than a scene of 128 pixels shows, a third of the memory of 256
+LEAST_SIDE = 160  # in memory: more than a scene of 128 pixels shows, a third of the memory of 256
 ASYMMETRY_SIDE = 16  # pixels at which a picture is compared with its mirror image
 
 
@@ -47,13 +47,13 @@ class Bank:
     """Assets of the catalogue for which there is a picture, with their pixels.
 
     ``Bank.open()`` takes the full set when it has been fetched and falls back to the vendored subset;
-    ``bank.note`` says which, in a sentence to print. ``longest`` bounds the side of the pictures kept in memory; raise
-    it to draw scenes larger than 160 pixels.
+    ``bank.note`` says which, in a sentence to print. ``size`` is the side in pixels of the scenes to draw: the pictures
+    in memory are as large as they need.
     """
 
-    def __init__(self, folder: Path, longest: int = LONGEST) -> None:
+    def __init__(self, folder: Path, size: int = 128) -> None:
         self.folder = folder
-        self.longest = longest
+        self.longest = max(LEAST_SIDE, size)
         self._paths = {key_of(path): path for path in sorted(folder.glob("*.webp"))}
         self._assets = tuple(asset for asset in load() if asset.key in self._paths)
         self._images: dict[str, Image.Image] = {}
@@ -64,12 +64,12 @@ class Bank:
             raise ValueError(f"no pictures of the catalogue in {folder}; run python -m trainers.nano.emoji")
 
     @classmethod
-    def open(cls, folder: Path | str | None = None, longest: int = LONGEST) -> Bank:
+    def open(cls, folder: Path | str | None = None, size: int = 128) -> Bank:
         """Open the given folder, the fetched set, or the vendored subset. Raises ValueError without pictures."""
         if folder is not None:
-            return cls(Path(folder), longest)
+            return cls(Path(folder), size)
         fetched = default_folder()
-        return cls(fetched if any(fetched.glob("*.webp")) else SUBSET, longest)
+        return cls(fetched if any(fetched.glob("*.webp")) else SUBSET, size)
 
     @property
     def is_subset(self) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from unipic_core.conditioning.reference_sizes import to_multiple
 from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.weights.recipe import TRANSFORMER_FOLDERS
@@ -157,7 +158,8 @@ def block_of(name: str) -> int | None:
 def tokens(config: RunConfig) -> int:
     """Tokens of one sample: target, references and text."""
     data = required(config.data)
-    images = (data.size // PIXELS_PER_TOKEN) ** 2 + (data.reference_budget // PIXELS_PER_TOKEN) ** 2
+    reference, _ = to_multiple((data.reference_budget, data.reference_budget))
+    images = (data.size // PIXELS_PER_TOKEN) ** 2 + (reference // PIXELS_PER_TOKEN) ** 2
     return images + (data.reference_budget // VISION_PIXELS) ** 2 + PROMPT_TOKENS
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..caching import TensorCache, WeightsKey
 from ..conditioning.prompt import LONG_PROMPT
-from ..conditioning.reference_sizes import vision_size
+from ..conditioning.reference_sizes import to_multiple, vision_size
 from ..conditioning.sequence import PIXELS_PER_TOKEN, LatentShape, PackedLatents, TextCond
 from ..conditioning.vision import vision_tokens
 from ..model.attention import Attention
@@ -41,8 +41,9 @@ def max_kv_cache_bytes(config: MMDiTConfig, reference_budget: int, itemsize: flo
 
     reference_budget: side in pixels of the square that the references share. itemsize: bytes of one number.
     """
-    images = CACHED_REFERENCE_SETS * (reference_budget // PIXELS_PER_TOKEN) ** 2
-    words = CACHED_TEXTS * (vision_tokens(*vision_size((reference_budget, reference_budget))) + LONG_PROMPT)
+    width, height = to_multiple((reference_budget, reference_budget))
+    images = CACHED_REFERENCE_SETS * (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+    words = CACHED_TEXTS * (vision_tokens(*vision_size((width, height))) + LONG_PROMPT)
     fixed = fixed_pieces(config.attention_form)
     tokens = sum({REFERENCES: images, TEXT: words}[piece] for piece in fixed)
     return kv_cache_bytes(tokens, config.num_layers, config.width, itemsize)

@@ -92,6 +92,23 @@ def causal_models(causal_folders):
     return {form: load_model(folder) for form, folder in causal_folders.items()}
 
 
+@pytest.fixture(scope="session")
+def causal_lora(nano, tmp_path_factory) -> Path:
+    """A LoRA file for the bundled nano with the recipe of few steps and a causal form, of small random weights."""
+    import torch
+    from unipic_pack.unipic_core.weights.lora import save_lora
+    from unipic_pack.unipic_core.weights.recipe import Recipe
+    from unipic_pack.unipic_core.weights.transformer import open_transformer
+
+    rng, width = torch.Generator().manual_seed(0), open_transformer(nano).config.width
+    names = [f"transformer_blocks.{block}.attn.to_{part}" for block in range(2) for part in "qkv"]
+    layers = {name: (torch.randn(4, width, generator=rng), torch.randn(width, 4, generator=rng) / 50) for name in names}
+    recipe = Recipe(steps=8, guidance=1.0, sampler="consistency", schedule="few_step", attention_form="prefix_causal")
+    file = tmp_path_factory.mktemp("loras") / "causal.safetensors"
+    save_lora(file, layers, recipe=recipe)
+    return file
+
+
 @pytest.fixture
 def inference():
     """As ComfyUI's executor runs nodes."""

@@ -27,7 +27,7 @@ from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.pictures.vae import load_vae
 from unipic_pack.nodes.host.sampling.choices import Widgets
 from unipic_pack.nodes.host.text.encoder import load_clip
-from unipic_pack.nodes.lora import add_lora, bundled_loras, lora_path, read_lora
+from unipic_pack.nodes.lora import BUNDLED, add_lora, lora_names, lora_path, read_lora
 from unipic_pack.nodes.sample import FewStepSampler
 from unipic_pack.unipic_core.errors import UniPicError
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("inference")
 
 SHORT = {"seed": 5, "steps": 2, "cfg": 1.0, "sampler": "consistency", "denoise": 1.0}
 AXES = {"x_axis": "none", "x_values": "", "y_axis": "none", "y_values": ""}
-[LORA] = bundled_loras()
+[LORA] = [name for name in lora_names() if name.startswith(BUNDLED)]
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,9 @@ def hole(height: int, width: int, batch: int = 1) -> torch.Tensor:
 
 def test_the_budget_is_the_model_s(nano_model: Any) -> None:
     picture, mask = image(0, 400, 300), hole(300, 400)
-    assert crop(picture, mask, model=nano_model)[1].shape[1:3] == (96, 192)
+    assert crop(picture, mask, model=nano_model)[1].shape[1:3] == (192, 352)
     assert crop(picture, mask)[3:] == (1440, 736)
-    assert crop(picture, mask, model=nano_model, budget=256)[3:] == (352, 192)
+    assert crop(picture, mask, model=nano_model, budget=128)[3:] == (192, 96)
 
 
 def test_masks_of_any_shape_and_size() -> None:

@@ -20,10 +20,11 @@ import torch
 import toy
 from safetensors.torch import save_file
 from torch import Tensor
-from unipic_pack.nodes import lora as lora_module
+from unipic_pack.nodes.compare import UniPicCompare
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach, attachment_of
-from unipic_pack.nodes.lora import DistillLoRA
+from unipic_pack.nodes.lora import BUNDLED, DistillLoRA, file_state, lora_path
+from unipic_pack.unipic_core import bundled
 from unipic_pack.unipic_core.errors import LoRAError, UniPicError
 from unipic_pack.unipic_core.weights.lora import read_lora as read_core_lora
 from unipic_pack.unipic_core.weights.lora import save_adapter, save_lora
@@ -436,7 +437,7 @@ def test_a_checkpoint_is_no_lora(file: Path, tiny: Any) -> None:
 def test_bundled_loras_are_listed_and_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file: Path, tiny: Any, pairs: Pairs
 ) -> None:
-    monkeypatch.setattr(lora_module, "MODELS", tmp_path)
+    monkeypatch.setattr(bundled, "MODELS", tmp_path)
     (tmp_path / "nano" / "loras").mkdir(parents=True)
     save_lora(tmp_path / "nano" / "loras" / "few.safetensors", pairs)
     save_lora(file, pairs)
@@ -450,6 +451,19 @@ def test_bundled_loras_are_listed_and_found(
     )
     with pytest.raises(LoRAError, match=r"the pack has no LoRA 'nano/gone\.safetensors'; choose another"):
         apply(tiny, name="bundled: nano/gone.safetensors")
+    with pytest.raises(LoRAError, match=r"there is no LoRA 'gone\.safetensors' in ComfyUI's models/loras"):
+        apply(tiny, name="gone.safetensors")
+
+
+@pytest.mark.parametrize("earlier", bundled.RENAMED)
+def test_a_saved_workflow_may_name_a_bundled_lora_as_it_was_called(earlier: str) -> None:
+    file = lora_path(BUNDLED + earlier)
+    assert file.is_file()
+    assert file.name == Path(bundled.RENAMED[earlier]).name
+    for node in (DistillLoRA, UniPicCompare):
+        assert node.validate_inputs(BUNDLED + earlier) is True
+        assert node.fingerprint_inputs(lora=BUNDLED + earlier) == file_state(BUNDLED + bundled.RENAMED[earlier])
+        assert "there is no LoRA" in node.fingerprint_inputs(lora="gone.safetensors")
 
 
 def test_a_replaced_file_is_read_again(file: Path, pairs: Pairs) -> None:

@@ -22,7 +22,7 @@ from unipic_pack.nodes.host import model_paths as sources
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import attachment_of
 from unipic_pack.nodes.load import LoadUniPic
-from unipic_pack.nodes.lora import DistillLoRA, bundled_loras
+from unipic_pack.nodes.lora import add_lora, read_lora
 from unipic_pack.unipic_core.weights.convert import convert
 from unipic_pack.unipic_core.weights.merge import merge
 from unipic_pack.unipic_core.weights.transformer import open_transformer
@@ -54,13 +54,9 @@ def parts() -> tuple[Any, Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def causal(parts: tuple[Any, Any, Any]) -> Any:
+def causal(parts: tuple[Any, Any, Any], causal_lora: Path) -> Any:
     with torch.inference_mode():
-        return DistillLoRA.execute(parts[0], lora_name(), 1.0)[0]
-
-
-def lora_name() -> str:
-    return next(name for name in bundled_loras() if "prefix_causal" in name)
+        return add_lora(parts[0], read_lora(causal_lora), 1.0)[0]
 
 
 def saved(node: Any, *arguments: Any) -> Path:
@@ -109,12 +105,11 @@ def test_a_network_comes_back(
     "writer", ["merge to a file", "merge to a folder", "ModelSave", "CheckpointSave", "convert of ModelSave"]
 )
 def test_a_causal_lora_keeps_form_and_recipe(
-    writer: str, nano: Path, tmp_path: Path, parts: tuple[Any, Any, Any], causal: Any
+    writer: str, nano: Path, tmp_path: Path, parts: tuple[Any, Any, Any], causal: Any, causal_lora: Path
 ) -> None:
-    lora = bundled_loras()[lora_name()]
     if writer.startswith("merge"):
         file = tmp_path / ("m.safetensors" if writer == "merge to a file" else "m")
-        merge(nano, file, [(lora, 1.0)], dtype="fp32")
+        merge(nano, file, [(causal_lora, 1.0)], dtype="fp32")
     else:
         file = WRITERS[writer](nano, tmp_path, causal, parts)
     again = load_model(file)

@@ -318,7 +318,7 @@ def test_a_plot_is_drawn_with_the_spread(toys: Evaluation, tmp_path: Path) -> No
 
 def test_a_system_says_how_it_really_runs() -> None:
     plain = System("nano", str(DEFAULT_MODEL)).about()
-    assert (plain["steps"], plain["cfg"], plain["sampler"]) == (20, 1.0, "euler")
+    assert (plain["steps"], plain["cfg"], plain["sampler"]) == (20, 1.5, "euler")
     few = System("few", str(DEFAULT_MODEL), steps=4, cfg=2.0).about()
     assert (few["steps"], few["cfg"], few["label"]) == (4, 2.0, "few")
     assert few["series"] == f"{DEFAULT_MODEL.name}, cfg 2"

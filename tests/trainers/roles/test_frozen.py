@@ -114,11 +114,12 @@ def metadata_of(path):
 @pytest.mark.parametrize(("kind", "error"), [("fp32", 1e-6), ("bf16", 0.01), ("fp8", 0.15), ("nf4", 0.5)])
 def test_the_velocity_is_the_float32_network_s_within_the_form_s_error(kind, error, inputs):
     with torch.no_grad():
-        expected = load_transformer(DEFAULT_MODEL, dtype=torch.float32)(*inputs)
-        network = base(kind)
+        plain, network = load_transformer(DEFAULT_MODEL, dtype=torch.float32), base(kind)
+        expected = plain(*inputs)
         assert distance(network(*inputs), expected) < error
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-            assert distance(network(*inputs).float(), expected) < error + 0.02
+            rounding = distance(plain(*inputs).float(), expected)
+            assert distance(network(*inputs).float(), expected) < error + 1.1 * rounding < error + 0.03
 
 
 @pytest.mark.parametrize("kind", FORMS)

@@ -33,8 +33,8 @@ def networks():
 def test_the_tangent_is_not_drowned(networks):
     """Rounded weights are another function by a percent, whose tangent is exact; rounded activations leave only noise.
 
-    Measured: 0.0096 of the exact tangent's norm; differences of step 5e-4 are 0.021 from it with float32 weights, 0.022
-    with gathered ones, and 3.3 in a network of bfloat16 activations.
+    Measured: 0.011 of the exact tangent's norm; differences of step 2e-4 are 0.0057 from it with float32 weights, 0.013
+    with gathered ones, and 8 in a network of bfloat16 activations. (Longer steps measure the network's curvature.)
     """
     latents, t, text = example()
     x, along = latents.target, torch.randn(latents.target.shape, generator=torch.Generator().manual_seed(3))
@@ -43,9 +43,11 @@ def test_the_tangent_is_not_drowned(networks):
         return lambda x_t, t: networks[name](latents.with_target(x_t), t, text)
 
     exact = jvp_tangent(of("float32"), x, along, t)[1]
-    assert distance(jvp_tangent(of("gathered"), x, along, t)[1], exact) < 0.02
-    errors = {name: distance(difference_tangent(of(name), x, along, t, 5e-4), exact) for name in networks}
-    assert errors["gathered"] < 1.5 * errors["float32"] < 0.05
+    rounded = distance(jvp_tangent(of("gathered"), x, along, t)[1], exact)
+    assert rounded < 0.02
+    errors = {name: distance(difference_tangent(of(name), x, along, t, 2e-4), exact) for name in networks}
+    assert errors["float32"] < 0.05
+    assert errors["gathered"] < errors["float32"] + rounded, "the difference multiplies no rounding"
     assert errors["bfloat16"] > 1
 
 

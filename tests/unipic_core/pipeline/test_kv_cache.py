@@ -41,7 +41,7 @@ def pipeline(form: str, tmp_path: Path) -> UniPicPipeline:
 
 def latents(pipe: UniPicPipeline, **wishes: Any) -> Tensor:
     given = {"images": [RED, BLUE], "prompt": "a cup", "seed": 1, "num_inference_steps": 2, "reference_budget": 64}
-    given |= {"width": 64, "height": 48, "output_type": "latent"}
+    given |= {"width": 64, "height": 48, "output_type": "latent", "true_cfg_scale": 1.0}
     return pipe(**{**given, **wishes}).images
 
 

@@ -43,6 +43,7 @@ BASE: dict[str, Any] = {
     "reference_budget": 64,
     "width": 64,
     "height": 48,
+    "true_cfg_scale": 1.0,
     "output_type": "latent",
 }
 SAME, STALE = 1e-5, 1e-3

@@ -27,7 +27,7 @@ SALT = 4111
 @lru_cache(maxsize=2)
 def bank_of(size: int) -> Bank:
     """Pictures of the composition set, sharp up to this size."""
-    return Bank.open(longest=max(160, size))
+    return Bank.open(size=size)
 
 
 def drawn_entries(config: IngestConfig, number: int, seed: int) -> Iterator[Entry]:

@@ -10,7 +10,7 @@ import torch
 
 from unipic_core.model.vae import ImageVAE
 
-from ...nano.emoji import LONGEST, Bank
+from ...nano.emoji import Bank
 from ...nano.open_scenes.drawing import make_any_scene
 from ...nano.render import Sample, render
 from ...nano.scene import Scene
@@ -69,11 +69,6 @@ def weighted_choice(weights: Mapping[str, float], *seed: int) -> str:
     """Draw one of the names by weight."""
     share = np.array(list(weights.values())) / sum(weights.values())
     return list(weights)[np.random.default_rng(seed).choice(len(share), p=share)]
-
-
-def open_bank(size: int) -> Bank:
-    """Open the asset pictures at the resolution that scenes of this size need."""
-    return Bank.open(longest=max(LONGEST, size))
 
 
 def encode_scenes(vae: ImageVAE, bank: Bank, scenes: Sequence[Scene], reference_budget: int) -> list[EncodedScene]:

@@ -20,7 +20,7 @@ from unipic_core.weights.vae import load_image_vae
 
 from ...config.run import DataConfig, required
 from ...nano.emoji import Bank
-from .drawing import EncodedScene, draw_scene, encode_scenes, open_bank
+from .drawing import EncodedScene, draw_scene, encode_scenes
 
 TOGETHER = 16
 """Scenes per VAE batch, fixed because rounding depends on the batch."""
@@ -38,7 +38,7 @@ class SceneDrawer:
 
     @classmethod
     def open(cls, data: DataConfig, vae_folder: Path) -> SceneDrawer:
-        return cls(data, load_image_vae(vae_folder), open_bank(data.size))
+        return cls(data, load_image_vae(vae_folder), Bank.open(size=data.size))
 
     def draw(self, chunk: int) -> list[EncodedScene]:
         data, options = self.data, required(self.data.scenes)

@@ -105,7 +105,7 @@ def lora_of_another_size(graph: Graph) -> None:
 BAD: dict[str, tuple[Change, str, str]] = {
     "a seventh socket": (seventh, "MultiImageCompose", "at most 6 pictures"),
     "eight pictures in batches": (batches, "MultiImageCompose", "at most 6 pictures"),
-    "a size over the budget": (too_large, "MultiImageCompose", "over this model's 128x128"),
+    "a size over the budget": (too_large, "MultiImageCompose", "over this model's 256x256"),
     "an unknown checkpoint": (
         lambda graph: node_of(graph, "LoadUniPic").update(model="unipic/none"),
         "LoadUniPic",

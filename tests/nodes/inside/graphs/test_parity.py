@@ -59,7 +59,7 @@ def by_nodes(loaded: tuple[Any, ...], count: int, sampler: str, cfg: float, shap
 @pytest.mark.parametrize("count", [0, 1, 3, 6])
 @pytest.mark.filterwarnings("ignore:no pictures given")
 def test_the_pipelines_latents(loaded: Any, by_pipeline: Any, count: int, sampler: str, cfg: float) -> None:
-    shape = LatentShape(1, 8, 8)
+    shape = LatentShape(1, 16, 16)
     start, *added = noises(shape, by_pipeline.transformer.config.in_channels)
     with torch.inference_mode():  # as ComfyUI's executor does
         got = by_nodes(loaded, count, sampler, cfg, shape)
@@ -92,4 +92,4 @@ def test_the_same_picture_by_the_sampler_node(loaded: Any) -> None:
         decoded = vae.decode(first)
     assert torch.equal(first, again)
     assert float((first - other).abs().max()) > 0.1
-    assert decoded.shape[-3:] == (128, 128, 3)
+    assert decoded.shape[-3:] == (256, 256, 3)

@@ -238,7 +238,8 @@ def test_approximate_uses_references_again_while_t_moves_little(nano_model: Any,
         if size == everything:
             torch.testing.assert_close(v, exact, rtol=0, atol=1e-5)
         else:
-            assert 1e-4 < float((v - exact).norm() / exact.norm()) < 0.3
+            # on noise; 0.05 to 0.1 on pictures (tests.benchmarks.approximate)
+            assert 1e-4 < float((v - exact).norm() / exact.norm()) < 0.5
 
 
 def test_approximate_is_exact_for_a_causal_form_and_over_when_the_run_is(

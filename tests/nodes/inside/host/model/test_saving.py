@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.recipe_attachment import RecipeAttachment, attach, attachment_of
-from unipic_pack.nodes.lora import DistillLoRA, bundled_loras
+from unipic_pack.nodes.lora import add_lora, read_lora
 from unipic_pack.unipic_core.errors import CheckpointError, UniPicError
 from unipic_pack.unipic_core.weights.recipe import Recipe
 from unipic_pack.unipic_core.weights.transformer import ZERO_COND_MARKER, load_transformer, open_transformer
@@ -39,9 +39,8 @@ def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module")
-def causal(nano_model: Any) -> Any:
-    [name] = [name for name in bundled_loras() if "prefix_causal" in name]
-    return DistillLoRA.execute(nano_model, name, 1.0)[0]
+def causal(nano_model: Any, causal_lora: Path) -> Any:
+    return add_lora(nano_model, read_lora(causal_lora), 1.0)[0]
 
 
 def test_a_causal_lora_is_saved_with_its_form_and_recipe(causal: Any, save: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from unipic_pack.nodes.compose import IMAGES, MultiImageCompose
 from unipic_pack.nodes.host.model_paths import DEFAULT_MODEL
 from unipic_pack.nodes.host.pictures.images import to_image
 from unipic_pack.nodes.load import LoadUniPic
-from unipic_pack.nodes.lora import DistillLoRA
+from unipic_pack.nodes.lora import add_lora, read_lora
 from unipic_pack.nodes.sample import FewStepSampler
 from unipic_pack.nodes.sample_images import FOLDER
 from unipic_pack.unipic_core.conditioning.images import load_image
@@ -33,10 +34,9 @@ def loaded() -> Any:
 
 
 @pytest.fixture(scope="module")
-def distilled(loaded: Any) -> Any:
-    """The same network with the bundled LoRA, which is of a causal form."""
-    options = DistillLoRA.define_schema().inputs[1].options
-    return DistillLoRA.execute(loaded[0], next(o for o in options if "prefix_causal" in o), 1.0).result[0]
+def distilled(loaded: Any, causal_lora: Path) -> Any:
+    """The same network with a LoRA of a causal form."""
+    return add_lora(loaded[0], read_lora(causal_lora), 1.0)[0]
 
 
 @pytest.mark.parametrize("causal_first", [False, True])
