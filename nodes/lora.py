@@ -18,6 +18,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..unipic_core import bundled
+from ..unipic_core.bundled import BUNDLED
 from ..unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from ..unipic_core.errors import CheckpointError, LoRAError, one_line
 from ..unipic_core.run.plan import Settings, resolve
@@ -32,7 +33,6 @@ from .host.model.model import UniPicModel
 from .host.model.saving import save_with_recipe
 from .host.recipe_attachment import attach, attachment_of
 
-BUNDLED = "bundled: "
 NETWORK = "diffusion_model."
 """ComfyUI's prefix of the network's parameter names."""
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from . import MODELS
 
+BUNDLED = "bundled: "
+"""Prefix of their names in the nodes' lists."""
+
 RENAMED = {
     "unipic-nano/unipic-nano-few-step_prefix_causal.safetensors": "unipic-nano/unipic-nano-few-step.safetensors",
 }

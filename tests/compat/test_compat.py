@@ -17,7 +17,7 @@ from tests.compat.make import OPTION, PROGRAMS, digests_of, small_network
 from tests.paths import ROOT
 from trainers.config.run import load_config, to_dict
 from trainers.train import main as train
-from unipic_core import bundled
+from unipic_core.bundled import BUNDLED, RENAMED
 from unipic_core.weights.lora import read_lora
 from unipic_core.weights.merge import merge
 from unipic_core.weights.recipe import recipe_of
@@ -26,7 +26,6 @@ from unipic_core.weights.transformer import load_transformer
 FIXTURES = ROOT / "tests" / "compat" / "fixtures"
 EXPECTED = json.loads((FIXTURES / "weights" / "expected.json").read_text(encoding="utf-8"))
 WORKFLOWS = sorted((FIXTURES / "workflows").glob("*.json"))
-BUNDLED = "bundled: "
 SOCKETS = {"Model", "Clip", "Vae", "Conditioning", "Latent", "Image", "Mask", "Autogrow"}
 
 
@@ -101,7 +100,7 @@ def test_saved_widgets_are_allowed_values(path: Path, schemas: list[dict[str, An
 def allowed(field: dict[str, Any], value: Any) -> bool:
     kind = field["type"]
     if kind == "Combo":
-        renamed = bundled.RENAMED.get(str(value).removeprefix(BUNDLED))
+        renamed = RENAMED.get(str(value).removeprefix(BUNDLED))
         return value in field["options"] or not field["options"] or f"{BUNDLED}{renamed}" in field["options"]
     if kind in ("Int", "Float"):
         return isinstance(value, (int, float)) and field["min"] <= value <= field["max"]

@@ -41,9 +41,9 @@ def max_kv_cache_bytes(config: MMDiTConfig, reference_budget: int, itemsize: flo
 
     reference_budget: side in pixels of the square that the references share. itemsize: bytes of one number.
     """
-    width, height = to_multiple((reference_budget, reference_budget))
-    images = CACHED_REFERENCE_SETS * (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
-    words = CACHED_TEXTS * (vision_tokens(*vision_size((width, height))) + LONG_PROMPT)
+    side, _ = to_multiple((reference_budget, reference_budget))
+    images = CACHED_REFERENCE_SETS * (side // PIXELS_PER_TOKEN) ** 2
+    words = CACHED_TEXTS * (vision_tokens(*vision_size((side, side))) + LONG_PROMPT)
     fixed = fixed_pieces(config.attention_form)
     tokens = sum({REFERENCES: images, TEXT: words}[piece] for piece in fixed)
     return kv_cache_bytes(tokens, config.num_layers, config.width, itemsize)
