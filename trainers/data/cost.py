@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from unipic_core.conditioning.sequence import VAE_SCALE
+from unipic_core.conditioning.prompt import PROMPT_TOKENS
+from unipic_core.conditioning.reference_sizes import tokens_of_budget
+from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN, VAE_SCALE
+from unipic_core.conditioning.vision import MERGE, PATCH
 from unipic_core.model.vae import ImageVAE
 
 from ..config.run import DataConfig
@@ -19,9 +22,6 @@ from .rows import BadRow
 
 CHANNELS = 16
 """Of latents."""
-
-PROMPT_TOKENS = 128
-"""Text tokens beside those of the references; most prompts are shorter."""
 
 RELEASED_TEXT_WIDTH = 3584
 PROBED_ROWS = 4
@@ -39,11 +39,12 @@ def text_width(folder: Path) -> int:
 
 def row_bytes(data: DataConfig, width: int | None) -> int:
     """Most bytes of a row, whose pictures fill their budgets. width: of text embeddings; None: pictures are stored."""
-    pixels = data.size**2 + data.reference_budget**2
+    references = tokens_of_budget(data.reference_budget)
+    pixels = data.size**2 + references.image * PIXELS_PER_TOKEN**2
     latents = 2 * CHANNELS * pixels // VAE_SCALE**2
     if width is None:
-        return latents + 3 * (data.reference_budget * 28 // 32) ** 2
-    tokens = (data.reference_budget // 32) ** 2 + 2 * PROMPT_TOKENS  # with the prompt, and the end without it
+        return latents + 3 * references.vision * (PATCH * MERGE) ** 2
+    tokens = references.vision + 2 * PROMPT_TOKENS  # with the prompt, and the end without it
     return latents + tokens * (width + 4 if data.text_storage == "fp8" else 2 * width)
 
 

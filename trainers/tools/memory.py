@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from unipic_core.conditioning.reference_sizes import to_multiple
+from unipic_core.conditioning.prompt import PROMPT_TOKENS
+from unipic_core.conditioning.reference_sizes import tokens_of_budget
 from unipic_core.conditioning.sequence import PIXELS_PER_TOKEN
 from unipic_core.model.config import MMDiTConfig
 from unipic_core.weights.recipe import TRANSFORMER_FOLDERS
@@ -44,12 +45,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 GIB = 2**30
 OUTSIDE = 1.0 * GIB
 """Assumed size of the CUDA context, cuBLAS workspaces and fragmentation."""
-
-PROMPT_TOKENS = 128
-"""Text tokens without those of the references; most prompts are shorter."""
-
-VISION_PIXELS = 32
-"""Side in reference pixels of a vision encoder token (28 pixels at 28/32 of the reference's size)."""
 
 SMALL_STATE = 4096
 """bitsandbytes stores the states of smaller tensors in 32 bits."""
@@ -158,9 +153,8 @@ def block_of(name: str) -> int | None:
 def tokens(config: RunConfig) -> int:
     """Tokens of one sample: target, references and text."""
     data = required(config.data)
-    reference, _ = to_multiple((data.reference_budget, data.reference_budget))
-    images = (data.size // PIXELS_PER_TOKEN) ** 2 + (reference // PIXELS_PER_TOKEN) ** 2
-    return images + (data.reference_budget // VISION_PIXELS) ** 2 + PROMPT_TOKENS
+    references = tokens_of_budget(data.reference_budget)
+    return (data.size // PIXELS_PER_TOKEN) ** 2 + references.image + references.vision + PROMPT_TOKENS
 
 
 # --- parts of the memory ----------------------------------------------------------------------------------------------

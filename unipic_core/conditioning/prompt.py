@@ -26,6 +26,9 @@ IMAGE = f"<|vision_start|>{IMAGE_PAD}<|vision_end|>"
 LONG_PROMPT = 1024
 """Most prompt tokens that the released weights were trained with."""
 
+PROMPT_TOKENS = 128
+"""Assumed prompt tokens without those of the references; most prompts are shorter."""
+
 SPECIAL_TOKENS = (
     *(IMAGE_PAD, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<tool_call>", "</tool_call>"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from ..checks import finite
 from ..errors import UniPicError
-from .sequence import nearest_multiple
+from .sequence import PIXELS_PER_TOKEN, nearest_multiple
+from .vision import vision_tokens
 
 Size = tuple[int, int]
 """(width, height) in pixels, in Pillow's order."""
@@ -80,6 +82,20 @@ def vision_size(size: Size) -> Size:
 def to_multiple(size: Size) -> Size:
     """Round both sides to multiples of 32, at least 32."""
     return nearest_multiple(size[0], REFERENCE_MULTIPLE), nearest_multiple(size[1], REFERENCE_MULTIPLE)
+
+
+class ReferenceTokens(NamedTuple):
+    """Numbers of tokens of references: image tokens in the network, vision tokens in the prompt."""
+
+    image: int
+    vision: int
+
+
+def tokens_of_budget(budget: int) -> ReferenceTokens:
+    """Tokens of one square reference that fills a budget; several have about as many in all. budget: side in pixels."""
+    width, height = to_multiple((budget, budget))
+    image = (width // PIXELS_PER_TOKEN) * (height // PIXELS_PER_TOKEN)
+    return ReferenceTokens(image, vision_tokens(*vision_size((width, height))))
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:

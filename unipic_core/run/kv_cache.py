@@ -11,9 +11,8 @@ from torch import Tensor
 
 from ..caching import TensorCache, WeightsKey
 from ..conditioning.prompt import LONG_PROMPT
-from ..conditioning.reference_sizes import to_multiple, vision_size
-from ..conditioning.sequence import PIXELS_PER_TOKEN, LatentShape, PackedLatents, TextCond
-from ..conditioning.vision import vision_tokens
+from ..conditioning.reference_sizes import tokens_of_budget
+from ..conditioning.sequence import LatentShape, PackedLatents, TextCond
 from ..model.attention import Attention
 from ..model.attention_forms import CachedKeyValues
 from ..model.blocks import KeyValues
@@ -41,9 +40,9 @@ def max_kv_cache_bytes(config: MMDiTConfig, reference_budget: int, itemsize: flo
 
     reference_budget: side in pixels of the square that the references share. itemsize: bytes of one number.
     """
-    side, _ = to_multiple((reference_budget, reference_budget))
-    images = CACHED_REFERENCE_SETS * (side // PIXELS_PER_TOKEN) ** 2
-    words = CACHED_TEXTS * (vision_tokens(*vision_size((side, side))) + LONG_PROMPT)
+    most = tokens_of_budget(reference_budget)
+    images = CACHED_REFERENCE_SETS * most.image
+    words = CACHED_TEXTS * (most.vision + LONG_PROMPT)
     fixed = fixed_pieces(config.attention_form)
     tokens = sum({REFERENCES: images, TEXT: words}[piece] for piece in fixed)
     return kv_cache_bytes(tokens, config.num_layers, config.width, itemsize)

@@ -161,6 +161,8 @@ def test_a_million_rows_of_the_released_size_take_terabytes(configured):
     config, _ = configured("large", size=1024, reference_budget=1024)
     one = cost.row_bytes(config.data, cost.RELEASED_TEXT_WIDTH)
     assert one == 2 * 2 * 16 * 128**2 + (1024 + 256) * 2 * 3584
+    rounded = replace(config.data, reference_budget=1000)  # references have sides of multiples of 32
+    assert cost.row_bytes(rounded, 1) == cost.row_bytes(replace(config.data, reference_budget=992), 1)
     assert cost.row_bytes(replace(config.data, text_storage="fp8"), cost.RELEASED_TEXT_WIDTH) < 0.56 * one
 
 
