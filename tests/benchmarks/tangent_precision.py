@@ -34,6 +34,7 @@ from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.pipeline.text_encoder import TextEncoder
 from unipic_core.sampling.flow import add_noise, velocity
+from unipic_core.weights.recipe import recipe_of
 from unipic_core.weights.transformer import load_transformer
 
 from .common import RESULTS, changed_options, device_name, heading, line, machine, write_json
@@ -89,9 +90,10 @@ def golden(seeds: int) -> Iterator[Case]:
 
 
 def nano(seeds: int) -> Iterator[Case]:
-    networks, vae = both(DEFAULT_MODEL), load_image_vae(DEFAULT_MODEL / "vae")
+    networks, vae, recipe = both(DEFAULT_MODEL), load_image_vae(DEFAULT_MODEL / "vae"), recipe_of(DEFAULT_MODEL)
     encoder = TextEncoder.from_pretrained(DEFAULT_MODEL, dtype=torch.float32)
-    scenes = Compositions(DataConfig(folder="-", samples=1024), 0, seeds, "heldout")
+    sizes = {"size": recipe.output_budget, "reference_budget": recipe.reference_budget}
+    scenes = Compositions(DataConfig(folder="-", samples=1024, **sizes), 0, seeds, "heldout")
     for seed in range(seeds):
         row = scenes[seed]
         target, *references = (z[None].float() for z in encode_pictures(vae, [row.target, *row.references]))
