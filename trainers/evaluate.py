@@ -248,7 +248,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--size",
         type=int,
-        help=f"side of the pictures in pixels; default: of the first model's recipe, or {Plan.size} for controls only",
+        help=f"side of the pictures in pixels (in the recipe of the first --model; {Plan.size} for controls only)",
     )
     top.add_argument("--shape", type=shape_of, default=SQUARE, metavar="WxH", help="ratio of the targets' sides (1x1)")
     top.add_argument("--scenes", default="closed", choices=["closed", "open"], help="%(default)s")

@@ -51,7 +51,7 @@ def add_run_options(make: argparse.ArgumentParser) -> None:
         )
     make.add_argument("--sampler", action="append", default=[], choices=["consistency", "euler"])
     make.add_argument(
-        "--size", type=int, help="nano: side of the scenes in pixels; default: of the first model's recipe"
+        "--size", type=int, help="nano: side of the scenes in pixels; default: in the first --model's recipe"
     )
     make.add_argument("--budget", type=int, help="side of the reference budget in pixels")
     make.add_argument(

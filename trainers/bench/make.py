@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def scene_size(args: argparse.Namespace, systems: Sequence[System], earlier: Plan | None) -> int:
-    """Side of drawn scenes in pixels: of --size, else of the run, else of the first model's recipe.
+    """Side of drawn scenes in pixels: of --size, else of the run, else in the first --model's recipe.
 
     Raises ValueError before a picture of another size replaces one of the run.
     """

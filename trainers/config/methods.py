@@ -208,8 +208,8 @@ class ConsistencyMethod:
 class DMDMethod:
     """Distribution matching (UniPic 3, eq. 12-14; losses.py). The student is rolled out in 1 .. max_steps steps.
 
-    max_steps: also the steps of the exported recipe. rollout: the number of steps is drawn for each training step
-    ("random"), or cycles as in the released code ("released").
+    max_steps: also the steps of the exported recipe, without `recipe.steps`. rollout: the number of steps is drawn for
+    each training step ("random"), or cycles as in the released code ("released").
     fake_updates: updates of the fake score per update of the student; fake_warmup_steps: initial steps that train only
     the fake score. weighting: "final", "first" or "released", see dmd_direction. optimizer: of the fake score.
     """

@@ -148,10 +148,11 @@ def above(config: object, bound: float, *names: str) -> None:
 
 
 def within(config: object, least: float, most: float, *names: str) -> None:
-    """Raise ConfigError unless all of these values are from least to most."""
+    """Raise ConfigError unless all of these values are from least to most; None (an absent optional key) passes."""
     for name in names:
-        if not least <= getattr(config, name) <= most:
-            raise ConfigError(f"{name} must be from {least} to {most}, got {getattr(config, name)}")
+        value = getattr(config, name)
+        if value is not None and not least <= value <= most:
+            raise ConfigError(f"{name} must be from {least} to {most}, got {value}")
 
 
 def one_of(config: object, name: str, choices: typing.Collection[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from unipic_core.model.attention import TRAINABLE
 from unipic_core.model.config import ATTENTION_FORMS
+from unipic_core.weights.recipe import LIMITS, MAX_GUIDANCE
 
 from .data import LARGEST_SEED
 from .data import DataConfig as DataConfig
@@ -181,10 +182,22 @@ class PreviewConfig:
         at_least(self, 0, "guidance")
 
 
+@dataclass(frozen=True)
+class RecipeConfig:
+    """Sampling settings that the exported recipe has in place of the method's, or of the base's with sft."""
+
+    steps: int | None = None
+    guidance: float | None = None
+
+    def __post_init__(self) -> None:
+        within(self, *LIMITS["steps"], "steps")
+        within(self, 0, MAX_GUIDANCE, "guidance")
+
+
 EXPORT_KINDS = ("lora", "merged", "folder")
 """Export formats in the order in which they are written: LoRA, one file, diffusers folder."""
 
-NETWORK_SECTIONS = ("network", "data", "preview", "validation")
+NETWORK_SECTIONS = ("network", "data", "preview", "recipe", "validation")
 SECTIONS: dict[str, tuple[str, ...]] = {
     "vae": ("vae",),
     "sft": (*NETWORK_SECTIONS, "sft"),
@@ -226,6 +239,7 @@ class RunConfig:
     network: NetworkConfig | None = None
     data: DataConfig | None = None
     preview: PreviewConfig | None = None
+    recipe: RecipeConfig | None = None
     validation: ValidationConfig | None = None
     vae: VAEMethod | None = None
     sft: SFTMethod | None = None

@@ -176,7 +176,7 @@ def remove_leftovers(output: Path) -> None:
 
 NO_CHANGE = (
     *("output", "log_every", "save_every", "save_minutes", "sample_every", "keep_checkpoints", "max_tokens"),
-    *("export", "validation.every", "validation.rows", "validation.draws"),
+    *("export", "recipe.steps", "recipe.guidance", "validation.every", "validation.rows", "validation.draws"),
     *("bad_samples", "trackers", "data.workers", "data.bad_rows", "network.shard_over"),
 )
 """Config keys that change no numbers of a run (max_tokens and shard_over: rounding; bad_samples: where it stopped)."""

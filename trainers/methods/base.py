@@ -58,7 +58,7 @@ class NetworkTraining(Method):
     def __init__(self, config: RunConfig, roles: Roles | None = None) -> None:
         self.config = config
         self.network_config, self.data = required(config.network), required(config.data)
-        self.preview_config = required(config.preview)
+        self.preview_config, self.recipe_config = required(config.preview), required(config.recipe)
         trained, frozen = roles_of(config)
         self.roles = roles or load_roles(self.network_config, trained, frozen, config.seed, config.precision)
         require_roles(self.roles, trained, frozen)
@@ -243,7 +243,13 @@ class NetworkTraining(Method):
 
     @property
     def student_recipe(self) -> Recipe:
-        """Recipe of the student: sampling settings and provenance; sizes stay the base's, except after stages."""
+        """Exported recipe: as the student was trained, with the settings that the config wants otherwise."""
+        wanted = {k: v for k, v in vars(self.recipe_config).items() if v is not None}
+        return replace(self.trained_recipe, **wanted)
+
+    @property
+    def trained_recipe(self) -> Recipe:
+        """Recipe of the training: sampling settings and provenance; sizes stay the base's, except after stages."""
         provenance = {"method": self.config.method, "steps": self.config.steps, "seed": self.config.seed}
         attention_form = self.roles.config_of(STUDENT).attention_form
         budgets = (self.data.reference_budget, self.data.size) if self.config.stage else (None, None)

@@ -73,9 +73,9 @@ class DMDTraining(NetworkTraining):
         return max(super().student_update(index) - self.dmd_options.fake_warmup_steps, 0)
 
     @property
-    def student_recipe(self) -> Recipe:
+    def trained_recipe(self) -> Recipe:
         """Recipe with as many steps as the student is rolled out in at most."""
-        return replace(super().student_recipe, steps=self.dmd_options.max_steps)
+        return replace(super().trained_recipe, steps=self.dmd_options.max_steps)
 
     def optimizer(self, part: str) -> OptimizerConfig:
         return self.dmd_options.optimizer if part == FAKE_SCORE else self.config.optimizer

@@ -90,10 +90,10 @@ class OnScenes(NetworkTraining):
         return self.with_prompts(batch, pictures, prompts)
 
     @property
-    def student_recipe(self) -> Recipe:
+    def trained_recipe(self) -> Recipe:
         """Recipe with the picture sizes of this training, which can be larger than the base's."""
         return replace(
-            super().student_recipe, reference_budget=self.data.reference_budget, output_budget=self.data.size
+            super().trained_recipe, reference_budget=self.data.reference_budget, output_budget=self.data.size
         )
 
     def preview_rows(self, vae: ImageVAE) -> list[PreviewRow]:

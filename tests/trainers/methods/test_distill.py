@@ -1,6 +1,7 @@
 """The distillation methods in miniature: each trains, resumes bit by bit, and exports what users open."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from trainers.config.run import ConfigError
+from trainers.config.run import ConfigError, RecipeConfig
 from trainers.loop.checkpointing import TrainingError
 from trainers.loop.loop import train
 from trainers.methods.consistency import ConsistencyTraining
@@ -265,6 +266,17 @@ def test_released_rollouts_cycle_with_the_student_one_step_ahead(distilling):
 def test_the_recipe_says_the_steps_that_were_trained(distilling, method, steps):
     sections = {} if method == "consistency" else {"dmd": {"max_steps": 3}}
     assert make_method(distilling(method, sections)).student_recipe.steps == steps
+
+
+def test_the_config_says_it_otherwise_and_a_finished_run_only_exports_again(distilling, tmp_path):
+    export = train(config := distilling("dmd", output=str(tmp_path)), make_method(config))
+    before = read_lora(export / "unipic_distill.safetensors")
+    again = replace(config, recipe=RecipeConfig(steps=8, guidance=1.5))
+    after = read_lora(train(again, make_method(again)) / "unipic_distill.safetensors")
+    assert (before.recipe.steps, before.recipe.guidance) == (4, 1.0)
+    assert after.recipe == replace(before.recipe, steps=8, guidance=1.5)
+    for name, layer in before.layers.items():
+        assert all(torch.equal(part, after.layers[name].parts[kind]) for kind, part in layer.parts.items()), name
 
 
 def test_the_tangent_warms_up(distilling):
