@@ -51,6 +51,7 @@ from .data.shards import (
     has_text,
     shard_path,
 )
+from .data.sources.base import PLACES, places_of
 from .data.text_embeddings import FP8, encode_text, encoder_fingerprint, text_fingerprint
 from .terminal import exit_code
 
@@ -81,8 +82,9 @@ def cached_shards(data: DataConfig) -> list[Path]:
         raise ConfigError(
             f"{folder} holds another data set ({'; '.join(different)}); choose another data.folder or remove it"
         )
-    rows = {"path": data.path, "samples": data.samples, "images": data.images} if data.kind != "nano" else {}
-    if changed := [f"data.{k} {cached.get(k)}, not {v}" for k, v in rows.items() if cached.get(k) != v]:
+    rows = {"path": data.path, "samples": data.samples, **dict.fromkeys(PLACES), **places_of(data)}
+    changed = [f"data.{k} {cached.get(k)}, not {v}" for k, v in rows.items() if cached.get(k) != v]
+    if changed and data.kind != "nano":
         raise ConfigError(f"{folder} was made with {', '.join(changed)}; {COMMAND}")
     count = data.samples if data.kind == "nano" else cached["rows"]
     paths = [shard_path(folder, i) for i in range(math.ceil(count / data.samples_per_shard))]
@@ -212,7 +214,7 @@ def check_same_set(folder: Path, record: dict[str, Any]) -> None:
 
     Rows may change, because each shard stores the digest of its own.
     """
-    cached, rows = read_set_file(folder), dict.fromkeys(("rows", "path", "samples", "images"))
+    cached, rows = read_set_file(folder), dict.fromkeys(("rows", "path", "samples", *PLACES))
     if cached is not None and {**cached, **rows} != {**record, **rows}:
         raise ConfigError(
             f"{folder} holds another data set (expected {record}, got {cached}); choose another data.folder or remove "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
-from .parse import ConfigError, at_least, one_of, within
+from .parse import ConfigError, at_least, displayed, one_of, within
 
 LARGEST_SEED = 2**63 - 1
 
@@ -34,6 +34,10 @@ class ScenesConfig:
             parts = re.fullmatch("([1-9][0-9]?)x([1-9][0-9]?)", shape)
             if not parts or not 0.5 <= int(parts[1]) / int(parts[2]) <= 2:
                 raise ConfigError(f"data.scenes.shapes must hold ratios from 1x2 to 2x1, such as 3x4; got {shape!r}")
+
+
+OF_ROWS = ("images", "samples", "bad_rows", "alternate")
+"""Keys of DataConfig about a limited number of rows, which endless scenes are not."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,21 @@ class DataConfig:
         if self.alternate == "tasks" and (weighted or repeats):
             raise ConfigError("data.alternate: tasks takes every row once; remove weight and repeats of data.sources")
 
+    def _check_endless(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in OF_ROWS and value != f.default:
+                raise ConfigError(
+                    f"data.{f.name} is for cached rows, got {displayed(value)} with kind scenes; remove it"
+                )
+        if self.text_storage == "fp8":
+            raise ConfigError("data.text_storage fp8 is for cached rows; the embeddings of scenes are computed live")
+
     def _check_kind(self) -> None:
         if self.alternate == "sources":
             raise ConfigError("data.alternate: sources needs data.sources, several sets to alternate between")
+        if self.kind == "scenes":
+            self._check_endless()
         if self.controls and self.kind != "folder":
             raise ConfigError(f"data.controls goes with data.kind folder, got kind {self.kind}")
         if (self.kind == "scenes") == bool(self.folder):

@@ -276,6 +276,11 @@ class RunConfig:
             )
         self._check_validation()
         self._check_export()
+        if self.sft is not None and self.sft.train_text_encoder and self.network and self.network.shards_trained:
+            raise ConfigError(
+                "sft.train_text_encoder trains a whole encoder beside the network, which network.shard splits over "
+                "processes; set shard to false, or train the encoder in a run of its own first"
+            )
         if self.network is not None and self.network.gather == "bf16" and self.precision != "bf16":
             raise ConfigError(f"network.gather bf16 needs precision bf16, got precision {self.precision}")
         self._check_optimizers()

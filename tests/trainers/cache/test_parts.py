@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from tests.trainers.cache.small_sets import contents, write_rows
 from tests.trainers.data.test_several_sources import plain
 from tests.trainers.processes import launch
 from trainers.cache import build, cached_samples, cached_shards, main, read_preview
-from trainers.config.run import ConfigError, PreviewConfig, parse_run, to_dict
+from trainers.config.run import ConfigError, DataConfig, PreviewConfig, parse_run, to_dict
 from trainers.data import cost, text_embeddings
 from trainers.data.index import index_path
 from trainers.data.parts import CachePart, part_named
@@ -241,3 +242,16 @@ def test_another_root_of_pictures_is_noticed(configured, tmp_path):
     with pytest.raises(ConfigError, match=r"was made with data.images None, not .*set"):
         cached_shards(moved)
     assert index_path(Path(config.data.folder), "x").name == "index-x.safetensors"
+
+
+def test_other_folders_of_references_are_noticed(tmp_path, vae):
+    for name in ("set/a.png", "set/one/a.png", "set/two/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name)
+    (tmp_path / "set" / "a.txt").write_text("a prompt")
+    data = DataConfig(str(tmp_path / "cache"), "folder", str(tmp_path / "set"), size=64, controls=("one",))
+    build(data, vae, None)
+    assert cached_shards(data)
+    for other in (("two",), ("one", "two"), ()):
+        with pytest.raises(ConfigError, match=r"was made with data.controls \['one'\], not"):
+            cached_shards(replace(data, controls=other))

@@ -36,8 +36,7 @@ class PictureRows:
     @property
     def identity(self) -> dict[str, Any]:
         data = self.data
-        root = {} if data.images is None else {"images": data.images}
-        return {"kind": data.kind, "rows": len(self), "path": data.path, "samples": data.samples, **root}
+        return {"kind": data.kind, "rows": len(self), "path": data.path, "samples": data.samples, **places_of(data)}
 
     def __len__(self) -> int:
         return min(self.count, self.data.samples or self.count)
@@ -53,6 +52,15 @@ class PictureRows:
 
     def read(self, i: int) -> Record:
         raise NotImplementedError
+
+
+PLACES = ("images", "controls")
+"""Keys of DataConfig that say where pictures lie."""
+
+
+def places_of(data: DataConfig) -> dict[str, Any]:
+    """Where pictures lie, as JSON holds it; without the keys that say nothing."""
+    return {key: list(value) if isinstance(value, tuple) else value for key in PLACES if (value := getattr(data, key))}
 
 
 def record_of(values: object, root: Path) -> Record:
