@@ -62,8 +62,11 @@ class System:
     cfg: float | None = None
     sampler: str | None = None
 
-    def settings(self) -> Settings:
-        """Resolve options and recipes to settings without loading weights. Raises UniPicError as ``open`` does."""
+    def settings(self, budget: int | None = None) -> Settings:
+        """Resolve options and recipes to settings without loading weights. Raises UniPicError as ``open`` does.
+
+        budget: side of the reference budget in pixels; None: of the recipe.
+        """
         from unipic_core.pipeline.loading import open_pipeline
         from unipic_core.run.plan import resolve
         from unipic_core.weights.lora import read_lora
@@ -71,11 +74,11 @@ class System:
         recipe = open_pipeline(self.model).model.recipe
         if self.lora:
             recipe = recipe.merge(read_lora(self.lora, mapped=True).recipe)
-        return resolve(recipe, self.steps, self.cfg, self.sampler)
+        return resolve(recipe, self.steps, self.cfg, self.sampler, budget)
 
-    def about(self) -> dict[str, Any]:
-        """Resolved settings for the report; ``series``: label without the number of steps."""
-        run = self.settings()
+    def about(self, budget: int | None = None) -> dict[str, Any]:
+        """Resolved settings for the report; ``series``: label without the number of steps. budget: as ``settings``."""
+        run = self.settings(budget)
         options = asdict(self) | {"series": describe(asdict(self) | {"steps": None})}
         return options | {"steps": run.steps, "cfg": run.guidance, "sampler": run.sampler}
 

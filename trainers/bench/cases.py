@@ -19,12 +19,12 @@ from typing import Any
 
 from unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from unipic_core.errors import printable
-from unipic_core.replacing import write_json
+from unipic_core.replacing import replacing, write_json
 
-from ..judges.panel import Case as Scene
 from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import JudgeError, read_lines
 from ..nano.emoji import Bank
+from ..nano.render import render
 
 BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom", "omniref")
 MICO_TASKS = ("mico_bench_object_centric", "mico_bench_human_centric", "mico_bench_hoi", "mico_bench_dere")
@@ -70,14 +70,14 @@ class Case:
 def read_cases(
     bench: str, root: Path | None, n: int | None, seed: int, out: Path, size: int = Scenes.size
 ) -> tuple[list[Case], list[str]]:
-    """Read the first ``n`` cases, and the ids of cases with more than six sources. Raises ValueError.
+    """Read the first ``n`` cases, and the ids of cases with more than six sources; writes nothing. Raises ValueError.
 
-    size: side of drawn scenes in pixels.
+    size: side of drawn scenes in pixels, whose pictures ``draw_inputs`` writes into ``out``.
     """
     if n is not None and n < 1:
         raise ValueError(f"--n: expected at least 1 case, got {n}")
     if bench == "nano":
-        return draw_cases(n or 12, seed, out, size), []
+        return drawn_cases(n or 12, seed, out, size), []
     if root is None:
         raise ValueError(f"--root is missing; give the files of {bench}")
     if bench == "mico":
@@ -235,22 +235,33 @@ def drawn_scenes(n: int, seed: int, size: int) -> tuple[Bank, Scenes]:
     return Bank.open(size=size), Scenes(max(2, n), seed, progress=False, size=size)
 
 
-def draw_cases(n: int, seed: int, out: Path, size: int = Scenes.size) -> list[Case]:
-    """Draw scenes of unseen assets with their truth into ``out``/inputs."""
+def drawn_cases(n: int, seed: int, out: Path, size: int = Scenes.size) -> list[Case]:
+    """Cases of scenes of unseen assets, whose sources and truth ``draw_inputs`` writes into ``out``/inputs."""
     bank, plan = drawn_scenes(n, seed, size)
     folder = Path(os.path.abspath(out)) / "inputs"
-    folder.mkdir(parents=True, exist_ok=True)
     cases = []
     for index in range(n):
-        sample = Scene.of(bank, plan.scene(bank, index)).sample
-        paths = [folder / f"{index}_{number}.png" for number in range(1, len(sample.references) + 1)]
-        truth = folder / f"{index}_truth.png"
-        for path, picture in zip([*paths, truth], [*sample.references, sample.target], strict=True):
-            picture.save(path)
-        sources = tuple(str(path) for path in paths)
-        result = f"{sample.task}/{index}.png"
-        cases.append(Case(str(index), sample.task, sample.instruction, sources, str(truth), result, {"scene": index}))
+        scene = plan.scene(bank, index)
+        count = 1 if scene.edit else len(scene.order)
+        sources = tuple(str(folder / f"{index}_{number}.png") for number in range(1, count + 1))
+        truth, result = str(folder / f"{index}_truth.png"), f"{scene.task}/{index}.png"
+        cases.append(Case(str(index), scene.task, scene.instruction, sources, truth, result, {"scene": index}))
     return cases
+
+
+def draw_inputs(plan: Plan, anew: bool) -> None:
+    """Draw the sources and truths of a run of drawn scenes: all of them ``anew``, or those that are missing."""
+    bank, scenes = plan.scenes()
+    for index, case in enumerate(plan.cases):
+        paths = [Path(path) for path in (*case.sources, case.truth) if path]
+        if not anew and all(path.exists() for path in paths):
+            continue
+        sample = render(bank, scenes.scene(bank, index))
+        for path, picture in zip(paths, (*sample.references, sample.target), strict=True):
+            if anew or not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as partial:
+                    picture.save(partial)
 
 
 def _with_paths(case: Case, change: Callable[[str], str]) -> Case:

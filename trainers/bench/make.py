@@ -18,7 +18,7 @@ from unipic_core.replacing import replacing
 from ..evaluate import System, find_device, size_of, systems_of
 from ..judges.vlm import AnswerError, LineFile, load_picture
 from ..progress import Progress
-from .cases import Case, Plan, file_name, read_cases
+from .cases import Case, Plan, draw_inputs, file_name, read_cases
 
 if TYPE_CHECKING:
     from unipic_core.pipeline import UniPicPipeline
@@ -33,37 +33,63 @@ def result_path(out: Path, label: str, case: Case) -> Path:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate the pictures of models, and copy those of other programs. Raises ValueError in one sentence."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    """Generate the pictures of models, and copy those of other programs.
+
+    Raises ValueError in one sentence; a command that is refused changes nothing.
+    """
     systems = systems_of(args) if args.model else []
     earlier = Plan.load(args.out) if (args.out / "bench.json").exists() else None
-    size = scene_size(args, systems, earlier)
-    cases, left_out = read_cases(args.bench, args.root, args.n, args.seed, args.out, size)
-    plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {}, size)
-    if earlier is not None:
-        if (earlier.bench, earlier.seed, earlier.cases) != (plan.bench, plan.seed, plan.cases):
-            raise ValueError(f"{args.out} holds a run of other cases; choose another --out")
-        plan = earlier
-    device = find_device(args.device)
-    about = {
-        one.label: one.about() | {"budget": args.budget, "seed": args.seed, "files": one.files()} for one in systems
-    }
+    plan = read_plan(args, systems, earlier)
+    device = device_of(args.device) if systems else "cpu"
+    about = {one.label: settings_of(one, args) for one in systems}
     folders = picture_folders(args.pictures, list(about))
     if not systems and not folders:
         raise ValueError("expected --model PATH, or --pictures LABEL=DIR for pictures of another program")
-    new_systems: dict[str, Mapping[str, Any]] = {
-        **about,
-        **{label: {"pictures": path} for label, path in folders.items()},
-    }
-    for label, settings in new_systems.items():
-        if label in plan.systems and _as_json(plan.systems[label]) != _as_json(settings):
-            raise ValueError(f"{args.out} holds another system named {label!r}; choose another --label")
-    check_folders([*plan.systems, *new_systems])
+    new_systems = {**about, **{label: {"pictures": path} for label, path in folders.items()}}
+    check_systems(plan, new_systems, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if plan.bench == "nano":
+        draw_inputs(plan, anew=earlier is None)
     plan.with_systems(new_systems).save(args.out)
     for label, folder in folders.items():
         collect(plan, args.out, label, Path(folder))
     for one in systems:
         generate(plan, args.out, one, device, args.budget, args.seed)
+
+
+def device_of(asked: str) -> str:
+    """Device of --device. Raises UniPicError if this machine does not have it."""
+    from unipic_core.pipeline.offload import checked_device
+
+    return str(checked_device(find_device(asked)))
+
+
+def settings_of(system: System, args: argparse.Namespace) -> dict[str, Any]:
+    """Settings of a system in bench.json. Raises UniPicError for values out of range."""
+    return system.about(args.budget) | {"budget": args.budget, "seed": args.seed, "files": system.files()}
+
+
+def read_plan(args: argparse.Namespace, systems: Sequence[System], earlier: Plan | None) -> Plan:
+    """Run of these cases: the ``earlier`` one of the folder, or a new one. Raises ValueError if the cases differ."""
+    size = scene_size(args, systems, earlier)
+    cases, left_out = read_cases(args.bench, args.root, args.n, args.seed, args.out, size)
+    plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {}, size)
+    if earlier is None:
+        return plan
+    if (earlier.bench, earlier.seed, earlier.cases) != (plan.bench, plan.seed, plan.cases):
+        raise ValueError(f"{args.out} holds a run of other cases; choose another --out")
+    return earlier
+
+
+def check_systems(plan: Plan, new_systems: Mapping[str, Mapping[str, Any]], out: Path) -> None:
+    """Raise ValueError for a folder of pictures that is none, and for a label that the run has with other settings or
+    whose folder is another label's."""
+    for label, settings in new_systems.items():
+        if "pictures" in settings and not Path(settings["pictures"]).is_dir():
+            raise ValueError(f"--pictures {label}=DIR: expected a folder, got {settings['pictures']}")
+        if label in plan.systems and _as_json(plan.systems[label]) != _as_json(settings):
+            raise ValueError(f"{out} holds another system named {label!r}; choose another --label")
+    check_folders([*plan.systems, *new_systems])
 
 
 def scene_size(args: argparse.Namespace, systems: Sequence[System], earlier: Plan | None) -> int:
@@ -114,11 +140,8 @@ def _as_json(settings: Mapping[str, object]) -> str:
 def collect(plan: Plan, out: Path, label: str, folder: Path) -> None:
     """Copy pictures of another program: ``folder``/RESULT of the benchmark's layout, or ``folder``/ID.png.
 
-    PNG, JPEG or WebP; pictures are read by their content, so the copy is named .png. Raises ValueError for a ``folder``
-    that is none.
+    PNG, JPEG or WebP; pictures are read by their content, so the copy is named .png.
     """
-    if not folder.is_dir():
-        raise ValueError(f"--pictures {label}=DIR: expected a folder, got {folder}")
     for case in plan.cases:
         target = result_path(out, label, case)
         stems = (folder / case.result, folder / f"{file_name(case.id)}.png")

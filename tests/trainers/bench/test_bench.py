@@ -14,6 +14,7 @@ from PIL import Image
 from tests.paths import TINY
 from tests.trainers.judges.vlm.servers import KEY, FakeServer
 from trainers.bench.__main__ import main
+from trainers.bench.cases import Plan, draw_inputs, drawn_cases
 
 
 def pixels(part):
@@ -54,6 +55,18 @@ def judge(tmp_path):
 def picture(path, colour):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 32), colour).save(path)
+
+
+def drawn_run(out, n, *systems):
+    cases = tuple(drawn_cases(n, 0, out))
+    plan = Plan("nano", 0, cases, (), {label: {} for label in systems})
+    draw_inputs(plan, anew=True)
+    plan.save(out)
+    return plan
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def own_run(tmp_path):
@@ -136,6 +149,34 @@ def test_faults_of_the_command_are_one_sentence(tmp_path, capsys, options, words
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", "5"], "holds a run of other cases; choose another --out"),
+        (["--n", "3"], "holds a run of other cases; choose another --out"),
+        (["--pictures", "other=nowhere"], "--pictures other=DIR: expected a folder, got nowhere"),
+        (["--model", str(TINY), "--budget", "1"], "the reference budget must be"),
+        (["--model", str(TINY), "--device", "nothing"], "there is no device 'nothing'"),
+        (["--model", str(TINY), "--label", "made"], "there are two systems named 'made'"),
+    ],
+)
+def test_a_refused_run_changes_nothing(tmp_path, capsys, options, words):
+    out = tmp_path / "out"
+    (tmp_path / "made").mkdir()
+    run = ["run", "--bench", "nano", "--n", "2", "--size", "64", "--pictures", f"made={tmp_path / 'made'}"]
+    run += ["--device", "cpu", "--out", str(out)]
+    assert main(run) == 0
+    before = contents(out)
+    assert len(before) > 4
+    assert main([*run, *options]) == 2
+    assert words in capsys.readouterr().err
+    assert contents(out) == before
+    (out / "inputs/1_truth.png").unlink()
+    assert main(run) == 0
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize(
@@ -202,15 +243,13 @@ def test_cases_that_would_share_a_picture_are_refused(tmp_path, capsys, ids, wor
 
 
 def test_a_run_that_was_moved_is_scored_from_any_folder(tmp_path, monkeypatch, judge):
-    from trainers.bench.cases import Plan, draw_cases
-
     picture(tmp_path / "lists/a.png", "red")
     (tmp_path / "lists/cases.jsonl").write_text(json.dumps({"id": "a", "instruction": "x", "sources": ["a.png"]}))
     picture(tmp_path / "made/a.png", "red")
     monkeypatch.chdir(tmp_path / "lists")
     arguments = ["run", "--bench", "own", "--root", "cases.jsonl", "--pictures", "made=../made", "--device", "cpu"]
     assert main([*arguments, "--out", "../out"]) == 0
-    Plan("nano", 0, tuple(draw_cases(2, 0, Path("drawn"))), (), {}).save(Path("drawn"))
+    drawn_run(Path("drawn"), 2)
     stored = json.loads(Path("drawn/bench.json").read_text())
     assert stored["cases"][0]["truth"] == "inputs/0_truth.png"
     (tmp_path / "out").rename(tmp_path / "moved")
@@ -227,6 +266,7 @@ def test_a_run_that_was_moved_is_scored_from_any_folder(tmp_path, monkeypatch, j
 
 def test_drawn_scenes_are_judged_at_the_size_at_which_they_were_drawn(tmp_path, capsys):
     out = tmp_path / "out"
+    (out / "inputs").mkdir(parents=True)
     run = ["run", "--bench", "nano", "--n", "2", "--pictures", f"truth={out / 'inputs'}", "--device", "cpu"]
     assert main([*run, "--size", "96", "--out", str(out)]) == 0
     for index in range(2):  # another program's pictures: the truth
@@ -275,10 +315,8 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tmp_path, judge, capsys):
 
 
 def test_the_controls_pass_a_judge_that_looks_and_not_one_that_likes_everything(tmp_path, judge, capsys):
-    from trainers.bench.cases import Plan, draw_cases
-
     out = tmp_path / "out"
-    Plan("nano", 0, tuple(draw_cases(16, 0, out)), (), {}).save(out)
+    drawn_run(out, 16)
     score = ["score", "--out", str(out), "--template", "reference", "--controls", "--judge"]
     server = FakeServer(looks, faults=[*[None] * 9, 401])
     assert main([*score, judge(server, concurrency=1)]) == 2
@@ -461,12 +499,8 @@ def test_pictures_outside_the_folder_of_their_list_are_refused(tmp_path, capsys,
 
 
 def test_a_pixel_judge_that_cannot_separate_its_controls_is_not_reported(tmp_path):
-    from trainers.bench.cases import Plan, draw_cases
-
     out = tmp_path / "out"
-    cases = draw_cases(2, 0, out)
-    Plan("nano", 0, tuple(cases), (), {"truth": {}}).save(out)
-    for case in cases:
+    for case in drawn_run(out, 2, "truth").cases:
         path = out / "results/truth" / case.result
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(Path(case.truth).read_bytes())
