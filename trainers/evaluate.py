@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> None:
     bank = Bank.open(args.data, plan.size)
     print(f"{plan.n} scenes of {plan.split} assets, seed {plan.seed}; {bank.note}")
     openers = {one.label: (lambda one=one: one.open(device, args.threads)) for one in systems}
-    stores = picture_stores(args, systems, plan, about)
+    stores = picture_stores(args, systems, plan, bank, about)
     result = compare(openers, bank, plan, about=about, stores=stores, sheet_rows=args.sheet_rows if args.sheet else 0)
     print("\n" + "\n\n".join(result.tables))
     print("\n* of a control: not beaten with 95% confidence; controls are judged on the items that they change")
@@ -320,12 +320,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def picture_stores(
-    args: argparse.Namespace, systems: Sequence[System], plan: Plan, about: Mapping[str, Mapping[str, object]]
+    args: argparse.Namespace,
+    systems: Sequence[System],
+    plan: Plan,
+    bank: Bank,
+    about: Mapping[str, Mapping[str, object]],
 ) -> dict[str, PictureStore]:
-    """By label; empty without --keep. Other weights, scenes or settings have folders of their own, other labels not."""
+    """By label; empty without --keep. Other weights, scenes or settings have folders of their own, other labels not.
+
+    The same seed and split draw other scenes of other assets.
+    """
     if args.keep is None:
         return {}
-    scenes = {"seed": plan.seed, "split": plan.split, "size": plan.size, "tasks": plan.tasks, "data": args.data}
+    scenes: dict[str, object] = {"seed": plan.seed, "split": plan.split, "size": plan.size, "tasks": plan.tasks}
+    scenes |= {"assets": bank.digest}
     scenes |= {"open": True} if plan.open else {}
     scenes |= {"shape": plan.shape} if plan.shape != SQUARE else {}
     shared = scenes | {"threads": args.threads, "version": __version__}

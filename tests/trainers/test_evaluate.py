@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.paths import TINY
-from trainers.evaluate import evaluate, main, parser, systems_of, weights_seed
+from trainers.evaluate import evaluate, main, parser, picture_stores, systems_of, weights_seed
 from trainers.judges.measure import Generate, compare
 from trainers.judges.saved_pictures import PictureStore
 from trainers.judges.scene_plan import SEED_STRIDE, Plan
@@ -231,6 +231,17 @@ def test_the_command_keeps_pictures_until_the_weights_are_others(tmp_path: Path)
     os.utime(next((model / "transformer").glob("*.safetensors")))
     assert main(options) == 0
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_pictures_of_scenes_of_other_assets_are_not_found_again(subset: Bank, tmp_path: Path) -> None:
+    args = parser().parse_args(["--model", str(TINY), "--label", "a", "--keep", str(tmp_path / "kept")])
+    (tmp_path / "fewer").mkdir()
+    shutil.copy(SUBSET / "1f3b8.webp", tmp_path / "fewer")
+    stores = [
+        picture_stores(args, systems_of(args), Plan(2), bank, {"a": {"steps": 4}})["a"]
+        for bank in (subset, Bank.open(SUBSET), Bank.open(tmp_path / "fewer"))
+    ]
+    assert stores[0].folder == stores[1].folder != stores[2].folder
 
 
 @pytest.mark.parametrize(

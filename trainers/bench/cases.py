@@ -23,7 +23,7 @@ from unipic_core.replacing import replacing, write_json
 
 from ..judges.scene_plan import Plan as Scenes
 from ..judges.vlm import JudgeError, read_lines
-from ..nano.emoji import Bank
+from ..nano.emoji import SUBSET, Bank
 from ..nano.render import render
 
 BENCHES = ("own", "nano", "mico", "gedit", "imgedit", "multicom", "omniref")
@@ -289,6 +289,8 @@ class Plan:
     systems: Mapping[str, Mapping[str, Any]]
     size: int = Scenes.size
     """Side of drawn scenes in pixels."""
+    assets: str = ""
+    """Digest of the assets of drawn scenes; empty in folders of earlier versions and of other benchmarks."""
 
     def save(self, out: Path) -> None:
         """Write bench.json."""
@@ -301,8 +303,14 @@ class Plan:
         return replace(self, systems={**self.systems, **systems})
 
     def scenes(self) -> tuple[Bank, Scenes]:
-        """Assets and scenes of a run of drawn scenes."""
-        return drawn_scenes(len(self.cases), self.seed, self.size)
+        """Assets and scenes of a run of drawn scenes. Raises JudgeError if they were drawn from other assets."""
+        bank, scenes = drawn_scenes(len(self.cases), self.seed, self.size)
+        if self.assets not in ("", bank.digest):
+            raise JudgeError(
+                f"the scenes of this run were drawn from other assets than {bank.count}; set UNIPIC_DATA to the folder "
+                f"of those (the bundled ones: {SUBSET}), or start a run in another --out"
+            )
+        return bank, scenes
 
     @classmethod
     def load(cls, out: Path) -> Plan:
@@ -312,8 +320,9 @@ class Plan:
             folder = os.path.abspath(out)
             stored = [Case(**{**one, "sources": tuple(one["sources"])}) for one in data["cases"]]
             cases = tuple(_with_paths(case, lambda one: os.path.join(folder, one)) for case in stored)
-            size = data.get("size", Scenes.size)  # without it in folders of earlier versions
-            return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"], size)
+            # Folders of earlier versions are without the last two.
+            drawn = {name: data[name] for name in ("size", "assets") if name in data}
+            return cls(data["bench"], data["seed"], cases, tuple(data["not_covered"]), data["systems"], **drawn)
         except (OSError, ValueError, KeyError, TypeError):
             raise JudgeError(
                 f"{out} holds no run of trainers.bench; start with python -m trainers.bench run --out {out}"

@@ -17,6 +17,7 @@ from unipic_core.replacing import replacing
 
 from ..evaluate import System, find_device, size_of, systems_of
 from ..judges.vlm import AnswerError, LineFile, load_picture
+from ..nano.emoji import Bank
 from ..progress import Progress
 from .cases import Case, Plan, draw_inputs, file_name, read_cases
 
@@ -72,8 +73,11 @@ def settings_of(system: System, args: argparse.Namespace) -> dict[str, Any]:
 def read_plan(args: argparse.Namespace, systems: Sequence[System], earlier: Plan | None) -> Plan:
     """Run of these cases: the ``earlier`` one of the folder, or a new one. Raises ValueError if the cases differ."""
     size = scene_size(args, systems, earlier)
+    if earlier is not None and earlier.bench == args.bench == "nano":
+        earlier.scenes()  # of other assets: refused as such before the cases are compared
     cases, left_out = read_cases(args.bench, args.root, args.n, args.seed, args.out, size)
-    plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {}, size)
+    assets = Bank.open().digest if args.bench == "nano" else ""
+    plan = Plan(args.bench, args.seed, tuple(cases), tuple(left_out), {}, size, assets)
     if earlier is None:
         return plan
     if (earlier.bench, earlier.seed, earlier.cases) != (plan.bench, plan.seed, plan.cases):

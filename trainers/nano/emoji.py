@@ -20,6 +20,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
+from ..digests import add_file
 from .catalogue import Asset, Split, in_split, load
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -76,14 +77,28 @@ class Bank:
         return len(self._assets) < len(load())
 
     @property
+    def count(self) -> str:
+        return f"{len(self._assets)} of {len(load())} assets from {self.folder.name}"
+
+    @property
     def note(self) -> str:
-        count = f"{len(self._assets)} of {len(load())} assets"
-        advice = "; fetch the full set with python -m trainers.nano.emoji" if self.is_subset else ""
-        return f"{count} from {self.folder.name}{advice}"
+        return self.count + ("; fetch the full set with python -m trainers.nano.emoji" if self.is_subset else "")
 
     @cached_property
     def by_key(self) -> dict[str, Asset]:
         return {asset.key: asset for asset in self._assets}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the assets and their files, 16 hex digits: scenes of banks with another digest differ.
+
+        0.04 s for the full set.
+        """
+        digest = hashlib.sha256()
+        for asset in self._assets:
+            digest.update(repr(asset).encode())
+            add_file(digest, self._paths[asset.key])
+        return digest.hexdigest()[:16]
 
     def objects(self, split: Split = "all") -> tuple[Asset, ...]:
         return tuple(asset for asset in self._assets if asset.kind == "object" and in_split(asset, split))

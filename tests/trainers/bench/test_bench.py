@@ -15,6 +15,7 @@ from tests.paths import TINY
 from tests.trainers.judges.vlm.servers import KEY, FakeServer
 from trainers.bench.__main__ import main
 from trainers.bench.cases import Plan, draw_inputs, drawn_cases
+from trainers.nano.emoji import SUBSET
 
 
 def pixels(part):
@@ -281,6 +282,23 @@ def test_drawn_scenes_are_judged_at_the_size_at_which_they_were_drawn(tmp_path, 
     own = ["run", "--bench", "own", "--root", "x.jsonl", "--size", "96", "--out", str(tmp_path / "other")]
     assert main(own) == 2
     assert "--size is for the bench nano" in capsys.readouterr().err
+
+
+def test_drawn_scenes_are_not_judged_by_scenes_of_other_assets(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    (tmp_path / "made").mkdir()
+    run = ["run", "--bench", "nano", "--n", "2", "--pictures", f"made={tmp_path / 'made'}", "--out", str(out)]
+    assert main(run) == 0
+    (tmp_path / "fewer").mkdir()
+    (tmp_path / "fewer/1f3b8.webp").write_bytes((SUBSET / "1f3b8.webp").read_bytes())
+    monkeypatch.setenv("UNIPIC_DATA", str(tmp_path / "fewer"))
+    before = contents(out)
+    for command in (run, ["score", "--out", str(out)]):
+        assert main(command) == 2
+        assert "drawn from other assets than 1 of 2140 assets from fewer; set UNIPIC_DATA" in capsys.readouterr().err
+    assert {path.name for path in contents(out)} - {path.name for path in before} <= {"scores.jsonl"}
+    monkeypatch.setenv("UNIPIC_DATA", str(SUBSET))
+    assert main(run) == 0
 
 
 def test_a_case_that_cannot_be_composed_is_listed_and_the_others_are_made(tmp_path, capsys):

@@ -74,6 +74,18 @@ def test_without_a_fetched_set_the_subset_is_opened(monkeypatch: pytest.MonkeyPa
     assert [asset.name for asset in Bank.open().objects()] == ["guitar"]
 
 
+def test_the_digest_follows_the_pictures_and_not_their_folder(bank: Bank, tmp_path: Path) -> None:
+    for name in ("1f3b8.webp", "26fa.webp"):
+        (tmp_path / name).write_bytes((SUBSET / name).read_bytes())
+    both = Bank(tmp_path).digest
+    moved = tmp_path.rename(tmp_path.with_name("moved"))
+    assert Bank(moved).digest == both != bank.digest
+    (moved / "26fa.webp").write_bytes((SUBSET / "1f3b8.webp").read_bytes())
+    assert Bank(moved).digest != both
+    (moved / "26fa.webp").unlink()
+    assert Bank(moved).digest != both
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"trainers\.nano\.emoji"):
         Bank.open(tmp_path)
