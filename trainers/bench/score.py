@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,7 @@ def judged_row(plan: Plan, setup: JudgeSetup, out: Path, label: str, case: Case)
         weight, row["weight_readings"] = judged_weight(setup.asker, case, shown)
         if weight is None:
             return row | {"failure": "weight", "message": "the judge's answer about a source is missing"}
-    elif setup.weights is not None:
+    elif isinstance(setup.weights, Mapping):
         weight = setup.weights.get(case.id)
         if weight is None:
             return row | {"failure": "weight", "message": f"expected a weight for {case.id}, got none"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,25 +30,28 @@ NAMED_SETTINGS = {
 }
 """Form of each setting of JudgeConfig.changed_settings in a judge's name."""
 
+Weights = Mapping[str, float] | Literal["judge", "one"]
+"""Weights W of MICo-Bench: by case, asked of the judge, or 1."""
+
 
 @dataclass(frozen=True)
 class JudgeSetup:
     """Judge of a run: server or recording, question templates, and MICo-Bench's weights.
 
-    templates: by task, if a checkout has a text per task. weights: by case; None: 1; "judge": asked.
+    templates: by task, if a checkout has a text per task. weights: None for the other benchmarks.
     """
 
     asker: Asker
     template: Template
     templates: Mapping[str, Template]
-    weights: Mapping[str, float] | Literal["judge"] | None
+    weights: Weights | None
 
-    @property
+    @cached_property
     def name(self) -> str:
-        """Name of the judge in scores.jsonl."""
-        asked = ["W by the judge"] if self.weights == "judge" else []
+        """Name of the judge in scores.jsonl: all that its scores depend on beside the pictures."""
         config = self.asker.config
-        return ", ".join([config.model, self.template.title, *named_settings(config), *asked])
+        texts, settings = named_texts(self.templates), named_settings(config)
+        return ", ".join([config.model, self.template.title, *texts, *settings, *named_weights(self.weights)])
 
     def template_of(self, case: Case) -> Template:
         """Template of the case's task, or of the run."""
@@ -66,6 +71,26 @@ class JudgeSetup:
 def named_settings(config: JudgeConfig) -> list[str]:
     """Settings that differ from their defaults and change answers, such as "3 passes"."""
     return [NAMED_SETTINGS[name].format(value) for name, value in config.changed_settings().items()]
+
+
+def named_texts(templates: Mapping[str, Template]) -> list[str]:
+    """Digest of the templates of a user's folder, whose texts may change without a new version; [] for bundled ones."""
+    if all(template.source == "bundled" for template in templates.values()):
+        return []
+    return [f"texts {digest_of({task: asdict(template) for task, template in templates.items()})}"]
+
+
+def named_weights(weights: Weights | None) -> list[str]:
+    """Source of MICo-Bench's W; [] for the other benchmarks."""
+    if weights is None:
+        return []
+    named = {"judge": "W by the judge", "one": "W = 1"}
+    return [named[weights] if isinstance(weights, str) else f"W from files {digest_of(dict(weights))}"]
+
+
+def digest_of(values: object) -> str:
+    """Start of the SHA-256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def check_options(args: argparse.Namespace, bench: str) -> None:
@@ -98,10 +123,10 @@ def open_judge(args: argparse.Namespace, plan: Plan) -> JudgeSetup:
     return JudgeSetup(open_asker(args, config), texts[tasks[0]], texts, weights)
 
 
-def open_weights(args: argparse.Namespace) -> Mapping[str, float] | Literal["judge"] | None:
-    """Weights of MICo-Bench as in ``JudgeSetup``. Raises ValueError if no option says where they come from."""
+def open_weights(args: argparse.Namespace) -> Weights:
+    """Weights of MICo-Bench. Raises ValueError if no option says where they come from."""
     if args.w_one:
-        return None
+        return "one"
     if args.w_judge:
         return "judge"
     if args.weights is None:

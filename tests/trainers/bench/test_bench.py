@@ -419,6 +419,39 @@ def test_the_judge_gives_the_weights_of_mico_where_it_is_asked_to(tmp_path, judg
     assert row["score"] == pytest.approx(25 * row["weight"])
 
 
+def scores_by_judge(out):
+    rows = map(json.loads, (out / "scores.jsonl").read_text().splitlines())
+    return {row["judge"].partition("off, ")[2]: row["score"] for row in rows}
+
+
+def test_scores_of_mico_with_other_weights_are_another_judges(tmp_path, judge):
+    out, weights = mico_run(tmp_path), tmp_path / "w/mico_bench_hoi.json"
+    weights.parent.mkdir()
+    score = ["score", "--out", str(out), "--judge", judge(FakeServer('{"score": [5, 5]}'))]
+    assert main([*score, "--w-one"]) == 0
+    for weight in (0.2, 0.8, 0.2):  # the first one again: nothing is asked
+        weights.write_text(json.dumps({"0": weight}))
+        assert main([*score, "--weights", str(weights.parent)]) == 0
+    found = scores_by_judge(out)
+    assert found.pop("W = 1") == 25
+    assert all(name.startswith("W from files ") for name in found)
+    assert list(found.values()) == [5, 20]
+    assert len((out / "scores.jsonl").read_text().splitlines()) == 3
+
+
+def test_scores_with_edited_texts_are_another_judges(tmp_path, judge):
+    out, server = own_run(tmp_path), FakeServer('{"score": [5, 5]}')
+    score = ["score", "--out", str(out), "--judge", judge(server), "--template", "reference"]
+    texts = [tmp_path / f"reference.{question}.txt" for question in ("sc", "pq")]
+    for words in ("Rate <instruction>.", "Rate it: <instruction>."):
+        for path in texts:
+            path.write_text(words)
+        assert main([*score, "--templates", str(tmp_path)]) == 0
+    assert len(server.bodies) == 2 * 2 * 3
+    rows = map(json.loads, (out / "scores.jsonl").read_text().splitlines())
+    assert len({row["judge"] for row in rows}) == 2
+
+
 @pytest.mark.parametrize("weights", ["[1]", '{"0": 1.5}', '{"0": "many"}', "{"])
 def test_weights_that_are_none_are_refused(tmp_path, judge, capsys, weights):
     out = mico_run(tmp_path)
