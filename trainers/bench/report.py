@@ -30,7 +30,7 @@ from .setup import read_by_judge
 def report(out: Path) -> dict[str, Any]:
     """Write report.json, report.html, cases.jsonl, sheet.png and the benchmark's files; return report.json.
 
-    Raises JudgeError.
+    The benchmark's files have one place, so they are of the judge that scored last. Raises JudgeError.
     """
     plan, rows = Plan.load(out), all_rows(out)
     pixel_judges = read_by_judge(out / "pixel_controls.json")
@@ -54,9 +54,9 @@ def report(out: Path) -> dict[str, Any]:
         "not_reported": not_reported,
     }
     write_json(out / "report.json", summary, indent=1)
-    for judge in judges:
-        if not judge.startswith(PIXELS):
-            write_benchmark_files(plan, rows, judge, out)
+    scored_last = [name for name in summary["judges"] if name in judges][-1:]
+    for judge in scored_last:
+        write_benchmark_files(plan, rows, judge, out)
     with replacing(out / "cases.jsonl") as path:
         path.write_text("".join(f"{json.dumps(one)}\n" for one in case_rows(plan, rows, out)), encoding="utf-8")
     with replacing(out / "report.html") as path:

@@ -39,7 +39,8 @@ def score(args: argparse.Namespace) -> None:
         print(transfer_notice(config, pictures + sum(p for _, p in counts), questions + sum(q for q, _ in counts)))
     path = args.out / "judge.json"
     about = {"settings": config.public(), "abilities": vars(setup.asker.abilities)}
-    write_by_judge(path, read_by_judge(path) | {setup.name: about})
+    others = {name: judge for name, judge in read_by_judge(path).items() if name != setup.name}
+    write_by_judge(path, others | {setup.name: about})  # the judge that scored last is last
     if controls:
         print(controls.run())
     score_cases(plan, setup, args.out, file, jobs)

@@ -439,6 +439,17 @@ def test_scores_of_mico_with_other_weights_are_another_judges(tmp_path, judge):
     assert len((out / "scores.jsonl").read_text().splitlines()) == 3
 
 
+def test_the_benchmarks_files_are_of_the_judge_that_scored_last(tmp_path, judge):
+    out = mico_run(tmp_path)
+    score = ["score", "--out", str(out), "--w-one", "--judge"]
+    means = []
+    for options in ({}, {"seed": 2}, {}):
+        file = judge(FakeServer(json.dumps({"score": [9, 9] if options else [5, 5]})), **options)
+        assert main([*score, file]) == main(["report", "--out", str(out)]) == 0
+        means.append(json.loads((out / "results/made/summary.json").read_text())["overall"]["mean"])
+    assert means == [25, 81, 25]
+
+
 def test_scores_with_edited_texts_are_another_judges(tmp_path, judge):
     out, server = own_run(tmp_path), FakeServer('{"score": [5, 5]}')
     score = ["score", "--out", str(out), "--judge", judge(server), "--template", "reference"]
