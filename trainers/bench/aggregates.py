@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,10 @@ OMNIREF_DIMENSIONS = (
 MACRO = ("gedit", "imgedit")
 """Benchmarks whose groups weigh the same, whatever their sizes."""
 
+HALVES = ("2-3 sources", "4-6 sources")
+COMPLETE = ("multicom", "omniref")
+"""Benchmarks whose aggregate needs a score in every column (``columns``)."""
+
 
 def mean(values: Sequence[float]) -> float | None:
     """Mean; None without values."""
@@ -63,25 +67,42 @@ def mean(values: Sequence[float]) -> float | None:
 
 
 def aggregate(bench: str, scored: Sequence[Scored]) -> Aggregate:
-    """Aggregate the cases of one system.
-
-    The value is the mean of groups (GEdit-Bench, ImgEdit-Bench), halves (MultiCom-Bench) or dimensions (OmniRef-Bench),
-    otherwise of cases.
-    """
+    """Aggregate the cases of one system. The value is the mean of the means of its ``columns``."""
     known = [one for one in scored if one.score is not None]
-    groups = group_means(known, lambda one: one.score, halves if bench == "multicom" else by_task)
+    groups = group_means(known, lambda one: one.score, half if bench == "multicom" else by_task)
+    means = column_means(columns(bench, scored))
+    value = None if bench in COMPLETE and None in means.values() else mean(without_none(means.values()))
     parts = gedit_parts(known) if bench == "gedit" else {}
-    if bench == "multicom":
-        value = mean(list(groups.values())) if len(groups) == 2 else None
-    elif bench in MACRO:
-        value = mean(list(groups.values()))
-    elif bench == "omniref":
-        dimensions = dimension_means(known)
-        value = mean(list(dimensions.values())) if len(dimensions) == len(OMNIREF_DIMENSIONS) else None
-        parts = {"dimensions": dimensions} if known else {}
-    else:
-        value = mean([one.score for one in known if one.score is not None])
+    if bench == "omniref" and known:
+        parts = {"dimensions": {name: one for name, one in means.items() if one is not None}}
     return Aggregate(NAMES[bench], value, groups, len(known), len(scored), parts)
+
+
+def columns(bench: str, scored: Sequence[Scored]) -> dict[str, list[float | None]]:
+    """Scores of the cases by column; None where a case is not in the column or has no score.
+
+    Columns are groups (GEdit-Bench, ImgEdit-Bench), halves (MultiCom-Bench) or dimensions (OmniRef-Bench); the other
+    benchmarks have one. They are the same for all systems.
+    """
+    if bench == "omniref":
+        judged = [{} if one.score is None else one.values for one in scored]
+        return {name: [values.get(name) for values in judged] for name in OMNIREF_DIMENSIONS}
+    if bench == "multicom":
+        return {name: [one.score if half(one) == name else None for one in scored] for name in HALVES}
+    if bench in MACRO:
+        groups = sorted({one.task for one in scored})
+        return {name: [one.score if one.task == name else None for one in scored] for name in groups}
+    return {"cases": [one.score for one in scored]}
+
+
+def column_means(by_column: Mapping[str, Sequence[float | None]]) -> dict[str, float | None]:
+    """Mean of each column over the cases that have a score in it; None without any."""
+    return {name: mean(without_none(values)) for name, values in by_column.items()}
+
+
+def without_none(values: Iterable[float | None]) -> list[float]:
+    """Values that are there."""
+    return [value for value in values if value is not None]
 
 
 def by_task(one: Scored) -> str:
@@ -89,9 +110,9 @@ def by_task(one: Scored) -> str:
     return one.task
 
 
-def halves(one: Scored) -> str:
+def half(one: Scored) -> str:
     """Half of MultiCom-Bench."""
-    return "2-3 sources" if one.sources <= 3 else "4-6 sources"
+    return HALVES[one.sources > 3]
 
 
 def group_means(
@@ -104,13 +125,6 @@ def group_means(
         if number is not None:
             values[group(one)].append(number)
     return {name: sum(numbers) / len(numbers) for name, numbers in sorted(values.items())}
-
-
-def dimension_means(scored: Sequence[Scored]) -> dict[str, float]:
-    """OmniRef-Bench's mean of each dimension over the cases that have it."""
-    found = {name: [one.values.get(name) for one in scored] for name in OMNIREF_DIMENSIONS}
-    known = {name: [value for value in values if value is not None] for name, values in found.items()}
-    return {name: sum(values) / len(values) for name, values in known.items() if values}
 
 
 def gedit_parts(scored: Sequence[Scored]) -> dict[str, dict[str, float]]:

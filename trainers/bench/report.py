@@ -16,7 +16,7 @@ from unipic_core import __version__
 from unipic_core.replacing import replacing, write_json
 
 from ..judges.statistics import Bootstrap, interval, rounded
-from .aggregates import Scored, aggregate, group_means
+from .aggregates import COMPLETE, Scored, aggregate, columns, group_means, mean, without_none
 from .benchmark_files import write_benchmark_files
 from .cases import Plan
 from .make import described, result_path
@@ -102,13 +102,14 @@ def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
             Scored(case.task, len(case.sources), row.get("score"), row.get("values", {}), case.extra)
             for case, row in zip(plan.cases, judged, strict=True)
         ]
-        column = np.array([[one.score] for one in scored], float)
+        table = np.array(list(columns(bench, scored).values()), float).T
         total = aggregate(bench, scored)
         result[label] = {
             "name": total.name,
             "value": total.value,
+            **intervals(table, first, bootstrap, bench in COMPLETE),
             "judged": f"{total.judged} of {total.total}",
-            **means_over_cases(column, first, bootstrap),
+            "mean_over_cases": mean(without_none(one.score for one in scored)),
             "by_task": dict(total.groups),
             "by_sources": group_means(scored, lambda one: one.score, lambda one: str(one.sources)),
             "parts": total.parts,
@@ -116,17 +117,18 @@ def summarise(plan: Plan, rows: Rows, judge: str) -> dict[str, Any]:
             "read_from": dict(Counter(how for row in judged for how in ways_of_reading(row))),
             **repeatability([row.get("passes", ()) for row in judged if row.get("score") is not None]),
         }
-        first = column if first is None else first
+        first = table if first is None else first
     return result
 
 
-def means_over_cases(scores: np.ndarray, first: np.ndarray | None, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean of scores [n, 1] (NaN: missing) and its paired difference from the first system's, with 95% intervals."""
-    mean = bootstrap.mean(scores)
-    gap = None if first is None else bootstrap.difference(scores, first)
+def intervals(table: np.ndarray, first: np.ndarray | None, bootstrap: Bootstrap, complete: bool) -> dict[str, Any]:
+    """95% interval of an aggregate, and its paired difference from the first system's over cases that both score.
+
+    table, first: scores [n, k] by column (``columns``), NaN if missing; complete: as ``mean_of_columns``.
+    """
+    gap = None if first is None else bootstrap.mean_of_columns(table - first, complete)
     return {
-        "mean_over_cases": rounded(mean),
-        "ci95": interval(mean),
+        "ci95": interval(bootstrap.mean_of_columns(table, complete)),
         "minus_first": rounded(gap),
         "minus_first_ci95": interval(gap),
     }

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 2000
+LEAST_DEFINED = 0.975
+"""Share of the resamples that must have a value for an interval."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,18 @@ class Bootstrap:
         both = np.isfinite(first) & np.isfinite(second)
         return self._ratio_of(first, second, both)
 
+    def mean_of_columns(self, scores: np.ndarray, complete: bool = False) -> Estimate | None:
+        """Mean of the columns' means, each over its scored samples; columns without scores are left out.
+
+        complete: a resample with such a column has no value. None if fewer than two samples have scores.
+        """
+        scored = np.isfinite(scores)
+        if scored.any(axis=1).sum() < 2:
+            return None
+        value = _means_of_columns(np.ones((1, len(scores))), scores, scored, complete)
+        values = _means_of_columns(self.counts, scores, scored, complete)
+        return _estimate(float(value[0]), values, len(self.counts)) if len(value) else None
+
     def _ratio_of(
         self, numerator_scores: np.ndarray, denominator_scores: np.ndarray, where: np.ndarray
     ) -> Estimate | None:
@@ -69,7 +83,23 @@ class Bootstrap:
         numerator, numerators = self._sums(numerator_scores, where)
         denominator, denominators = self._sums(denominator_scores, where)
         defined = denominators > 1e-9
-        if denominator <= 1e-9 or defined.mean() < 0.975:
+        if denominator <= 1e-9:
             return None
-        low, high = np.percentile(numerators[defined] / denominators[defined], [2.5, 97.5])
-        return Estimate(numerator / denominator, float(low), float(high))
+        return _estimate(numerator / denominator, numerators[defined] / denominators[defined], len(defined))
+
+
+def _means_of_columns(counts: np.ndarray, scores: np.ndarray, scored: np.ndarray, complete: bool) -> np.ndarray:
+    """Mean of the columns' means of each resample that has one. counts: [draws, n]; scores, scored: [n, k]."""
+    numbers, sums = counts @ scored.astype(float), counts @ np.where(scored, scores, 0)
+    there = numbers > 0
+    defined = there.all(axis=1) if complete else there.any(axis=1)
+    means = np.divide(sums, numbers, out=np.zeros_like(sums), where=there)
+    return np.asarray(means[defined].sum(axis=1) / there[defined].sum(axis=1))
+
+
+def _estimate(value: float, values: np.ndarray, draws: int) -> Estimate | None:
+    """Estimate from the resamples with a value; None if fewer than LEAST_DEFINED of the draws have one."""
+    if len(values) < LEAST_DEFINED * draws:
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Estimate(value, float(low), float(high))

@@ -1,8 +1,12 @@
-"""Each benchmark's sum worked out by hand."""
+"""Each benchmark's sum worked out by hand, and the interval of that sum."""
 
+import numpy as np
 import pytest
 
-from trainers.bench.aggregates import Scored, aggregate, case_score
+from trainers.bench.aggregates import COMPLETE, OMNIREF_DIMENSIONS, Scored, aggregate, case_score, columns
+from trainers.bench.cases import Case, Plan
+from trainers.bench.report import summarise
+from trainers.judges.statistics import Bootstrap
 from trainers.judges.vlm.values import combine
 
 
@@ -67,3 +71,46 @@ def test_mico_multiplies_the_weight_with_both_scores():
     with pytest.raises(ValueError, match="--weights DIR"):
         case_score("mico", 6.9, values, None)
     assert case_score("multicom", 7.0, {}, None) == 0.7
+
+
+@pytest.mark.parametrize("bench", ["own", "gedit", "imgedit", "multicom", "omniref"])
+def test_the_interval_is_of_the_aggregate_of_each_resample(bench):
+    rng = np.random.default_rng(0)
+    scored = [
+        Scored("often" if i % 5 else "rare", 2 + i % 4, score, {name: score + k for k, name in enumerate(dimensions)})
+        for i in range(40)
+        for score, dimensions in [(float(rng.uniform(0, 10)), OMNIREF_DIMENSIONS[i % 2 :])]
+    ]
+    scored[7] = Scored("often", 3, None)
+    bootstrap = Bootstrap(len(scored), seed=0, draws=60)
+    resamples = [[one for one, k in zip(scored, row, strict=True) for _ in range(int(k))] for row in bootstrap.counts]
+    expected = [aggregate(bench, one).value for one in resamples]
+    table = np.array(list(columns(bench, scored).values()), float).T
+    found = bootstrap.mean_of_columns(table, bench in COMPLETE)
+    assert found.value == pytest.approx(aggregate(bench, scored).value)
+    assert (found.low, found.high) == pytest.approx(np.percentile(expected, [2.5, 97.5]))
+
+
+def test_the_difference_is_of_the_aggregates_and_not_of_the_plain_means():
+    """B is worse on the many cases of one group and better on the few of the other."""
+    rows, cases = {}, []
+    for i in range(40):
+        many = i < 30
+        cases.append(Case(str(i), "many" if many else "few", "x", ("a",), None, f"{i}.png", {}))
+        for label, score in (("A", 5.0 + i % 3), ("B", 5.0 + i % 3 + (-0.3 if many else 0.7))):
+            rows[label, str(i), "judge"] = {"score": score}
+    first, second = summarise(Plan("gedit", 0, tuple(cases), (), {"A": {}, "B": {}}), rows, "judge").values()
+    assert second["value"] - first["value"] == pytest.approx(0.2)
+    assert [second["minus_first"], *second["minus_first_ci95"]] == pytest.approx([0.2] * 3)
+    assert second["mean_over_cases"] < first["mean_over_cases"]
+    low, high = first["ci95"]
+    assert low < first["value"] < high
+
+
+def test_half_a_benchmark_has_no_interval():
+    half = np.array([[1.0, np.nan], [2.0, np.nan], [4.0, np.nan]])
+    bootstrap = Bootstrap(3, seed=0)
+    assert bootstrap.mean_of_columns(half, complete=True) is None
+    assert bootstrap.mean_of_columns(half[:, :1]).value == pytest.approx(7 / 3)
+    assert bootstrap.mean_of_columns(half).value == pytest.approx(7 / 3)
+    assert bootstrap.mean_of_columns(np.where(half > 2, half, np.nan)) is None  # one case alone
