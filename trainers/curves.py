@@ -1,6 +1,8 @@
 """Command `python -m trainers.curves` (tools/curves.py)."""
 
+import sys
+
 from .tools.curves import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
