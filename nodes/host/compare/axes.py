@@ -49,7 +49,8 @@ class Axis:
 
     @property
     def labels(self) -> list[str]:
-        return [f"{_LABELS[self.name]} {value:.12g}" for value in self.values]
+        """Name and value of each row or column; whole numbers with all their digits, which seeds need."""
+        return [f"{_LABELS[self.name]} {int(v) if self.name in _WHOLE else f'{v:.12g}'}" for v in self.values]
 
     def over(self, cell: Cell) -> list[Cell]:
         """The cell at each of the values."""

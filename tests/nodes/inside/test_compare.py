@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from unipic_pack.nodes.compare import UniPicCompare
 from unipic_pack.nodes.host.compare import run as running
-from unipic_pack.nodes.host.compare.axes import Cell
+from unipic_pack.nodes.host.compare.axes import Cell, parsed_axis
 from unipic_pack.nodes.host.compare.keys import Digest, NoKey, model_key
 from unipic_pack.nodes.host.compare.store import FOLDER, CellStore
 from unipic_pack.nodes.host.model.kv_cache import with_kv_cache
@@ -102,6 +102,20 @@ def test_every_cell_is_the_picture_of_the_single_sampler(nano_model: Any, vae: A
 def test_axes_of_widgets(axis: str, values: list[int], widget: str, nano_model: Any, vae: Any) -> None:
     _, images = compare(nano_model, vae, y_axis=axis, y_values=", ".join(map(str, values)))
     assert torch.equal(images, torch.cat([alone(nano_model, vae, **{widget: value}) for value in values]))
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "labels"),
+    [
+        ("seed", "123456789012345, 18446744073709551615", ["seed 123456789012345", "seed 18446744073709551615"]),
+        ("steps", "4", ["steps 4"]),
+        ("reference_budget", "1024", ["budget 1024"]),
+        ("guidance", "1, 2.50", ["guidance 1", "guidance 2.5"]),
+        ("lora_strength", "-0.1", ["LoRA -0.1"]),
+    ],
+)
+def test_labels_tell_values_apart(axis: str, values: str, labels: list[str]) -> None:
+    assert parsed_axis("x", axis, values).labels == labels
 
 
 def test_strengths_of_a_lora(nano_model: Any, vae: Any) -> None:
