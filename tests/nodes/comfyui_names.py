@@ -16,7 +16,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = Path(__file__).with_suffix(".json")
-PACKAGES = ("comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "latent_preview", "node_helpers")
+PACKAGES = (
+    "comfy",
+    "comfy_api",
+    "comfy_execution",
+    "comfy_extras",
+    "comfyui_version",
+    "folder_paths",
+    "latent_preview",
+    "node_helpers",
+)
 
 
 @dataclass(frozen=True)

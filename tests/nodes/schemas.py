@@ -18,7 +18,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMFYUI = {"comfy", "comfy_api", "comfy_extras", "folder_paths", "node_helpers", "nodes", "latent_preview", "server"}
+COMFYUI = {
+    "comfy",
+    "comfy_api",
+    "comfy_extras",
+    "comfyui_version",
+    "folder_paths",
+    "node_helpers",
+    "nodes",
+    "latent_preview",
+    "server",
+}
 
 
 class Hollow(type):

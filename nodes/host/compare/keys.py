@@ -1,8 +1,8 @@
 """Content keys of cells: equal keys mean the same picture, also in another process.
 
-A key holds all inputs by content: tensors by their bytes, weights by a checksum over evenly spaced values. A model with
-functions of other nodes (patches, wrappers) has no content that can be compared, hence no key: its pictures are not
-stored.
+A key holds all inputs by content: tensors by their bytes, weights by a checksum over evenly spaced values. Beside them
+it holds how they are computed: versions, device, ComfyUI's options. A model with functions of other nodes (patches,
+wrappers) has no content that can be compared, hence no key: its pictures are not stored.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import comfy.model_management as management
+import comfyui_version
 import torch
+from comfy.cli_args import args
+from comfy.ldm.modules.attention import optimized_attention_masked
 from comfy.model_patcher import ModelPatcher
+from comfy.sd import VAE
 from torch import Tensor
 
 from ....unipic_core import __version__
@@ -23,6 +28,10 @@ from ..sampling import conditionings
 
 SAMPLED_VALUES = 16
 """Values of each weight that enter a key; weights may lie in a mapped file, of which each value reads a page."""
+
+_OBJECTS = ("model_sampling", "latent_format")
+"""Objects of a MODEL that change its pictures: the schedule, by which time ranges become sigmas, and the statistics of
+the latents, which no weights contain."""
 
 _OUR_WRAPPERS = {kv_memory.KEY, conditionings.KEY}
 _PLAIN = (str, int, float, bool, bytes, type(None), torch.dtype, torch.device)
@@ -73,15 +82,16 @@ class Digest:
 
 
 def weights_of(module: torch.nn.Module, originals: Mapping[str, Tensor] = {}) -> list[object]:
-    """Names, dtypes, shapes and checksums of a module's tensors. originals: those to read in place of patched ones.
+    """Kinds of a module's layers, and names, dtypes, shapes and checksums of its tensors.
 
-    Raises NoKey for opaque tensors.
+    Layers of one dtype may multiply in another, as with UNETLoader's fp8_e4m3fn_fast. originals: tensors to read in
+    place of patched ones. Raises NoKey for opaque tensors.
     """
+    kinds = sorted({type(layer).__qualname__ for layer in module.modules()})
     named = {**dict(module.named_parameters()), **dict(module.named_buffers()), **originals}
     plain = [part for tensor in named.values() for part in _parts(tensor)]
-    return [[name, tensor.dtype, list(tensor.shape)] for name, tensor in named.items()] + [
-        checksums(plain, SAMPLED_VALUES)
-    ]
+    described = [[name, tensor.dtype, list(tensor.shape)] for name, tensor in named.items()]
+    return [kinds, described, checksums(plain, SAMPLED_VALUES)]
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
@@ -95,8 +105,16 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
+def vae_content(vae: VAE) -> list[object]:
+    """Weights and device of a VAE."""
+    return [weights_of(vae.first_stage_model), management.get_torch_device_name(vae.device)]
+
+
 def model_key(model: ModelPatcher) -> str:
-    """Key of a MODEL: its weights, LoRAs, options and device. Raises NoKey where other nodes have put functions."""
+    """Key of a MODEL: its weights, LoRAs, schedule, latent statistics and options, and how they are computed.
+
+    Raises NoKey where other nodes have put functions.
+    """
     foreign = [
         name
         for hooks in (model.wrappers, model.callbacks)
@@ -107,10 +125,18 @@ def model_key(model: ModelPatcher) -> str:
     if foreign or model.injections or model.hook_patches or model.weight_wrapper_patches:
         raise NoKey(", ".join(map(str, foreign)) or "hooks")
     network = model.model.diffusion_model
-    digest = Digest().add([__version__, torch.__version__, type(network).__name__, getattr(network, "config", None)])
+    digest = Digest().add(_program()).add([type(model.model).__name__, getattr(network, "config", None)])
     digest.add(weights_of(network, _originals(model))).add(_patches(model.patches)).add(_options(model.model_options))
-    digest.add([_object(name, value) for name, value in sorted(model.object_patches.items())])
-    return digest.add([model.load_device, model.model.get_dtype_inference()]).hexdigest()
+    names = sorted({*_OBJECTS, *model.object_patches})
+    digest.add([_object(name, model.get_model_object(name)) for name in names])
+    device = management.get_torch_device_name(model.load_device)
+    return digest.add([device, model.model.get_dtype_inference()]).hexdigest()
+
+
+def _program() -> list[object]:
+    """Versions, and the options of ComfyUI that change all pictures: the attention function and --fast."""
+    fast = sorted(str(feature) for feature in args.fast)
+    return [__version__, torch.__version__, comfyui_version.__version__, optimized_attention_masked.__name__, fast]
 
 
 def _originals(model: ModelPatcher) -> dict[str, Tensor]:
@@ -142,11 +168,10 @@ def _options(options: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _object(name: str, value: object) -> list[object]:
-    """A replaced object of the model: a schedule by its tensors."""
-    if not isinstance(value, torch.nn.Module):
+    """One of `_OBJECTS` by its classes, tensors and plain attributes. NoKey for another object that a node replaced."""
+    if name not in _OBJECTS:
         raise NoKey(name)
-    return [name, type(value).__mro__[1].__name__, dict(value.state_dict()), _plain_attributes(value)]
-
-
-def _plain_attributes(module: torch.nn.Module) -> dict[str, object]:
-    return {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, _PLAIN)}
+    tensors = dict(value.state_dict()) if isinstance(value, torch.nn.Module) else {}
+    # preview colours are None or lists, and change no picture
+    plain = {k: v for k, v in vars(value).items() if k[0] != "_" and v is not None and isinstance(v, (*_PLAIN, Tensor))}
+    return [name, [kind.__name__ for kind in type(value).__mro__], tensors, plain]

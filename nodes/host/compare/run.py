@@ -22,7 +22,7 @@ from ..sampling.influence_control import InfluenceControl
 from ..sampling.run import prepared, sample
 from ..sampling.schedules import sigmas_of, target_tokens
 from .axes import Cell, order
-from .keys import Digest, NoKey, model_key, weights_of
+from .keys import Digest, NoKey, model_key, vae_content
 from .store import CellStore
 
 Conditioning = list[Any]
@@ -129,7 +129,7 @@ class Comparison:
         texts = [[bare(cond) for cond in conds] for conds in (positive, negative)]
         try:
             digest = Digest().add(self._model[2]).add(texts).add(self.sockets.latent).add(list(settings))
-            return digest.add(weights_of(self.sockets.vae.first_stage_model)).hexdigest()
+            return digest.add(vae_content(self.sockets.vae)).hexdigest()
         except NoKey as reason:
             self.cautions.append(f"the pictures of this comparison are not stored, since they depend on {reason}")
             return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
+import comfy.ops
 import folder_paths
 import node_helpers
 import pytest
 import torch
 from causal_tools import build, conditioning
+from comfy.cli_args import PerformanceFeature, args
+from comfy.ldm.modules.attention import attention_basic
 from comfy.patcher_extension import WrappersMP
 from compose_tools import image
 from compose_tools import run as compose
@@ -18,11 +22,13 @@ from model_tools import lora_file, random_inputs
 from safetensors.torch import save_file
 from torch import Tensor
 from unipic_pack.nodes.compare import UniPicCompare
+from unipic_pack.nodes.host.compare import keys
 from unipic_pack.nodes.host.compare import run as running
 from unipic_pack.nodes.host.compare.axes import Cell, parsed_axis
 from unipic_pack.nodes.host.compare.keys import Digest, NoKey, model_key
 from unipic_pack.nodes.host.compare.store import FOLDER, CellStore
 from unipic_pack.nodes.host.model.kv_cache import with_kv_cache
+from unipic_pack.nodes.host.model.latent_format import PictureLatents
 from unipic_pack.nodes.host.model.loading import load_model
 from unipic_pack.nodes.host.pictures.vae import load_vae
 from unipic_pack.nodes.host.sampling.choices import Widgets
@@ -30,6 +36,7 @@ from unipic_pack.nodes.host.text.encoder import load_clip
 from unipic_pack.nodes.lora import BUNDLED, add_lora, lora_names, lora_path, read_lora
 from unipic_pack.nodes.sample import FewStepSampler
 from unipic_pack.unipic_core.errors import UniPicError
+from unipic_pack.unipic_core.weights.vae import read_vae_config
 
 import nodes as stock
 
@@ -239,6 +246,8 @@ def changes(nano: Path, model: Any, vae: Any) -> dict[str, dict[str, Any]]:
     """Inputs that give another picture."""
     lora, (x, text, references) = build(lora_file("transformer.{}.lora_{}.weight")), random_inputs()
     rewritten, other_vae = load_model(nano), load_vae(nano)
+    config = read_vae_config(nano / "vae")
+    statistics = replace(config, latents_std=tuple(2 * std for std in config.latents_std))
     with torch.inference_mode():
         rewritten.model.diffusion_model.transformer_blocks[1].attn.to_v.weight.data.mul_(-1)
         next(iter(other_vae.first_stage_model.parameters())).data.mul_(-1)
@@ -254,6 +263,7 @@ def changes(nano: Path, model: Any, vae: Any) -> dict[str, dict[str, Any]]:
         "LoRA": {"model": add_lora(model, lora, 1.0)[0]},
         "strength of a LoRA": {"model": add_lora(model, lora, 0.5)[0]},
         "weights": {"model": rewritten},
+        "statistics of the latents": {"model": load_model(nano, latents=PictureLatents(statistics))},
         "VAE": {"vae": other_vae},
         "seed": {"seed": 6},
         "steps": {"steps": 3},
@@ -275,6 +285,22 @@ def test_a_changed_input_is_another_picture(nano_model: Any, vae: Any, nano: Pat
     assert len(sampled) == count
 
 
+def test_a_model_computed_in_another_way_is_another_model(
+    nano_model: Any, nano: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Time ranges follow the schedule, which the recipe sets; layers, attention and --fast change the numbers."""
+    schedule = load_model(nano)
+    schedule.model.model_sampling.set_parameters(shift=2.0)
+    others = (schedule, load_model(nano, custom_operations=comfy.ops.manual_cast), nano_model)
+    found = [model_key(model) for model in others]
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "optimized_attention_masked", attention_basic)
+        found.append(model_key(nano_model))
+    monkeypatch.setattr(args, "fast", {PerformanceFeature.Fp8MatrixMultiplication})
+    found.append(model_key(nano_model))
+    assert len(set(found)) == len(found)
+
+
 def test_a_model_with_functions_of_other_nodes_is_not_stored(
     nano_model: Any, vae: Any, output_folder: Path, sampled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,7 +315,9 @@ def test_a_model_with_functions_of_other_nodes_is_not_stored(
     assert torch.equal(images, alone(nano_model, vae))
     patched = nano_model.clone()
     patched.set_model_sampler_cfg_function(lambda args: args["cond"])
-    for other in (model, patched):
+    replaced = nano_model.clone()
+    replaced.add_object_patch("diffusion_model.norm_out", torch.nn.Identity())
+    for other in (model, patched, replaced):
         with pytest.raises(NoKey):
             model_key(other)
     assert model_key(nano_model.clone()) == model_key(nano_model) != model_key(with_kv_cache(nano_model, "off"))
