@@ -87,22 +87,23 @@ def planned(prompt: str, pictures: list[Image.Image], planner: str) -> tuple[dic
     server that failed. Raises UniPicError."""
     if planner not in PLANNERS:
         raise UniPicError(f"planner must be one of {', '.join(PLANNERS)}, got {planner!r}")
-    server = None if planner == RULES else LayoutServer.from_environment()
-    if planner == SERVER and server is None:
+    server, why = None, ""
+    try:
+        server = None if planner == RULES else LayoutServer.from_environment()
+        if server is not None:
+            regions = parse_boxes(server.ask(prompt, pictures), len(pictures))
+            return regions, f"planned by {server.model} on your server: {described(regions)}", False
+    except UniPicError as error:
+        if planner == SERVER:
+            raise
+        why = f", since {error}"
+        if server is not None:  # a wrong address or key stays wrong in the next run
+            _failures[server.url] += 1
+    if planner == SERVER:
         raise UniPicError(
             "the planner server needs the address of your server in the environment variable UNIPIC_LAYOUT_URL; set it "
             "where ComfyUI starts, or choose rules"
         )
-    why = ""
-    if server is not None:
-        try:
-            regions = parse_boxes(server.ask(prompt, pictures), len(pictures))
-            return regions, f"planned by {server.model} on your server: {described(regions)}", False
-        except UniPicError as error:
-            if planner == SERVER:
-                raise
-            _failures[server.url] += 1
-            why = f", since {error}"
     regions = ruled_regions(prompt, len(pictures))
     return regions, f"planned by rules{why}: {described(regions)}", bool(why)
 

@@ -59,17 +59,22 @@ class LayoutServer:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> LayoutServer | None:
-        """The server of the environment; None without an address. Raises UniPicError for a wrong one."""
+        """The server of the environment; None without an address. Raises UniPicError for a wrong address or key."""
         url = environment.get(URL, "").strip().rstrip("/")
         if not url:
             return None
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+        if not _is_address(url):
             raise UniPicError(
-                f"{URL} must be an address such as http://localhost:8000/v1, without password and question mark; "
-                "correct this environment variable where ComfyUI starts"
+                f"{URL} must be an address such as http://localhost:8000/v1, in ASCII characters without spaces, "
+                "password, question mark and number sign; correct this environment variable where ComfyUI starts"
             )
-        return cls(url, environment.get(MODEL, "").strip() or "default", environment.get(KEY, "").strip())
+        key = environment.get(KEY, "").strip()
+        if not _is_printable_ascii(key):  # never quoted: it is a secret
+            raise UniPicError(
+                f"{KEY} must be printable ASCII characters, got a line break, a curly quote or another one; set this "
+                "environment variable again where ComfyUI starts"
+            )
+        return cls(url, environment.get(MODEL, "").strip() or "default", key)
 
     def ask(self, prompt: str, pictures: Sequence[Image.Image]) -> str:
         """JSON text of the rows that the server answers. Raises NoLayout."""
@@ -79,7 +84,7 @@ class LayoutServer:
         try:
             text = json.loads(answer)["choices"][0]["message"]["content"]
             return str(text[text.index("[") : text.rindex("]") + 1])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise NoLayout("the layout server's answer holds no list of boxes") from None
 
     def _post(self, body: Mapping[str, object]) -> bytes:
@@ -87,19 +92,34 @@ class LayoutServer:
         request = urllib.request.Request(f"{self.url}/chat/completions", json.dumps(body).encode(), headers)
         local = urlsplit(self.url).hostname in LOCAL  # pictures for this machine go through no proxy
         opener = urllib.request.build_opener(_NoRedirect, *([urllib.request.ProxyHandler({})] if local else []))
-        try:
+        try:  # ValueError: of a name that DNS cannot hold, and of a redirect that is no address
             with opener.open(request, timeout=SECONDS) as reply:
                 answer: bytes = reply.read(MAX_BYTES + 1)
         except urllib.error.HTTPError as error:
             error.close()
             redirect = "; redirects are not followed" if 300 <= error.code < 400 else ""
             raise NoLayout(f"the layout server answered HTTP {error.code}{redirect}") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             raise NoLayout(f"the layout server cannot be reached ({type(reason).__name__})") from None
         if len(answer) > MAX_BYTES:
             raise NoLayout("the layout server's answer is longer than 1 MiB")
         return answer
+
+
+def _is_address(url: str) -> bool:
+    """True for http(s)://host[:port][/path], in characters that a request can hold."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and "@" not in parts.netloc
+    return is_web and _is_printable_ascii(url) and not set(" ?#") & set(url)
+
+
+def _is_printable_ascii(text: str) -> bool:
+    return text.isascii() and text.isprintable()
 
 
 def data_url(picture: Image.Image) -> str:
