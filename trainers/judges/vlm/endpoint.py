@@ -128,7 +128,7 @@ class Endpoint:
         request = urllib.request.Request(self.base_url + path, body, headers)
         try:
             with self._opener.open(request, timeout=timeout) as reply:
-                return self._object(_read(reply, time.monotonic() + timeout))
+                raw = _read(reply, time.monotonic() + timeout)
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refusal(error, timeout) from None
@@ -136,6 +136,12 @@ class Endpoint:
             raise self._unreachable(error.reason, timeout) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._unreachable(error, timeout) from None
+        except ValueError as error:  # of a name that DNS cannot hold, and of a redirect that is no address
+            reason = self.hide_key(one_line(error))
+            raise JudgeError(
+                f"{self.base_url} cannot be asked ({reason}); correct {self.config.section}.base_url"
+            ) from None
+        return self._object(raw)
 
     def _object(self, raw: bytes) -> dict[str, Any]:
         """Parse the JSON object of an answer with status 200."""
@@ -159,7 +165,7 @@ class Endpoint:
         if code in QUESTION_ERRORS:
             return AnswerError("rejected", f"HTTP {code}: {explanation}")
         if 300 <= code < 400:
-            where = urlsplit(error.headers.get("Location") or "").netloc or "another address"
+            where = _host_of(error.headers.get("Location") or "") or "another address"
             return JudgeError(
                 f"{self.base_url} redirects to {one_line(where, 80)}; redirects are not followed; use that address"
             )
@@ -232,6 +238,14 @@ def _sentence(error: urllib.error.HTTPError, timeout: float) -> str:
     return one_line(text) or str(error.reason)
 
 
+def _host_of(address: str) -> str:
+    """Host and port of an address; empty if it has none or is no address."""
+    try:
+        return urlsplit(address).netloc
+    except ValueError:
+        return ""
+
+
 def _retry_after(headers: email.message.Message) -> float | None:
     """Seconds of a numeric Retry-After header, or None."""
     try:
@@ -242,15 +256,23 @@ def _retry_after(headers: email.message.Message) -> float | None:
 
 
 def checked_url(config: ServerConfig) -> str:
-    """Check the base address and remove its final slash. Raises JudgeError for anything but http(s)://host[:port][/path]."""
+    """Check the base address and remove its final slash.
+
+    Raises JudgeError for anything but http(s)://host[:port][/path] in characters that a request can hold.
+    """
     url, name = config.base_url.strip(), f"{config.section}.base_url"
     try:
         parts = urlsplit(url)
         port_fits = parts.port is None or parts.port > 0
     except ValueError:
         parts, port_fits = urlsplit(""), False
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_fits:
-        raise JudgeError(f"{name} must be an address such as http://localhost:8000/v1, got {one_line(url, 80)!r}")
+    is_printable = url.isascii() and url.isprintable() and " " not in url
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_fits or not is_printable:
+        given = "one with '@'" if "@" in url else f"{one_line(url, 80)!r}"  # a password may stand before it
+        raise JudgeError(
+            f"{name} must be an address such as http://localhost:8000/v1, in ASCII characters without spaces, got "
+            f"{given}"
+        )
     if parts.username or parts.password:
         raise JudgeError(f"{name} holds a name or password; use {config.section}.api_key_env")
     if parts.query or parts.fragment:

@@ -14,7 +14,8 @@ KEY = "secret-key"
 
 
 class FakeServer(ThreadingHTTPServer):
-    """faults: one taken per request; a status, or html, prose, range, refuse, think, cut, slow, list, redirect.
+    """faults: one taken per request; a status, a status with a Location, or html, prose, range, refuse, think, cut,
+    slow, list.
 
     tokens: (token, {alternative: probability}) of every answer, sent to those who ask for log-probabilities.
     """
@@ -78,8 +79,8 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             said = {401: f"the key {KEY} is bad", 507: "refused, the queue is full"}.get(fault, "slow down")
             return self.reply(fault, json.dumps({"error": {"message": said}}).encode(), Retry_After="0")
-        if fault == "redirect":
-            return self.reply(302, b"", Location="http://example.org/v1")
+        if isinstance(fault, tuple):
+            return self.reply(fault[0], b"", Location=fault[1])
         if fault in ("html", "list"):
             return self.reply(200, b"<html>hello</html>" if fault == "html" else b"[1]")
         if fault == "slow":

@@ -62,7 +62,9 @@ def test_pictures_arrive_in_their_order_and_after_two_faults_the_answer_is_read(
     [
         ("html", "web page"),
         ("list", "JSON object"),
-        ("redirect", "example.org"),
+        ((302, "http://example.org/v1"), "redirects to example.org"),
+        ((302, "http://[::1/v1"), "cannot be asked .*; correct judge.base_url"),
+        ((300, "http://[::1/v1"), "redirects to another address"),
         (401, "refuses the key"),
         (404, "404"),
     ],
@@ -73,6 +75,31 @@ def test_faults_of_the_server_stop_the_run_in_one_sentence_without_the_key(fault
         client(server).ask(Question(("rate",)))
     assert KEY not in str(caught.value)
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://[::1:8000/v1", "base_url must be an address such as"),
+        ("http://127.0.0.1:9/v\u00f6", "in ASCII characters without spaces, got 'http://127.0.0.1:9/v\u00f6'"),
+        ("http://127.0.0.1:9/v 1", "base_url must be an address such as"),
+        ("http://me:secret-key@127.0.0.1:abc/v1", "base_url must be an address such as .* got one with '@'"),
+        (f"http://{'a' * 64}.invalid/v1", "cannot be asked .*label.*; correct judge.base_url"),
+    ],
+)
+def test_an_address_that_no_request_can_hold_is_one_sentence(url, words):
+    config = JudgeConfig(url, "fake", api_key_env="JUDGE_KEY")
+    with pytest.raises(JudgeError, match=words) as caught:
+        Client(config, abilities=Abilities(), sleep=lambda _: None).ask(Question(("rate",)))
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk\nsecret", "sk-\u201csecret\u201d"])
+def test_a_key_that_no_request_can_hold_is_one_sentence_without_it(key, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", key)
+    with pytest.raises(JudgeError, match="JUDGE_KEY contains characters that no key has") as caught:
+        Client(JudgeConfig("http://127.0.0.1:9/v1", "fake", api_key_env="JUDGE_KEY"))
+    assert "secret" not in str(caught.value)
 
 
 def test_one_refused_question_is_missing_and_three_in_a_row_stop_the_run():
