@@ -21,6 +21,7 @@ from unipic_pack.nodes.host import layout_server
 from unipic_pack.nodes.host.layout_server import KEY, MODEL, URL
 from unipic_pack.nodes.host.model.influences import INFLUENCES
 from unipic_pack.nodes.plan_layout import UniPicPlanLayout
+from unipic_pack.unipic_core.conditioning.boxes import parse_boxes
 from unipic_pack.unipic_core.conditioning.influence import Influence, Region
 from unipic_pack.unipic_core.errors import UniPicError
 
@@ -126,6 +127,10 @@ def test_the_server_gets_prompt_and_small_pictures(
         ({"text": "I cannot."}, "the layout server's answer holds no list of boxes"),
         ({"text": '[{"id": "image_9", "bbox": [0, 0, 1, 1]}]'}, "box 1 is of image 9, and there are 2 pictures"),
         ({"text": '[{"id": "image_1", "bbox": [0, 0, 2000, 1]}]'}, "box 1: a box must lie between 0 and 1000"),
+        (
+            {"text": '[{"id": "image_2", "bbox": [0.1, 0.1, 0.9, 0.4]}]'},
+            "the layout server's boxes must be on a grid from 0 to 1000, and that of image 2 is on one from 0 to 1",
+        ),
         ({"status": 500}, "the layout server answered HTTP 500"),
         (
             {"status": 302, "location": "http://127.0.0.1:9/"},
@@ -134,7 +139,16 @@ def test_the_server_gets_prompt_and_small_pictures(
         ({"status": 307, "location": "http://[::1/"}, "the layout server cannot be reached (ValueError)"),
         ({"raw": b"[" * 200_000}, "the layout server's answer holds no list of boxes"),
     ],
-    ids=["no list", "a picture too many", "outside", "an error", "a redirect", "a redirect to nowhere", "nested"],
+    ids=[
+        "no list",
+        "a picture too many",
+        "outside",
+        "from 0 to 1",
+        "an error",
+        "a redirect",
+        "a redirect to nowhere",
+        "nested",
+    ],
 )
 def test_a_bad_answer_falls_back_to_rules(
     changes: dict[str, Any], why: str, server: type[Handler], caplog: Any
@@ -205,6 +219,22 @@ def test_no_server_and_a_long_answer(server: type[Handler], monkeypatch: pytest.
         monkeypatch.setenv(URL, f"http://127.0.0.1:{free.getsockname()[1]}/v1")
     with pytest.raises(UniPicError, match=r"cannot be reached \(ConnectionRefusedError\)"):
         plan("server")
+
+
+@pytest.mark.parametrize(
+    ("answered", "written"),
+    [
+        ("[500.1, 10, 500.4, 900]", "[500.1, 10, 500.4, 900]"),
+        ("[0.2, 999.6, 0.4, 1000]", "[0.2, 999.6, 0.4, 1000]"),
+        ("[99.6, 200.4, 300.5, 400]", "[100, 200, 300, 400]"),
+        ("[0, 0, 1, 2]", "[0, 0, 1, 2]"),
+    ],
+)
+def test_a_thin_box_stays_a_box(answered: str, written: str, server: type[Handler]) -> None:
+    server.text = f'[{{"id": "image_1", "bbox": {answered}}}]'
+    boxes = plan("server")[0]
+    assert boxes == f'[{{"id": "image_1", "bbox": {written}}}]'
+    assert list(parse_boxes(boxes, 1)) == [1]
 
 
 @pytest.mark.usefixtures("fresh", "no_network")
