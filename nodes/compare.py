@@ -21,6 +21,7 @@ from .host.messages import tell
 from .host.model.kv_cache import with_kv_cache
 from .host.pictures.images import to_image, to_pictures
 from .host.sampling.choices import AUTO, Widgets
+from .host.wires import check_conditioning, check_model, check_part
 from .lora import add_lora, file_state, lora_names, lora_path, matched, read_lora
 from .sample import cache_dtype_input, cache_input, sampling_inputs, schedule_inputs
 
@@ -82,6 +83,10 @@ class UniPicCompare(io.ComfyNode):
         condition_cache: str = AUTO,
         cache_dtype: str = AUTO,
     ) -> io.NodeOutput:
+        check_model(model)
+        check_conditioning("positive", positive)
+        check_conditioning("negative", negative)
+        check_part("vae", vae, "first_stage_model")
         x, y = parsed_axis("x", x_axis, x_values), parsed_axis("y", y_axis, y_values)
         rows = spanned(Cell(seed, Widgets(steps, cfg, sampler, schedule, shift)), x, y)
         model = with_kv_cache(model, condition_cache, cache_dtype)

@@ -50,6 +50,7 @@ from .host.pictures.references import (
 )
 from .host.recipe_attachment import attachment_of
 from .host.text.encoder import enlarged_references
+from .host.wires import check_model, check_part
 
 NO_IMAGES = "no images are connected: the model was tuned to compose pictures, not to make them from text alone"
 
@@ -117,6 +118,8 @@ class MultiImageCompose(io.ComfyNode):
     ) -> io.NodeOutput:
         _check_sockets(others)
         _check_parts(clip, vae)
+        if model is not None:
+            check_model(model)
         sockets = connected(images or {}, masks or {}, references or {}, batches)
         pictures = [picture for socket in sockets for picture in socket.pictures]
         request = _with_size(
@@ -257,9 +260,8 @@ def _check_sockets(others: Mapping[str, object]) -> None:
 
 def _check_parts(clip: CLIP, vae: VAE) -> None:
     """UniPicError unless clip is a CLIP, and vae the VAE of Qwen-Image."""
-    for name, part, has in (("clip", clip, "tokenize"), ("vae", vae, "latent_dim")):
-        if not hasattr(part, has):
-            raise UniPicError(f"{name} must come from Load UniPic, got {type(part).__name__}; connect that node")
+    check_part("clip", clip, "tokenize")
+    check_part("vae", vae, "latent_dim")
     if vae.latent_dim != 3 or vae.spacial_compression_encode() != VAE_SCALE:
         raise UniPicError(
             "vae must be the Qwen-Image VAE, got one with other latents; use the VAE of Load UniPic, or Load VAE with "

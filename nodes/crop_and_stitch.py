@@ -14,8 +14,8 @@ from ..unipic_core.weights.recipe import LIMITS
 from . import CATEGORY
 from .host.pictures.images import stretched, to_image, to_masks, to_pictures
 from .host.pictures.previews import preview
-from .host.pictures.references import check_tensors
 from .host.recipe_attachment import attachment_of
+from .host.wires import check_model, check_tensors, kind_of
 
 StitchSocket = io.Custom("UNIPIC_STITCH")
 """Type of the wire from Crop to Stitch: one `Stitch`."""
@@ -101,9 +101,11 @@ class UniPicCrop(io.ComfyNode):
         model: ModelPatcher | None = None,
     ) -> io.NodeOutput:
         check_tensors({"image": image, "mask": mask})
+        if model is not None:
+            check_model(model)
         pictures = _checked(image)
         if not budget:
-            budget = attachment_of(model).recipe.output_budget or DEFAULT_BUDGET if model else DEFAULT_BUDGET
+            budget = (attachment_of(model).recipe.output_budget if model else None) or DEFAULT_BUDGET
         masks = stretched(mask.detach().float().cpu(), pictures)[..., 0]
         crop = crop_around(pictures, masks, budget, context, grow, edge)
         height, width = crop.image.shape[1:3]
@@ -131,8 +133,7 @@ class UniPicStitch(io.ComfyNode):
     @classmethod
     def execute(cls, stitch: object, image: Tensor) -> io.NodeOutput:
         if not isinstance(stitch, Stitch):
-            kind = type(stitch).__name__
-            raise UniPicError(f"stitch must come from Crop to Mask (UniPic), got {kind}; connect that node")
+            raise UniPicError(f"stitch must come from Crop to Mask (UniPic), got {kind_of(stitch)}; connect that node")
         check_tensors({"image": image})
         result = stitched(stitch, image)
         return io.NodeOutput(result, ui=preview(result[..., :3]))

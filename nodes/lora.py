@@ -32,6 +32,7 @@ from .host.model.loading import round_times
 from .host.model.model import UniPicModel
 from .host.model.saving import save_with_recipe
 from .host.recipe_attachment import attach, attachment_of
+from .host.wires import check_model
 
 NETWORK = "diffusion_model."
 """ComfyUI's prefix of the network's parameter names."""
@@ -211,6 +212,7 @@ class DistillLoRA(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: ModelPatcher, lora: str, strength: float) -> io.NodeOutput:
+        check_model(model)
         if strength == 0:
             text = "strength 0: the LoRA is not used"
             tell(cls, text)

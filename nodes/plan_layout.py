@@ -22,7 +22,8 @@ from .host.layout_server import LayoutServer, NoLayout
 from .host.messages import tell
 from .host.pictures.images import to_image, to_pictures
 from .host.pictures.previews import preview
-from .host.pictures.references import IMAGES, check_tensors
+from .host.pictures.references import IMAGES
+from .host.wires import check_tensors
 
 AUTO, SERVER, RULES = PLANNERS = ("auto", "server", "rules")
 """The server if there is one, and rules if it fails; the server alone; rules alone."""
@@ -72,8 +73,10 @@ class UniPicPlanLayout(io.ComfyNode):
 
     @classmethod
     def execute(cls, prompt: str, images: Mapping[str, Tensor], planner: str = AUTO) -> io.NodeOutput:
-        check_tensors(images)
+        check_tensors({}, images)
         sockets = [images[name] for name in IMAGES if images.get(name) is not None]
+        if not sockets:
+            raise UniPicError(f"expected a picture at one of {IMAGES[0]} to {IMAGES[-1]}, got none; connect Load Image")
         pictures = [to_pictures(image[:1] if image.ndim == 4 else image)[0] for image in sockets]
         regions, line, failed = planned(prompt, pictures, planner)
         tell(cls, line, logging.INFO if regions and not failed else logging.WARNING)

@@ -14,7 +14,8 @@ from ..unipic_core.errors import UniPicError
 from . import CATEGORY
 from .host.pictures.images import to_image, to_masks, to_pictures
 from .host.pictures.previews import preview
-from .host.pictures.references import Reference, ReferenceSocket, check_tensors
+from .host.pictures.references import Reference, ReferenceSocket
+from .host.wires import check_tensors
 
 
 class UniPicReference(io.ComfyNode):
@@ -80,7 +81,7 @@ class UniPicReference(io.ComfyNode):
         width: int = GRID,
         height: int = GRID,
     ) -> io.NodeOutput:
-        check_tensors({"image": image, "mask": mask})
+        check_tensors({"image": image}, {"mask": mask})
         reference = Reference(image, mask, weight, enabled, Influence(strength, _box(x, y, width, height), start, end))
         return io.NodeOutput(reference, ui=preview(shown(image, mask)))
 

@@ -13,6 +13,7 @@ from ....unipic_core.conditioning.boxes import parse_boxes, regions_of
 from ....unipic_core.conditioning.influence import GRID, NEUTRAL, Influence
 from ....unipic_core.conditioning.reference_sizes import MAX_REFERENCES
 from ....unipic_core.errors import UniPicError
+from ..wires import check_tensors
 from .images import to_masks, to_pictures
 
 IMAGES = tuple(f"image_{i + 1}" for i in range(MAX_REFERENCES))
@@ -100,7 +101,7 @@ def _checked(name: str, given: object) -> Reference:
 
 def _socket(kind: str, number: int, reference: Reference, batches: str) -> Socket:
     batch, mask = reference.image, reference.mask
-    check_tensors({f"{kind}_{number}": batch, f"the mask of {kind}_{number}": mask})
+    check_tensors({f"{kind}_{number}": batch}, {f"the mask of {kind}_{number}": mask})
     size = len(batch) if batch.ndim == 4 else 1
     if not reference.enabled:
         return Socket(kind, number, (), size, enabled=False)
@@ -109,13 +110,6 @@ def _socket(kind: str, number: int, reference: Reference, batches: str) -> Socke
     pictures = to_pictures(batch, mask)
     masks = to_masks(batch, mask)
     return Socket(kind, number, pictures, size, reference.weight, masks=masks, influence=reference.influence)
-
-
-def check_tensors(inputs: Mapping[str, object]) -> None:
-    """UniPicError for an input, name -> value, that is neither a tensor nor None."""
-    for name, tensor in inputs.items():
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise UniPicError(f"{name} must be an IMAGE or a MASK, got {type(tensor).__name__}; connect Load Image")
 
 
 def _check_count(sockets: Sequence[Socket]) -> None:

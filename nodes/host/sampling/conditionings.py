@@ -73,15 +73,6 @@ def check_latent(latent: Tensor, channels: int) -> None:
     check_numbers("the latent", latent)
 
 
-def check_conditioning(name: str, value: object) -> None:
-    """UniPicError unless an input is a CONDITIONING: a list of [text, options]."""
-    pairs = value if isinstance(value, list) else None
-    if not pairs or not all(len(p) == 2 and isinstance(p[1], dict) for p in pairs if isinstance(p, (list, tuple))):
-        raise UniPicError(
-            f"{name} must be a CONDITIONING, got {type(value).__name__}; connect that of Multi-Image Compose"
-        )
-
-
 def check_numbers(name: str, tensor: Tensor | None) -> None:
     """UniPicError for NaN and infinity."""
     if tensor is not None and not bool(torch.isfinite(tensor).all()):

@@ -13,7 +13,8 @@ from torch import Tensor
 from ....unipic_core.errors import UniPicError
 from ....unipic_core.run.plan import Settings
 from ..model.kv_cache import TIME_ROUNDING
-from .conditionings import adapt_conditionings, check_conditioning, check_latent
+from ..wires import check_conditioning, check_model, kind_of
+from .conditionings import adapt_conditionings, check_latent
 from .guidance import with_guidance
 from .model_sampling import check_times
 from .samplers import ksampler
@@ -21,10 +22,9 @@ from .samplers import ksampler
 
 def prepared(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
     """The latent as the MODEL takes it, [B, C, 1, H, W]. UniPicError for a model or a latent of another kind."""
-    if not isinstance(model, ModelPatcher):
-        raise UniPicError(f"model must be the MODEL of Load UniPic, got {type(model).__name__}; connect that node")
+    check_model(model)
     if not isinstance(latent, dict) or not isinstance(latent.get("samples"), Tensor):
-        raise UniPicError(f"latent must be a LATENT, got {type(latent).__name__}; connect that of Multi-Image Compose")
+        raise UniPicError(f"latent must be a LATENT, got {kind_of(latent)}; connect that of Multi-Image Compose")
     check_times(model.get_model_object("model_sampling"), type(model.model).__name__)
     scales = [latent.get(f"downscale_ratio_{way}") for way in ("spacial", "temporal")]
     x = comfy.sample.fix_empty_latent_channels(model, latent["samples"], *scales)

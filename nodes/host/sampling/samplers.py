@@ -44,9 +44,13 @@ def ksampler(name: str, **options: object) -> comfy.samplers.KSAMPLER:
     """ComfyUI's SAMPLER for one of the core's samplers ("consistency", "euler").
 
     options of "consistency": `step_noise`, noises [B, C, 1, H, W] in place of seeded ones, one for each step but the
-    last; `pictures`, the index of each latent where it differs from its place in the batch.
+    last; `pictures`, the index of each latent where it differs from its place in the batch. UniPicError for another
+    name.
     """
-    return comfy.samplers.KSAMPLER({"consistency": sample_consistency, "euler": sample_euler}[name], options)
+    functions = {"consistency": sample_consistency, "euler": sample_euler}
+    if name not in list(functions):
+        raise UniPicError(f"the sampler must be one of {', '.join(functions)}, got {name!r}")
+    return comfy.samplers.KSAMPLER(functions[name], options)
 
 
 def sample_consistency(

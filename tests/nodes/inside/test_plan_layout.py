@@ -94,6 +94,13 @@ def test_a_prompt_without_places_gives_no_boxes(caplog: Any) -> None:
 
 
 @pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("images", [{}, {"image_1": None}])
+def test_no_pictures_are_one_sentence(images: dict[str, Any]) -> None:
+    with pytest.raises(UniPicError, match="expected a picture at one of image_1 to image_6, got none"):
+        UniPicPlanLayout.execute(PROMPT, images, "rules")
+
+
+@pytest.mark.usefixtures("no_network")
 def test_a_server_without_an_address_is_one_sentence() -> None:
     with pytest.raises(UniPicError, match="needs the address of your server in the environment variable UNIPIC_LAYOUT"):
         plan("server")

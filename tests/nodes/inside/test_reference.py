@@ -127,6 +127,7 @@ def test_sizes_are_told_and_small_ones_warned_of(tiny: Any, caplog: pytest.LogCa
             {"reference_1": Reference(torch.ones(1, 8, 8, 3), torch.ones(2, 8, 8))},
             "one for each of 1 pictures",
         ),
+        ({"reference_1": Reference(None)}, "reference_1 must be an IMAGE or a MASK, got nothing"),
     ],
 )
 def test_wrong_wires_are_one_sentence(tiny: Any, references: dict[str, Any], message: str) -> None:

@@ -105,6 +105,12 @@ def test_step_noise_that_does_not_fit(bad: list[Tensor]) -> None:
         toy.run(toy.model(), ksampler("consistency", step_noise=bad), FEW, toy.start())
 
 
+@pytest.mark.parametrize("name", ["lcm", None, []])
+def test_a_sampler_of_another_name(name: Any) -> None:
+    with pytest.raises(UniPicError, match="the sampler must be one of consistency, euler, got "):
+        sample.UniPicSamplerSelect.execute(name)
+
+
 def test_split_sigmas_go_on_where_they_stopped() -> None:
     """As SamplerCustomAdvanced with SplitSigmas runs it: the second half begins without noise."""
     model, noise = toy.model(), toy.start()

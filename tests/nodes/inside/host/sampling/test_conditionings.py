@@ -183,6 +183,7 @@ def test_crop_and_flip_latent_work_on_other_axes_as_the_help_says() -> None:
         ({"model": "a.safetensors"}, "model must be the MODEL of Load UniPic, got str; connect that node"),
         ({"positive": 5}, "positive must be a CONDITIONING, got int; connect that of Multi-Image Compose"),
         ({"negative": "words"}, "negative must be a CONDITIONING, got str"),
+        ({"positive": [5]}, "positive must be a CONDITIONING, got list"),
         ({"latent": 5}, "latent must be a LATENT, got int; connect that of Multi-Image Compose"),
         ({"latent": {"waveform": torch.zeros(1)}}, "latent must be a LATENT, got dict"),
         ({"condition_cache": 5}, "condition_cache must be one of auto, gpu, cpu, off, approximate, got 5"),
