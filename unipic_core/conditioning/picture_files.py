@@ -22,6 +22,12 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "
 Pillow's other readers, such as EPS, which starts Ghostscript, or SPIDER, which takes nearly any file, are never tried.
 """
 
+ENDINGS = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+    ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm",
+)  # fmt: skip
+"""Endings by which folders and tars are searched for pictures of FORMATS; the content decides what a file is."""
+
 MAX_PIXELS = 178_956_970
 """Most pixels of an accepted picture (Pillow's limit against decompression bombs)."""
 

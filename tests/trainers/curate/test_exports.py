@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import yaml
+from PIL import Image
 
 from tests.paths import ROOT
 from tests.trainers.curate.test_run import config, manifest
@@ -15,6 +16,7 @@ from trainers.bench.cases import read_cases
 from trainers.cache import main as cache_main
 from trainers.config.run import DataConfig
 from trainers.curate.config import read_stages
+from trainers.curate.export.webdataset import write_tar
 from trainers.curate.runner import run as curate
 from trainers.data.sources import open_source
 from trainers.train import main as train_main
@@ -75,6 +77,18 @@ def test_all_exports_hold_the_same_rows(exported):
         assert one.prompt == other.prompt == rows[i]["instruction"]
         assert (one.target == other.target).all()
         assert [r.shape for r in one.references] == [r.shape for r in other.references]
+
+
+@pytest.mark.parametrize("names", [("a.jfif", "b.avif"), ("a.JPE", "b.png"), ("a", "b.download")], ids=str)
+def test_sources_of_any_ending_come_back_from_tars(tmp_path, names):
+    for name, form in zip((*names, "t.png"), ("JPEG", "TIFF", "PNG"), strict=True):  # the content decides, not the name
+        Image.new("RGB", (64, 64), "red").save(tmp_path / name, form)
+    sources = [{"id": name, "path": name} for name in names]
+    about = {"instruction": "Put image 1 on image 2.", "composition": "c", "attempt": 1}
+    write_tar(tmp_path / "a.tar", [{"row": 0, "sources": sources, "path": "t.png", **about}], tmp_path)
+    source = open_source(DataConfig(folder="x", kind="webdataset", path=str(tmp_path / "a.tar"), size=64))
+    assert source.check(0)
+    assert len(source.read(0).references) == 2
 
 
 def test_micos_fields_are_those_that_the_benchmark_reads(exported, tmp_path):

@@ -16,6 +16,7 @@ from trainers.data.checking import check_rows
 from trainers.data.rows import BadRow
 from trainers.data.sources import open_source
 from trainers.data.sources.tars import expanded
+from unipic_core.conditioning.picture_files import ENDINGS
 
 
 def png(colour="red", size=(64, 64)) -> bytes:
@@ -86,6 +87,12 @@ def test_a_row_of_a_tar(tmp_path, names, backwards):
         ({"a.png": png(), "a.json": b"{"}, "a.json is not valid JSON"),
         ({"a.png": png(), "a.json": b'{"text": "x"}'}, "expected one of the keys instruction, caption, prompt"),
         ({"a.png": b"no picture", "a.txt": b"x"}, "cannot be read as a picture"),
+        ({"a.png": png(), "a.1.jfif": png(), "a.2.psd": b"", "a.txt": b"x"}, "a.2.psd is read neither as a picture"),
+        ({"a.png": png(), "a.image_1": png(), "a.txt": b"x"}, "a.image_1 is read neither as a picture nor as a label"),
+        ({"a": png(), "a.png": png(), "a.txt": b"x"}, "^a is read neither as a picture nor as a label"),
+        ({"a.png": png(), "a.mask.npy": b"", "a.txt": b"x"}, "a.mask.npy is read neither"),
+        ({"a.png": png(), "a.ref_1.npz": b"", "a.txt": b"x"}, "a.ref_1.npz is read neither"),
+        ({"a.png": png(), "a.depth.avif": png(), "a.txt": b"x"}, "a.depth.avif is neither target, mask nor numbered"),
     ],
     ids=str,
 )
@@ -94,6 +101,27 @@ def test_rows_of_a_tar_that_are_not_certain_are_refused(tmp_path, files, why):
     assert source.name(0) == "a in a.tar"
     with pytest.raises(BadRow, match=why):
         source.check(0)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_pictures_of_a_tar_may_have_any_ending_that_is_read(tmp_path, ending):
+    files = {"a.png": png("red"), f"a.image_1{ending}": png("green"), f"a.2{ending.upper()}": png("blue")}
+    files |= {f"a.mask{ending}": png("white"), "a.txt": b"a prompt"}
+    source = open_source(data(write_tar(tmp_path / "a.tar", files), "webdataset"))
+    assert colours(source[0]) == [RED, GREEN, BLUE]
+    assert source[0].mask is not None
+
+
+def test_labels_and_arrays_that_tars_carry_are_left_aside(tmp_path):
+    extra = ("cls", "json", "xml", "pyd", "clip.npy", "score.cls", "1.json", "mask.json", "0.txt", "mp3", "CLS")
+    files = {
+        "a.png": png("red"),
+        "a.1.png": png("green"),
+        "a.txt": b"a prompt",
+        **{f"a.{name}": b"1" for name in extra},
+    }
+    source = open_source(data(write_tar(tmp_path / "a.tar", files), "webdataset"))
+    assert colours(source[0]) == [RED, GREEN]
 
 
 def test_many_tars_by_folder_and_pattern(tmp_path):
@@ -213,6 +241,13 @@ def test_references_in_folders_of_their_own(tmp_path, references, values):
         (["control/s_1.png", "s_1.txt", "s_1.webp"], "s_1 has a caption"),
         (["s-masklabel.png"], "s-masklabel has no caption and no number, so it may belong to s"),
         (["s_control.png"], "s_control has no caption and no number, so it may belong to s"),
+        (["s_1.psd"], "s_1.psd is not read as a picture; save it as PNG or JPEG, or remove it"),
+        (["s_1.png", "s-2.JXL"], "s-2.JXL is not read as a picture"),
+        (["s_1"], "s_1 is not read as a picture"),
+        (["s_mask.npy"], "s_mask.npy is not read as a picture"),
+        (["masks/s.json"], "s.json is not read as a picture"),
+        (["control/s_1.png", "control/s_2.psd"], "s_2.psd is not read as a picture"),
+        (["s.heic"], "expected one picture named s, got 2"),
     ],
     ids=str,
 )
@@ -224,6 +259,20 @@ def test_references_that_are_not_certain_leave_their_target_out(tmp_path, more, 
             source.check(i)
         bad.append(str(error.value))
     assert any(re.search(why, reason) for reason in bad), bad
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_pictures_of_a_folder_may_have_any_ending_that_is_read(tmp_path, ending):
+    source = folder_of(tmp_path / "set", ["s.png", "s.txt", f"s_1{ending}", f"s_2{ending.upper()}", f"s_mask{ending}"])
+    record = source.read(0)
+    assert [path.stem for path in record.references] == ["s_1", "s_2"]
+    assert record.mask.stem == "s_mask"
+
+
+def test_files_that_are_no_references_leave_their_target_in(tmp_path):
+    names = ["s.png", "s.txt", "s_1.png", "s_1.json", "s.npz", "s_note.psd", "t_2.psd", "._s_2.psd", "s_1.png.part"]
+    source = folder_of(tmp_path / "set", names)
+    assert len(source.read(0).references) == 1
 
 
 def test_captions_of_references_are_not_targets(tmp_path):

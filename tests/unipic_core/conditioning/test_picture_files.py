@@ -15,7 +15,7 @@ from PIL import Image, features
 
 from tests.paths import ROOT
 from unipic_core.conditioning.images import load_image, to_rgb
-from unipic_core.conditioning.picture_files import BYTES_PER_PIXEL, FORMATS, formats, open_picture
+from unipic_core.conditioning.picture_files import BYTES_PER_PIXEL, ENDINGS, FORMATS, formats, open_picture
 from unipic_core.errors import UniPicError
 
 
@@ -31,6 +31,12 @@ def test_meant_formats_open_under_any_name(tmp_path: Path, kind: str) -> None:
     picture = load_image(saved(Image.new("RGB", (16, 8), (200, 30, 30)), tmp_path / "a.png", kind))
     assert (picture.mode, picture.size) == ("RGB", (16, 8))
     assert np.abs(np.asarray(picture, dtype=int)[4, 8] - (200, 30, 30)).max() < 12
+
+
+def test_every_format_has_an_ending_and_every_ending_a_format() -> None:
+    formats()  # registers the readers
+    kinds = {Image.EXTENSION[ending] for ending in ENDINGS if ending in Image.EXTENSION}
+    assert {*kinds, "AVIF", "HEIF"} == set(FORMATS)
 
 
 @pytest.mark.parametrize("kind", ["EPS", "SPIDER", "DDS", "ICO", "PCX", "TGA", "IM", "SGI"])

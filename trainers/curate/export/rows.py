@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from unipic_core.conditioning.picture_files import ENDINGS, open_picture
+
 from ..manifest.shards import Row, StageFolder, full_disk
 
-FORMAT_ENDINGS = {".jpeg": ".jpg", ".jfif": ".jpg", ".tiff": ".tif"}
+FORMAT_ENDINGS = {".jpeg": ".jpg", ".jpe": ".jpg", ".jfif": ".jpg", ".tiff": ".tif", ".jpeg2000": ".jp2"}
 
 
 def finished(checks: Sequence[StageFolder]) -> Iterator[Row]:
@@ -35,10 +37,18 @@ def left_out(checks: Sequence[StageFolder]) -> Counter[str]:
     return counts
 
 
+def ending_of(picture: Path) -> str:
+    """Ending of a picture's copy, by which training finds it: the commonest of its own, or that of its format."""
+    ending = picture.suffix.lower()
+    if ending not in ENDINGS:
+        with open_picture(picture) as opened:
+            ending = f".{opened.format or 'png'}".lower()
+    return FORMAT_ENDINGS.get(ending, ending)
+
+
 def put_picture(source: Path, folder: Path, name: str) -> str:
     """Link a picture into the export's folder, or copy it to another disk; returns its path below the folder."""
-    ending = source.suffix.lower()
-    relative = f"pictures/{name[:2]}/{name}{FORMAT_ENDINGS.get(ending, ending)}"
+    relative = f"pictures/{name[:2]}/{name}{ending_of(source)}"
     path = folder / relative
     if path.exists():
         return relative

@@ -13,6 +13,7 @@ from unipic_core.replacing import replacing
 
 from ..errors import CurateError
 from ..manifest.shards import Row, batches, full_disk, make_folder
+from .rows import ending_of
 
 
 def write_webdataset(rows: Iterable[Row], out: Path, folder: Path, rows_per_tar: int) -> Path:
@@ -82,8 +83,8 @@ def members(row: Row, out: Path) -> Iterator[tuple[str, bytes]]:
     key = key_of(row)
     for number, source in enumerate(row["sources"], 1):
         path = out / source["path"]
-        yield f"{key}.image_{number}{path.suffix.lower()}", path.read_bytes()
+        yield f"{key}.image_{number}{ending_of(path)}", path.read_bytes()
     target = out / row["path"]
-    yield f"{key}.target{target.suffix.lower()}", target.read_bytes()
+    yield f"{key}.target{ending_of(target)}", target.read_bytes()
     about = {"instruction": row["instruction"], "composition": row["composition"], "attempt": row["attempt"]}
     yield f"{key}.json", json.dumps(about, ensure_ascii=False).encode()

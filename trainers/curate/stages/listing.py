@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from unipic_core.conditioning.picture_files import ENDINGS
+
 from ..config import SUBJECTS, IngestConfig, Stages
 from ..errors import CurateError
 from ..manifest.shards import batches, digest
 
-SUFFIXES = {
-    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jp2",
-    ".ppm", ".pgm",
-}  # fmt: skip
 MOST_TEXT = 200
 LISTED_AT_ONCE = 1000
 """Entries per step of the digest; another number gives another digest."""
@@ -86,13 +84,13 @@ def _folder(config: IngestConfig, number: int) -> Iterator[Entry]:
         below = Path(folder).relative_to(root)
         category = config.category or (below.parts[0] if below.parts else config.subject)
         for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
                 found += 1
                 yield Entry(os.path.join(folder, name), category, config.subject, category)
                 if config.samples and found >= config.samples:
                     return
     if not found:
-        raise CurateError(f"ingest[{number}].path: there is no picture in {root}; known endings: {', '.join(SUFFIXES)}")
+        raise CurateError(f"ingest[{number}].path: there is no picture in {root}; known endings: {', '.join(ENDINGS)}")
 
 
 def _rows(config: IngestConfig, number: int) -> Iterator[Entry]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
+
+from unipic_core.conditioning.picture_files import ENDINGS
 
 from ...config.run import ConfigError, DataConfig
 from ..rows import BadRow, Record
 from .base import PictureRows
 from .captions import decode_text
 
-ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+CAPTION = ".txt"
 NUMBERED = re.compile(r"(.+)[_-]([0-9]{1,4})")
 CONTROLS = re.compile(
     r"(controls?|conditions?|conditioning|references?|refs?|inputs?|sources?)[_-]?[0-9]*", re.IGNORECASE
@@ -20,6 +22,7 @@ CONTROLS = re.compile(
 MASKS = ("mask", "masks")
 """Names of subfolders that hold masks."""
 MASK = re.compile(r"(.+)[_-]mask", re.IGNORECASE)
+ANY_NAME = re.compile(r"(.+)")
 
 Pictures = dict[str, list[Path]]
 """Name without its ending -> the files of that name."""
@@ -45,7 +48,7 @@ class Folder(PictureRows):
         if not self.path.is_dir():
             raise ConfigError(f"data.path: expected a folder for data.kind folder, got the file {self.path}")
         self.root = self.path
-        self.captions = {p.stem: p for p in sorted(self.path.iterdir()) if p.suffix.lower() == ".txt"}
+        self.captions = {p.stem: p for p in sorted(self.path.iterdir()) if p.suffix.lower() == CAPTION}
         self.pictures = pictures_in(self.path)
         self.references = numbered(self.pictures, {*self.pictures, *self.captions})
         self.controls = [(folder, pictures_in(folder)) for folder in control_folders(self.path, data.controls)]
@@ -57,6 +60,11 @@ class Folder(PictureRows):
         self.targets = sorted(names - (set(self.masks.values()) - self.captions.keys()), key=natural)
         self.beside = strangers(self.targets, self.captions)
         self.in_controls = [(numbered(p, set(self.targets)), p) for _, p in self.controls]
+        self.unread = unread_files(self.path, self.pictures, (NUMBERED, MASK), names)
+        for folder, pictures in self.controls:
+            self.unread |= unread_files(folder, pictures, (NUMBERED,), names)
+        for folder, pictures in self.mask_folders:
+            self.unread |= unread_files(folder, pictures, (ANY_NAME,), names)
         self.count = len(self.targets)
 
     @property
@@ -84,6 +92,8 @@ class Folder(PictureRows):
 
     def read(self, i: int) -> Record:
         name = self.targets[i]
+        if name in self.unread:
+            raise BadRow(f"{self.unread[name]} is not read as a picture; save it as PNG or JPEG, or remove it")
         references = self._references(name)
         if name not in self.captions:
             raise BadRow(f"no instruction: {name}.txt does not exist")
@@ -145,6 +155,20 @@ def pictures_in(folder: Path) -> Pictures:
         if path.suffix.lower() in ENDINGS and not path.name.startswith("."):
             pictures.setdefault(path.stem, []).append(path)
     return pictures
+
+
+def unread_files(
+    folder: Path, pictures: Pictures, patterns: Sequence[re.Pattern[str]], targets: Set[str]
+) -> dict[str, str]:
+    """Map targets to a file that is named as their reference or mask, is no picture, and has none beside it."""
+    unread = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in (*ENDINGS, CAPTION) or path.name.startswith(".") or path.stem in pictures:
+            continue
+        found = [name[1] for pattern in patterns if (name := pattern.fullmatch(path.stem)) and name[1] in targets]
+        if found and path.is_file():
+            unread[found[0]] = path.name
+    return unread
 
 
 def control_folders(path: Path, asked: Sequence[str]) -> list[Path]:

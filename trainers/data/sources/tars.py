@@ -18,19 +18,36 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from unipic_core.conditioning.picture_files import ENDINGS
+
 from ...config.run import ConfigError, DataConfig
 from ..rows import BadRow, Record
 from .base import PictureRows
 from .captions import decode_text
 
-PICTURE = r"(?:png|jpe?g|webp|bmp|tiff?|gif)"
+PICTURE = rf"(?:{'|'.join(ending[1:] for ending in ENDINGS)})"
+NUMBERED = r"(?:(?:input|input_images?|image|ref|reference|references|control|cond)[._-]?)?([0-9]{1,4})"
+MASKING = r"(?:(?:target|output|output_image)[._-])?mask"
 TARGET = re.compile(rf"(?:(?:target|output|output_image)\.)?{PICTURE}", re.IGNORECASE)
-REFERENCE = re.compile(
-    rf"(?:(?:input|input_images?|image|ref|reference|references|control|cond)[._-]?)?([0-9]{{1,4}})\.{PICTURE}",
+REFERENCE = re.compile(rf"{NUMBERED}\.{PICTURE}", re.IGNORECASE)
+MASK = re.compile(rf"{MASKING}\.{PICTURE}", re.IGNORECASE)
+ANY_PICTURE = re.compile(rf"(?:.*\.)?{PICTURE}", re.IGNORECASE)
+REFERENCE_OR_MASK = re.compile(rf"(?:{NUMBERED}|{MASKING})\.[^.]*", re.IGNORECASE)
+"""Files that are named as a reference or a mask, whatever their ending."""
+
+LABEL = re.compile(
+    r"(?:.*\.)?(?:txt|text|caption|transcript|jsn|jsonl?|ya?ml|xml|csv|tsv|html|md"
+    r"|cls2?|class|count|index|inx|id|key|uid|url|meta|info|score)",
     re.IGNORECASE,
 )
-MASK = re.compile(rf"(?:(?:target|output|output_image)[._-])?mask\.{PICTURE}", re.IGNORECASE)
-ANY_PICTURE = re.compile(rf"(?:.*\.)?{PICTURE}", re.IGNORECASE)
+"""Texts, labels and numbers that tars carry beside the pictures; of these txt and json are read."""
+
+ARRAY = re.compile(
+    r"(?:.*\.)?(?:np[yz]|pth?|ten|tb|mp|msg|cbor|pyd|pickle|pkl|safetensors|wav|flac|mp3|ogg|mp4|webm|mov)",
+    re.IGNORECASE,
+)
+"""Arrays, sound and film that tars carry beside the pictures; one named as a reference or a mask may be meant as it."""
+
 PROMPT_KEYS = ("instruction", "caption", "prompt")
 
 
@@ -133,10 +150,8 @@ def read_tar_row(row: TarRow) -> Record:
     masks = [m for m in row.members if MASK.fullmatch(m.field)]
     known = {*targets, *masks, *(m for _, m in numbered)}
     for member in row.members:
-        if member not in known and ANY_PICTURE.fullmatch(member.field):
-            raise BadRow(
-                f"{row.name}.{member.field} is neither target, mask nor numbered reference; rename or remove it"
-            )
+        if member not in known:
+            check_extra(row, member)
     if len(targets) != 1:
         names = ", ".join(f"{row.name}.{m.field}" for m in targets) or "none"
         raise BadRow(f"expected one target {row.name}.png (or jpg, ...), got {names}")
@@ -148,6 +163,16 @@ def read_tar_row(row: TarRow) -> Record:
     references = tuple(read_member(row, m) for _, m in numbered)
     mask = read_member(row, masks[0]) if masks else None
     return Record(read_member(row, targets[0]), references, _prompt(row), mask)
+
+
+def check_extra(row: TarRow, member: Member) -> None:
+    """Raise BadRow for a file beside the row's pictures that may be meant as one of them."""
+    name = f"{row.name}.{member.field}".rstrip(".")
+    if ANY_PICTURE.fullmatch(member.field):
+        raise BadRow(f"{name} is neither target, mask nor numbered reference; rename or remove it")
+    is_array = ARRAY.fullmatch(member.field) and not REFERENCE_OR_MASK.fullmatch(member.field)
+    if not is_array and not LABEL.fullmatch(member.field):
+        raise BadRow(f"{name} is read neither as a picture nor as a label; save it as PNG or JPEG, or remove it")
 
 
 def _prompt(row: TarRow) -> str:
