@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,13 @@ from PIL import Image
 import trainers.curate.filters.measure as measure_module
 import trainers.curate.manifest.shards as shards_module
 import trainers.curate.stages.ingest as ingest_module
+import trainers.curate.stages.listing as listing_module
 from tests.paths import PICTURES, ROOT
 from trainers.curate.__main__ import main
 from trainers.curate.config import read_stages
 from trainers.curate.filters.catalogue import FILTERS
 from trainers.curate.runner import check_settings, run
+from trainers.curate.stages.listing import Entry
 from trainers.progress import Progress, duration
 
 DRAWN = {
@@ -220,6 +223,34 @@ def test_a_changed_picture_is_read_again(tmp_path):
     found = [json.loads(p.read_text()) for p in (tmp_path / "out").glob("ingest-*/*.jsonl")]
     assert len({row["id"] for row in found}) == 2
     assert first < {row["id"] for row in found}
+
+
+@pytest.mark.parametrize("key", ["category", "name", "subject", "group", "parts"])
+def test_an_edited_row_is_read_again(tmp_path, key):
+    shutil.copy(PICTURES / "panda.png", tmp_path)
+    path = config(
+        tmp_path, ingest=[{"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}], pair=None, synthesise=None
+    )
+    edits = {"subject": "photograph", "parts": [{"name": "a cub", "category": "animal"}]}
+    for edited in ({}, {key: edits.get(key, "bear")}):
+        (tmp_path / "rows.jsonl").write_text(json.dumps({"image": "panda.png", **edited}))
+        run(read_stages(path))
+    found = [json.loads(p.read_text()).get(key) for p in (tmp_path / "out").glob("ingest-*/*.jsonl")]
+    assert len(found) == 2
+    assert edits.get(key, "bear") in found
+
+
+def test_the_state_of_pictures_holds_every_field(tmp_path, monkeypatch):
+    """A field that the digest omits would be edited without effect."""
+    entry = Entry("a.png", "hat", "object", "a hat")
+    texts = {one.name: "edited" for one in fields(Entry)}
+    edits = {**texts, "parts": ({"name": "a", "category": "b"},), "draw": {"size": 64}}
+    stages = read_stages(config(tmp_path))
+    states = set()
+    for one in (entry, *(replace(entry, **{name: value}) for name, value in edits.items())):
+        monkeypatch.setattr(listing_module, "entries", lambda _, one=one: iter([one]))
+        states.add(listing_module.listing_state(stages))
+    assert len(states) == 1 + len(edits)
 
 
 def test_a_full_disk_is_one_sentence_and_the_next_run_goes_on(finished, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.paths import PICTURES
 from tests.trainers.curate.servers import LookingServer
@@ -225,6 +226,24 @@ def test_parts_that_the_judge_did_not_list_are_asked_for_again_and_once(photogra
         shutil.rmtree(folder)  # as after a kill: the answers are stored apart
     run(read_stages(path))
     assert server.calls["completions"] == asked
+
+
+def test_a_photograph_with_other_parts_is_decomposed_again(photograph_run, tmp_path):
+    """In another row, or in the same one after an edit."""
+    server, path = photograph_run
+    rows = tmp_path / "pictures" / "rows.jsonl"
+    settings = yaml.safe_load(path.read_text()) | {"ingest": [{"kind": "jsonl", "path": str(rows)}], "judge": {}}
+    path.write_text(yaml.safe_dump(settings))
+    about = {"image": "panda.png", "category": "photograph", "subject": "photograph"}
+    for names in (["a panda", "bamboo"], ["a panda", "a leaf"]):
+        parts = [[{"name": name, "category": "thing"}] for name in names]
+        rows.write_text("".join(json.dumps(about | {"parts": one}) + "\n" for one in parts))
+        run(read_stages(path))
+    shards = (tmp_path / "out").glob("decompose-*/*.jsonl")
+    found = [json.loads(line)["sources"][0] for shard in shards for line in shard.read_text().splitlines()]
+    assert sorted(source["name"] for source in found) == ["a leaf", "a panda", "a panda", "bamboo"]
+    assert len({source["path"] for source in found}) == 4
+    assert sum(count for prompt, count in server.seen.items() if prompt.startswith("Extract")) == 4
 
 
 @pytest.mark.parametrize(

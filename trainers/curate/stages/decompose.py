@@ -95,7 +95,7 @@ def _sources(
         pictures = [(part, b"") for part in parts]
     sources = []
     for number, (part, data) in enumerate(pictures, 1):
-        path = f"parts/{folder}/{photograph['id']}_{number}.png"
+        path = f"parts/{folder}/{digest(photograph['id'], part, number)}.png"
         if not data and not (out / path).exists():
             data = _extracted(config, client, out / photograph["path"], part, seed + number)
         if data:

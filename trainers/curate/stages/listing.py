@@ -49,12 +49,17 @@ def entries(stages: Stages) -> Iterator[Entry]:
 
 
 def listing_state(stages: Stages) -> tuple[int, str]:
-    """(number of pictures, digest of names, sizes and times of files); a changed file changes the digest."""
+    """(number of pictures, digest of all that entries say, and of sizes and times of files)."""
     count, state = 0, ""
     for some in batches(entries(stages), LISTED_AT_ONCE):
         count += len(some)
-        state = digest(state, [[_stamp(one), one.category, one.subject, one.name, one.group] for one in some])
+        state = digest(state, [_state(one) for one in some])
     return count, state
+
+
+def _state(one: Entry) -> list[object]:
+    """Values that change with the row of one picture. Those without parts keep the digests of earlier versions."""
+    return [_stamp(one), one.category, one.subject, one.name, one.group, *([list(one.parts)] if one.parts else [])]
 
 
 def _stamp(one: Entry) -> list[object]:

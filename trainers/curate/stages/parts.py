@@ -31,10 +31,10 @@ def unlisted(rows: Sequence[Row], judge: Judge, scores: Scores) -> int:
 
 def with_parts(rows: Sequence[Row], judge: Judge | None, scores: Scores, out: Path) -> list[Row]:
     """Rows with `parts`, or with `fault`, and `again` if a later run may find them."""
-    parts = {row["id"]: _known_parts(row) for row in rows}
-    wanted = [row for row in rows if parts[row["id"]] is None]
+    parts = [_known_parts(row) for row in rows]
+    wanted = [row for row, known in zip(rows, parts, strict=True) if known is None]
     listed: Mapping[str, Any] = _listed(wanted, judge, scores, out) if judge and wanted else {}
-    return [_with(row, parts[row["id"]], listed.get(row["id"])) for row in rows]
+    return [_with(row, known, listed.get(row["id"])) for row, known in zip(rows, parts, strict=True)]
 
 
 def _with(row: Row, parts: list[Part] | None, answer: Any) -> Row:
