@@ -225,6 +225,17 @@ def test_a_changed_picture_is_read_again(tmp_path):
     assert first < {row["id"] for row in found}
 
 
+def test_drawn_pictures_of_earlier_settings_stay(tmp_path):
+    few = {"kind": "drawn", "persons": 1, "objects": 1, "backgrounds": 1}
+    for size in (64, 96):
+        run(read_stages(config(tmp_path, ingest=[few | {"size": size}], pair=None, synthesise=None)))
+    shards = (tmp_path / "out").glob("ingest-*/*.jsonl")
+    rows = [json.loads(line) for shard in shards for line in shard.read_text().splitlines()]
+    assert len(rows) == 6
+    for row in rows:
+        assert hashlib.sha256((tmp_path / "out" / row["path"]).read_bytes()).hexdigest()[:32] == row["id"]
+
+
 @pytest.mark.parametrize("key", ["category", "name", "subject", "group", "parts"])
 def test_an_edited_row_is_read_again(tmp_path, key):
     shutil.copy(PICTURES / "panda.png", tmp_path)

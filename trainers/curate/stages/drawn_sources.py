@@ -18,6 +18,7 @@ from ...nano.render import Sample, in_square, look_matrix, render, sprite_at
 from ...nano.scene import Item, Look, Scene
 from ...nano.scenes import COLOUR_WORDS, make_scene
 from ..config import IngestConfig
+from ..manifest.shards import digest
 from .listing import Entry
 
 SCENE_TASKS = ("compose2", "compose3", "compose4", "compose5", "compose6")
@@ -37,25 +38,26 @@ def drawn_entries(config: IngestConfig, number: int, seed: int) -> Iterator[Entr
     if config.kind == "drawn_scenes":
         for i in range(config.samples):
             recipe = {"scene": [split, seed, i, SCENE_TASKS[i % len(SCENE_TASKS)], config.size]}
-            yield Entry(f"drawn/{number}/{i:06d}.png", "photograph", "photograph", f"scene {i}", draw=recipe)
+            yield Entry(_path(number, recipe), "photograph", "photograph", f"scene {i}", draw=recipe)
         return
     persons = [one for one in bank.persons(split) if composable(one)]  # type: ignore[arg-type]
     objects = list(bank.objects(split))  # type: ignore[arg-type]
-    at = 0
     for assets, count in ((persons, config.persons), (objects, config.objects)):
         order = np.random.default_rng([SALT, seed, number, len(assets)]).permutation(len(assets))
         for i in range(count):
             asset = assets[int(order[i % len(assets)])]
             recipe = {"asset": asset.key, "look": _look(asset, i // len(assets), seed, i), "size": config.size}
-            path = f"drawn/{number}/{at:06d}.png"
-            yield Entry(path, category_of(asset), asset.kind, asset.name, asset.family, draw=recipe)
-            at += 1
+            yield Entry(_path(number, recipe), category_of(asset), asset.kind, asset.name, asset.family, draw=recipe)
     rng = np.random.default_rng([SALT, seed, number])
     for _ in range(config.backgrounds):
         ground = sample_background(rng)
         recipe = {"background": [ground.kind, ground.seed, ground.mood], "size": config.size}
-        yield Entry(f"drawn/{number}/{at:06d}.png", "background", "background", ground.place.name, draw=recipe)
-        at += 1
+        yield Entry(_path(number, recipe), "background", "background", ground.place.name, draw=recipe)
+
+
+def _path(number: int, recipe: dict[str, Any]) -> str:
+    """Path below the run's folder, by the recipe: manifests of earlier settings keep their pictures."""
+    return f"drawn/{number}/{digest(recipe)}.png"
 
 
 def category_of(asset: Asset) -> str:
