@@ -385,6 +385,22 @@ def test_rows_that_cannot_be_paired_say_why(tmp_path):
     assert any(row["rejected"] for row in rows)
 
 
+def test_changed_phrases_change_the_instructions(tmp_path):
+    rules = (ROOT / "trainers" / "curate" / "conflicts" / "drawn.yaml").read_text(encoding="utf-8")
+    (tmp_path / "rules.yaml").write_text(rules, encoding="utf-8")
+    pairs = {**DRAWN["pair"], "rules": str(tmp_path / "rules.yaml"), "rows": 4}
+    path = config(tmp_path, pair=pairs, prompt={"kind": "templates"}, check={})
+    run(read_stages(path))
+    first = manifest(tmp_path / "out", "prompt")
+    (tmp_path / "rules.yaml").write_text(rules.replace("before {}", "far from {}"), encoding="utf-8")
+    run(read_stages(path))
+    shards = (tmp_path / "out").glob("prompt-*/*.jsonl")
+    texts = {json.loads(line)["instruction"] for shard in shards for line in shard.read_text().splitlines()}
+    old = {row["instruction"] for row in first}
+    assert texts == old | {text.replace("before", "far from") for text in old}
+    assert len(texts) == 8
+
+
 def test_the_time_left_follows_the_work_of_this_run():
     now = 0.0
     progress = Progress("filter", 1000, clock=lambda: now)

@@ -38,7 +38,8 @@ def prompt(stages: Stages, before: StageFolder, rules: Rules | None, tools: Tool
     judge = tools.judge if kind == "endpoint" else None
     if kind == "endpoint" and judge is None:
         raise CurateError("prompt.kind endpoint needs the section judge with base_url and model")
-    settings = [kind, judge.key if judge else "", stages.seed]
+    wording = [rules.phrases, sorted(rules.person_categories)] if rules and kind != "drawn" else []
+    settings = [kind, judge.key if judge else "", stages.seed, *wording]
     folder = StageFolder(stages.folder, "prompt", digest("prompt", VERSION, settings, before.content), before.count)
     progress = Progress("prompt", sum(1 for _ in before.rows()), unit="rows")
     if judge and judge.remote:
