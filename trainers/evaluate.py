@@ -32,7 +32,7 @@ from .digests import add_file
 from .judges.drawings.plot import AXES, draw_plot
 from .judges.drawings.sheet import draw_sheet
 from .judges.measure import Evaluation, Generate, compare
-from .judges.saved_pictures import PictureStore, files_stamp
+from .judges.saved_pictures import PictureStore, files_stamp, model_stamp
 from .judges.scene_plan import Plan
 from .nano.catalogue import Split
 from .nano.emoji import Bank
@@ -83,9 +83,8 @@ class System:
         return options | {"steps": run.steps, "cfg": run.guidance, "sampler": run.sampler}
 
     def files(self) -> list[tuple[str, int, int]]:
-        """Paths, sizes and times of the weight files; LoRAs beside a model are not part of it."""
-        parts = [part for part in Path(self.model).iterdir() if part.name != "loras"]
-        return files_stamp(*sorted(parts), *([Path(self.lora)] if self.lora else []))
+        """Paths, sizes and times of the weight files."""
+        return [*model_stamp(Path(self.model)), *files_stamp(*([Path(self.lora)] if self.lora else []))]
 
     def open(self, device: str, threads: int | None = None) -> Generate:
         """Load the system. Raises UniPicError if the model or the LoRA cannot be read."""

@@ -167,6 +167,14 @@ class ImagesConfig(ServerConfig):
         super().__post_init__()
         self._check_numbers(price_per_call=0.0)
 
+    def picture_settings(self) -> list[Any]:
+        """Settings on which pictures depend, beside the server; defaults of `extra` and `image_max_side` left out, so
+        that paid pictures of earlier versions stay valid."""
+        defaults = ImagesConfig(self.base_url, self.model)
+        values = {"extra": dict(self.extra), "image_max_side": self.image_max_side}
+        changed = {name: value for name, value in values.items() if value != getattr(defaults, name)}
+        return [self.model, self.size, *([changed] if changed else [])]
+
 
 @dataclass(frozen=True)
 class ExportConfig:

@@ -49,3 +49,8 @@ def files_stamp(*paths: Path) -> list[tuple[str, int, int]]:
     """Paths, sizes and modification times of files and of the files in folders; changes when weights change."""
     files = [file for path in paths for file in (path, *sorted(path.rglob("*"))) if file.is_file()]
     return [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def model_stamp(folder: Path) -> list[tuple[str, int, int]]:
+    """`files_stamp` of a model's folder; LoRAs beside a model are not part of it."""
+    return files_stamp(*sorted(part for part in folder.iterdir() if part.name != "loras"))

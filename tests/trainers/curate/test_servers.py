@@ -1,6 +1,7 @@
 """Synthesis, prompts, checks and parts by servers: targets that fail are made again, and nothing is invented."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,13 @@ from tests.paths import PICTURES
 from tests.trainers.curate.servers import LookingServer
 from tests.trainers.curate.test_run import config, contents, manifest
 from trainers.curate.__main__ import main
-from trainers.curate.config import read_stages
+from trainers.curate.config import DecomposeConfig, ImagesConfig, SynthesiseConfig, read_stages
 from trainers.curate.errors import CurateError
 from trainers.curate.runner import run
 from trainers.curate.stages.parts import read_parts
 from trainers.curate.stages.prompt import checked
 from trainers.curate.stages.questions import open_judge
+from trainers.curate.stages.tools import maker_settings
 from trainers.judges.vlm import AnswerError, JudgeError
 from unipic_core.errors import UniPicError
 
@@ -142,6 +144,48 @@ def test_pictures_that_do_not_come_are_asked_for_again(tmp_path, photographs):
     whole = [row for folder in (tmp_path / "out").glob("check-1-*") for row in folder.glob("*.jsonl")]
     assert whole
     assert len((tmp_path / "out/export/jsonl/data.jsonl").read_text().splitlines()) == 6
+
+
+def test_other_settings_of_the_server_make_other_pictures(tmp_path, photographs):
+    server = LookingServer()
+    images = {"base_url": server.url, "model": "m", "image_max_side": 64}
+    changes = {"filter": {}, "check": {"flat": None}, "prompt": {"kind": "templates"}, "judge": {}}
+    other = ({"extra": {"quality": "high"}}, {"image_max_side": 32}, {"size": "64x64"}, {"model": "m2"})
+    for calls, settings in enumerate(({}, *other), 1):
+        run(read_stages(served(server, tmp_path, photographs, **changes, images=images | settings)))
+        assert server.calls["edits"] == 6 * calls
+    for settings in ({}, {"timeout": 5, "concurrency": 1, "price_per_call": 0.1}):
+        run(read_stages(served(server, tmp_path, photographs, **changes, images=images | settings)))
+    assert server.calls["edits"] == 30
+
+
+def test_parts_depend_on_the_settings_of_the_server(photograph_run):
+    server, path = photograph_run
+    settings = yaml.safe_load(path.read_text())
+    for quality in ("low", "high", "high"):
+        path.write_text(yaml.safe_dump(settings | {"images": settings["images"] | {"extra": {"quality": quality}}}))
+        run(read_stages(path))
+    assert sum(count for prompt, count in server.seen.items() if prompt.startswith("Extract")) == 2
+
+
+def test_pictures_of_default_settings_stay_those_of_earlier_versions():
+    assert ImagesConfig("http://localhost:1/v1", "m", size="64x64").picture_settings() == ["m", "64x64"]
+
+
+@pytest.mark.parametrize("kind", [DecomposeConfig, SynthesiseConfig])
+def test_pictures_of_the_pipeline_depend_on_its_weights(tmp_path, kind):
+    (tmp_path / "transformer").mkdir()
+    weights = tmp_path / "transformer" / "model.safetensors"
+    config = kind(kind="pipeline", model=str(tmp_path))
+    states = []
+    for content, seconds in ((b"one", 1), (b"two", 2), (b"three", 2), (b"three", 2)):
+        weights.write_bytes(content)
+        os.utime(weights, (seconds, seconds))
+        states.append(maker_settings(config, None))
+    assert states[0] != states[1] != states[2] == states[3]
+    (tmp_path / "loras").mkdir()
+    (tmp_path / "loras" / "another.safetensors").touch()
+    assert maker_settings(config, None) == states[3]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from ..synthesis.endpoint import ImagesClient
 from .drawn_sources import bank_of, cut_out, scene_of
 from .ingest import write_picture
 from .parts import MOST_PARTS, unlisted, with_parts
-from .tools import Tools
+from .tools import Tools, maker_settings
 
 VERSION = 1
 EXTRACT = "Extract {name} from the picture: the whole of it, alone on a plain white background, unchanged."
@@ -29,8 +29,8 @@ EXTRACT_GROUND = "Remove every person and every thing that stands in front, and 
 def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder, tools: Tools) -> StageFolder:
     """Write one composition row per kept photograph, with its parts as sources and itself as `reference`."""
     judge = tools.judge.key if tools.judge else ""
-    images = [stages.images.model, stages.images.size] if stages.images else []
-    key = digest("decompose", VERSION, asdict(config), images, judge, stages.seed, photographs.content)
+    maker = maker_settings(config, stages.images)
+    key = digest("decompose", VERSION, asdict(config), maker, judge, stages.seed, photographs.content)
     folder = StageFolder(stages.folder, "decompose", key, photographs.count)
     client = ImagesClient(stages.images) if stages.images and config.kind == "endpoint" else None
     if config.kind != "drawn" and tools.judge is not None and tools.judge.remote:

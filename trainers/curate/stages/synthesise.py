@@ -17,7 +17,7 @@ from ..filters.picture import content_id, decode, read_bytes
 from ..manifest.shards import Row, StageFolder, digest
 from ..synthesis.endpoint import ImagesClient
 from .ingest import write_picture
-from .tools import Tools
+from .tools import Tools, maker_settings
 
 VERSION = 1
 PER_FOLDER = 1000
@@ -27,8 +27,8 @@ def synthesise(
     stages: Stages, config: SynthesiseConfig, before: StageFolder, tools: Tools, attempt: int
 ) -> StageFolder:
     """Write the rows with their targets. attempt: from 1; later ones take the rows whose target the check dropped."""
-    images = asdict(stages.images) if stages.images and config.kind == "endpoint" else {}
-    maker = digest(VERSION, {**asdict(config), "attempts": 0}, [images.get("model"), images.get("size")], stages.seed)
+    settings = {**asdict(config), "attempts": 0}
+    maker = digest(VERSION, settings, maker_settings(config, stages.images), stages.seed)
     key = digest("synthesise", maker, attempt, before.content)
     folder = StageFolder(stages.folder, f"synthesise-{attempt}", key, before.count)
     client = ImagesClient(stages.images) if stages.images and config.kind == "endpoint" else None

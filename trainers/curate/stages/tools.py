@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+from ...judges.saved_pictures import model_stamp
 from ...judges.vlm import in_order
+from ..config import DecomposeConfig, ImagesConfig, SynthesiseConfig
 from ..filters.catalogue import Filter
 from ..manifest.executor import Executor
 from ..manifest.scores import Scores
@@ -37,6 +41,14 @@ class Tools:
             return
         for some in self.executor.map(partial(_batch, make), batches(rows, BATCH)):
             yield from some
+
+
+def maker_settings(config: DecomposeConfig | SynthesiseConfig, images: ImagesConfig | None) -> list[Any]:
+    """Settings of the server, or state of the weights, on which pictures depend beside the stage's own settings."""
+    if config.kind == "endpoint":
+        assert images is not None  # checked by the config
+        return images.picture_settings()
+    return [None, None, *([model_stamp(Path(config.model))] if config.model is not None else [])]
 
 
 def _batch(make: Callable[[Row], Row], rows: Sequence[Row]) -> list[Row]:
