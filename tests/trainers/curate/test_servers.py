@@ -14,10 +14,11 @@ from tests.trainers.curate.test_run import config, contents, manifest
 from trainers.curate.__main__ import main
 from trainers.curate.config import DecomposeConfig, ImagesConfig, SynthesiseConfig, read_stages
 from trainers.curate.errors import CurateError
+from trainers.curate.filters.catalogue import ENDPOINT
 from trainers.curate.runner import run
 from trainers.curate.stages.parts import read_parts
 from trainers.curate.stages.prompt import checked
-from trainers.curate.stages.questions import open_judge
+from trainers.curate.stages.questions import open_judge, template_of
 from trainers.curate.stages.tools import maker_settings
 from trainers.judges.vlm import AnswerError, JudgeError
 from unipic_core.errors import UniPicError
@@ -109,6 +110,22 @@ def test_questions_are_asked_once_and_only_about_what_is_left(tmp_path, photogra
     assert server.calls["completions"] == len(left) + probes
     run(read_stages(path))
     assert server.calls["completions"] == len(left) + probes  # an answered run does not even probe
+
+
+def test_a_question_that_holds_the_name_is_asked_for_each_name(tmp_path, photographs, capsys):
+    shutil.copy(photographs / "food" / "pizza.png", tmp_path / "a.png")
+    rows = tmp_path / "rows.jsonl"
+    changes = {"ingest": [{"kind": "jsonl", "path": str(rows)}], "pair": None, "synthesise": None}
+    path = served(LookingServer(), tmp_path, photographs, **changes, filter={"matches_category": None})
+    for names, asked in ((("pizza", "tyre"), 2), (("pizza", "wheel"), 1)):
+        rows.write_text("".join(json.dumps({"image": "a.png", "category": name}) + "\n" for name in names))
+        run(read_stages(path))
+        assert f"judge: {asked} questions" in capsys.readouterr().out
+
+
+def test_filters_whose_question_holds_the_name_say_so():
+    named = {one.name for one in ENDPOINT if "{caption}" in str(template_of(one.name)) and not one.needs_sources}
+    assert named == {one.name for one in ENDPOINT if one.asks_by_name}
 
 
 def test_answers_without_a_score_are_asked_again_by_the_next_run(tmp_path, photographs):

@@ -20,7 +20,8 @@ class Filter:
     """One filter. rank: numpy (always there), extra (the packages of `[curate]`), endpoint (the user's judge).
 
     least, most: a score outside is dropped. subjects: pictures it applies to. version: of its measurement; a new one is
-    measured anew. measure: of a decoded picture (rank numpy); the other ranks have their rooms.
+    measured anew. measure: of a decoded picture (rank numpy); the other ranks have their rooms. asks_by_name: its
+    question holds the picture's name.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Filter:
     version: int = 1
     measure: Callable[[Decoded], Any] | None = None
     needs_sources: bool = False
+    asks_by_name: bool = False
 
     @property
     def key(self) -> str:
@@ -73,11 +75,11 @@ EXTRA = (
 ENDPOINT = (
     Filter("quality", "endpoint", least=75.0),
     Filter("head_visible", "endpoint", least=0.9, subjects=("person",)),
-    Filter("visible_share", "endpoint", least=60.0, subjects=SUBJECTS_WITH_OUTLINE),
+    Filter("visible_share", "endpoint", least=60.0, subjects=SUBJECTS_WITH_OUTLINE, asks_by_name=True),
     Filter("plain_background", "endpoint", most=0.7, subjects=SUBJECTS_WITH_OUTLINE),
     Filter("no_watermark", "endpoint", least=0.5),
     Filter("aesthetic", "endpoint", least=5.0, subjects=("background", "photograph", "target")),
-    Filter("matches_category", "endpoint", least=0.5, subjects=SUBJECTS),
+    Filter("matches_category", "endpoint", least=0.5, subjects=SUBJECTS, asks_by_name=True),
     Filter("prompt_match", "endpoint", least=0.5, subjects=("target",), needs_sources=True),
     Filter("presence", "endpoint", least=0.5, subjects=("target",), needs_sources=True),
     Filter("identity", "endpoint", least=5.0, subjects=("target",), needs_sources=True),

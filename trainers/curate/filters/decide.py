@@ -83,7 +83,7 @@ def values_of(
 
 
 def store_id(one: Filter, row: Row) -> str:
-    """Key of a row's value in the store: of a filter that looks at the sources too, with them and the instruction."""
-    if not one.needs_sources:
-        return str(row["id"])
-    return digest(row["id"], row.get("instruction"), [source["id"] for source in row.get("sources", [])])
+    """Key of a row's value in the store: its picture, and the sources, instruction or name that the filter needs."""
+    if one.needs_sources:
+        return digest(row["id"], row.get("instruction"), [source["id"] for source in row.get("sources", [])])
+    return digest(row["id"], row["name"]) if one.asks_by_name else str(row["id"])
