@@ -28,6 +28,7 @@ from trainers.curate.filters.catalogue import FILTERS
 from trainers.curate.filters.measure import _value
 from trainers.curate.filters.packages import NEEDS, missing
 from trainers.curate.filters.picture import Decoded, decode
+from trainers.curate.manifest.scores import is_open
 
 EXTRA = [name for name in NEEDS if not FILTERS[name].needs_sources]
 RESULT = ROOT / "tests" / "benchmarks" / "results" / "curation-cpu-2cores.json"
@@ -78,7 +79,7 @@ def rates(seconds: float = 1.0) -> dict[str, float]:
     for name, one in FILTERS.items():
         if one.rank != "endpoint" and not one.needs_sources:
             value = _value(one, picture)
-            if not isinstance(value, dict) or not value.get("again"):
+            if not is_open(value):
                 found[name] = rate(lambda one=one: _value(one, picture), seconds)
     return {name: float(f"{value:.3g}") for name, value in found.items()}
 

@@ -11,15 +11,19 @@ import yaml
 from PIL import Image
 
 from tests.paths import ROOT
-from tests.trainers.curate.test_run import config, manifest
+from tests.trainers.curate.test_run import config, manifest, no_reading
 from trainers.bench.cases import read_cases
 from trainers.cache import main as cache_main
 from trainers.config.run import DataConfig
 from trainers.curate.config import read_stages
 from trainers.curate.export.webdataset import write_tar
 from trainers.curate.runner import run as curate
+from trainers.curate.stages import likeness
+from trainers.curate.synthesis import pipeline
 from trainers.data.sources import open_source
+from trainers.judges.vlm import png_of
 from trainers.train import main as train_main
+from unipic_core.errors import UniPicError
 
 BUNDLED = ROOT / "unipic_core" / "models" / "unipic-nano"
 
@@ -149,6 +153,52 @@ def test_targets_by_the_pipeline_are_compared_with_the_compositors_truth(tmp_pat
         assert 8 < row["filters"]["likeness"]["score"] < 90
         assert row["reason"].startswith("likeness ")
         assert (row["width"], row["height"]) == (64, 64)
+
+
+def out_of_memory(*_):
+    raise UniPicError("there is too little memory; close other programs")
+
+
+def test_a_target_that_the_pipeline_could_not_make_is_made_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "compose", out_of_memory)
+    changes = {
+        "pair": {"rules": "drawn", "rows": 1, "counts": {3: 1}, "always": ["person", "background"]},
+        "synthesise": {"kind": "pipeline", "model": str(BUNDLED)},
+        "check": {"likeness": {"least": 0}},
+    }
+    path = config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"no row passed every check \(1 not run\)"):
+        curate(read_stages(path))
+    (row,) = manifest(tmp_path / "out", "synthesise-1")
+    assert row["reason"] == "not synthesised: there is too little memory; close other programs"
+    monkeypatch.setattr(pipeline, "compose", lambda *_: png_of(Image.new("RGB", (64, 64), "red")))
+    with monkeypatch.context() as patch:
+        patch.setattr(likeness, "read_bytes", no_reading)
+        with pytest.raises(ValueError, match=r"no row passed every check \(1 not run\)"):
+            curate(read_stages(path))
+    curate(read_stages(path))  # what could not be compared is compared by the next run too
+
+
+def test_parts_that_the_pipeline_could_not_make_are_made_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "compose", out_of_memory)
+    changes = {
+        "ingest": [{"kind": "drawn_scenes", "samples": 1, "size": 64}],
+        "filter": {"flat": None},
+        "pair": None,
+        "decompose": {"kind": "pipeline", "model": str(BUNDLED)},
+        "prompt": {"kind": "templates"},
+        "check": {},
+    }
+    path = config(tmp_path, **changes)
+    with pytest.raises(ValueError, match="no row passed every check"):
+        curate(read_stages(path))
+    (row,) = manifest(tmp_path / "out", "decompose")
+    assert (row["keep"], row["reason"]) == (None, "not decomposed: there is too little memory; close other programs")
+    monkeypatch.setattr(pipeline, "compose", lambda *_: png_of(Image.new("RGB", (64, 64), "red")))
+    with pytest.raises(ValueError, match="no row passed every check"):
+        curate(read_stages(path))  # the compositor has no scene of these parts
+    (row,) = manifest(tmp_path / "out", "decompose")
+    assert row["keep"] is True
 
 
 def test_drawn_photographs_are_decomposed_by_the_pipeline(tmp_path):

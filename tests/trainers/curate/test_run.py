@@ -24,6 +24,8 @@ from trainers.curate.filters.catalogue import FILTERS
 from trainers.curate.runner import check_settings, run
 from trainers.curate.stages.listing import Entry
 from trainers.progress import Progress, duration
+from unipic_core.conditioning import picture_files
+from unipic_core.errors import UniPicError
 
 DRAWN = {
     "seed": 3,
@@ -234,6 +236,69 @@ def test_drawn_pictures_of_earlier_settings_stay(tmp_path):
     assert len(rows) == 6
     for row in rows:
         assert hashlib.sha256((tmp_path / "out" / row["path"]).read_bytes()).hexdigest()[:32] == row["id"]
+
+
+def one_picture(tmp_path: Path, **changes) -> Path:
+    """STAGES.yaml of one opaque picture that is only filtered."""
+    (tmp_path / "pictures").mkdir()
+    Image.open(PICTURES / "panda.png").convert("RGB").save(tmp_path / "pictures" / "a.png")
+    ingest = [{"kind": "folder", "path": str(tmp_path / "pictures")}]
+    return config(tmp_path, **{"ingest": ingest, "pair": None, "synthesise": None, **changes})
+
+
+def no_reading(path: str) -> bytes:
+    raise UniPicError(f"{path} cannot be read: Input/output error")
+
+
+def test_a_picture_that_could_not_be_read_is_measured_by_the_next_run(tmp_path, monkeypatch):
+    path = one_picture(tmp_path, filter={"flat": None})
+    with monkeypatch.context() as patch:
+        patch.setattr(measure_module, "read_bytes", no_reading)
+        run(read_stages(path))
+    (row,) = manifest(tmp_path / "out", "filter")
+    assert row["keep"] is None
+    assert "Input/output error" in row["reason"]
+    run(read_stages(path))
+    (row,) = manifest(tmp_path / "out", "filter")
+    assert row["keep"] is True
+
+
+def test_a_picture_that_has_no_score_is_not_measured_again(tmp_path, monkeypatch):
+    path = one_picture(tmp_path, filter={"inside": None})
+    run(read_stages(path))
+    (row,) = manifest(tmp_path / "out", "filter")
+    assert row["reason"] == "inside not run: the picture has no transparency"
+    monkeypatch.setattr(measure_module, "measure_batch", no_work)
+    run(read_stages(path))
+
+
+def test_one_picture_of_two_subjects_is_measured_for_both(tmp_path):
+    filters = {"flat": {"subjects": ["object"]}, "contrast": {"subjects": ["background"]}}
+    path = one_picture(tmp_path, filter=filters, ingest=[{"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}])
+    lines = [json.dumps({"image": "pictures/a.png", "subject": subject}) for subject in ("object", "background")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    run(read_stages(path))
+    assert [row["keep"] for row in manifest(tmp_path / "out", "filter")] == [True, True]
+
+
+def test_a_picture_that_was_unreadable_is_read_by_the_next_run(tmp_path, monkeypatch):
+    """As a HEIC picture is once pillow-heif is installed."""
+    path = one_picture(tmp_path, filter={"flat": None})
+    Image.open(PICTURES / "tent.png").save(tmp_path / "pictures" / "b.webp")
+    Image.open(PICTURES / "crown.png").save(tmp_path / "pictures" / "c.png")
+    with monkeypatch.context() as patch:
+        patch.setattr(picture_files, "formats", lambda: ("PNG",))
+        run(read_stages(path))
+    first = manifest(tmp_path / "out", "ingest")
+    assert [row["keep"] for row in first] == [True, False, True]
+    read = []
+    real = ingest_module.ingest_one
+    monkeypatch.setattr(ingest_module, "ingest_one", lambda out, one: read.append(one.path) or real(out, one))
+    run(read_stages(path))
+    second = manifest(tmp_path / "out", "ingest")
+    assert read == [str(tmp_path / "pictures" / "b.webp")]
+    assert [second[0], second[2]] == [first[0], first[2]]
+    assert (second[1]["row"], second[1]["keep"]) == (1, True)
 
 
 @pytest.mark.parametrize("key", ["category", "name", "subject", "group", "parts"])

@@ -278,7 +278,7 @@ def test_parts_that_the_judge_did_not_list_are_asked_for_again_and_once(photogra
     with pytest.raises(UniPicError, match="no row passed every check"):
         run(read_stages(path))
     (row,) = manifest(tmp_path / "out", "decompose")
-    assert (row["keep"], row["again"]) == (None, True)
+    assert row["keep"] is None
     assert row["reason"].startswith("not decomposed: the judge listed no parts (expected a JSON object")
     run(read_stages(path))
     asked = server.calls["completions"]

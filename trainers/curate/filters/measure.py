@@ -12,7 +12,7 @@ from unipic_core.errors import UniPicError
 
 from ...progress import Progress
 from ..manifest.executor import Executor
-from ..manifest.scores import NOT_RUN, Scores
+from ..manifest.scores import FINAL, NOT_RUN, Scores
 from ..manifest.shards import Row, batches
 from .catalogue import FILTERS, Filter
 from .picture import Decoded, decode, read_bytes
@@ -54,7 +54,7 @@ def _value(one: Filter, picture: Decoded) -> Any:
 
         return measure_with_package(one.name, picture)
     value = one.measure(picture)
-    return {NOT_RUN: "the picture has no transparency"} if value is None else value
+    return {NOT_RUN: "the picture has no transparency", FINAL: True} if value is None else value
 
 
 def measure_pictures(
@@ -83,16 +83,16 @@ def missing(
     waiting: list[Measurement] = []
     for some in batches(rows, ROWS_AT_ONCE):
         ids = [row["id"] for row in some]
-        known = {one.name: scores.final(one.key, ids) for one in filters}
-        seen: set[str] = set()
+        known = {one.name: set(scores.final(one.key, ids)) for one in filters}
         for row in some:
             names = tuple(
                 one.name for one in filters if row["subject"] in one.subjects and row["id"] not in known[one.name]
             )
-            if row["keep"] is not True or not names or row["id"] in seen:
+            if row["keep"] is not True or not names:
                 progress.skip(1)
                 continue
-            seen.add(row["id"])
+            for name in names:
+                known[name].add(row["id"])  # another row may show this picture
             waiting.append(Measurement(row["id"], str(out / row["path"]), names))
             if len(waiting) == BATCH:
                 yield waiting

@@ -19,10 +19,15 @@ AT_ONCE = 500
 """Keys per query."""
 
 NOT_RUN = "not run"
-"""Key of a stored value that says why there is no score."""
+"""Key of a stored value that says why there is no score. A later run tries again, unless the value is FINAL."""
 
-AGAIN = "again"
-"""Key of a stored value that a later run may replace: of a missing package, or of a question that failed."""
+FINAL = "final"
+"""Key beside NOT_RUN where the pictures themselves give no score, as without transparency or without a face."""
+
+
+def is_open(value: Any) -> bool:
+    """True for a stored value without a score that a later run may replace."""
+    return isinstance(value, dict) and NOT_RUN in value and not value.get(FINAL)
 
 
 class Scores:
@@ -53,7 +58,7 @@ class Scores:
     def final(self, measure: str, pictures: Sequence[str]) -> dict[str, Any]:
         """Stored values of these pictures that no later run replaces."""
         known = self.known(measure, pictures)
-        return {key: value for key, value in known.items() if not (isinstance(value, dict) and value.get(AGAIN))}
+        return {key: value for key, value in known.items() if not is_open(value)}
 
     def add(self, measure: str, values: Mapping[str, Any]) -> None:
         """Store the values of one measurement."""

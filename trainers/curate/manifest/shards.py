@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,6 +60,20 @@ class StageFolder:
     def write(self, index: int, rows: Iterable[Row]) -> None:
         """Write one shard; one with the same content stays untouched."""
         write_lines(self.shard(index), rows)
+
+    def complete(
+        self, index: int, items: Sequence[T], make: Callable[[list[T]], Iterable[Row]], done: Callable[[Row], bool]
+    ) -> int:
+        """Write one shard, a row per item, and return how many rows an earlier run had made.
+
+        make: the rows of items, in order. done: False for a row that is made again, as after a passing failure.
+        """
+        found = {i: row for i, row in enumerate(self.read(index)) if done(row)} if self.done(index) else {}
+        missing = {i: item for i, item in enumerate(items) if i not in found}
+        if missing or not self.done(index):
+            rows = found | dict(zip(missing, make(list(missing.values())), strict=True))
+            self.write(index, [rows[i] for i in range(len(items))])
+        return len(found)
 
     def rows(self) -> Iterator[Row]:
         """All rows in order, one shard in memory at a time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from ..manifest.shards import Row, StageFolder, digest
 from ..synthesis.endpoint import ImagesClient
 from .drawn_sources import bank_of, cut_out, scene_of
 from .ingest import write_picture
-from .parts import MOST_PARTS, unlisted, with_parts
+from .parts import MOST_PARTS, Part, unlisted, with_parts
 from .tools import Tools, maker_settings
 
 VERSION = 1
@@ -41,20 +41,20 @@ def decompose(stages: Stages, config: DecomposeConfig, photographs: StageFolder,
     if client is not None:
         count = sum(len(row.get("parts", ())) or MOST_PARTS for row in photographs.rows() if row["keep"] is True)
         print(f"decompose: at most {count} calls with one picture each {client.notice}")
-    progress = Progress("decompose", sum(1 for _ in photographs.rows()), unit="photographs")
+    total = sum(len(usable(photographs.read(index))) for index in range(photographs.count))
+    progress = Progress("decompose", total, unit="photographs")
     make = partial(composition, stages.folder, config, client, key[:12], stages.seed)
-    for index in range(photographs.count):
-        if folder.done(index) and not any(row.get("again") for row in folder.read(index)):
-            progress.skip(len(photographs.read(index)))
-            continue
-        rows = usable(photographs.read(index))
+
+    def compositions(rows: list[Row]) -> Iterator[Row]:
         if config.kind != "drawn":
             rows = with_parts(rows, tools.judge, tools.scores, stages.folder)
-        made = []
         for row in tools.map_rows(make, rows, client):
-            made.append(row)
             progress.add()
-        folder.write(index, made)
+            yield row
+
+    for index in range(photographs.count):
+        rows = usable(photographs.read(index))
+        progress.skip(folder.complete(index, rows, compositions, lambda row: row["keep"] is not None))
     progress.close()
     return folder
 
@@ -67,34 +67,52 @@ def usable(rows: Sequence[Row]) -> list[Row]:
 def composition(
     out: Path, config: DecomposeConfig, client: ImagesClient | None, folder: str, seed: int, photograph: Row
 ) -> Row:
-    """Row of one photograph; `keep` is false or null with the reason if it has no usable parts."""
+    """Row of one photograph. `keep` is false with the reason if it has no usable parts, and null if they could not be
+    listed or made: a later run tries again.
+    """
     about: Row = {"row": photograph["row"], "reference": photograph["path"]}
     if config.kind == "drawn":
         about |= {"scene": photograph.get("drawn", {}).get("scene")}
     try:
-        if "fault" in photograph:
-            raise UniPicError(photograph["fault"])
-        sources = _sources(out, config, client, folder, seed, photograph)
+        parts = _parts(config, photograph)
+    except UniPicError as error:
+        return _failed(about, error, None if photograph.get("again") else False)
+    try:
+        sources = _sources(out, config, client, folder, seed, photograph, parts)
     except (AnswerError, UniPicError) as error:
-        again = photograph.get("again") or (isinstance(error, AnswerError) and config.kind == "endpoint")
-        fault = {"keep": None if again else False, "reason": f"not decomposed: {error}"}
-        return {**about, "id": "", "sources": [], **fault, **({"again": True} if again else {})}
+        return _failed(about, error, None)
     key = digest(photograph["id"], [source["id"] for source in sources])
     return {**about, "id": key, "composition": key, "sources": sources, "keep": True, "reason": ""}
 
 
-def _sources(
-    out: Path, config: DecomposeConfig, client: ImagesClient | None, folder: str, seed: int, photograph: Row
-) -> list[Row]:
+def _failed(about: Row, error: Exception, keep: bool | None) -> Row:
+    return {**about, "id": "", "sources": [], "keep": keep, "reason": f"not decomposed: {error}"}
+
+
+def _parts(config: DecomposeConfig, photograph: Row) -> list[tuple[Part, bytes]]:
+    """Parts with the pictures that are known: PNG of drawn ones. Raises UniPicError for a photograph without parts."""
     if config.kind == "drawn":
-        pictures = _layers(photograph)
-    else:
-        parts = photograph.get("parts", [])
-        if not 1 <= len(parts) <= MOST_PARTS:
-            raise UniPicError(f"expected 1 to {MOST_PARTS} parts, got {len(parts)}")
-        pictures = [(part, b"") for part in parts]
+        return _layers(photograph)
+    if "fault" in photograph:
+        raise UniPicError(photograph["fault"])
+    parts = photograph.get("parts", [])
+    if not 1 <= len(parts) <= MOST_PARTS:
+        raise UniPicError(f"expected 1 to {MOST_PARTS} parts, got {len(parts)}")
+    return [(part, b"") for part in parts]
+
+
+def _sources(
+    out: Path,
+    config: DecomposeConfig,
+    client: ImagesClient | None,
+    folder: str,
+    seed: int,
+    photograph: Row,
+    parts: Sequence[tuple[Part, bytes]],
+) -> list[Row]:
+    """Sources of one photograph, their pictures written. Raises AnswerError, UniPicError."""
     sources = []
-    for number, (part, data) in enumerate(pictures, 1):
+    for number, (part, data) in enumerate(parts, 1):
         path = f"parts/{folder}/{digest(photograph['id'], part, number)}.png"
         if not data and not (out / path).exists():
             data = _extracted(config, client, out / photograph["path"], part, seed + number)
@@ -109,7 +127,7 @@ def _sources(
     return sources
 
 
-def _layers(photograph: Row) -> list[tuple[dict[str, str], bytes]]:
+def _layers(photograph: Row) -> list[tuple[Part, bytes]]:
     """Exact parts of a drawn photograph: each item as a cut-out, and the empty background, in the scene's order."""
     recipe = photograph.get("drawn", {})
     if "scene" not in recipe:
@@ -130,9 +148,7 @@ def _layers(photograph: Row) -> list[tuple[dict[str, str], bytes]]:
     return [layers[source] for source in scene.order]
 
 
-def _extracted(
-    config: DecomposeConfig, client: ImagesClient | None, photograph: Path, part: dict[str, str], seed: int
-) -> bytes:
+def _extracted(config: DecomposeConfig, client: ImagesClient | None, photograph: Path, part: Part, seed: int) -> bytes:
     """PNG of one part. Raises AnswerError, UniPicError."""
     text = EXTRACT_GROUND if part["category"] == "background" else EXTRACT.format(name=part["name"])
     if client is not None:

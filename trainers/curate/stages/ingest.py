@@ -1,4 +1,4 @@
-"""Ingest: read every picture once; one row each with its digest, or the reason why it cannot be read."""
+"""Ingest: one row per picture with its digest, or the reason why it cannot be read; the next run tries such again."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from .listing import Entry, entries, listing_state
 
 VERSION = 1
 BATCH = 8
+Numbered = tuple[int, Entry]
+"""Number of a row, and its picture."""
 
 
 def ingest(stages: Stages, executor: Executor) -> StageFolder:
@@ -30,31 +32,29 @@ def ingest(stages: Stages, executor: Executor) -> StageFolder:
     key = digest("ingest", VERSION, [asdict(one) for one in stages.ingest], stages.seed, size, state)
     folder = StageFolder(stages.folder, "ingest", key, -(-total // size))
     progress = Progress("ingest", total)
-    listed = entries(stages)
+    listed = enumerate(entries(stages))
+
+    def read(some: Sequence[Numbered]) -> Iterator[Row]:
+        for rows in executor.map(ingest_batch, tasks(stages.folder, some)):
+            progress.add(len(rows))
+            yield from rows
+
     for index in range(folder.count):
-        some = list(islice(listed, size))
-        if folder.done(index):
-            progress.skip(len(some))
-            continue
-        rows: list[Row] = []
-        for found in executor.map(ingest_batch, tasks(stages.folder, some)):
-            rows += [{"row": index * size + len(rows) + i, **row} for i, row in enumerate(found)]
-            progress.add(len(found))
-        folder.write(index, rows)
+        progress.skip(folder.complete(index, list(islice(listed, size)), read, lambda row: row["keep"] is True))
     progress.close()
     return folder
 
 
-def tasks(out: Path, some: Sequence[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+def tasks(out: Path, some: Sequence[Numbered]) -> Iterator[tuple[str, list[Numbered]]]:
     """Yield tasks of ``ingest_batch``: (folder of the run, entries)."""
     for batch in batches(some, BATCH):
         yield str(out), batch
 
 
-def ingest_batch(task: tuple[str, list[Entry]]) -> list[Row]:
+def ingest_batch(task: tuple[str, list[Numbered]]) -> list[Row]:
     """Rows of a few entries. A task for an executor."""
     out, batch = task
-    return [ingest_one(Path(out), one) for one in batch]
+    return [{"row": number, **ingest_one(Path(out), one)} for number, one in batch]
 
 
 def ingest_one(out: Path, one: Entry) -> Row:

@@ -29,7 +29,7 @@ from ..errors import CurateError
 from ..filters.catalogue import Filter
 from ..filters.decide import store_id
 from ..filters.measure import ROWS_AT_ONCE
-from ..manifest.scores import AGAIN, NOT_RUN, Scores
+from ..manifest.scores import NOT_RUN, Scores
 from ..manifest.shards import Row, batches
 
 QUESTIONS = Path(__file__).parents[1] / "questions"
@@ -122,13 +122,13 @@ def _jobs(rows: Iterable[Row], filters: Sequence[Filter], scores: Scores, judge:
 
 
 def _answer(judge: Judge, out: Path, job: tuple[Filter, Row]) -> tuple[Filter, str, Any]:
-    """Score of one picture, or {"not run": reason, "again": true}."""
+    """Score of one picture, or {"not run": reason}."""
     one, row = job
     key = store_id(one, row)
     try:
         return one, key, _score(judge, out, one, row)
     except AnswerError as error:
-        return one, key, {NOT_RUN: str(error), AGAIN: True}
+        return one, key, {NOT_RUN: str(error)}
 
 
 def _score(judge: Judge, out: Path, one: Filter, row: Row) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -38,16 +38,15 @@ def synthesise(
         print(f"synthesise: {jobs} calls with {pictures} pictures {client.notice}")
     progress = Progress(f"synthesise, attempt {attempt}", jobs, unit="targets")
     make = partial(target_row, stages.folder, config, client, maker[:12], stages.seed, attempt)
+
+    def targets(rows: list[Row]) -> Iterator[Row]:
+        for row in tools.map_rows(make, rows, client):
+            progress.add()
+            yield row
+
     for index in range(before.count):
         rows = [row for row in before.read(index) if wanted(row, attempt)]
-        if folder.done(index) and not any(row.get("again") for row in folder.read(index)):
-            progress.skip(len(rows))
-            continue
-        made = []
-        for row in tools.map_rows(make, rows, client):
-            made.append(row)
-            progress.add()
-        folder.write(index, made)
+        progress.skip(folder.complete(index, rows, targets, lambda row: row["keep"] is not None))
     progress.close()
     return folder
 
@@ -60,7 +59,10 @@ def wanted(row: Row, attempt: int) -> bool:
 def target_row(
     out: Path, config: SynthesiseConfig, client: ImagesClient | None, maker: str, seed: int, attempt: int, row: Row
 ) -> Row:
-    """Row of one target; `keep` is null with the reason if it could not be made. A target that is there is used."""
+    """Row of one target. `keep` is null with the reason if it could not be made: a later run tries again.
+
+    A target that is there is used.
+    """
     parent = row["id"] if attempt > 1 else None
     row = {key: value for key, value in row.items() if key not in ("filters", "rejected")}
     name = digest(row["composition"], row["instruction"], attempt)
@@ -73,9 +75,7 @@ def target_row(
         data = read_bytes(str(out / path))
         picture = decode(data, path)
     except (AnswerError, UniPicError) as error:
-        again = not isinstance(error, UniPicError) or config.kind == "endpoint"
-        fault = {"keep": None, "reason": f"not synthesised: {error}"} | ({"again": True} if again else {})
-        return {**row, **about, "path": path, **fault}
+        return {**row, **about, "path": path, "keep": None, "reason": f"not synthesised: {error}"}
     size = {"width": picture.size[0], "height": picture.size[1]}
     return {**row, "id": content_id(data), **about, "path": path, **size, "keep": True, "reason": ""}
 

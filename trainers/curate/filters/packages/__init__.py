@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ...manifest.scores import AGAIN, NOT_RUN
+from ...manifest.scores import NOT_RUN
 from ...manifest.shards import Row
 from ..picture import Decoded
 
@@ -27,7 +27,7 @@ ROOMS = {"brisque": "brisque", "text": "text", "head": "faces", "face_identity":
 
 
 def measure_with_package(name: str, picture: Decoded) -> Any:
-    """Value of a filter, or {"not run": reason, "again": true} if a package is missing."""
+    """Value of a filter, or {"not run": reason} if a package is missing."""
     return missing(name) or _function(name)(picture)
 
 
@@ -41,7 +41,7 @@ def missing(name: str) -> dict[str, Any] | None:
     absent = [package for package in NEEDS[name] if find_spec(package) is None]
     if not absent:
         return None
-    return {NOT_RUN: f'{absent[0]} is not installed; run pip install "comfyui-unipic[curate]"', AGAIN: True}
+    return {NOT_RUN: f'{absent[0]} is not installed; run pip install "comfyui-unipic[curate]"'}
 
 
 def _function(name: str) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unipic_core.errors import UniPicError
 
-from ...manifest.scores import NOT_RUN
+from ...manifest.scores import FINAL, NOT_RUN
 from ...manifest.shards import Row
 from ..picture import Decoded, decode, read_bytes
 from . import folder_of
@@ -49,15 +49,15 @@ def face_identity(out: Path, row: Row) -> Any:
     """Largest distance of a source person's face to the nearest face of the target; 0.6 and less: the same person."""
     persons = [source for source in row["sources"] if source["subject"] == "person"]
     if not persons:
-        return {NOT_RUN: "the row has no person"}
+        return {NOT_RUN: "the row has no person", FINAL: True}
     shown = embeddings(_read(out / row["path"]))
     if not len(shown):
-        return {NOT_RUN: "no face was found in the target"}
+        return {NOT_RUN: "no face was found in the target", FINAL: True}
     distances = []
     for source in persons:
         known = embeddings(_read(out / source["path"]))
         if not len(known):
-            return {NOT_RUN: f"no face was found in {source['path']}"}
+            return {NOT_RUN: f"no face was found in {source['path']}", FINAL: True}
         distances.append(float(np.linalg.norm(shown - known[0], axis=1).min()))
     return float(f"{max(distances):.6g}")
 
