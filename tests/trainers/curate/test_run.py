@@ -21,6 +21,7 @@ from tests.paths import PICTURES, ROOT
 from trainers.curate.__main__ import main
 from trainers.curate.config import read_stages
 from trainers.curate.filters.catalogue import FILTERS
+from trainers.curate.manifest.shards import RowIndex, StageFolder
 from trainers.curate.runner import check_settings, run
 from trainers.curate.stages.listing import Entry
 from trainers.progress import Progress, duration
@@ -201,15 +202,17 @@ def test_rows_of_a_file_and_their_faults(tmp_path):
         json.dumps({"image": "panda.png", "subject": "planet"}),
         json.dumps({"image": "panda.png", "category": 7}),
         json.dumps({"image": "panda.png", "parts": ["a"]}),
+        json.dumps({"image": "panda.png", "parts": [{"name": "half \ud800", "category": "hat"}]}),
+        json.dumps({"image": "half \ud800.png"}),
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     changes = dict.fromkeys(("pair", "synthesise"))
     run(read_stages(config(tmp_path, ingest=[{"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}], **changes)))
     rows = manifest(tmp_path / "out", "ingest")
-    assert [row["keep"] for row in rows] == [True, *[False] * 6]
+    assert [row["keep"] for row in rows] == [True, *[False] * 8]
     assert rows[0]["category"] == "animal"
-    parts = ("is not valid JSON", "has no 'image'", "leaves the folder", "subject must be", "category must be", "parts")
-    for row, part in zip(rows[1:], parts, strict=True):
+    parts = ("is not valid JSON", "has no 'image'", "leaves the folder", "subject must be", "category must be")
+    for row, part in zip(rows[1:], (*parts, "parts must be", "parts must be", "no such picture"), strict=True):
         assert part in row["reason"]
 
 
@@ -299,6 +302,42 @@ def test_a_picture_that_was_unreadable_is_read_by_the_next_run(tmp_path, monkeyp
     assert read == [str(tmp_path / "pictures" / "b.webp")]
     assert [second[0], second[2]] == [first[0], first[2]]
     assert (second[1]["row"], second[1]["keep"]) == (1, True)
+
+
+@pytest.fixture
+def foreign_names(tmp_path) -> Path:
+    """A folder of one picture whose names are in Latin-1."""
+    folder = os.fsencode(tmp_path / "pictures") + b"/h\xfcte"
+    try:
+        os.makedirs(folder)
+        Path(os.fsdecode(folder + b"/f\xfcr.png")).write_bytes((PICTURES / "panda.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 alone")
+    return tmp_path / "pictures"
+
+
+def test_file_names_that_are_not_utf_8(tmp_path, foreign_names, capsys):
+    ingest = [{"kind": "folder", "path": str(foreign_names), "subject": "photograph"}]
+    path = config(tmp_path, ingest=ingest, pair=None, decompose={"kind": "drawn"}, filter={"flat": None})
+    for _ in range(2):
+        assert main(["run", str(path)]) == 2
+        printed = capsys.readouterr()
+        assert "no row passed every check" in printed.err
+        assert "h\\udcfcte/f\\udcfcr.png is not drawn; use decompose.kind" in printed.out
+    (row,) = manifest(tmp_path / "out", "filter")
+    assert Path(row["path"]).read_bytes() == (PICTURES / "panda.png").read_bytes()
+    assert row["category"] == "h\\udcfcte"
+
+
+def test_any_text_comes_back_from_a_shard(tmp_path):
+    names = ["für", "绿", "f\udcfcr", "half \ud800", "line\nbreak \u2028"]
+    folder = StageFolder(tmp_path, "filter", "key", 2)
+    folder.write(0, ({"path": name, "keep": True, "category": name} for name in names))
+    folder.shard(1).write_bytes(b'{"path": "f\xfcr", "keep": true, "category": "earlier"}\n')  # of earlier versions
+    assert [row["path"] for row in folder.rows()] == [*names, "f\udcfcr"]
+    index = RowIndex(folder)
+    assert [index[i]["path"] for i in range(len(index))] == [*names, "f\udcfcr"]
+    assert folder.shard(0).read_bytes().decode("utf-8").count("\n") == len(names)
 
 
 @pytest.mark.parametrize("key", ["category", "name", "subject", "group", "parts"])

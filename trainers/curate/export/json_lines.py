@@ -8,7 +8,7 @@ from pathlib import Path
 
 from unipic_core.replacing import replacing
 
-from ..manifest.shards import Row, full_disk, make_folder
+from ..manifest.shards import ESCAPED, Row, full_disk, make_folder
 from .rows import put_picture
 
 
@@ -46,7 +46,7 @@ def _write(rows: Iterable[Row], out: Path, folder: Path, row_of: Callable[[Row, 
     make_folder(folder)
     path = folder / "data.jsonl"
     try:
-        with replacing(path) as partial, partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8", errors=ESCAPED) as file:
             for row in rows:
                 sources = [put_picture(out / one["path"], folder, one["id"]) for one in row["sources"]]
                 target = put_picture(out / row["path"], folder, row["id"])

@@ -25,6 +25,8 @@ Row = dict[str, Any]
 """JSON object of a manifest."""
 
 KEY_LENGTH = 12
+ESCAPED = "backslashreplace"
+"""Error handler by which half characters, as in file names that are not UTF-8, become escapes of JSON, as \\udcfc."""
 
 
 def digest(*parts: object) -> str:
@@ -53,7 +55,7 @@ class StageFolder:
         """Rows of one shard. Raises CurateError for a damaged one."""
         path = self.shard(index)
         try:
-            return [json.loads(line) for line in path.read_bytes().splitlines()]
+            return [row_of(line) for line in path.read_bytes().splitlines()]
         except (OSError, ValueError):
             raise CurateError(f"{path} cannot be read; remove it and run the same command again") from None
 
@@ -94,7 +96,13 @@ class StageFolder:
 def write_lines(path: Path, rows: Iterable[Row]) -> None:
     """Write JSON lines aside and rename. Raises CurateError on a full disk."""
     lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_bytes(path, lines.encode("utf-8", "surrogateescape"))
+    write_bytes(path, lines.encode("utf-8", ESCAPED))
+
+
+def row_of(line: bytes) -> Row:
+    """Parse one line of a shard. Raises ValueError."""
+    row: Row = json.loads(line.decode("utf-8", "surrogateescape"))  # earlier versions wrote file names as their bytes
+    return row
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -138,7 +146,7 @@ class RowIndex:
             at = 0
             with folder.shard(shard).open("rb") as file:
                 for line in file:
-                    row = json.loads(line)
+                    row = row_of(line)
                     if row["keep"] is True:
                         members.setdefault(str(row["category"]), array("q")).append(count)
                         places.extend((shard, at))
@@ -154,8 +162,7 @@ class RowIndex:
         shard, at = (int(value) for value in self.places[index])
         with self.folder.shard(shard).open("rb") as file:
             file.seek(at)
-            row: Row = json.loads(file.readline())
-        return row
+            return row_of(file.readline())
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

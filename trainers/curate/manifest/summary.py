@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from unipic_core.errors import printable
+
 from .shards import Row
 
 VERDICTS = {True: "kept", False: "dropped", None: "not run"}
@@ -61,4 +63,4 @@ class StageSummary:
         lines += [f"  {count:,} x {reason}" for reason, count in self.reasons.most_common(SHOWN)]
         if len(self.reasons) > SHOWN:
             lines.append(f"  and {len(self.reasons) - SHOWN:,} more reasons, in the manifest")
-        return "\n".join(lines)
+        return printable("\n".join(lines), keep="\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from unipic_core.conditioning.picture_files import ENDINGS
+from unipic_core.errors import printable
 
 from ..config import SUBJECTS, IngestConfig, Stages
 from ..errors import CurateError
@@ -87,7 +88,7 @@ def _folder(config: IngestConfig, number: int) -> Iterator[Entry]:
     for folder, folders, files in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         below = Path(folder).relative_to(root)
-        category = config.category or (below.parts[0] if below.parts else config.subject)
+        category = config.category or (printable(below.parts[0]) if below.parts else config.subject)
         for name in sorted(files):
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS:
                 found += 1
@@ -129,16 +130,20 @@ def _row(config: IngestConfig, path: Path, number: int, line: bytes) -> Entry:
     subject, group = values.get("subject", config.subject), values.get("group", "")
     texts = {"category": category, "name": values.get("name", category), "subject": subject, "group": group}
     for key, value in texts.items():
-        if not isinstance(value, str) or len(value) > MOST_TEXT or not (value.isprintable()):
+        if not _is_line(value) or len(value) > MOST_TEXT:
             return Entry(where, "", config.subject, "", fault=f"{where}: {key} must be a short text, got {value!r:.60}")
     if subject not in SUBJECTS:
         known = ", ".join(SUBJECTS)
         return Entry(where, "", config.subject, "", fault=f"{where}: subject must be one of {known}, got {subject!r}")
     parts = values.get("parts", [])
     fits = isinstance(parts, list) and all(
-        isinstance(one, dict) and set(one) == {"name", "category"} and all(isinstance(v, str) for v in one.values())
-        for one in parts
+        isinstance(one, dict) and set(one) == {"name", "category"} and all(map(_is_line, one.values())) for one in parts
     )
     if not fits:
         return Entry(where, "", config.subject, "", fault=f"{where}: parts must be a list of {{name, category}}")
     return Entry(picture, category, subject, texts["name"], group, tuple(parts))
+
+
+def _is_line(value: object) -> bool:
+    """True for a text of one line that any file can hold: no control characters, no half characters."""
+    return isinstance(value, str) and value.isprintable()
