@@ -10,7 +10,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -172,6 +171,13 @@ MOST_FEW_STEPS = 16
 WEIGHT_ENDINGS = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 _FEW_STEP_WORD = re.compile(r"dmd|cm|lcm|consistency(model)?")
+_STEP_COUNT = re.compile(
+    r"(?<![a-z0-9])([0-9]{1,2})steps?(?![a-z0-9])"  # a word of its own
+    r"|(?<![0-9])([0-9]{1,2})steps?(?![a-z]|[^a-z0-9]*[0-9])"
+    r"|(?<![a-z0-9])([0-9]{1,2})[^a-z0-9]+steps?(?![a-z]|[^a-z0-9]*[0-9])"
+)
+"""8step, dmd8steps, 8-steps. Not v2-step1000, epoch3-step1200, rank16-steps: that number is of the word before, and a
+number after "step" counts training."""
 _STEP_FOLDER = re.compile(r"(step|checkpoint)[-_]?\d+")
 _NEUTRAL_WORDS = {
     *("diffusion", "pytorch", "model", "models", "transformer", "unet", "dit", "network", "weights", "checkpoint"),
@@ -195,7 +201,7 @@ def released_recipe(path: PathLike) -> Recipe | None:
     family = any("unipic" in name for name in names)
     for name in names:
         words = _words(name)
-        steps = _few_step_count(words)
+        steps = _counted_steps(name) or (RELEASED_FEW_STEP.steps if _few_step_kind(words) else None)
         if steps and (family or _only_few_step(words)):
             return replace(RELEASED_FEW_STEP, steps=steps)
         if "base" in words and family:
@@ -207,13 +213,14 @@ def step_lora_recipe(path: PathLike) -> Recipe | None:
     """Guess the recipe of a step LoRA without one by its file name; None for other names.
 
     Step LoRAs such as Qwen-Image-Edit-Lightning-4steps use Euler, a shift of 3 at every size, no stretch, no guidance.
+    "lightning" alone may be a picture's subject, so it counts beside "qwen" only.
     """
     name = Path(path).stem.lower()
     words = _words(name)
-    steps = _counted_steps(words)
+    steps = _counted_steps(name)
     if _few_step_kind(words) and "unipic" in name:
         known = replace(RELEASED_FEW_STEP, reference_budget=None, output_budget=None)
-    elif steps or "lightning" in words:
+    elif steps or {"lightning", "qwen"} <= set(words):
         known = STEP_LORA
     else:
         return None
@@ -248,26 +255,24 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name)
 
 
+def _without_model(name: str) -> str:
+    """Replace the model's name in a lower-case name by a space: unipic3dmd -> " dmd"."""
+    return re.sub(r"unipic[-_. ]*3?(\.0)?(?![0-9])", " ", name)
+
+
 def _words(name: str) -> list[str]:
-    """Split a lower-case name into words and numbers, without the model's name: unipic3dmd -> dmd."""
-    name = re.sub(r"unipic[-_. ]*3?(\.0)?(?![0-9])", " ", name)
-    return re.findall(r"[a-z]+|[0-9]+", name)
+    """Split a lower-case name into words and numbers, without the model's name."""
+    return re.findall(r"[a-z]+|[0-9]+", _without_model(name))
 
 
 def _few_step_kind(words: list[str]) -> bool:
     return any(_FEW_STEP_WORD.fullmatch(word) for word in words)
 
 
-def _counted_steps(words: list[str]) -> int | None:
-    """Number of sampling steps in a name: 8 for "8step" and "8 steps"; None if absent or of training steps."""
-    pairs = pairwise(words)
-    counts = (int(n) for n, word in pairs if word in ("step", "steps") and n.isdecimal() and len(n) < 3)
+def _counted_steps(name: str) -> int | None:
+    """Number of sampling steps in a lower-case name; None if absent or of training steps."""
+    counts = (int(match[match.lastindex or 0]) for match in _STEP_COUNT.finditer(_without_model(name)))
     return next((n for n in counts if 1 <= n <= MOST_FEW_STEPS), None)
-
-
-def _few_step_count(words: list[str]) -> int | None:
-    """Number of steps of few-step weights by the words of their name; None for other names."""
-    return _counted_steps(words) or (RELEASED_FEW_STEP.steps if _few_step_kind(words) else None)
 
 
 def _only_few_step(words: list[str]) -> bool:

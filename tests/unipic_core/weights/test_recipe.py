@@ -170,6 +170,7 @@ BASE_NAMES = (
     *("dmd tests/unipic3-base.safetensors", "cm/unipic3.safetensors", "home/cm/models/unipic3/transformer"),
     *("Unipic3-dmd/unipic3-base.safetensors", "lcm/Unipic3", "dmd/step/Unipic-3.0", "unipic3-step20000.safetensors"),
     *("DMD/Unipic3/step20000/transformer", "unipic3-50steps.safetensors", "unipic3_2000steps", "unipic3-cmyk"),
+    *("unipic3-style-v2-step1000.safetensors", "unipic3-epoch4-step20000", "unipic3-v2/step1000/transformer"),
 )
 UNKNOWN_NAMES = ("dmd tests/model.safetensors", "home/cm/mine/transformer", "Qwen-Image-Edit-2509", "step20000")
 
@@ -204,11 +205,25 @@ def test_released_weights_are_known_by_name(tmp_path: Path, name: str, expected:
         ("Qwen-Image-Edit-Lightning-4steps-V1.0-bf16", (4, "euler", "fixed_shift", 3.0)),
         ("Qwen-Image-Edit-2509-Lightning-8steps-V1.0-fp32", (8, "euler", "fixed_shift", 3.0)),
         ("qwen_lightning", (8, "euler", "fixed_shift", 3.0)),
+        ("lightning-4steps-2509", (4, "euler", "fixed_shift", 3.0)),
         ("turbo_4step", (4, "euler", "fixed_shift", 3.0)),
+        ("turbo8steps-v2", (8, "euler", "fixed_shift", 3.0)),
+        ("8-step-lora", (8, "euler", "fixed_shift", 3.0)),
+        ("unipic3dmd4steps", (4, "consistency", "few_step", None)),
         ("unipic3-dmd-lora", (8, "consistency", "few_step", None)),
         ("style_2000steps", None),
         ("style-step4", None),
         ("dmd", None),
+        ("mychar-v2-step00001000", None),
+        ("style_v2_steps2000", None),
+        ("anime-epoch3-step1200", None),
+        ("lora-rank16-step500", None),
+        ("char_r8_step_3000", None),
+        ("char_v2step1000", None),
+        ("2-step-1000", None),
+        ("rank16-steps-final", None),
+        ("lightning_bolt_effect", None),
+        ("style-lightning-photo", None),
     ],
 )
 def test_step_loras_are_known_by_name(name: str, expected: tuple[object, ...] | None) -> None:
