@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checks import whole
 from ..errors import UniPicError
 from .influence import GRID, Region
-from .picture_numbers import named_pictures
+from .picture_numbers import PICTURE_WORD, named_pictures
 
 MAX_TEXT, MAX_ROWS = 20_000, 64
 """Most characters and rows of a text."""
 
-NAMES = ("image", "id", "label", "desc")
-"""Keys of a row that may name its picture, the first one first."""
+_PICTURE_KEY = re.compile(rf"{PICTURE_WORD}(?:[\s_-]*(?:id|index|number|no))?", re.IGNORECASE)
+"""Keys of a row that name its picture, such as "image" or "image_id"; they come before those of NAMES."""
+
+NAMES = ("id", "index", "number", "label", "desc")
+"""Keys of a row that may name its picture, the first one first. "id", "label" and "desc" may also be a thing's."""
+
+_BARE = re.compile(r"[\s#<(\[]*(\d{1,4})(?:\.0+)?[\s>)\]]*")
+_PICTURE = re.compile(rf"\W*{PICTURE_WORD}", re.IGNORECASE)
 
 BOXES = ("bbox", "box_2d")
 """Keys of a row that may hold its box."""
@@ -41,16 +49,16 @@ def parse_boxes(text: str, count: int) -> dict[int, Region]:
 def regions_of(rows: object, count: int) -> dict[int, Region]:
     """Regions from parsed rows: number of a picture, from 1 -> its region. count: number of references.
 
-    A row names its picture by a number in one of NAMES, such as "image_2"; rows that name none are those of image 1,
-    image 2, ... in order. Raises UniPicError for a picture that is absent or has two boxes, a mixture of both kinds,
-    and a wrong box.
+    A row names its picture by a number, such as 2, "#2" or "image_2"; rows that name none are those of image 1, image
+    2, ... in order. Raises UniPicError for a picture that is absent, has two boxes or cannot be read, a mixture of both
+    kinds, and a wrong box.
     """
     rows = [rows] if isinstance(rows, Mapping) else rows
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not all(isinstance(row, Mapping) for row in rows):
         raise UniPicError(f"boxes must be a list of rows such as {EXAMPLE}, got {json_of(rows)}")
     if len(rows) > MAX_ROWS:
         raise UniPicError(f"there may be at most {MAX_ROWS} boxes, got {len(rows)}")
-    numbers = [_number(row) for row in rows]
+    numbers = [_number(row, place, count) for place, row in enumerate(rows, start=1)]
     if None in numbers and any(number is not None for number in numbers):
         unnamed = numbers.index(None) + 1
         raise UniPicError(f'box {unnamed} names no picture, and others do; add "image": a number to each')
@@ -58,7 +66,9 @@ def regions_of(rows: object, count: int) -> dict[int, Region]:
     for place, (row, named) in enumerate(zip(rows, numbers, strict=True), start=1):
         number = place if named is None else named
         if not 1 <= number <= count:
-            raise UniPicError(f"box {place} is of image {number}, and there are {count} pictures; name one of them")
+            raise UniPicError(
+                f"box {place} is of image {json_of(number)}, and there are {count} pictures; name one of them"
+            )
         if number in regions:
             raise UniPicError(f"image {number} has two boxes; leave one out")
         regions[number] = _region(row, place)
@@ -73,16 +83,35 @@ def json_of(value: object) -> str:
         return type(value).__name__
 
 
-def _number(row: Mapping[str, Any]) -> int | None:
-    """Number of the picture that a row names; None if it names none, or several."""
-    for name in NAMES:
+def _number(row: Mapping[str, Any], place: int, count: int) -> int | None:
+    """Number of the picture that a row names; None if it names none. place: of the row, for messages."""
+    for name in (*(key for key in row if isinstance(key, str) and _PICTURE_KEY.fullmatch(key)), *NAMES):
         value = row.get(name)
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        named = named_pictures(value, 0) if isinstance(value, str) else set()
-        if len(named) == 1:
-            return named.pop()
+        if value is None or (isinstance(value, str) and not value.strip()):
+            continue
+        if (number := _read(value, count)) is not None:
+            return number
+        if not _of_a_thing(name, value):
+            raise UniPicError(
+                f'box {place} has "{name[:20]}": {json_of(value)}; expected the number of one picture, such as 2 or '
+                '"image_2"'
+            )
     return None
+
+
+def _read(value: object, count: int) -> int | None:
+    """Number of the one picture that a value names: 2, 2.0, "2", "#2", "ref 2"; None for none and for several."""
+    if not isinstance(value, str):
+        return whole(value)
+    if bare := _BARE.fullmatch(value):
+        return int(bare[1])
+    named = named_pictures(value, count)
+    return named.pop() if len(named) == 1 else None
+
+
+def _of_a_thing(name: str, value: object) -> bool:
+    """True for a value that may name the thing in the box: any label and description, an id such as "cat_1"."""
+    return name in ("label", "desc") or (name == "id" and isinstance(value, str) and not _PICTURE.match(value))
 
 
 def _region(row: Mapping[str, Any], place: int) -> Region:

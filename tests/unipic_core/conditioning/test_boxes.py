@@ -43,6 +43,41 @@ def test_read(text: str, regions: dict[int, Region]) -> None:
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        *({"image": value} for value in (2, 2.0, "2", "2.0", " #2 ", "<2>", "image 2", "ref2", "the second photo")),
+        *({key: 2} for key in ("id", "label", "index", "number", "image_id", "Picture", "image-index", "ref")),
+        *({key: "2"} for key in ("id", "label", "desc", "imageNumber")),
+        *({"id": value} for value in ("ref_2", "#2", "last image", "picture no. 2")),
+        {"image": 2, "id": "cat_1", "index": 0},
+        {"index": 0, "id": "image_2"},
+        {"image": None, "id": "", "label": "the cup of image 2"},
+    ],
+)  # fmt: skip
+def test_every_way_to_name_a_picture(name: dict[str, object]) -> None:
+    assert regions_of([{**name, "bbox": [500, 100, 900, 400]}], 2) == {2: BOX}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *({"image": value} for value in ("images 2 and 3", "2 and 3", "two", "guitar", 2.5, True, [2], "-2", "a.png")),
+        *({"id": value} for value in ("image_two", "images 1, 2", "ref", 1.5, False, {})),
+        *({key: "cup"} for key in ("image_id", "index", "number", "photo", "Image Number")),
+        {"image": "guitar", "id": "image_2"},
+    ],
+)  # fmt: skip
+def test_a_picture_that_cannot_be_read_is_not_image_1(name: dict[str, object]) -> None:
+    with pytest.raises(UniPicError, match=r'^box 1 has ".*": .*; expected the number of one picture, such as 2 or'):
+        regions_of([{**name, "bbox": [500, 100, 900, 400]}], 3)
+
+
+@pytest.mark.parametrize("name", [{"id": "cat_1"}, {"label": "guitar"}, {"desc": "images 1 and 2"}, {"type": "image"}])
+def test_names_of_things_are_counted_in_order(name: dict[str, object]) -> None:
+    assert regions_of([{**name, "bbox": [500, 100, 900, 400]}], 3) == {1: BOX}
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("image 2 left", "boxes must be JSON such as"),
@@ -65,6 +100,7 @@ def test_read(text: str, regions: dict[int, Region]) -> None:
         ('[{"bbox": [10, 0, 10, 10]}]', r"higher than 0, got \[top, left, bottom, right\] = \[10, 0, 10, 10\]"),
         ('[{"image": 4, "bbox": [0, 0, 1, 1]}]', "box 1 is of image 4, and there are 3 pictures"),
         ('[{"image": 0, "bbox": [0, 0, 1, 1]}]', "box 1 is of image 0"),
+        ('[{"image": 1e300, "bbox": [0, 0, 1, 1]}]', "box 1 is of image 10000"),
         ('[{"image": 2, "bbox": [0, 0, 1, 1]}, {"id": "image_2", "bbox": [0, 0, 1, 1]}]', "image 2 has two boxes"),
         ('[{"image": 2, "bbox": [0, 0, 1, 1]}, {"bbox": [0, 0, 1, 1]}]', "box 2 names no picture, and others do"),
     ],
@@ -78,7 +114,9 @@ def test_everything_else_is_one_sentence(text: str, message: str) -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["id", "bbox", "image", "x"]), inner),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(["id", "bbox", "image", "index", "x"]), inner)
+    ),
     max_leaves=20,
 )
 
