@@ -17,7 +17,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,6 +49,10 @@ def _this_system() -> str:
 SYSTEM = _this_system()
 
 
+class AppearedError(CheckpointError):
+    """Something appeared at the destination of a new file or folder while it was written, and stays."""
+
+
 def require_new(dst: Path, overwrite: bool) -> None:
     """Raise CheckpointError if `dst` exists and may not be overwritten."""
     _finish_interrupted(dst)
@@ -74,15 +78,25 @@ def write_errors(path: Path, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[Path]:
+def replacing(
+    path: Path,
+    size: int = 0,
+    *,
+    folder: bool = False,
+    overwrite: bool = True,
+    check: Callable[[], None] | None = None,
+) -> Iterator[Path]:
     """Yield a temporary file or folder beside `path`, with `path`'s ending; rename it to `path` at the end.
 
     size: bytes to be written, checked against the free space. On any failure the temporary is removed and an older file
     or folder at `path` stays. The new file gets the older one's mode; if `path` is a link, its target is replaced.
-    Raises CheckpointError if `path` is a device, a broken link, or a folder where a file is expected.
+
+    overwrite: False = raise CheckpointError if there is anything at `path`, AppearedError if it appears before the end.
+    check: with `overwrite`, called just before `path` is replaced; may raise to keep it. Raises CheckpointError if
+    `path` is a device, a broken link, or a folder where a file is expected.
     """
     path = _destination(path, folder)
-    _finish_interrupted(path)
+    require_new(path, overwrite)
     remove_leftovers(path.parent)
     free = shutil.disk_usage(path.parent).free
     if free < size:
@@ -93,7 +107,12 @@ def replacing(path: Path, size: int = 0, *, folder: bool = False) -> Iterator[Pa
         if path.exists():
             os.chmod(partial, stat.S_IMODE(path.stat().st_mode))
         _flush(partial)
-        _put_in_place(partial, path)
+        if not overwrite:
+            _put_new(partial, path)
+        else:
+            if check is not None:
+                check()
+            _put_in_place(partial, path)
         _flush_folder(path.parent)
     finally:
         if lock is not None:
@@ -189,9 +208,45 @@ def _remove_leftover(path: Path) -> None:
             os.close(lock)
 
 
+def _put_new(partial: Path, path: Path) -> None:
+    """Rename to a destination that must not exist. Raises AppearedError."""
+    try:
+        if partial.is_dir():
+            if os.path.lexists(path):
+                raise FileExistsError
+            os.rename(partial, path)  # refuses files and folders with content
+        else:
+            _link(partial, path)
+    except OSError as error:
+        if not os.path.lexists(path):
+            raise
+        raise AppearedError(
+            f"{path} appeared while this was written, so it stays and nothing was written; choose another name, or "
+            "overwrite it with overwrite=True"
+        ) from error
+
+
+def _link(partial: Path, path: Path) -> None:
+    """Give a file a second name, which must not exist, or, on disks without hard links, a new name."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            os.replace(partial, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
 def _put_in_place(partial: Path, path: Path) -> None:
-    """Rename to the destination; a folder cannot be renamed over another, so the older one is renamed first."""
-    if not path.is_dir():
+    """Rename to the destination; a folder cannot be renamed over another, so the older one is renamed first.
+
+    Raises OSError if the older one is a folder and the new one a file, or the reverse.
+    """
+    if not (partial.is_dir() and path.is_dir()):
         os.replace(partial, path)
         return
     older = path.with_name(f"{_replaced_prefix(path)}{secrets.token_hex(16)}")

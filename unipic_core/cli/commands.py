@@ -93,12 +93,10 @@ def run_info(args: argparse.Namespace) -> None:
 
 def run_convert(args: argparse.Namespace) -> None:
     """Write a transformer as one safetensors file."""
-    from ..replacing import require_new
     from ..weights.convert import convert
 
-    require_new(args.dst, args.overwrite)
     with progress_bar("converting", unit="B") as advance:
-        path = convert(args.src, args.dst, dtype=args.dtype, progress=advance)
+        path = convert(args.src, args.dst, dtype=args.dtype, overwrite=args.overwrite, progress=advance)
     print(printable(path))
 
 

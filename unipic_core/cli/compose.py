@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from .. import __version__
@@ -25,7 +26,7 @@ from ..pipeline.loras import AddedLoRAs
 from ..pipeline.memory_plan import MemoryPlan
 from ..pipeline.offload import check_machine
 from ..pipeline.pipeline import UniPicPipeline
-from ..replacing import replacing
+from ..replacing import AppearedError, replacing
 from ..run.kv_storage import CacheStorage
 from ..run.plan import Plan, Request, checked_seed, plan, resolve
 from ..weights.lora import LoRA, read_lora
@@ -49,14 +50,10 @@ def compose(args: argparse.Namespace) -> None:
         out = pipe.run(images, opened.plan.request, callback=lambda step, *_: advance(step + 1, steps))
     paths = output_paths(args.out, out.seeds[0], len(out.images))
     for image, seed, named in zip(out.images, out.seeds, paths, strict=True):
-        path = still_free(named, args)
-        save_image(image, path, record(args, seed, image.size, out.settings))
-        print(printable(path))
+        print(printable(write_picture(image, named, record(args, seed, image.size, out.settings), args)))
     if args.sheet:
-        path = still_free(args.sheet, args)
         made = record(args, out.seeds[0], out.images[0].size, out.settings)
-        save_image(picture_sheet(images, args.prompt, out.images), path, made)
-        print(printable(path))
+        print(printable(write_picture(picture_sheet(images, args.prompt, out.images), args.sheet, made, args)))
 
 
 def report_references(planned: Plan, sizes: list[Size]) -> None:
@@ -80,6 +77,17 @@ def check_destinations(args: argparse.Namespace) -> None:
 def files_read(args: argparse.Namespace) -> list[Path]:
     """List the pictures and weight files among the arguments."""
     return [*args.images, *(path for path, _ in args.lora), *([args.transformer] if args.transformer else [])]
+
+
+def write_picture(image: Image.Image, named: Path, provenance: dict[str, Any], args: argparse.Namespace) -> Path:
+    """Write a picture and return its path: `named`, or a free one if a file appeared there."""
+    while True:
+        path = still_free(named, args)
+        try:
+            save_image(image, path, provenance, overwrite=args.overwrite and path == named)
+        except AppearedError:
+            continue
+        return path
 
 
 def still_free(path: Path, args: argparse.Namespace) -> Path:
@@ -241,8 +249,11 @@ def record(args: argparse.Namespace, seed: int, size: tuple[int, int], settings:
     }
 
 
-def save_image(image: Any, path: Path, provenance: dict[str, Any]) -> None:
-    """Write a picture atomically. A PNG stores `provenance` as JSON in its text chunk "unipic"."""
+def save_image(image: Image.Image, path: Path, provenance: dict[str, Any], *, overwrite: bool) -> None:
+    """Write a picture atomically. A PNG stores `provenance` as JSON in its text chunk "unipic".
+
+    overwrite: as for `replacing`.
+    """
     kind = {"png": "PNG", "webp": "WEBP"}.get(path.suffix.lower()[1:], "JPEG")
     options: dict[str, Any] = {"quality": 95}
     if kind == "PNG":
@@ -250,7 +261,7 @@ def save_image(image: Any, path: Path, provenance: dict[str, Any]) -> None:
         info.add_text("unipic", json.dumps(provenance))
         options = {"pnginfo": info}
     try:
-        with replacing(path) as partial:
+        with replacing(path, overwrite=overwrite) as partial:
             image.save(partial, format=kind, **options)
     except OSError as error:
         raise UniPicError(f"cannot write {path}: {error.strerror or error}") from error

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..model.config import FULL, MMDiTConfig
+from ..replacing import require_new
 from .files import PathLike, Weights
 from .hub_cache import model_folder
 from .recipe import METADATA_KEY, RECIPE_FROM, Recipe, released_recipe
@@ -49,15 +50,18 @@ class WeightStream:
         return {"format": "pt", CONFIG_KEY: config, METADATA_KEY: self.recipe.to_json()}
 
 
-def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Progress | None = None) -> Path:
+def convert(
+    src: PathLike, dst: PathLike, *, dtype: str = "bf16", overwrite: bool = False, progress: Progress | None = None
+) -> Path:
     """Write the transformer at `src`, in any layout that `load_transformer` reads, as one safetensors file.
 
     Keys are the parameter names, which ComfyUI recognises; the metadata holds the config and the recipe, which records
     this conversion. Returns the path of the new file.
 
     dtype: "bf16", "fp32", or "fp8_scaled": the blocks' matrices in float8_e4m3fn with one scale each, as ComfyUI 0.33
-    reads them, all else in bf16. progress: called with (bytes written, bytes in all). Raises CheckpointError; on any
-    failure, Ctrl-C included, no partial file remains and an older `dst` stays. Warns if the attention form is not full.
+    reads them, all else in bf16. overwrite: replace an existing `dst`. progress: called with (bytes written, bytes in
+    all). Raises CheckpointError; on any failure, Ctrl-C included, no partial file remains and an older `dst` stays.
+    Warns if the attention form is not full.
     """
     src, dst = model_folder(src), Path(dst)
     check_storage_dtype(dtype)
@@ -69,13 +73,14 @@ def convert(src: PathLike, dst: PathLike, *, dtype: str = "bf16", progress: Prog
     opened = open_transformer(src)
     weights, config = opened.weights, opened.config
     protect_sources(dst, weights.files)
+    require_new(dst, overwrite)
     recipe = source_recipe(src)
     conversion = {"source": src.absolute().name, "dtype": dtype}
     recipe = replace(recipe, made={**recipe.made, "convert": conversion})
     output = WeightStream(
         config.with_attention_form(recipe.causal_attention_form), recipe, partial(stored_tensors, weights)
     )
-    write_file(dst, output, dtype, progress)
+    write_file(dst, output, dtype, progress, overwrite=overwrite)
     for message in attention_form_warnings(dst, output.config):
         warnings.warn(message, stacklevel=2)
     return dst
@@ -95,12 +100,14 @@ def stored_tensors(weights: Weights, names: Iterable[str]) -> Iterator[tuple[str
     return ((name, weights.get(name)) for name in names)
 
 
-def write_file(dst: Path, output: WeightStream, dtype: str, progress: Progress | None = None) -> None:
+def write_file(
+    dst: Path, output: WeightStream, dtype: str, progress: Progress | None = None, *, overwrite: bool = True
+) -> None:
     """Write one safetensors file as `convert` does. dtype: one of STORAGE_DTYPES."""
     shapes = expected_shapes(output.config)
     layout = output_layout(shapes, output.config, dtype)
     data = encode_tensors(output.read(shapes), layout)
-    write_safetensors(dst, layout, data, output.metadata, progress)
+    write_safetensors(dst, layout, data, output.metadata, progress, overwrite=overwrite)
 
 
 def check_storage_dtype(dtype: str) -> None:

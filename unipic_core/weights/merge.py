@@ -86,9 +86,9 @@ def merge(
         config.with_attention_form(recipe.causal_attention_form), recipe, partial(_tensors_with_loras, weights, fitted)
     )
     if single:
-        write_file(dst, output, dtype, progress)
+        write_file(dst, output, dtype, progress, overwrite=overwrite)
     else:
-        write_folder(dst, output, dtype, parts, progress)
+        write_folder(dst, output, dtype, parts, progress, overwrite=overwrite)
     names = [lora.name for lora, _ in adapters]
     reports = tuple(fit.report for fit, _ in fitted)
     for message in (*unknown_key_warnings(names, reports), *attention_form_warnings(dst, output.config)):
@@ -134,25 +134,30 @@ def merged_recipe(base: Recipe, adapters: Sequence[tuple[LoRA, float]], source: 
 
 
 def write_folder(
-    dst: Path, output: WeightStream, dtype: str, parts_from: Path | None = None, progress: Progress | None = None
+    dst: Path,
+    output: WeightStream,
+    dtype: str,
+    parts_from: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    overwrite: bool = True,
 ) -> None:
     """Write a diffusers folder: transformer/, recipe.json, and the other parts of the pipeline folder `parts_from`.
 
-    An older folder at `dst` is replaced at the end if every file in it was written by an earlier call. Raises
-    CheckpointError for fp8, which diffusers does not read, for a link in `parts_from` that leads out of it, and for a
-    `dst` with a file that no merge wrote or that has changed; on failure no partial folder remains.
+    An older folder at `dst` is replaced at the end if `overwrite` and if every file in it was then written by an
+    earlier call. Raises CheckpointError for fp8, which diffusers does not read, for a link in `parts_from` that leads
+    out of it, and for a `dst` with a file that no merge wrote or that has changed; on failure no partial folder
+    remains.
     """
     _check_folder_dtype(dtype)
-    if dst.is_dir() and (foreign := foreign_file(dst)):
-        raise CheckpointError(
-            f"{dst} holds {foreign}, which merge did not write, so the folder is not overwritten; choose another name"
-        )
+    _refuse_foreign(dst)
     layout = {name: (STORAGE_DTYPES[dtype], shape) for name, shape in expected_shapes(output.config).items()}
     shards = plan_shards(layout, SHARD_BYTES)
     copies = files_to_copy(parts_from, (MODEL_INDEX,), OTHER_PARTS) if parts_from is not None else {}
     size = sum(file_size(shard, output.metadata) for shard in shards.values())
     size += sum(source.stat().st_size for source in copies.values())
-    with write_errors(dst, size), replacing(dst, size, folder=True) as partial:
+    placed = replacing(dst, size, folder=True, overwrite=overwrite, check=lambda: _refuse_foreign(dst))
+    with write_errors(dst, size), placed as partial:
         (partial / "transformer").mkdir()
         done = 0
         for name, shard in shards.items():
@@ -171,6 +176,14 @@ def write_folder(
             write_json(partial / "transformer" / f"{STEM}.safetensors.index.json", _index(shards))
         (partial / FILE_NAME).write_text(output.recipe.to_json() + "\n", encoding="utf-8")
         write_manifest(partial)
+
+
+def _refuse_foreign(dst: Path) -> None:
+    """Raise CheckpointError for a folder with a file that no merge wrote or that has changed since."""
+    if dst.is_dir() and (foreign := foreign_file(dst)):
+        raise CheckpointError(
+            f"{dst} holds {foreign}, which merge did not write, so the folder is not overwritten; choose another name"
+        )
 
 
 def plan_shards(layout: TensorLayout, limit: int) -> dict[str, TensorLayout]:

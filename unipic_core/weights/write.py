@@ -24,16 +24,18 @@ def write_safetensors(
     data: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
     progress: Progress | None = None,
+    *,
+    overwrite: bool = True,
 ) -> None:
     """Write a safetensors file from a stream of tensors.
 
     The safetensors library needs all tensors in memory, 41 GB for this network; this function needs one. tensors: the
-    layout of the file. data: (name, tensor) pairs in any order. Raises CheckpointError when the disk is full or the
-    folder cannot be written; on any failure, Ctrl-C included, the partial file is removed and an older one at `path`
-    stays.
+    layout of the file. data: (name, tensor) pairs in any order. overwrite: as for `replacing`. Raises CheckpointError
+    when the disk is full or the folder cannot be written; on any failure, Ctrl-C included, the partial file is removed
+    and an older one at `path` stays.
     """
     size = file_size(tensors, metadata)
-    with write_errors(path, size), replacing(path, size) as partial:
+    with write_errors(path, size), replacing(path, size, overwrite=overwrite) as partial:
         write_tensors(partial, tensors, data, metadata, progress)
 
 

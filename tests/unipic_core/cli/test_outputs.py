@@ -103,6 +103,22 @@ def test_what_appears_while_composing_stays(
     assert Image.open(picture.with_name("out-2.png")).size == (32, 16)
 
 
+def test_what_appears_while_the_picture_is_encoded_stays(
+    golden: Path, picture: Path, loaded: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out, save = picture.with_name("out.png"), Image.Image.save
+
+    def slow(image: Image.Image, path: Path, **how: Any) -> None:
+        save(image, path, **how)
+        out.write_bytes(b"of another program")
+
+    monkeypatch.setattr(Image.Image, "save", slow)
+    assert run(golden, picture, out) == 0
+    assert "the picture is written to" in capsys.readouterr().err
+    assert out.read_bytes() == b"of another program"
+    assert Image.open(picture.with_name("out-2.png")).size == (32, 16)
+
+
 def test_names(tmp_path: Path) -> None:
     assert output_paths(tmp_path / "a.png", 7, 1) == [tmp_path / "a.png"]
     assert output_paths(tmp_path / "a.png", 7, 2) == [tmp_path / "a-7.png", tmp_path / "a-8.png"]

@@ -61,7 +61,7 @@ def test_bfloat16_from_every_kind_of_source(tmp_path: Path) -> None:
     torch.save(source, tmp_path / "m.bin")
     save_file({f"model.diffusion_model.{n}": t for n, t in source.items()}, tmp_path / "m.safetensors")
     for src in (TINY, TINY / "transformer", tmp_path / "m.bin", tmp_path / "m.safetensors"):
-        stored = load_file(convert(src, tmp_path / "out.safetensors"))
+        stored = load_file(convert(src, tmp_path / "out.safetensors", overwrite=True))
         assert set(stored) == set(source)
         assert all(torch.equal(stored[n], source[n].bfloat16()) for n in source)
 
@@ -217,6 +217,21 @@ def test_no_file_of_the_source_is_overwritten(tmp_path: Path) -> None:
     assert all(p.read_bytes() == content for p, content in held.items())
 
 
+def test_a_file_that_is_there_or_appears_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    dst = tmp_path / "o.safetensors"
+
+    def appears(done: int, total: int) -> None:
+        dst.write_text("dear")
+
+    with pytest.raises(CheckpointError, match=r"o\.safetensors appeared while this was written, so it stays"):
+        convert(TINY, dst, progress=appears)
+    with pytest.raises(CheckpointError, match=r"o\.safetensors already exists; choose another name, or overwrite it"):
+        convert(TINY, dst)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("o.safetensors", "dear")]
+    convert(TINY, dst, overwrite=True)
+    assert set(load_file(dst)) == set(load_file(SOURCE))
+
+
 @pytest.mark.parametrize(
     "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), OSError(errno.EIO, "bad"), ValueError()]
 )
@@ -229,7 +244,7 @@ def test_nothing_half_written_is_left_and_the_older_file_stays(failure: BaseExce
             raise failure
 
     with pytest.raises(CheckpointError if isinstance(failure, OSError) else type(failure)) as error:
-        convert(TINY, tmp_path / "o.safetensors", progress=stop)
+        convert(TINY, tmp_path / "o.safetensors", overwrite=True, progress=stop)
     if isinstance(failure, OSError):
         assert ("not enough room" if failure.errno == errno.ENOSPC else "cannot write") in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == ["o.safetensors"]
@@ -279,7 +294,7 @@ torch.set_num_threads(1)
 tiny, out, *sources = sys.argv[1:]
 convert(tiny, out, dtype="fp8_scaled")
 for source in sources:
-    print(peak(lambda: convert(source, out, dtype="fp8_scaled")))
+    print(peak(lambda: convert(source, out, dtype="fp8_scaled", overwrite=True)))
 weights = open_weights(sources[0])
 print(peak(lambda: [weights.get(name) for name in weights]))
 """

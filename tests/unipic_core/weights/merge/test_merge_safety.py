@@ -30,6 +30,49 @@ def test_a_folder_with_anything_of_the_users_is_not_overwritten(place: str, out:
     assert mine.exists()
 
 
+def dear(path: Path) -> None:
+    """Write a user's file; of a path in an absent folder that one too."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("dear")
+
+
+@pytest.mark.parametrize(
+    ("dst", "mine"),
+    [
+        ("o.safetensors", "o.safetensors"),
+        ("o.safetensors", "o.safetensors/notes.txt"),
+        ("model", "model"),
+        ("model", "model/notes.txt"),
+    ],
+)
+def test_what_appears_during_a_merge_stays(dst: str, mine: str, out: Path, lora: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"{dst} appeared while this was written, so it stays"):
+        merge(TINY, out / dst, [(lora, 1.0)], progress=lambda *_: dear(out / mine))
+    assert files(out) == {mine: b"dear"}
+    assert [path.name for path in out.iterdir()] == [dst]
+
+
+def test_an_empty_folder_that_appears_during_a_merge_is_refused_too(out: Path, lora: Path) -> None:
+    with pytest.raises(CheckpointError, match="model appeared while this was written"):
+        merge(TINY, out / "model", [(lora, 1.0)], progress=lambda *_: (out / "model").mkdir(exist_ok=True))
+    assert [path.name for path in out.iterdir()] == ["model"]
+
+
+def test_a_folder_that_gains_a_file_during_a_merge_is_not_overwritten(out: Path, lora: Path) -> None:
+    merge(TINY, out / "model", [(lora, 1.0)])
+    held, mine = files(out), out / "model" / "notes.txt"
+    with pytest.raises(CheckpointError, match="holds notes.txt, which merge did not write"):
+        merge(TINY, out / "model", [(lora, 2.0)], overwrite=True, progress=lambda *_: dear(mine))
+    assert files(out) == {**held, "model/notes.txt": b"dear"}
+
+
+def test_a_folder_that_comes_in_place_of_the_file_to_overwrite_stays(out: Path, lora: Path) -> None:
+    mine = out / "o.safetensors" / "notes.txt"
+    with pytest.raises(CheckpointError, match="cannot write .*directory"):
+        merge(TINY, out / "o.safetensors", [(lora, 1.0)], overwrite=True, progress=lambda *_: dear(mine))
+    assert files(out) == {"o.safetensors/notes.txt": b"dear"}
+
+
 def test_a_model_that_merge_did_not_write_is_not_overwritten(out: Path, lora: Path) -> None:
     shutil.copytree(TINY, out / "model")
     held = files(out)
