@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, LoRAError
 from .files import PathLike, open_weights
 from .formats.json_file import read_json
+from .formats.peft_patterns import LayerPatterns
 from .lora_keys import parse_key, refused_kind
 from .lora_layers import LoRALayer, Shape
 from .recipe import METADATA_KEY, Recipe, step_lora_recipe
@@ -24,6 +26,9 @@ from .write import write_safetensors
 
 LORA_KEY = "unipic_lora"
 """Metadata key of LoRAs that `save_lora` writes: ranks, and the alpha (null = the rank) that `up` already includes."""
+
+AlphaOf = Callable[[str, str], tuple[float | None, bool]]
+"""(stored name, bare name) of a layer -> (its alpha or None, True if it is rank-stabilised)."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +169,13 @@ def build_lora(
             layer, part, outer = parsed
             parts.setdefault(layer, {})[part] = get(key)
             stored[layer] = outer
-    alphas = _declared_alphas(path, metadata)
+    alpha_of = _declared_alphas(path, metadata)
     layers = {}
     for name, tensors in parts.items():
         alpha = tensors.pop("alpha", None)
         if alpha is not None and alpha.numel() != 1:
             raise LoRAError(f"{path.name}: the alpha of {name} should be one number, got shape {list(alpha.shape)}")
-        declared, stabilised = alphas(stored[name], name) if alpha is None else (float(alpha), False)
+        declared, stabilised = alpha_of(stored[name], name) if alpha is None else (float(alpha), False)
         layer_ = LoRALayer(tensors, declared, stabilised)
         if layer_.kind:
             layers[name] = layer_
@@ -280,31 +285,48 @@ def _aliases(shapes: Mapping[str, Shape]) -> dict[str, str]:
     return table | {module: module for module in modules}
 
 
-def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> Any:
+def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> AlphaOf:
     """Read the alphas in diffusers' metadata or peft's adapter_config.json.
 
-    Returns a function of (stored name, bare name) that gives (alpha or None, rank-stabilised).
+    Ranks need no such table, and none of their patterns: they are those of the tensors.
     """
-    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
     try:
-        if "lora_adapter_metadata" in metadata:
-            settings = json.loads(metadata["lora_adapter_metadata"])
-            settings = {key.removeprefix("transformer."): value for key, value in settings.items()}
-        elif beside.is_file() and (path.is_dir() or path.stem == "adapter_model"):
-            settings = read_json(beside)
-        else:
-            return lambda stored, name: (None, False)
+        settings = _adapter_settings(path, metadata)
         default, stabilised = settings.get("lora_alpha"), bool(settings.get("use_rslora"))
         default = None if default is None else float(default)
-        patterns = {str(k): float(v) for k, v in (settings.get("alpha_pattern") or {}).items()}
+        values = {str(k): float(v) for k, v in (settings.get("alpha_pattern") or {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoRAError(f"the adapter settings of {path.name} are not readable; fetch the file again") from error
+    with _alpha_pattern_errors(path):
+        patterns = LayerPatterns(values)
 
     def alpha_of(stored: str, name: str) -> tuple[float | None, bool]:
-        ends = [v for k, v in patterns.items() if name == k or name.endswith("." + k) or stored == k]
-        return (ends[0] if ends else default), stabilised
+        with _alpha_pattern_errors(path):
+            spellings = dict.fromkeys((name, stored.removeprefix("base_model.model.")))
+            named = (patterns.value(spelling) for spelling in spellings)
+            return next((alpha for alpha in named if alpha is not None), default), stabilised
 
     return alpha_of
+
+
+def _adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Read peft's settings of an adapter: those in its metadata, or in the file beside it; empty without any."""
+    beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
+    if "lora_adapter_metadata" in metadata:
+        settings = json.loads(metadata["lora_adapter_metadata"])
+        return {key.removeprefix("transformer."): value for key, value in settings.items()}
+    return read_json(beside) if beside.is_file() and (path.is_dir() or path.stem == "adapter_model") else {}
+
+
+@contextmanager
+def _alpha_pattern_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except LoRAError as error:
+        raise LoRAError(
+            f"{path.name}: the alpha_pattern of its adapter settings is not read: {error}; save it with an alpha in "
+            "each layer"
+        ) from error
 
 
 def common_targets(lora: LoRA) -> dict[str, int]:

@@ -153,7 +153,7 @@ def test_metadata_of_diffusers_gives_the_alpha(
         "transformer.lora_alpha": 8,
         "transformer.r": RANK,
         "transformer.use_rslora": True,
-        "transformer.alpha_pattern": {"img_in": 2},
+        "transformer.alpha_pattern": {r"^img_(in|out)": 2, "in": 5},
     }
     save_file(tensors, tmp_path / "l.safetensors", {"lora_adapter_metadata": json.dumps(declared)})
     before = weights_of(model)
@@ -332,14 +332,23 @@ def test_saving_nothing_or_parts_that_do_not_multiply(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_peft_adapter_folder_merges_as_peft_does(tmp_path: Path, model: MMDiT) -> None:
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"img_in": 3},
+        # sorted, since peft sorts them when it saves
+        {r"(attn|ff)\.to_q": 12, "img_in": 5, r"transformer_blocks\.\d+\..*": 1},
+        {r".*net\.2": 7, r"^img_[a-z]+$": 9, "^transformer_blocks.1.attn.to_q": 12, "to_.": 2},
+    ],
+)
+def test_a_peft_adapter_folder_merges_as_peft_does(patterns: dict[str, int], tmp_path: Path, model: MMDiT) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     settings = peft.LoraConfig(
         r=4,
         lora_alpha=6,
         target_modules=["to_q", "to_out.0", "net.2", "img_in"],
-        alpha_pattern={"img_in": 3},
+        alpha_pattern=patterns,
         init_lora_weights=False,
         use_rslora=True,
     )
