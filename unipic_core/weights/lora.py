@@ -159,6 +159,7 @@ def build_lora(
             "a plain LoRA, DoRA, LoKr or LoHa"
         )
     parts: dict[str, dict[str, Tensor]] = {}
+    key_of: dict[tuple[str, str], str] = {}
     stored: dict[str, str] = {}
     unread = []
     for key in keys:
@@ -167,6 +168,11 @@ def build_lora(
             unread.append(key)
         else:
             layer, part, outer = parsed
+            if (first := key_of.setdefault((layer, part), key)) != key:
+                raise LoRAError(
+                    f"{path.name} holds two adapters: {first} and {key} are both the {part} of layer {layer}; save "
+                    "each in a file of its own"
+                )
             parts.setdefault(layer, {})[part] = get(key)
             stored[layer] = outer
     alpha_of = _declared_alphas(path, metadata)

@@ -15,7 +15,15 @@ from torch import Tensor
 from tests.paths import TINY
 from unipic_core.errors import LoRAError
 from unipic_core.model.mmdit import MMDiT
-from unipic_core.weights.lora import LORA_KEY, apply_to_weights, common_targets, merge_lora, read_lora, save_lora
+from unipic_core.weights.lora import (
+    LORA_KEY,
+    apply_to_weights,
+    build_lora,
+    common_targets,
+    merge_lora,
+    read_lora,
+    save_lora,
+)
 from unipic_core.weights.recipe import Recipe
 from unipic_core.weights.transformer import load_transformer
 
@@ -255,6 +263,22 @@ def test_unmatched_layers_and_unread_keys_are_reported(tmp_path: Path, model: MM
         "transformer_blocks.9.attn.to_q.down",
         "strange",
     }
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("transformer.img_in.lora_A.one.weight", "transformer.img_in.lora_A.two.weight"),
+        ("transformer.img_in.lora_A.weight", "diffusion_model.img_in.lora_down.weight"),
+        ("img_in.alpha", "img_in.network_alpha"),
+    ],
+)
+def test_two_adapters_in_one_file_are_refused(first: str, second: str) -> None:
+    keys = [first, second, "img_in.lora_B.one.weight", "img_in.lora_B.two.weight"]
+    part = "alpha" if "alpha" in first else "down"
+    message = f"^l holds two adapters: {first} and {second} are both the {part} of layer img_in; save each in a file of"
+    with pytest.raises(LoRAError, match=message):
+        build_lora(keys, lambda key: torch.ones(2, 2), Path("l"), {})
 
 
 def test_wrong_shapes_name_the_layer_and_both_shapes(tmp_path: Path, model: MMDiT) -> None:
