@@ -110,6 +110,16 @@ class FittedLoRA:
     table: Mapping[str, list[tuple[LoRALayer, bool]]]
     report: MergeReport
 
+    def check(self, strength: float) -> None:
+        """Raise LoRAError if `apply` would fail at any parameter: to be called before the first one changes."""
+        if not strength:
+            return
+        for parameter, layers in self.table.items():
+            for layer, _ in layers:
+                layer.check_strength(strength)
+                if not layer.is_finite:
+                    raise LoRAError(f"the LoRA's layer of {parameter} holds NaN or infinity; fetch the LoRA again")
+
     def apply(self, parameter: str, value: Tensor, strength: float = 1.0) -> Tensor:
         """Apply the layers of a parameter in float32, each at this strength; returned in value's dtype.
 
@@ -198,11 +208,12 @@ def build_lora(
 def merge_lora(model: nn.Module, lora: LoRA, strength: float = 1.0) -> MergeReport:
     """Add strength times the LoRA to the model's weights in place.
 
-    The negative strength undoes plain products, up to rounding in the weights' dtype. If any layer does not fit, no
-    weight changes. Raises LoRAError like `LoRA.fit` and `LoRALayer.applied`.
+    The negative strength undoes plain products, up to rounding in the weights' dtype. If any layer does not fit or
+    cannot be applied, no weight changes. Raises LoRAError like `LoRA.fit` and `FittedLoRA.check`.
     """
     parameters = dict(model.named_parameters())
     fitted = lora.fit({name: tuple(p.shape) for name, p in parameters.items()})
+    fitted.check(strength)
     with torch.no_grad():
         for name in fitted.table if strength else ():
             parameters[name].copy_(fitted.apply(name, parameters[name], strength))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
 import torch
 from torch import Tensor
@@ -129,6 +129,11 @@ class LoRALayer:
                 f"the strength of this LoRA should be {expected}, got {strength:g}: it does not add to weights; to "
                 "take it out, load the model again"
             )
+
+    @property
+    def is_finite(self) -> bool:
+        """True unless a part or the scale holds NaN or infinity."""
+        return isfinite(self.scale) and all(bool(part.float().isfinite().all()) for part in self.parts.values())
 
     def _changed(self, weight: Tensor) -> Tensor:
         """Weight after a layer that is not `additive`, at strength 1."""

@@ -80,6 +80,8 @@ def merge(
     parts = src if parts_from is None else model_folder(parts_from)
     protect_sources(dst, [src, parts, *weights.files, *(Path(path) for path, _ in loras)])
     fitted = [(lora.fit(weights.shapes()), strength) for lora, strength in adapters]
+    for fit, strength in fitted:
+        fit.check(strength)
     dtype = dtype or storage_dtype_of(weights, single)
     recipe = merged_recipe(source_recipe(src), adapters, src.absolute().name, dtype)
     output = WeightStream(

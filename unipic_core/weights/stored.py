@@ -69,7 +69,7 @@ def _matrix(weights: Weights, name: str, fp8: bool, dtype: torch.dtype) -> tuple
 def merge_into_stored(
     network: MMDiT, weights: Weights, before: Sequence[tuple[LoRA, float]], lora: LoRA, strength: float
 ) -> MergeReport:
-    """Add a LoRA to a network of `load_stored` whose matrices are in fp8. Raises LoRAError like `LoRA.fit`.
+    """Add a LoRA to a network of `load_stored` whose matrices are in fp8. Raises LoRAError like `merge_lora`.
 
     Each matrix is computed again from the file's weights with all LoRAs and rounded to fp8 once: added to the rounded
     matrix, a change smaller than a step of fp8 would be lost. before: the LoRAs that the network has.
@@ -78,6 +78,7 @@ def merge_into_stored(
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     fitted = [(one.fit(shapes), by) for one, by in (*before, (lora, strength))]
     last = fitted[-1][0]
+    last.check(strength)
     for name in last.table if strength else ():
         module = network.get_submodule(name.rpartition(".")[0])
         if isinstance(module, StoredLinear) and module.weight.dtype in FP8 and name.endswith(".weight"):

@@ -18,7 +18,7 @@ from unipic_core.model.mmdit import MMDiT
 from unipic_core.model.stored import StoredLinear
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.weights.convert import convert
-from unipic_core.weights.lora import read_lora, save_lora
+from unipic_core.weights.lora import build_lora, merge_lora, read_lora, save_lora
 from unipic_core.weights.merge import merge
 from unipic_core.weights.stored import Storage, holds_fp8, holds_matrices_in_fp8, load_stored, merge_into_stored
 from unipic_core.weights.transformer import load_transformer, open_transformer
@@ -126,6 +126,33 @@ def test_a_lora_that_does_not_fit_changes_nothing(lora: Path, tmp_path: Path) ->
     save_lora(tmp_path / "other.safetensors", {"transformer_blocks.0.attn.to_q": (torch.ones(2, 7), torch.ones(7, 2))})
     with pytest.raises(LoRAError, match="does not fit"):
         merge_into_stored(held, opened.weights, [], read_lora(tmp_path / "other.safetensors"), 1.0)
+    assert torch.equal(velocity(held), before)
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "strength", "message"),
+    [
+        ("dora_scale", 1.0, -0.5, "strength of this LoRA should be above 0, got -0.5"),
+        ("lora_B.weight", float("inf"), 1.0, "layer of transformer_blocks.1.attn.to_q.weight holds NaN or infinity"),
+        ("alpha", float("nan"), 1.0, "layer of transformer_blocks.1.attn.to_q.weight holds NaN or infinity"),
+    ],
+)
+@pytest.mark.parametrize("fp8", [True, False])
+def test_a_last_layer_that_cannot_be_applied_changes_nothing(
+    part: str, value: float, strength: float, message: str, fp8: bool
+) -> None:
+    tensors = {
+        f"transformer_blocks.{block}.attn.to_q.lora_{side}.weight": torch.ones(size)
+        for block in (0, 1)
+        for side, size in (("A", (2, 64)), ("B", (64, 2)))
+    }
+    size = {"dora_scale": (64,), "alpha": ()}.get(part, (64, 2))
+    tensors[f"transformer_blocks.1.attn.to_q.{part}"] = torch.full(size, value)
+    lora, opened = build_lora(tensors, tensors.__getitem__, Path("mixed"), {}), open_transformer(TINY)
+    held = load_stored(opened, Storage(fp8=True), torch.float32, "cpu") if fp8 else load_transformer(TINY)
+    before = velocity(held)
+    with pytest.raises(LoRAError, match=message):
+        merge_into_stored(held, opened.weights, [], lora, strength) if fp8 else merge_lora(held, lora, strength)
     assert torch.equal(velocity(held), before)
 
 
