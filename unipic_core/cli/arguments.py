@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import NoReturn
 
 from .. import __version__
@@ -102,7 +101,8 @@ def _compose(p: argparse.ArgumentParser) -> None:
     p.add_argument("images", nargs="*", type=path_argument, metavar="IMAGE", help="one to six pictures, in order")
     p.add_argument("--prompt", "-p", required=True, help="the picture to compose, in words")
     p.add_argument("--negative", default=" ", help="the prompt to lead away from, with --cfg above 1 (default: empty)")
-    p.add_argument("--out", "-o", type=output_argument, default=Path("out.png"), help="PNG, WebP or JPEG (%(default)s)")
+    # as text, since argparse checks no other default
+    p.add_argument("--out", "-o", type=output_argument, default="out.png", help="PNG, WebP or JPEG (%(default)s)")
     p.add_argument(
         "--sheet", type=output_argument, metavar="FILE", help="also write inputs, prompt and results as one picture"
     )

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from unipic_core.cli import compose as command
+from unipic_core.cli.arguments import parser
 from unipic_core.cli.commands import main
 from unipic_core.cli.outputs import check_outputs, free_path, output_paths
 from unipic_core.errors import UniPicError
@@ -71,6 +72,17 @@ def test_an_input_is_never_written_over(golden: Path, picture: Path, unloaded: N
     assert run(golden, picture, out, "--overwrite", *more) == 2
     assert "is an input of this command and would be lost" in capsys.readouterr().err
     assert picture.read_bytes() == before
+
+
+def test_the_default_name_is_checked_like_any_other(
+    picture: Path, unloaded: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(picture.parent)
+    assert parser().parse_args(["compose", "-p", "a"]).out == Path("out.png")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(SystemExit):
+        main(["compose", str(picture), "-p", "a cat"])
+    assert "'out.png' may not be written; choose another place" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "pipe"])
