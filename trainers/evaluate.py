@@ -91,11 +91,11 @@ class System:
         import torch
 
         from unipic_core.pipeline import UniPicPipeline
+        from unipic_core.pipeline.offload import default_dtype
 
         if threads:
             torch.set_num_threads(threads)
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        pipe = UniPicPipeline.from_pretrained(self.model, torch_dtype=dtype, device=device)
+        pipe = UniPicPipeline.from_pretrained(self.model, torch_dtype=default_dtype(device), device=device)
         if self.lora:
             pipe.load_lora(self.lora)
 

@@ -10,15 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.paths import TINY
-from trainers.evaluate import evaluate, main, parser, picture_stores, systems_of, weights_seed
+from trainers.evaluate import System, evaluate, main, parser, picture_stores, systems_of, weights_seed
 from trainers.judges.measure import Generate, compare
 from trainers.judges.saved_pictures import PictureStore
 from trainers.judges.scene_plan import SEED_STRIDE, Plan
 from trainers.nano.emoji import SUBSET, Bank
 from trainers.nano.render import Sample
+from unipic_core.pipeline import UniPicPipeline
 
 N = 14
 
@@ -40,6 +42,13 @@ def subset() -> Bank:
 def measured(subset: Bank) -> dict:
     systems = {"truth": lambda: truth, "nothing": lambda: nothing}
     return compare(systems, subset, Plan(N, seed=3, progress=False), sheet_rows=1).report
+
+
+def test_a_cpu_of_any_name_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(UniPicPipeline, "from_pretrained", lambda *_, **options: opened.append(options))
+    System("tiny", str(TINY)).open("cpu:0")
+    assert opened == [{"torch_dtype": torch.float32, "device": "cpu:0"}]
 
 
 def test_the_truth_as_a_model_scores_as_the_truth(measured: dict) -> None:

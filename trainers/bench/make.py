@@ -161,12 +161,10 @@ def generate(plan: Plan, out: Path, system: System, device: str, budget: int | N
     missing = [(i, case) for i, case in enumerate(plan.cases) if not result_path(out, system.label, case).exists()]
     if not missing:
         return
-    import torch
-
     from unipic_core.pipeline import UniPicPipeline
+    from unipic_core.pipeline.offload import default_dtype
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    pipe = UniPicPipeline.from_pretrained(system.model, torch_dtype=dtype, device=device)
+    pipe = UniPicPipeline.from_pretrained(system.model, torch_dtype=default_dtype(device), device=device)
     if system.lora:
         pipe.load_lora(system.lora)
     failures, failed = LineFile(out / "failures.jsonl"), 0

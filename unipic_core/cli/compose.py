@@ -24,7 +24,7 @@ from ..errors import UniPicError, one_line, printable
 from ..pipeline.loading import OpenedPipeline, memory_plan, open_pipeline
 from ..pipeline.loras import AddedLoRAs
 from ..pipeline.memory_plan import MemoryPlan
-from ..pipeline.offload import check_machine
+from ..pipeline.offload import check_machine, default_dtype
 from ..pipeline.pipeline import UniPicPipeline
 from ..replacing import AppearedError, replacing
 from ..run.kv_storage import CacheStorage
@@ -217,7 +217,9 @@ def cache_of(args: argparse.Namespace) -> CacheStorage:
 
 def number_type(args: argparse.Namespace) -> tuple[str, torch.dtype]:
     """Dtype to compute in: (its name on the command line, its torch dtype)."""
-    name = ("fp32" if device_name(args) == "cpu" else "bf16") if args.dtype == "auto" else args.dtype
+    name = args.dtype
+    if name == "auto":
+        name = "fp32" if default_dtype(device_name(args)) is torch.float32 else "bf16"
     return name, getattr(torch, DTYPES[name])
 
 

@@ -32,6 +32,11 @@ def checked_device(device: torch.device | str) -> torch.device:
     return device
 
 
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """Dtype to compute in: float32 on a CPU, else bfloat16. Raises UniPicError like `checked_device`."""
+    return torch.float32 if checked_device(device).type == "cpu" else torch.bfloat16
+
+
 def check_machine(device: torch.device | str, attention: str, compile: bool) -> None:
     """Raise UniPicError if this machine lacks the device, the attention's package, or a compiler for torch.compile."""
     place = checked_device(device)

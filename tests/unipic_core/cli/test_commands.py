@@ -122,6 +122,15 @@ def test_loras_are_loaded_with_their_strength(golden: Path, tmp_path: Path, tiny
     assert "b.safetensors" in fails(compose(golden / "tiny", "--lora", absent), capsys).partition("=0.5")[0]
 
 
+@pytest.mark.parametrize(
+    ("asked", "name", "dtype"), [("auto", "fp32", torch.float32), ("bf16", "bf16", torch.bfloat16)]
+)
+@pytest.mark.parametrize("device", ["cpu", "cpu:0"])
+def test_a_cpu_of_any_name_computes_in_float32(device: str, asked: str, name: str, dtype: torch.dtype) -> None:
+    args = cli.parser().parse_args(["compose", "-p", "a", "--device", device, "--dtype", asked])
+    assert command.number_type(args) == (name, dtype)
+
+
 def test_arguments(tmp_path: Path) -> None:
     assert size_argument("1024x768") == size_argument("1024X768") == (1024, 768)
     assert lora_argument("a.safetensors") == (Path("a.safetensors"), 1.0)

@@ -19,10 +19,10 @@ def pipeline_of(model: str) -> UniPicPipeline:
     import torch
 
     from unipic_core.pipeline import UniPicPipeline
+    from unipic_core.pipeline.offload import default_dtype
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return UniPicPipeline.from_pretrained(model, torch_dtype=dtype, device=device)
+    return UniPicPipeline.from_pretrained(model, torch_dtype=default_dtype(device), device=device)
 
 
 def compose(
