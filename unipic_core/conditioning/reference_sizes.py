@@ -31,6 +31,9 @@ areas."""
 WEIGHT_LIMITS = (0.01, 100.0)
 """Least and greatest weight of a reference, a factor on its share of the budget."""
 
+STRIP = 8 * REFERENCE_MULTIPLE**2
+"""Pixels that a thin reference may fill whatever its share and the budget: at its least height, one of 8:1."""
+
 SMALL_PART = 4
 """A reference is small if it has fewer pixels than a square of a quarter of the budget's side."""
 
@@ -43,7 +46,7 @@ def reference_sizes(
 ) -> list[Size]:
     """Sizes (w, h) of the references for the VAE: multiples of 32, at least 32, with about budget^2 pixels in all.
 
-    share, weights (one per picture, None = 1 for all): see `scaled_sizes`. Raises UniPicError.
+    share, weights (one per picture, None = 1 for all): see `scaled_sizes`. Raises UniPicError like it.
     """
     return [to_multiple(size) for size in scaled_sizes(sizes, budget, share, weights)]
 
@@ -59,18 +62,60 @@ def scaled_sizes(
     Picture i of area A_i and weight g_i is scaled by r_i, so that its pixels are
       release: r_i^2 A_i = budget^2 g_i A_i / sum_j g_j A_j (QwenImageEditPipeline of the release, with g = 1),
       equal:   r_i^2 A_i = budget^2 g_i / sum_j g_j.
+
+    Raises UniPicError for wrong arguments, and for a picture so thin that at least 32 pixels of height (or width) take
+    it far over its share.
     """
     _check(sizes, budget, share)
     gains = checked_weights(weights, len(sizes))
-    areas = [w * h for w, h in sizes]
+    scaled = _scaled(sizes, budget, share, gains)
+    for index, size in enumerate(scaled):
+        if not _fits(size, budget):
+            width, height = to_multiple(size)
+            raise UniPicError(
+                f"image {index + 1} ({sizes[index][0]}x{sizes[index][1]}) is too thin: it would be seen at "
+                f"{width}x{height}, far over its share of {budget}x{budget} pixels; crop it to at most "
+                f"{_widest_that_fits(sizes, index, budget, share, gains)}"
+            )
+    return scaled
+
+
+def _scaled(sizes: Sequence[Size], budget: int, share: str, gains: Sequence[float]) -> list[Size]:
     if not sizes:
         return []
+    areas = [w * h for w, h in sizes]
     if share == RELEASE:
         r = budget / math.sqrt(sum(g * area for g, area in zip(gains, areas, strict=True)))
         scales = [r * math.sqrt(g) for g in gains]
     else:
         scales = [budget * math.sqrt(g / sum(gains) / area) for g, area in zip(gains, areas, strict=True)]
     return [(round(w * s), round(h * s)) for (w, h), s in zip(sizes, scales, strict=True)]
+
+
+def _fits(scaled: Size, budget: int) -> bool:
+    """True if a picture's rounded sides keep to its share, up to rounding to the nearest multiple, or to half of the
+    whole budget, which pictures of usual aspects never exceed however small their share."""
+    rounded, nearest = to_multiple(scaled), REFERENCE_MULTIPLE // 2
+    most = max((scaled[0] + nearest) * (scaled[1] + nearest), budget**2 // 2, STRIP)
+    return rounded[0] * rounded[1] <= most
+
+
+def _widest_that_fits(sizes: Sequence[Size], index: int, budget: int, share: str, gains: Sequence[float]) -> str:
+    """Size WxH to which a picture that is too thin can be cropped along its longer side."""
+    width, height = sizes[index]
+
+    def cropped(length: int) -> Size:
+        return (length, height) if width > height else (width, length)
+
+    fits, too_long = min(width, height), max(width, height)
+    while too_long - fits > 1:
+        length = (fits + too_long) // 2
+        others = [*sizes[:index], cropped(length), *sizes[index + 1 :]]
+        if _fits(_scaled(others, budget, share, gains)[index], budget):
+            fits = length
+        else:
+            too_long = length
+    return "{}x{}".format(*cropped(fits))
 
 
 def vision_size(size: Size) -> Size:

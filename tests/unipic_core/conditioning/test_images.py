@@ -146,7 +146,7 @@ def test_too_many_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
         load_image(saved(Image.new("RGB", (4, 4))))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (20000, 10), (10, 20000)])
+@pytest.mark.parametrize("size", [(1, 1), (2000, 10), (10, 2000)])
 def test_extreme_shapes(size: tuple[int, int]) -> None:
     (picture,) = resize_references([load_image(saved(Image.new("RGB", size)))], 256)
     assert all(side % 32 == 0 and side >= 32 for side in picture.size)

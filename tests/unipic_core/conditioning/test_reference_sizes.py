@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +12,7 @@ from PIL import Image
 
 from unipic_core.conditioning.images import resize_references
 from unipic_core.conditioning.reference_sizes import (
+    MAX_REFERENCES,
     SHARES,
     Size,
     described_sizes,
@@ -22,13 +26,63 @@ FACE: list[Size] = [(6000, 4000), (300, 300)]
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000)), min_size=1, max_size=6),
-    st.sampled_from([128, 1024]),
+    st.lists(
+        st.tuples(st.integers(1, 5000), st.floats(1 / 16, 16), st.floats(0.01, 100)),
+        min_size=1,
+        max_size=MAX_REFERENCES,
+    ),
+    st.sampled_from([32, 100, 128, 1024]),
     st.sampled_from(SHARES),
 )
-def test_reference_sizes_are_multiples_of_32(sizes: list[Size], budget: int, share: str) -> None:
-    seen = reference_sizes(sizes, budget, share)
+def test_reference_sizes_are_multiples_of_32(pictures: list[tuple[int, float, float]], budget: int, share: str) -> None:
+    """Of all pictures up to 16:1, whatever their sizes and weights."""
+    sizes = [(max(round(side * aspect), math.ceil(side / 16)), side) for side, aspect, _ in pictures]
+    seen = reference_sizes(sizes, budget, share, [weight for *_, weight in pictures])
     assert all(w % 32 == 0 and h % 32 == 0 and w >= 32 and h >= 32 for w, h in seen)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "how", "message"),
+    [
+        (
+            [(1_000_000, 1)],
+            1024,
+            {},
+            r"image 1 \(1000000x1\) is too thin: it would be seen at 1024000x32, far over its",
+        ),
+        ([(1, 1_000_000)], 1024, {}, r"image 1 \(1x1000000\) .* 32x1024000"),
+        ([(60_000, 10)], 1024, {}, "seen at 79328x32, far over its share of 1024x1024 pixels"),
+        ([(256, 256), (4000, 6)], 256, {"share": "equal"}, r"image 2 \(4000x6\) .* seen at 4672x32"),
+        ([(256, 256), (9000, 9)], 256, {"weights": [1, 0.5]}, r"image 2 \(9000x9\)"),
+    ],
+)
+def test_a_picture_too_thin_for_its_share_is_refused_with_the_size_to_crop_it_to(
+    sizes: list[Size], budget: int, how: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UniPicError, match=message + r".*; crop it to at most \d+x\d+$") as error:
+        reference_sizes(sizes, budget, **how)
+    width, height = map(int, str(error.value).rpartition(" ")[2].split("x"))
+    assert reference_sizes([*sizes[:-1], (width, height)], budget, **how)
+    longer = (width + 1, height) if width > height else (width, height + 1)
+    with pytest.raises(UniPicError, match="is too thin"):
+        reference_sizes([*sizes[:-1], longer], budget, **how)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "budget", "how", "seen"),
+    [
+        ([(8000, 4)], 1024, {}, [(45792, 32)]),
+        ([(20_000, 1000)], 256, {}, [(1152, 64)]),
+        ([(4000, 3000), (2000, 100)], 256, {}, [(288, 224), (160, 32)]),
+        ([(100, 100), (400, 20)], 256, {"weights": [100, 0.01]}, [(256, 256), (32, 32)]),
+        ([(100, 100), (400, 10)], 1024, {"weights": [100, 0.01], "share": "equal"}, [(1024, 1024), (64, 32)]),
+    ],
+)
+def test_panoramas_and_small_shares_keep_their_sizes(
+    sizes: list[Size], budget: int, how: dict[str, Any], seen: list[Size]
+) -> None:
+    """Over their share by rounding, or by few pixels in all: as before there was a limit."""
+    assert reference_sizes(sizes, budget, **how) == seen
 
 
 def test_references_share_one_budget() -> None:
