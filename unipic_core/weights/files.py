@@ -276,7 +276,7 @@ def _read_shards(index: Path) -> tuple[Table, dict[str, str]]:
         )
     shards = {file: _inside(index, file) for file in sorted(set(weight_map.values()))}
     for file, path in shards.items():
-        if not path.is_file():
+        if path is None:
             raise CheckpointError(f"{index.name} names {file}, which is not in {index.parent}; download is incomplete")
         shard_table, shard_metadata = read_table(path)
         table.update(shard_table)
@@ -294,18 +294,22 @@ def trusted_folders(folder: Path) -> list[Path]:
     return [folder, *(p.parent / "blobs" for p in folder.parents if p.name == "snapshots")]
 
 
-def _inside(index: Path, name: str) -> Path:
-    """Return the path of a shard; raise CheckpointError if it is outside the index's folder.
+def _inside(index: Path, name: str) -> Path | None:
+    """Return the path of a shard, None if there is no file; raise CheckpointError if it is outside the index's folder.
 
     A link may lead to the blobs of the Hugging Face cache that holds the folder: its downloads are such links.
     """
     path = index.parent / name
     parts = (PurePosixPath(name), PureWindowsPath(name))
     outside = not name or any(p.is_absolute() or p.drive or ".." in p.parts for p in parts)
-    if not outside:
-        outside = not any(path.resolve().is_relative_to(root) for root in trusted_folders(index.parent))
+    try:
+        if not outside:
+            outside = not any(path.resolve().is_relative_to(root) for root in trusted_folders(index.parent))
+        present = not outside and path.is_file()
+    except (OSError, ValueError) as error:  # too long, a zero byte, half a character
+        raise CheckpointError(f"{index} names {name[:60]!r}, which no file can be called; fetch it again") from error
     if outside:
         raise CheckpointError(
             f"{index} names {name!r}, which is outside its folder; refused, the files are not trustworthy"
         )
-    return path
+    return path if present else None

@@ -232,6 +232,12 @@ def test_an_index_never_leads_out_of_its_folder(where: str, tmp_path: Path) -> N
     assert "outside its folder; refused" in one_line(index(folder, {"a": where}))
 
 
+@pytest.mark.parametrize("where", ["a\0.safetensors", "a\ud800.safetensors", "a" * 300 + ".safetensors"])
+def test_an_index_of_names_that_no_file_can_have(where: str, tmp_path: Path) -> None:
+    said = one_line(index(tmp_path, {"a": where}))
+    assert f"index.json names {where[:60]!r}, which no file can be called; fetch it again" in said
+
+
 def test_links_into_the_download_cache_are_followed(tmp_path: Path, state: State) -> None:
     """The Hugging Face cache keeps files under blobs/ and links to them from snapshots/."""
     blobs, folder = tmp_path / "models--x" / "blobs", tmp_path / "models--x" / "snapshots" / "1" / "transformer"
