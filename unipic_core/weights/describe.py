@@ -150,11 +150,15 @@ def _format(path: Path) -> str:
 
 
 def _class(config: Path) -> str | None:
+    """Name of a class in diffusers' or transformers' config.json; None if it is not readable or names none."""
     try:
         content = read_json(config)
-        return content.get("_class_name") or next(iter(content.get("architectures") or []), None)
-    except (CheckpointError, AttributeError):
+    except CheckpointError:
         return None
+    content = content if isinstance(content, dict) else {}
+    architectures = content.get("architectures")
+    names = [content.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return next((name for name in names if name and isinstance(name, str)), None)
 
 
 def format_description(info: Description) -> str:

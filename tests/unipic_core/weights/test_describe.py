@@ -131,6 +131,22 @@ def test_a_causal_network(tmp_path: Path) -> None:
     assert "attention" not in format_description(describe(TINY / "transformer"))
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"architectures": 5}, None),
+        ({"architectures": True, "_class_name": ["x"]}, None),
+        ({"architectures": [5, "Mine"], "_class_name": ""}, "Mine"),
+        ({"_class_name": "AutoencoderKL", "architectures": {}}, "AutoencoderKL"),
+        ([], None),
+    ],
+)
+def test_configs_of_any_form(config: object, name: str | None, tmp_path: Path) -> None:
+    shutil.copytree(TINY / "vae", tmp_path / "vae")
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config))
+    assert describe(tmp_path / "vae")["class"] == name
+
+
 def test_other_weights_are_named(tmp_path: Path) -> None:
     save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(2, 2)}, tmp_path / "flux.safetensors")
     info = describe(tmp_path / "flux.safetensors")
