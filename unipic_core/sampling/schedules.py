@@ -59,6 +59,8 @@ class Shift:
                 f"the scheduler's base_image_seq_len and max_image_seq_len are both {shift.base_tokens} but base_shift "
                 f"{shift.base_mu} and max_shift {shift.max_mu} differ; correct one of them"
             )
+        for tokens in (_USUAL_TOKENS, 1):
+            resolution_shift(tokens, shift)
         return shift
 
 
@@ -75,6 +77,11 @@ _NAMES = {
 }
 _OTHER_SCHEDULES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas")
 _LARGEST = 1e6
+_MOST_MU = 20.0
+"""Largest |mu|: further out all times are 0 or 1 in float64, or none is a number. The released line reaches 0.7 at 1024
+x 1024 pixels and 13.7 at 8192 x 8192."""
+_USUAL_TOKENS = 4096
+"""Target tokens of 1024 x 1024 pixels."""
 
 
 def _number(config: dict[str, Any], name: str) -> float:
@@ -87,11 +94,18 @@ def _number(config: dict[str, Any], name: str) -> float:
 
 
 def resolution_shift(num_target_tokens: int, shift: Shift = Shift()) -> float:
-    """Compute k = exp(mu), about 2.0 for 1024^2 pixels (4096 tokens)."""
-    if shift.max_mu == shift.base_mu:
-        return math.exp(shift.base_mu)
-    slope = (shift.max_mu - shift.base_mu) / (shift.max_tokens - shift.base_tokens)
-    return math.exp(shift.base_mu + slope * (num_target_tokens - shift.base_tokens))
+    """Compute k = exp(mu), about 2.0 for 1024^2 pixels (4096 tokens). Raises CheckpointError for a useless mu."""
+    mu = shift.base_mu
+    if shift.max_mu != shift.base_mu:
+        slope = (shift.max_mu - shift.base_mu) / (shift.max_tokens - shift.base_tokens)
+        mu = shift.base_mu + slope * (num_target_tokens - shift.base_tokens)
+    if not abs(mu) <= _MOST_MU:
+        raise CheckpointError(
+            f"the scheduler's time shift for {num_target_tokens} tokens is exp({mu:.4g}), expected from "
+            f"exp(-{_MOST_MU:g}) to exp({_MOST_MU:g}); correct base_image_seq_len, max_image_seq_len and the shifts, "
+            "or take scheduler/ from a Qwen-Image-Edit or UniPic 3 repository"
+        )
+    return math.exp(mu)
 
 
 def shift_times(t: Tensor, k: float) -> Tensor:

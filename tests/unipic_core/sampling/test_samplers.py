@@ -148,6 +148,13 @@ def test_scheduler_configs_give_what_diffusers_gives(change: dict[str, object]) 
     torch.testing.assert_close(base_times(8, 4096, shift).float(), theirs.sigmas, rtol=1e-5, atol=1e-6)
 
 
+def test_a_size_at_which_no_time_is_a_number_is_refused() -> None:
+    steep = Shift.from_config({"max_image_seq_len": 512})
+    assert few_step_times(8, 4096, steep).isfinite().all()
+    with pytest.raises(CheckpointError, match="time shift for 1048576 tokens is exp"):
+        few_step_times(8, 1024**2, steep)
+
+
 def test_one_sequence_length_in_the_scheduler_config() -> None:
     same = {"base_image_seq_len": 256, "max_image_seq_len": 256}
     with pytest.raises(CheckpointError, match="both 256 but base_shift 0.5 and max_shift 0.9 differ"):
@@ -166,6 +173,14 @@ def test_one_sequence_length_in_the_scheduler_config() -> None:
         ({"shift_terminal": 1.0}, "shift_terminal should be from 0 to below 1"),
         ({"use_dynamic_shifting": False, "shift": 0}, "shift should be above 0"),
         ({"max_image_seq_len": float("nan")}, "max_image_seq_len should be a number"),
+        (
+            {"max_image_seq_len": 257},
+            r"time shift for 4096 tokens is exp\(1536\), expected from exp\(-20\) to exp\(20\)",
+        ),
+        ({"base_shift": 0.9, "max_shift": 0.5, "max_image_seq_len": 257}, r"for 4096 tokens is exp\(-1535\)"),
+        ({"base_image_seq_len": 8191, "base_shift": 0.5}, r"for 4096 tokens is exp\(-1638\)"),
+        ({"base_image_seq_len": 4095, "max_image_seq_len": 4100}, r"for 1 tokens is exp\(-327\)"),
+        ({"use_dynamic_shifting": False, "shift": 1e-300}, r"is exp\(-690.8\)"),
     ],
 )
 def test_wrong_scheduler_configs(config: dict[str, object], message: str) -> None:
