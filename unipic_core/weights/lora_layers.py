@@ -23,10 +23,17 @@ PARTS = {
 }
 """Kind of layer -> (required parts, optional parts)."""
 
+_FACTORS = {name for kind in ("low-rank", "LoKr", "LoHa") for parts in PARTS[kind] for name in parts}
+
+BIASES = ("diff_b", "up_bias")
+"""Parts that change the bias; a layer with both adds both."""
+
 
 @dataclass(frozen=True)
 class LoRALayer:
-    """Parts of one layer, as stored: down [r, in], up [out, r]. alpha: None = the rank; the constraint of an OFT.
+    """Parts of one layer: down [r, in], up [out, r]. alpha: None = the rank; the constraint of an OFT.
+
+    Factors lose trailing dimensions of 1, which those of 1x1 convolutions have.
 
     dora_scale: DoRA's magnitudes, [out], [out, 1] or [1, in]. oft_blocks: [n, b, b] for n * b outputs.
 
@@ -36,6 +43,13 @@ class LoRALayer:
     parts: Mapping[str, Tensor]
     alpha: float | None = None
     rank_stabilised: bool = False
+
+    def __post_init__(self) -> None:
+        parts = {
+            name: part.flatten(1) if name in _FACTORS and part.ndim > 2 and prod(part.shape[2:]) == 1 else part
+            for name, part in self.parts.items()
+        }
+        object.__setattr__(self, "parts", parts)
 
     @property
     def kind(self) -> str:
@@ -78,8 +92,11 @@ class LoRALayer:
         """
         shape = self._product_shape()
         magnitudes = tuple(self.parts["dora_scale"].shape) if "dora_scale" in self.parts else None
-        if shape and magnitudes and magnitudes not in (shape[:1], (shape[0], 1), (1, *shape[1:])):
+        if shape and magnitudes is not None and magnitudes not in (shape[:1], (shape[0], 1), (1, *shape[1:])):
             raise LoRAError(f"its DoRA magnitudes {list(magnitudes)} do not fit {list(shape)}; fetch the file again")
+        biases = {name: tuple(self.parts[name].shape) for name in BIASES if name in self.parts}
+        if len(set(biases.values())) > 1:
+            raise LoRAError(f"its biases {_shapes(biases)} are of two shapes; fetch the file again")
         return shape
 
     def _product_shape(self) -> Shape | None:
@@ -152,7 +169,7 @@ class LoRALayer:
         """Delta of the weight at strength 1, of `weight_shape`, in float32; for a DoRA without its magnitudes."""
         p = {name: part.to(device=device, dtype=torch.float32) for name, part in self.parts.items()}
         if self.kind == "low-rank":
-            return p["up"].flatten(1) @ p["down"].flatten(1) * self.scale
+            return p["up"] @ p["down"] * self.scale
         if self.kind == "LoHa":
             return (p["hada_w1_a"] @ p["hada_w1_b"]) * (p["hada_w2_a"] @ p["hada_w2_b"]) * self.scale
         if self.kind == "LoKr":
@@ -163,8 +180,7 @@ class LoRALayer:
 
     @property
     def bias_shape(self) -> Shape | None:
-        part = self.parts.get("diff_b", self.parts.get("up_bias"))
-        return None if part is None else tuple(part.shape)
+        return next((tuple(self.parts[name].shape) for name in BIASES if name in self.parts), None)
 
     def bias_delta(self, device: torch.device | str = "cpu") -> Tensor:
         """Delta of the bias at strength 1, of `bias_shape`, in float32."""
@@ -183,8 +199,8 @@ def _cayley(blocks: Tensor, constraint: float | None) -> Tensor:
 
 
 def _product(left: Shape, right: Shape) -> Shape:
-    """Shape of left @ right; trailing dimensions of 1 (1x1 convolutions) are ignored."""
-    if len(left) < 2 or len(right) < 2 or left[1] != right[0] or prod(left[2:]) != 1 or prod(right[2:]) != 1:
+    """Shape of left @ right. Raises ValueError if they do not multiply."""
+    if len(left) != 2 or len(right) != 2 or left[1] != right[0]:
         raise ValueError(f"{left} and {right}")
     return left[0], right[1]
 

@@ -179,7 +179,8 @@ def one_layer(
 
 
 def test_lokr_and_loha_and_differences(tmp_path: Path, model: MMDiT) -> None:
-    """Against LyCORIS's definitions: kron(w1, w2), (a b) * (c d), times alpha / rank where a factor has a rank."""
+    """Against LyCORIS's definitions: kron(w1, w2), (a b) * (c d), times alpha / rank where a factor has a rank; also
+    stored as 1x1 convolutions."""
     name = "transformer_blocks.0.attn.to_q"
     base = weights_of(model)[f"{name}.weight"]
     g = torch.Generator().manual_seed(1)
@@ -198,11 +199,15 @@ def test_lokr_and_loha_and_differences(tmp_path: Path, model: MMDiT) -> None:
     ]
     cases[-1] = (cases[-1][0], cases[-1][0]["diff"])
     for tensors, delta in cases:
-        lora = read_lora(one_layer(tmp_path, tensors))
-        fresh = load_transformer(TINY)
-        assert merge_lora(fresh, lora).matched == 1
-        got = fresh.get_parameter(f"{name}.weight").detach() - base
-        torch.testing.assert_close(got, delta, atol=2e-5, rtol=1e-5)
+        convolution = {
+            part: t[..., None, None] if "lokr" in part or "hada" in part else t for part, t in tensors.items()
+        }
+        for stored in (tensors, convolution):
+            lora = read_lora(one_layer(tmp_path, stored))
+            fresh = load_transformer(TINY)
+            assert merge_lora(fresh, lora).matched == 1
+            got = fresh.get_parameter(f"{name}.weight").detach() - base
+            torch.testing.assert_close(got, delta, atol=2e-5, rtol=1e-5)
 
 
 def test_bias_and_norm_differences(tmp_path: Path, model: MMDiT) -> None:

@@ -189,6 +189,12 @@ def test_other_adapters_are_named(key: str, kind: str, tmp_path: Path, pair: tup
     ("part", "tensor", "message"),
     [
         ("dora_scale", torch.ones(3), r"its DoRA magnitudes \[3\] do not fit \[64, 64\]"),
+        ("dora_scale", torch.tensor(1.0), r"its DoRA magnitudes \[\] do not fit \[64, 64\]"),
+        (
+            "lora_B.bias",
+            torch.ones(3),
+            r"its biases diff_b \[64\], up_bias \[3\] are of two shapes; fetch the file again",
+        ),
         ("oft_blocks", torch.ones(3, 8, 8), "changes .*to_q.weight of shape .24, -1., the model has .64, 64."),
         ("oft_blocks", torch.ones(8, 8, 7), "parts .* do not multiply"),
         ("set_weight", torch.ones(3, 3), "changes .*to_q.weight of shape .3, 3., the model has .64, 64."),
@@ -197,7 +203,8 @@ def test_other_adapters_are_named(key: str, kind: str, tmp_path: Path, pair: tup
 def test_parts_that_do_not_fit(
     part: str, tensor: Tensor, message: str, tmp_path: Path, model: MMDiT, pair: tuple[Tensor, Tensor]
 ) -> None:
-    tensors = product(pair) if part == "dora_scale" else {}
+    beside = {**product(pair), f"{LAYER}.diff_b": torch.ones(64)}
+    tensors = beside if part in ("dora_scale", "lora_B.bias") else {}
     with pytest.raises(LoRAError, match=message):
         merged(tmp_path, {**tensors, f"{LAYER}.{part}": tensor}, model)
 
