@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..unipic_core.conditioning.boxes import parse_boxes
-from ..unipic_core.conditioning.influence import GRID, Influence, Region
+from ..unipic_core.conditioning.influence import Influence, Region
 from ..unipic_core.conditioning.layout_rules import ruled_regions
 from ..unipic_core.conditioning.reference_sheet import Seen, reference_sheet
 from ..unipic_core.errors import UniPicError
 from . import CATEGORY
-from .host.layout_server import LayoutServer, NoLayout
+from .host.layout_server import LayoutServer
 from .host.messages import tell
 from .host.pictures.images import to_image, to_pictures
 from .host.pictures.previews import preview
@@ -94,7 +94,7 @@ def planned(prompt: str, pictures: list[Image.Image], planner: str) -> tuple[dic
     try:
         server = None if planner == RULES else LayoutServer.from_environment()
         if server is not None:
-            regions = _on_grid(parse_boxes(server.ask(prompt, pictures), len(pictures)))
+            regions = parse_boxes(server.ask(prompt, pictures), len(pictures))
             return regions, f"planned by {server.model} on your server: {described(regions)}", False
     except UniPicError as error:
         if planner == SERVER:
@@ -114,17 +114,6 @@ def planned(prompt: str, pictures: list[Image.Image], planner: str) -> tuple[dic
 def described(regions: Mapping[int, Region]) -> str:
     """The boxes in words."""
     return "; ".join(f"image {n} at {region}" for n, region in sorted(regions.items())) or "no boxes"
-
-
-def _on_grid(regions: dict[int, Region]) -> dict[int, Region]:
-    """The regions of a server. NoLayout for one on a scale from 0 to 1, which would be a corner of the grid."""
-    for number, region in sorted(regions.items()):
-        if max(region.bottom, region.right) <= 1:
-            raise NoLayout(
-                f"the layout server's boxes must be on a grid from 0 to {GRID}, and that of image {number} is on one "
-                f"from 0 to 1: {region}; ask another model, or choose rules"
-            )
-    return regions
 
 
 def written(regions: Mapping[int, Region]) -> str:

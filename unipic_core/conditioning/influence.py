@@ -30,6 +30,10 @@ class Region:
             raise UniPicError(f"a box must lie between 0 and {GRID}, got [top, left, bottom, right] = {list(given)}")
         if not (self.left < self.right and self.top < self.bottom):
             raise UniPicError(f"a box must be wider and higher than 0, got {self}")
+        if max(self.right, self.bottom) <= 1:
+            raise UniPicError(
+                f"a box must be on a grid from 0 to {GRID}, got one from 0 to 1: {self}; multiply by {GRID}"
+            )
 
     def __str__(self) -> str:
         sides = (self.top, self.left, self.bottom, self.right)

@@ -6,7 +6,6 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -314,14 +313,18 @@ def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> AlphaOf:
         values = {str(k): float(v) for k, v in (settings.get("alpha_pattern") or {}).items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoRAError(f"the adapter settings of {path.name} are not readable; fetch the file again") from error
-    with _alpha_pattern_errors(path):
+    try:
         patterns = LayerPatterns(values)
+    except LoRAError as error:
+        raise LoRAError(
+            f"{path.name}: the alpha_pattern of its adapter settings is not read: {error}; save it with an alpha in "
+            "each layer"
+        ) from error
 
     def alpha_of(stored: str, name: str) -> tuple[float | None, bool]:
-        with _alpha_pattern_errors(path):
-            spellings = dict.fromkeys((name, stored.removeprefix("base_model.model.")))
-            named = (patterns.value(spelling) for spelling in spellings)
-            return next((alpha for alpha in named if alpha is not None), default), stabilised
+        spellings = dict.fromkeys((name, stored.removeprefix("base_model.model.")))
+        named = (patterns.value(spelling) for spelling in spellings)
+        return next((alpha for alpha in named if alpha is not None), default), stabilised
 
     return alpha_of
 
@@ -333,17 +336,6 @@ def _adapter_settings(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]
         settings = json.loads(metadata["lora_adapter_metadata"])
         return {key.removeprefix("transformer."): value for key, value in settings.items()}
     return read_json(beside) if beside.is_file() and (path.is_dir() or path.stem == "adapter_model") else {}
-
-
-@contextmanager
-def _alpha_pattern_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except LoRAError as error:
-        raise LoRAError(
-            f"{path.name}: the alpha_pattern of its adapter settings is not read: {error}; save it with an alpha in "
-            "each layer"
-        ) from error
 
 
 def common_targets(lora: LoRA) -> dict[str, int]:

@@ -98,10 +98,11 @@ def test_names_of_things_are_counted_in_order(name: dict[str, object]) -> None:
         ('[{"bbox": [0, -1, 10, 10]}]', "must lie between 0 and 1000"),
         ('[{"bbox": [0, 0, NaN, 10]}]', "must lie between 0 and 1000"),
         ('[{"bbox": [10, 0, 10, 10]}]', r"higher than 0, got \[top, left, bottom, right\] = \[10, 0, 10, 10\]"),
+        ('[{"bbox": [0.1, 0, 0.5, 1]}]', "on a grid from 0 to 1000, got one from 0 to 1: .*; multiply by 1000"),
         ('[{"image": 4, "bbox": [0, 0, 1, 1]}]', "box 1 is of image 4, and there are 3 pictures"),
         ('[{"image": 0, "bbox": [0, 0, 1, 1]}]', "box 1 is of image 0"),
         ('[{"image": 1e300, "bbox": [0, 0, 1, 1]}]', "box 1 is of image 10000"),
-        ('[{"image": 2, "bbox": [0, 0, 1, 1]}, {"id": "image_2", "bbox": [0, 0, 1, 1]}]', "image 2 has two boxes"),
+        ('[{"image": 2, "bbox": [0, 0, 9, 9]}, {"id": "image_2", "bbox": [0, 0, 9, 9]}]', "image 2 has two boxes"),
         ('[{"image": 2, "bbox": [0, 0, 1, 1]}, {"bbox": [0, 0, 1, 1]}]', "box 2 names no picture, and others do"),
     ],
 )  # fmt: skip
