@@ -7,12 +7,17 @@ from numbers import Integral, Real
 
 
 def finite(value: object) -> int | float | None:
-    """Convert a finite number to Python's int or float; None for NaN, infinity and anything that is not a number."""
+    """Convert a finite number to Python's int or float; None for NaN, infinity, an int that no float can be, and
+    anything that is not a number."""
     if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
         return None
     if isinstance(value, Integral):
         return int(value)
-    return float(value) if math.isfinite(value) else None
+    return number if math.isfinite(number) else None
 
 
 def whole(value: object) -> int | None:

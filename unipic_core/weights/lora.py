@@ -311,7 +311,7 @@ def _declared_alphas(path: Path, metadata: Mapping[str, str]) -> AlphaOf:
         default, stabilised = settings.get("lora_alpha"), bool(settings.get("use_rslora"))
         default = None if default is None else float(default)
         values = {str(k): float(v) for k, v in (settings.get("alpha_pattern") or {}).items()}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise LoRAError(f"the adapter settings of {path.name} are not readable; fetch the file again") from error
     try:
         patterns = LayerPatterns(values)

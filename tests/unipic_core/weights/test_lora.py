@@ -171,6 +171,13 @@ def test_metadata_of_diffusers_gives_the_alpha(
     assert_same(model, expected, 1e-5)
 
 
+@pytest.mark.parametrize("settings", [{"lora_alpha": 10**400}, {"lora_alpha": 1, "alpha_pattern": {"img_in": 10**400}}])
+def test_an_alpha_too_large_for_a_number_is_one_sentence(settings: dict[str, object]) -> None:
+    keys = ["img_in.lora_A.weight", "img_in.lora_B.weight"]
+    with pytest.raises(LoRAError, match="the adapter settings of l are not readable; fetch the file again"):
+        build_lora(keys, lambda key: torch.ones(2, 2), Path("l"), {"lora_adapter_metadata": json.dumps(settings)})
+
+
 def one_layer(
     tmp_path: Path, tensors: dict[str, Tensor], prefix: str = "lycoris_transformer_blocks_0_attn_to_q."
 ) -> Path:

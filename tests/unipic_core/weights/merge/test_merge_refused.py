@@ -34,7 +34,7 @@ def test_wrong_destinations(dst: str, how: dict[str, str], message: str, out: Pa
     assert list(out.iterdir()) == []
 
 
-@pytest.mark.parametrize("strength", [0, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("strength", [0, float("nan"), float("inf"), True, "1", pytest.param(10**400, id="huge")])
 def test_strengths_that_change_nothing_or_everything(strength: Any, out: Path, lora: Path) -> None:
     with pytest.raises(LoRAError, match="should be a number other than 0"):
         merge(TINY, out / "o.safetensors", [(lora, strength)])
