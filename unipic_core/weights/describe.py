@@ -130,16 +130,20 @@ def _lora(path: Path) -> dict[str, Any]:
         "targets": common_targets(lora),
         "unread": list(lora.unread),
         "recipe": recipe,
-        "recipe_source": "file" if recipe else None,
+        "recipe_source": _source(lora.recipe) if lora.recipe else None,
     }
 
 
 def _recipe(path: Path) -> dict[str, Any]:
     recipe = Recipe.read(path)
-    source = "name" if recipe and recipe.made.get(RECIPE_FROM) == "name" else "file"
-    if recipe is None:
-        recipe, source = released_recipe(path), "name"
+    source = _source(recipe) if recipe else "name"
+    recipe = recipe or released_recipe(path)
     return {"recipe": json.loads(recipe.to_json()) if recipe else None, "recipe_source": source if recipe else None}
+
+
+def _source(recipe: Recipe) -> str:
+    """Source of a recipe: "name" if it was guessed by the weights' name, else "file"."""
+    return "name" if recipe.made.get(RECIPE_FROM) == "name" else "file"
 
 
 def _format(path: Path) -> str:

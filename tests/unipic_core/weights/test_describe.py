@@ -121,6 +121,13 @@ def test_a_lora(tmp_path: Path) -> None:
     assert "1 layers, rank 4, alpha 8" in format_description(describe(tmp_path / "o.safetensors"))
 
 
+def test_a_recipe_by_a_loras_name_is_a_guess(tmp_path: Path) -> None:
+    save_lora(tmp_path / "qwen-lightning-4steps.safetensors", {"img_in": (torch.ones(2, 16), torch.ones(64, 2))})
+    info = describe(tmp_path / "qwen-lightning-4steps.safetensors")
+    assert (info["recipe"]["steps"], info["recipe_source"]) == (4, "name")
+    assert "known by the name of the folder or file" in format_description(info)
+
+
 def test_a_causal_network(tmp_path: Path) -> None:
     folder = shutil.copytree(TINY / "transformer", tmp_path / "transformer")
     config = json.loads((folder / "config.json").read_text())
