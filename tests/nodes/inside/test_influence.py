@@ -120,7 +120,7 @@ def test_influences_reach_both_conditionings_and_no_text_the_encoder(tiny: Any) 
 
 def test_wrong_boxes_are_one_sentence(tiny: Any) -> None:
     with pytest.raises(UniPicError, match="image 1 has a box in boxes and in Reference"):
-        composed(tiny, wire(0, width=500), boxes='[{"bbox": [0, 0, 1, 1]}]')
+        composed(tiny, wire(0, width=500), boxes='[{"bbox": [0, 0, 9, 9]}]')
     with pytest.raises(UniPicError, match="boxes must be JSON such as"):
         composed(tiny, wire(0), boxes="left")
     with pytest.raises(UniPicError, match="boxes must be a list of rows"):
