@@ -189,7 +189,7 @@ class ConsistencyMethod:
         one_of(self, "tangent_precision", ("float32", "tf32"))
         if self.tangent_precision == "tf32" and self.tangent != "jvp":
             raise ConfigError(
-                "tangent_precision tf32 needs tangent jvp: a difference divides the rounding by 2e, up to 8.5% of the "
+                "tangent_precision tf32 needs tangent jvp: a difference divides the rounding by 2e, up to 9.3% of the "
                 "tangent (docs/benchmarks.md)"
             )
         if not 0 < self.e <= 0.1:
