@@ -21,6 +21,8 @@ def finite(value: object) -> int | float | None:
 
 
 def whole(value: object) -> int | None:
-    """Convert a whole number to int, 64.0 to 64; None for anything else."""
+    """Convert a whole number of any size to int, 64.0 to 64; None for anything else."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
     number = finite(value)
     return int(number) if number is not None and number == int(number) else None
