@@ -91,16 +91,14 @@ def read_lora(path: Path) -> LoRA:
 def add_lora(model: ModelPatcher, lora: LoRA, strength: float) -> tuple[Any, MergeReport]:
     """A clone of the MODEL with the LoRA as ComfyUI's weight patches, and its recipe overriding the model's.
 
-    Raises LoRAError if no layer matches or one has another shape, and UniPicError if the recipe names a sampler or a
-    schedule that this version does not have.
+    Raises LoRAError if no layer matches, or one has another shape or cannot be added, and UniPicError if the recipe
+    names a sampler or a schedule that this version does not have.
     """
     parameters = model.model.diffusion_model.named_parameters()
     fitted = lora.fit({name: tuple(parameter.shape) for name, parameter in parameters})
     attached = attachment_of(model).with_recipe(lora.recipe)
     resolve(attached.recipe)
-    for layers in fitted.table.values():
-        for layer, _ in layers:
-            layer.check_strength(strength)
+    fitted.check(strength)
     clone = model.clone()
     rounds: list[dict[str, Any]] = []  # a dictionary holds one patch a parameter; several layers may share one
     for parameter, layers in fitted.table.items():
