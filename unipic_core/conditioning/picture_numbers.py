@@ -8,24 +8,27 @@ from collections.abc import Iterator
 PICTURE_WORD = r"(?:image|picture|photo|pic|img|reference|ref)"
 """Regular expression of the words for a picture."""
 
+_N = r"\d{1,4}(?!\d)"
+"""A number; those of more digits name no picture."""
+
 _JOIN = r"\s*(?:,\s*and|,\s*or|,|&|\+|and|or|with|to|through|[-–])\s*"
 _AFTER = r"(?=\s*(?:[.,;:!?)\"']|$))"
 
-_NUMBERED = re.compile(rf"\b{PICTURE_WORD}[\s_#-]*(?:no\.?\s*)?(\d+(?:{_JOIN}\d+{_AFTER})?)\b", re.IGNORECASE)
+_NUMBERED = re.compile(rf"\b{PICTURE_WORD}[\s_#-]*(?:no\.?\s*)?({_N}(?:{_JOIN}{_N}{_AFTER})?)\b", re.IGNORECASE)
 """image 1, Image_2, photo #3; "image 1 and 2", except before a noun as in "image 1 and 2 dogs"."""
-_LISTED = re.compile(rf"\b{PICTURE_WORD}s[\s_#-]*(\d+(?:{_JOIN}\d+)*)\b", re.IGNORECASE)
+_LISTED = re.compile(rf"\b{PICTURE_WORD}s[\s_#-]*({_N}(?:{_JOIN}{_N})*)\b", re.IGNORECASE)
 """images 1, 2 and 3; pictures 1-3."""
 _RANGE = re.compile(r"(\d+)\s*(?:to|through|[-–])\s*(\d+)", re.IGNORECASE)
 _ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth")
 _ORDINAL = re.compile(
-    rf"\b({'|'.join(_ORDINALS)}|last|\d+(?:st|nd|rd|th))\s+(?:reference\s+|input\s+|given\s+)?{PICTURE_WORD}\b",
+    rf"\b({'|'.join(_ORDINALS)}|last|{_N}(?:st|nd|rd|th))\s+(?:reference\s+|input\s+|given\s+)?{PICTURE_WORD}\b",
     re.IGNORECASE,
 )
 _ALL = re.compile(
     rf"\b(?:both|all|each|every)\s+(?:of\s+)?(?:the\s+|these\s+)?(?:\w+\s+)?{PICTURE_WORD}s?\b", re.IGNORECASE
 )
 _DIGITS = "零一二三四五六七八九"
-_CHINESE = re.compile(rf"(?:图片|图像|照片|图)\s*(\d+|[{_DIGITS}])|第\s*(\d+|[{_DIGITS}])\s*[张幅个]")
+_CHINESE = re.compile(rf"(?:图片|图像|照片|图)\s*({_N}|[{_DIGITS}])|第\s*({_N}|[{_DIGITS}])\s*[张幅个]")
 _CHINESE_ALL = re.compile(r"(?:所有|全部|两|每)张?(?:的)?(?:图|照片)")
 _MOST = 99
 """Largest picture number; larger ones are years or sizes."""

@@ -28,6 +28,7 @@ from unipic_core.conditioning.picture_numbers import named_pictures, number_caut
         ("a photo 1980 style, picture 1024x768, photo 35mm", set()),
         ("imagine 2 dogs", set()),
         ("", set()),
+        ("image " + "5" * 5000 + ", 第" + "5" * 5000 + "张, images 1 and " + "5" * 5000, {1}),
     ],
 )
 def test_named_pictures(prompt: str, named: set[int]) -> None:
