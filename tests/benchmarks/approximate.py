@@ -31,7 +31,6 @@ from trainers.nano.emoji import Bank, default_folder
 from trainers.nano.render import Sample, render
 from trainers.nano.scenes import make_scene
 from unipic_core.cli.terminal import DEFAULT_MODEL
-from unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.model.attention_forms import spans, through_blocks
 from unipic_core.model.blocks import KeyValue
@@ -39,6 +38,7 @@ from unipic_core.model.config import FULL, REFERENCE_CAUSAL, REFERENCES, MMDiTCo
 from unipic_core.model.mmdit import MMDiT
 from unipic_core.pipeline import UniPicPipeline
 from unipic_core.run.kv_cache import REUSE_WITHIN
+from unipic_core.run.plan import resolve
 
 from .arithmetic import Load, step_flops
 from .common import RESULTS, changed_options, device_name, draw, heading, line, machine, write_json
@@ -173,7 +173,7 @@ def relative_time(refreshed: Sequence[int], steps: int) -> float:
 
 def samples_of(pipe: UniPicPipeline, n: int) -> list[Sample]:
     """The first held-out compositions that have references, of the size that the model was trained for."""
-    size = pipe.recipe.output_budget or DEFAULT_BUDGET
+    size = resolve(pipe.recipe).output_budget
     bank = Bank(default_folder(), size)
     scenes = (make_scene(bank, "heldout", 1, i, size=size) for i in range(10 * n))
     return [s for s in (render(bank, scene) for scene in scenes) if s.references][:n]

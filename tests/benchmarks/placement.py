@@ -43,7 +43,6 @@ from trainers.nano.scenes import make_scene
 from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.images import resize_references, to_images
 from unipic_core.conditioning.influence import GRID, Influence, Region
-from unipic_core.conditioning.reference_sizes import DEFAULT_BUDGET
 from unipic_core.conditioning.sequence import LatentShape, TextCond, pack_with_references
 from unipic_core.model import reference_bias
 from unipic_core.model.config import MMDiTConfig
@@ -166,7 +165,7 @@ def by_area(pipe: UniPicPipeline, case: Case, steps: int) -> Generate:
     shape = LatentShape.of_pixels(*scene.canvas)
 
     def condition(pictures: list[Image.Image], words: str) -> tuple[list[Tensor], TextCond]:
-        resized = resize_references(pictures, pipe.recipe.reference_budget or DEFAULT_BUDGET)
+        resized = resize_references(pictures, resolve(pipe.recipe).reference_budget)
         return pipe._encode_references(resized), pipe._encode_text(resized, words)
 
     @torch.no_grad()
@@ -220,7 +219,7 @@ def measure(pipe: UniPicPipeline, n: int, steps: int) -> Iterator[tuple[int, lis
         score, control = case.score(picture, ask), case.score(picture, 1 - ask)
         scores.setdefault((way, words, boxes), []).append((score, control["iou"]))
 
-    for number, case in enumerate(cases(n, pipe.recipe.output_budget or DEFAULT_BUDGET), start=1):
+    for number, case in enumerate(cases(n, resolve(pipe.recipe).output_budget), start=1):
         kinds = {"open": case.open_words, "named": case.scene.instruction}
         for boxes, ask in (("as in the scene", 0), ("exchanged", 1)):
             note("truth", "-", boxes, case, case.samples[ask].target, ask)

@@ -33,6 +33,7 @@ from trainers.methods.precision import tensor_float32
 from unipic_core.cli.terminal import DEFAULT_MODEL
 from unipic_core.conditioning.sequence import LatentShape, PackedLatents, TextCond
 from unipic_core.pipeline.text_encoder import TextEncoder
+from unipic_core.run.plan import resolve
 from unipic_core.sampling.flow import add_noise, velocity
 from unipic_core.weights.recipe import recipe_of
 from unipic_core.weights.transformer import load_transformer
@@ -90,9 +91,10 @@ def golden(seeds: int) -> Iterator[Case]:
 
 
 def nano(seeds: int) -> Iterator[Case]:
-    networks, vae, recipe = both(DEFAULT_MODEL), load_image_vae(DEFAULT_MODEL / "vae"), recipe_of(DEFAULT_MODEL)
+    networks, vae = both(DEFAULT_MODEL), load_image_vae(DEFAULT_MODEL / "vae")
+    made_for = resolve(recipe_of(DEFAULT_MODEL))
     encoder = TextEncoder.from_pretrained(DEFAULT_MODEL, dtype=torch.float32)
-    sizes = {"size": recipe.output_budget, "reference_budget": recipe.reference_budget}
+    sizes = {"size": made_for.output_budget, "reference_budget": made_for.reference_budget}
     scenes = Compositions(DataConfig(folder="-", samples=1024, **sizes), 0, seeds, "heldout")
     for seed in range(seeds):
         row = scenes[seed]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import isfinite, prod
 
 import torch
@@ -147,7 +148,7 @@ class LoRALayer:
                 "take it out, load the model again"
             )
 
-    @property
+    @cached_property
     def is_finite(self) -> bool:
         """True unless a part or the scale holds NaN or infinity."""
         return isfinite(self.scale) and all(bool(part.float().isfinite().all()) for part in self.parts.values())
