@@ -1,7 +1,9 @@
-"""Digests of files, read in blocks. (hashlib.file_digest needs Python 3.11.)"""
+"""Digests of plain values, and of files, read in blocks. (hashlib.file_digest needs Python 3.11.)"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -19,3 +21,9 @@ def add_file(digest: Digest, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
+
+
+def digest(*parts: object) -> str:
+    """32 hex digits of a digest of plain values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

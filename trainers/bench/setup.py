@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 from unipic_core.replacing import write_json
 
+from ..digests import digest
 from ..judges.vlm import Asker, Client, JudgeConfig, JudgeError, Recorder, Replay, load_template, read_judge, read_lines
 from ..judges.vlm.templates import Template
 from ..judges.vlm.transfer import pictures_per_case
@@ -77,7 +77,7 @@ def named_texts(templates: Mapping[str, Template]) -> list[str]:
     """Digest of the templates of a user's folder, whose texts may change without a new version; [] for bundled ones."""
     if all(template.source == "bundled" for template in templates.values()):
         return []
-    return [f"texts {digest_of({task: asdict(template) for task, template in templates.items()})}"]
+    return [f"texts {digest({task: asdict(template) for task, template in templates.items()})[:8]}"]
 
 
 def named_weights(weights: Weights | None) -> list[str]:
@@ -85,12 +85,7 @@ def named_weights(weights: Weights | None) -> list[str]:
     if weights is None:
         return []
     named = {"judge": "W by the judge", "one": "W = 1"}
-    return [named[weights] if isinstance(weights, str) else f"W from files {digest_of(dict(weights))}"]
-
-
-def digest_of(values: object) -> str:
-    """Start of the SHA-256 of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return [named[weights] if isinstance(weights, str) else f"W from files {digest(dict(weights))[:8]}"]
 
 
 def check_options(args: argparse.Namespace, bench: str) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ...digests import digest
 from ..manifest.scores import NOT_RUN, Scores
-from ..manifest.shards import Row, digest
+from ..manifest.shards import Row
 from .calibration import Calibration
 from .catalogue import Filter
 from .duplicates import Duplicates

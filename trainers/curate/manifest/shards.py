@@ -29,12 +29,6 @@ ESCAPED = "backslashreplace"
 """Error handler by which half characters, as in file names that are not UTF-8, become escapes of JSON, as \\udcfc."""
 
 
-def digest(*parts: object) -> str:
-    """32 hex digits of a digest of plain values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
 class StageFolder:
     """Shards 0 .. count - 1 of one stage: OUT/NAME-KEY/00000.jsonl, ..."""
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from unipic_core.errors import UniPicError
 
+from ...digests import digest
 from ...judges.vlm import AnswerError, png_of, transfer_notice
 from ...nano.backgrounds import draw
 from ...progress import Progress
 from ..config import DecomposeConfig, Stages
 from ..filters.picture import content_id
-from ..manifest.shards import Row, StageFolder, digest
+from ..manifest.shards import Row, StageFolder
 from ..synthesis.endpoint import ImagesClient
 from .drawn_sources import bank_of, cut_out, scene_of
 from .ingest import write_picture

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ...digests import digest
 from ...judges.vlm import png_of
 from ...nano.backgrounds import Background, draw, sample_background
 from ...nano.catalogue import Asset, Split
@@ -18,7 +19,6 @@ from ...nano.render import Sample, in_square, look_matrix, render, sprite_at
 from ...nano.scene import Item, Look, Scene
 from ...nano.scenes import COLOUR_WORDS, make_scene
 from ..config import IngestConfig
-from ..manifest.shards import digest
 from .listing import Entry
 
 SCENE_TASKS = ("compose2", "compose3", "compose4", "compose5", "compose6")

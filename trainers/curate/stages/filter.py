@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...digests import digest
 from ...progress import Progress
 from ..config import FilterConfig, Stages
 from ..filters.calibration import Calibration
@@ -11,7 +12,7 @@ from ..filters.catalogue import FILTERS, Filter, chosen
 from ..filters.decide import Decisions, values_of
 from ..filters.measure import measure_pictures
 from ..manifest.scores import NOT_RUN
-from ..manifest.shards import Row, StageFolder, digest
+from ..manifest.shards import Row, StageFolder
 from .likeness import measure_likeness
 from .questions import ask_about_pictures
 from .tools import Tools

@@ -11,11 +11,12 @@ from typing import Any
 
 from unipic_core.errors import UniPicError, printable
 
+from ...digests import digest
 from ...progress import Progress
 from ..config import Stages
 from ..filters.picture import content_id, decode, read_bytes
 from ..manifest.executor import Executor
-from ..manifest.shards import Row, StageFolder, batches, digest, full_disk
+from ..manifest.shards import Row, StageFolder, batches, full_disk
 from .drawn_sources import draw_picture
 from .listing import Entry, entries, listing_state
 

@@ -12,9 +12,10 @@ from typing import Any
 from unipic_core.conditioning.picture_files import ENDINGS
 from unipic_core.errors import printable
 
+from ...digests import digest
 from ..config import SUBJECTS, IngestConfig, Stages
 from ..errors import CurateError
-from ..manifest.shards import batches, digest
+from ..manifest.shards import batches
 
 MOST_TEXT = 200
 LISTED_AT_ONCE = 1000

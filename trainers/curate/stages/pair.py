@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ...digests import digest
 from ...progress import Progress
 from ..config import PairConfig, Stages
 from ..conflicts.rules import Rules, read_rules
 from ..conflicts.solve import Solution, solve
 from ..errors import CurateError
-from ..manifest.shards import Row, RowIndex, StageFolder, digest, shard_ranges
+from ..manifest.shards import Row, RowIndex, StageFolder, shard_ranges
 
 VERSION = 1
 BUNDLED = Path(__file__).parents[1] / "conflicts"

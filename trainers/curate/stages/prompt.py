@@ -12,6 +12,7 @@ import numpy as np
 from unipic_core.errors import UniPicError
 
 from ...data.rows import BadRow, check_prompt
+from ...digests import digest
 from ...judges.vlm import AnswerError, Question, in_order, load_picture, object_schema, parse_object, transfer_notice
 from ...progress import Progress
 from ..config import Stages
@@ -19,7 +20,7 @@ from ..conflicts.rules import Rules
 from ..conflicts.solve import Seat
 from ..conflicts.wording import FRAMES, instruction
 from ..errors import CurateError
-from ..manifest.shards import Row, StageFolder, digest
+from ..manifest.shards import Row, StageFolder
 from .questions import Judge
 from .tools import Tools
 

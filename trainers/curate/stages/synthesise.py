@@ -10,11 +10,12 @@ from typing import Any
 
 from unipic_core.errors import UniPicError
 
+from ...digests import digest
 from ...judges.vlm import AnswerError
 from ...progress import Progress
 from ..config import Stages, SynthesiseConfig
 from ..filters.picture import content_id, decode, read_bytes
-from ..manifest.shards import Row, StageFolder, digest
+from ..manifest.shards import Row, StageFolder
 from ..synthesis.endpoint import ImagesClient
 from .ingest import write_picture
 from .tools import Tools, maker_settings
